@@ -1,0 +1,35 @@
+# make demo   the main job on real input, every command shown
+# make test   lint and all tests
+# make lint   types, linter, formatter
+# Both install what is missing (Debian, Ubuntu), as root or through sudo.
+
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+BIN := .venv/bin
+
+.PHONY: demo test lint format figures setup clean
+
+demo: setup
+	$(SUDO) env PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
+
+test: setup lint
+	$(SUDO) $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+figures: setup
+	$(SUDO) $(BIN)/python benchmarks/figures.py
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml scripts/setup.sh
+	scripts/setup.sh
+
+clean:
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Mount a ttmfs, page backups as files, at a directory."""
+
+import argparse
+import faulthandler
+import logging
+import signal
+import sys
+from typing import NoReturn
+
+from ttmfs import __version__, background, session
+from ttmfs.options import ExitCode, OptionError, Options, help_text
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that exits as mount(8) does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line."""
+        self.exit(ExitCode.USAGE, f"{self.prog}: {message}; --help lists what can be given\n")
+
+
+def main() -> int:
+    """From argv to a mount that is served until its end. Gives the exit status."""
+    parser = Parser(
+        prog="mount.py", description=__doc__, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("source", metavar="SOURCE", nargs="?", default="ttm", help="a name for df and findmnt")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
+    parser.add_argument("-o", dest="options", metavar="option,...", action="append", default=[], help="see below")
+    parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground, log to stderr")
+    parser.add_argument("-V", "--version", action="version", version=f"ttmfs {__version__}")
+    arguments = parser.parse_intermixed_args()
+    try:
+        options = Options.parse(*arguments.options)
+    except OptionError as error:
+        parser.error(str(error))
+    logging.basicConfig(
+        format="mount.py: %(message)s", level=logging.DEBUG if options.debug else logging.INFO if arguments.foreground
+        else logging.WARNING,
+    )  # fmt: skip
+    faulthandler.register(signal.SIGUSR2)  # where does it hang? kill -USR2 shows
+    try:
+        ready = (lambda: None) if arguments.foreground else background.detach(arguments.mountpoint)
+        session.serve(arguments.source, arguments.mountpoint, options, ready)
+    except session.MountError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)  # noqa: T201
+        return error.code
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except Exception:
+        logging.exception("a fault in ttmfs; please report it with what follows")
+        return ExitCode.BUG
+    return ExitCode.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

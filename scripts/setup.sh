@@ -1,0 +1,43 @@
+#!/bin/sh
+# Installs what ttmfs needs and what its demo and tests use: Debian packages where a program is missing, then .venv.
+# As root or through sudo. Asks nothing; a second run does nothing that is done already.
+set -eu
+cd "$(dirname "$0")/.."
+
+packages=
+need() { # PROGRAM PACKAGE
+    command -v "$1" >/dev/null || packages="$packages $2"
+}
+need fusermount3 fuse3
+need pkg-config pkg-config
+need cc gcc
+need xxd xxd
+need getfattr attr
+need fio fio
+need rsync rsync
+[ -e /usr/include/fuse3/fuse.h ] || packages="$packages libfuse3-dev"
+
+# Debian's own Python where it will do: other users can run it, and so the tests can mount as one.
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+    python=python3
+    /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=/usr/bin/python3
+fi
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: Python 3.11 or newer is needed" >&2; exit 1; }
+"$python" -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    packages="$packages python3-dev"
+
+if [ -n "$packages" ]; then
+    command -v apt-get >/dev/null || { echo "setup: install these and try again:$packages" >&2; exit 1; }
+    sudo=
+    [ "$(id -u)" = 0 ] || sudo=sudo
+    echo "setup: installing$packages"
+    $sudo apt-get update -qq
+    # shellcheck disable=SC2086 # one word a package
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
+fi
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install -q --disable-pip-version-check --editable '.[dev]'
+touch .venv/ready

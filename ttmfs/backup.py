@@ -1,0 +1,370 @@
+"""One backup: the verbs of the TTM shmem backup, and the same for ranges of bytes, which is what a mount needs.
+
+A backup is a sparse file. A page exists if and only if its range holds data (SEEK_DATA); dropping it punches a hole.
+The verbs mirror ``drivers/gpu/drm/ttm/ttm_backup.c``; what they promise is numbered in ``docs/contract.md``.
+
+Concurrency: one thread. Between finding out whether a page is there and acting on that nothing is awaited, so each verb
+happens at once. Only whoever holds the file itself (``.shmem``) can change it meanwhile.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import trio
+from numpy.typing import NDArray
+
+from . import linux
+from .errors import InvalidArgument, NoRoom, OutOfBounds, PageAbsent, from_os_error
+from .handles import IntOrArray, Uint64Array, handle_to_index, index_to_handle
+from .memory import Reserve
+from .options import BASE_PAGE_SIZE
+from .store import Store
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Backup"]
+
+
+class Backup:
+    """A backup of a pool, as :meth:`ttmfs.Pool.create` and :meth:`ttmfs.Pool.open` give it. Counts are pages.
+
+    After :meth:`fini`, by whomever, every method raises :class:`ttmfs.BackupEnded`. The async methods are trio's, but
+    reach no checkpoint while the pages concerned are in memory.
+    """
+
+    __slots__ = ("_id", "_page_size", "_reserve", "_store")
+
+    def __init__(self, store: Store, id: int, page_size: int, reserve: Reserve) -> None:
+        self._store = store
+        self._id = id
+        self._page_size = page_size
+        self._reserve = reserve
+
+    def __repr__(self) -> str:
+        return f"<Backup {self._id}>"
+
+    # --- the six verbs, and their plural forms ---
+
+    async def backup_page(self, page: "Buffer", idx: int, writeback: bool = False) -> int:  # noqa: ARG002
+        """Copy a page into the backup and give its handle, which is ``idx + 1``. ``ttm_backup_backup_page()``.
+
+        `page` is any contiguous buffer of page_size bytes, and the caller's again on return. A page that is there is
+        overwritten. `writeback` asks that the page be pushed to swap now; it is best effort and changes no result.
+        Raises InvalidArgument (index past the size, wrong length) and NoRoom, which leaves everything as it was.
+        """
+        data = _flat(page)
+        if data.nbytes != self._page_size:
+            raise InvalidArgument(f"a page has {self._page_size} bytes, not {data.nbytes}")
+        handle = _valid(index_to_handle, idx)
+        self._check_index(handle - 1, 1)
+        self.write((handle - 1) * self._page_size, data)
+        return handle
+
+    async def backup_pages(
+        self,
+        pages: NDArray[np.uint8],
+        idx: int,
+        writeback: bool = False,  # noqa: ARG002
+    ) -> Uint64Array:
+        """Back up an array of shape (n, page_size), dtype uint8, at n indices from `idx` on; gives their handles.
+
+        If room ends part way, the handles of the pages that were stored; NoRoom if none was.
+        """
+        if pages.dtype != np.uint8 or pages.ndim != 2 or pages.shape[1] != self._page_size:
+            raise InvalidArgument(
+                f"pages must be an array of uint8 of shape (n, {self._page_size}), not {pages.dtype} of {pages.shape}"
+            )
+        first = _valid(index_to_handle, idx)
+        self._check_index(first - 1, len(pages))
+        stored = 0
+        if len(pages):
+            stored = self.write((first - 1) * self._page_size, _flat(np.ascontiguousarray(pages))) // self._page_size
+        return np.arange(first, first + stored, dtype=np.uint64)
+
+    async def copy_page(self, dst: "Buffer", handle: int, intr: bool = False) -> None:
+        """Copy a page back into `dst`, a writable buffer of page_size bytes. ``ttm_backup_copy_page()``.
+
+        The page stays. With `intr` a cancellation may end the call; nothing is lost and it can be repeated. Raises
+        PageAbsent if the handle holds nothing, InvalidArgument if it lies past the size.
+        """
+        if intr:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        data = _flat(dst)
+        if data.nbytes != self._page_size or data.readonly:
+            raise InvalidArgument(f"the destination must be writable and of {self._page_size} bytes")
+        idx = _valid(handle_to_index, handle)
+        self._check_index(idx, 1)
+        if not self.holds(idx):
+            raise PageAbsent(f"handle {handle} holds no page")
+        self._copy(data, idx)
+
+    async def copy_pages(self, dst: NDArray[np.uint8], handles: Uint64Array, intr: bool = False) -> None:
+        """Copy pages back into the rows of `dst`, of shape (n, page_size), dtype uint8, by n handles, dtype uint64.
+
+        Raises PageAbsent if any of them holds nothing; `dst` may have been written to in part by then.
+        """
+        if dst.dtype != np.uint8 or dst.shape != (len(handles), self._page_size) or not dst.flags.c_contiguous:
+            raise InvalidArgument(
+                f"the destination must be a contiguous array of uint8 of shape ({len(handles)}, {self._page_size})"
+            )
+        if not dst.flags.writeable:
+            raise InvalidArgument("the destination must be writable")
+        row = 0
+        for first, past in self._runs(handles):
+            if intr:
+                await trio.lowlevel.checkpoint_if_cancelled()
+            self._check_index(first, past - first)
+            idx = first
+            while idx < past:
+                found = self.extent(idx)
+                if found is None or found[0] != idx:
+                    raise PageAbsent(f"handle {idx + 1} holds no page")
+                idx = found[1]
+            self._copy(_flat(dst[row : row + past - first]), first)
+            row += past - first
+
+    async def drop(self, handle: int) -> None:
+        """Release a page; its memory is the system's again on return. Nothing happens if the handle holds none.
+
+        ``ttm_backup_drop()``. Raises InvalidArgument if the handle lies past the size.
+        """
+        idx = _valid(handle_to_index, handle)
+        self._check_index(idx, 1)
+        self.drop_range(idx, idx + 1)
+
+    async def drop_pages(self, handles: Uint64Array) -> None:
+        """Release the pages of an array of handles, dtype uint64, as :meth:`drop` does."""
+        runs = self._runs(handles)
+        for first, past in runs:
+            self._check_index(first, past - first)
+        for first, past in runs:
+            self.drop_range(first, past)
+
+    async def fini(self) -> None:
+        """End the backup and release every page that is left. ``ttm_backup_fini()``. No operation may follow."""
+        self._store.remove(self._id)
+
+    # --- what it holds ---
+
+    @property
+    def name(self) -> str:
+        """Its name in the pool, as of now."""
+        return self._store.name_of(self._id)
+
+    @property
+    def page_size(self) -> int:
+        """Bytes a page."""
+        return self._page_size
+
+    @property
+    def size(self) -> int:
+        """Bytes that it spans, stored or not."""
+        return self.stat().st_size
+
+    @property
+    def pages(self) -> int:
+        """How many pages are stored."""
+        return self.stat().st_blocks * 512 // self._page_size
+
+    @property
+    def resident(self) -> int:
+        """How many of them are in memory rather than swapped out."""
+        size = self.size
+        try:
+            cached = linux.cached_pages(self._store.descriptor(self._id), size)
+        except OSError as error:
+            raise from_os_error(error, "counting resident pages") from error
+        return cached * BASE_PAGE_SIZE // self._page_size
+
+    @property
+    def swapped(self) -> int:
+        """How many of them are swapped out."""
+        return max(0, self.pages - self.resident)
+
+    def holds(self, idx: int) -> bool:
+        """Whether the page at an index exists."""
+        offset = idx * self._page_size
+        try:
+            return os.lseek(self._store.descriptor(self._id), offset, os.SEEK_DATA) < offset + self._page_size
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise from_os_error(error, "looking for a page") from error
+            return False
+
+    def extent(self, idx: int) -> tuple[int, int] | None:
+        """The first run of pages at or after an index, as (first index, index past the last); None if there is none.
+
+        Takes time in proportion to its length, 8 ms for 262,144 pages: keep it rather than ask for each page.
+        """
+        fd, page_size = self._store.descriptor(self._id), self._page_size
+        try:
+            start = os.lseek(fd, idx * page_size, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise from_os_error(error, "looking for pages") from error
+            return None
+        return max(idx, start // page_size), -(-end // page_size)
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Every run of pages, as (first index, index past the last), in ascending order."""
+        idx, limit = 0, self.size // self._page_size
+        while idx < limit and (found := self.extent(idx)) and found[0] < limit:
+            yield found[0], min(found[1], limit)
+            idx = found[1]
+
+    def stat(self) -> os.stat_result:
+        """The stat of its file: size, blocks of 512 bytes, mode, owner and times are the backup's."""
+        try:
+            return os.fstat(self._store.descriptor(self._id))
+        except OSError as error:
+            raise from_os_error(error, "looking at a backup") from error
+
+    # --- by ranges of bytes ---
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on, fewer at the end of the backup; absent pages read as zeros."""
+        try:
+            return os.pread(self._store.descriptor(self._id), size, offset)
+        except OSError as error:
+            raise from_os_error(error, "reading pages") from error
+
+    def write(self, offset: int, data: "bytes | memoryview") -> int:
+        """Store bytes, which makes every page that they touch exist. Gives how many were stored.
+
+        That is fewer than given where the backup or the room ends. Raises OutOfBounds past the end and NoRoom if
+        nothing could be stored; no page is ever left stored in part.
+        """
+        fd, length = self._store.descriptor(self._id), len(data)
+        try:
+            if (end := offset + length) > (size := os.fstat(fd).st_size):
+                if offset >= size:
+                    raise OutOfBounds(f"the backup ends at byte {size}")
+                data, end = data[: size - offset], size
+            if not self._reserve.admits(end - offset) and not self._is_full(offset, end):
+                raise NoRoom("the memory that must stay free (reserve) would be touched")
+            if self._page_size > BASE_PAGE_SIZE and (end := self._allocate(fd, offset, end)) < offset + len(data):
+                data = data[: end - offset]
+            return os.pwrite(fd, data, offset)
+        except OSError as error:
+            raise from_os_error(error, "storing pages") from error
+
+    def create_page(self, idx: int) -> None:
+        """Store a zero page unless there is a page already. Raises OutOfBounds and NoRoom."""
+        if not self.holds(idx):
+            if (idx + 1) * self._page_size > self.size:
+                raise OutOfBounds(f"the backup ends at page {self.size // self._page_size}")
+            self.write(idx * self._page_size, b"\0")
+
+    def zero(self, idx: int, start: int) -> None:
+        """Make the bytes of a page that is there zeros, from byte `start` of it on."""
+        if start < self._page_size:
+            self.write(idx * self._page_size + start, bytes(self._page_size - start))
+
+    def drop_range(self, first: int, past: int) -> None:
+        """Release the pages from index `first` on, up to before index `past`."""
+        try:
+            fd = self._store.descriptor(self._id)
+            linux.punch_hole(fd, first * self._page_size, (past - first) * self._page_size)
+        except OSError as error:
+            raise from_os_error(error, "dropping pages") from error
+
+    def truncate(self, size: int) -> None:
+        """Drop every page past byte `size` and make the rest of the page that it lies in zeros. Its size stays."""
+        whole = self.size
+        if size > whole:
+            raise OutOfBounds(f"the backup ends at byte {whole}")
+        first, rest = divmod(size, self._page_size)
+        if rest and self.holds(first):
+            self.zero(first, rest)
+        first += bool(rest)
+        if (past := -(-whole // self._page_size)) > first:
+            self.drop_range(first, past)
+
+    def resize(self, size: int) -> None:
+        """Change the bytes that the backup spans: to more at any time, to less only over pages that do not exist."""
+        if size < self.size and self.extent(size // self._page_size) is not None:
+            raise InvalidArgument(f"pages are stored past byte {size}; drop them first")
+        try:
+            os.ftruncate(self._store.descriptor(self._id), size)
+        except OSError as error:
+            raise from_os_error(error, "changing the size of a backup") from error
+
+    # --- within ---
+
+    def _check_index(self, idx: int, count: int) -> None:
+        limit = self.size // self._page_size
+        if idx > limit - count:
+            raise InvalidArgument(f"index {idx} and {count} pages do not lie within the backup's {limit} pages")
+
+    def _runs(self, handles: Uint64Array) -> list[tuple[int, int]]:
+        """The runs of consecutive handles in an array, as (first index, index past the last)."""
+        if not isinstance(handles, np.ndarray) or handles.ndim != 1:
+            raise InvalidArgument("handles must be an array of uint64 of one dimension")
+        indices = _valid(handle_to_index, handles)
+        if not len(indices):
+            return []
+        breaks = np.flatnonzero(np.diff(indices) != 1)
+        firsts, lasts = indices[np.concatenate(([0], breaks + 1))], indices[np.concatenate((breaks, [-1]))]
+        return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
+
+    def _copy(self, dst: memoryview, idx: int) -> None:
+        """Fill `dst` from the page at an index on."""
+        done = 0
+        try:
+            while done < len(dst):
+                fd = self._store.descriptor(self._id)
+                if not (read := os.preadv(fd, [dst[done:]], idx * self._page_size + done)):
+                    raise PageAbsent("the backup was made smaller meanwhile")
+                done += read
+        except OSError as error:
+            raise from_os_error(error, "copying a page") from error
+
+    def _is_full(self, offset: int, end: int) -> bool:
+        """Whether every page that a range touches exists, so that storing into it takes no room."""
+        idx, past = offset // self._page_size, -(-end // self._page_size)
+        while idx < past:
+            found = self.extent(idx)
+            if found is None or found[0] != idx:
+                return False
+            idx = found[1]
+        return True
+
+    def _allocate(self, fd: int, offset: int, end: int) -> int:
+        """Allocate whole pages of several base pages each, so that none is stored in part. Gives where room ends."""
+        page_size = self._page_size
+        first, past = offset // page_size * page_size, -(-end // page_size) * page_size
+        try:
+            linux.reserve_range(fd, first, past - first)
+            return end
+        except OSError as error:
+            if error.errno != errno.ENOSPC or past - first == page_size:
+                raise
+        for start in range(first, past, page_size):
+            try:
+                linux.reserve_range(fd, start, page_size)
+            except OSError as error:
+                if error.errno != errno.ENOSPC or start == first:
+                    raise
+                return start
+        return end
+
+
+def _valid(convert: Callable[[IntOrArray], IntOrArray], value: IntOrArray) -> IntOrArray:
+    """What a function of ``handles`` makes of a value."""
+    try:
+        return convert(value)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from None
+
+
+def _flat(buffer: "Buffer") -> memoryview:
+    """The bytes of a contiguous buffer."""
+    try:
+        return memoryview(buffer).cast("B")
+    except TypeError as error:
+        raise InvalidArgument(f"a contiguous buffer is needed: {error}") from None

@@ -1,0 +1,150 @@
+"""What can go wrong, and the one table from that to errno.
+
+The model raises these; the FUSE face turns them into the errno of the table, a program that uses the Python API catches
+them by class. Each carries a sentence for a person.
+"""
+
+import errno
+
+__all__ = [
+    "BackupAbsent",
+    "BackupEnded",
+    "BackupExists",
+    "BackupNotEmpty",
+    "InvalidArgument",
+    "NameTooLong",
+    "NoRoom",
+    "NoSuchAttribute",
+    "NoSuchName",
+    "NotPermitted",
+    "NotSupported",
+    "OutOfBounds",
+    "PageAbsent",
+    "PageDropped",
+    "ReadOnlyEntry",
+    "StoreFailed",
+    "TooLong",
+    "TtmfsError",
+    "WrongParent",
+    "errno_of",
+    "from_os_error",
+]
+
+
+class TtmfsError(Exception):
+    """Whatever ttmfs itself refuses or fails at."""
+
+
+class InvalidArgument(TtmfsError, ValueError):
+    """An index outside the backup, a page of the wrong size, a name that no backup may have."""
+
+
+class PageAbsent(TtmfsError, LookupError):
+    """The handle holds no page."""
+
+
+class BackupAbsent(TtmfsError, LookupError):
+    """No backup has that name."""
+
+
+class NoSuchName(TtmfsError, LookupError):
+    """The name looked up cannot stand for anything there."""
+
+
+class NoSuchAttribute(TtmfsError, LookupError):
+    """No extended attribute of that name can be had there."""
+
+
+class BackupExists(TtmfsError):
+    """The name is taken by another backup."""
+
+
+class BackupNotEmpty(TtmfsError):
+    """The backup still holds pages."""
+
+
+class BackupEnded(TtmfsError):
+    """The backup was ended (fini, rmdir) after the caller got hold of it."""
+
+
+class PageDropped(TtmfsError):
+    """The page was dropped after the caller opened it."""
+
+
+class NoRoom(TtmfsError):
+    """The budget, the memory reserve or the number of backups is used up."""
+
+
+class OutOfBounds(TtmfsError):
+    """A page, or bytes, past the end of the backup, or bytes past the end of a page."""
+
+
+class NotPermitted(TtmfsError):
+    """No one may do this here, whatever the mode bits say."""
+
+
+class ReadOnlyEntry(TtmfsError):
+    """The entry can be read only."""
+
+
+class WrongParent(TtmfsError):
+    """A page cannot be renamed: it belongs to its backup and its index."""
+
+
+class NameTooLong(TtmfsError):
+    """A backup's name has at most 255 bytes."""
+
+
+class TooLong(TtmfsError):
+    """The answer is longer than an extended attribute may be."""
+
+
+class NotSupported(TtmfsError):
+    """This system, kernel or daemon cannot do it."""
+
+
+class StoreFailed(TtmfsError):
+    """The store below failed; ``__cause__`` is its OSError."""
+
+
+ERRNO: dict[type[TtmfsError], int] = {
+    InvalidArgument: errno.EINVAL,
+    PageAbsent: errno.ENOENT,  # the kernel reads zeros from such a handle; a directory must not show what is not there
+    BackupAbsent: errno.ENOENT,
+    NoSuchName: errno.ENOENT,
+    NoSuchAttribute: errno.ENODATA,
+    BackupExists: errno.EEXIST,
+    BackupNotEmpty: errno.ENOTEMPTY,
+    BackupEnded: errno.ESTALE,
+    PageDropped: errno.ESTALE,  # not ENOENT: on ESTALE from open the VFS looks the name up once more by itself
+    NoRoom: errno.ENOSPC,
+    OutOfBounds: errno.EFBIG,  # as at RLIMIT_FSIZE; EINVAL would make tools blame their own flags
+    NotPermitted: errno.EPERM,
+    ReadOnlyEntry: errno.EACCES,
+    WrongParent: errno.EXDEV,  # what makes mv copy and remove instead
+    NameTooLong: errno.ENAMETOOLONG,
+    TooLong: errno.E2BIG,
+    NotSupported: errno.EOPNOTSUPP,
+    StoreFailed: errno.EIO,
+}
+
+
+def errno_of(error: TtmfsError) -> int:
+    """The errno that stands for an error at the mount."""
+    return ERRNO[type(error)]
+
+
+def from_os_error(error: OSError, what: str) -> TtmfsError:
+    """What an OSError of the store means to a caller. Raise it ``from`` the OSError, which is its cause."""
+    match error.errno:
+        # ENOMEM is a memory cgroup that can reclaim nothing more: no room, and nothing is wrong with the store.
+        case errno.ENOSPC | errno.EDQUOT | errno.ENOMEM:
+            return NoRoom(f"{what}: no room is left in the store")
+        case errno.EFBIG:
+            return OutOfBounds(f"{what}: larger than the store's files can be")
+        case errno.ENAMETOOLONG:
+            return NameTooLong(f"{what}: the name is too long")
+        case errno.EPERM | errno.EACCES:
+            return NotPermitted(f"{what}: {error.strerror}")
+        case _:
+            return StoreFailed(f"{what}: {error.strerror or error}")

@@ -1,0 +1,115 @@
+"""Indices, handles, tagged pointers and page names: arithmetic alone.
+
+A caller of a TTM backup numbers its pages by *index*, from 0. The backup answers with a *handle*, index + 1, so that 0
+never is one. While a page is backed up its slot in the caller's page array holds the handle as a *tagged pointer*,
+``handle << 1 | 1``: page addresses are even, so bit 0 tells the two apart. A handle of 0 in a tagged pointer means
+"already restored". All this is Linux' own: ``include/drm/ttm/ttm_backup.h`` and ``drivers/gpu/drm/ttm/ttm_pool.c``.
+
+Those functions take an int or a numpy array of uint64 and answer in kind. A value that cannot be what it is said to be
+raises ValueError: nothing is converted silently.
+"""
+
+import re
+from typing import TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "IntOrArray",
+    "Uint64Array",
+    "format_ranges",
+    "handle_to_index",
+    "handle_to_page_ptr",
+    "index_to_handle",
+    "page_name",
+    "page_ptr_is_handle",
+    "page_ptr_to_handle",
+    "parse_page_name",
+    "parse_ranges",
+]
+
+Uint64Array = NDArray[np.uint64]
+
+IntOrArray = TypeVar("IntOrArray", int, Uint64Array)
+
+_UINT64_MAX = 2**64 - 1
+_CANONICAL = re.compile(rb"[1-9][0-9]*", re.ASCII)
+_RANGE = re.compile(r"([1-9][0-9]{0,18})(?:-([1-9][0-9]{0,18}))?", re.ASCII)
+
+
+def _checked(value: IntOrArray, what: str, low: int, high: int) -> IntOrArray:
+    """Give `value` back if it is an int or a uint64 array within low … high."""
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint64:
+            raise ValueError(f"{what}: an array must be of dtype uint64, not {value.dtype}")
+        if value.size and not (low <= int(value.min()) and int(value.max()) <= high):
+            raise ValueError(f"{what}: every element must lie between {low} and {high}")
+    elif not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise ValueError(  # noqa: TRY004 # one kind of refusal for callers to catch
+            f"{what}: must be an int or an array of uint64, not {type(value).__name__}"
+        )
+    elif not low <= value <= high:
+        raise ValueError(f"{what}: {value} does not lie between {low} and {high}")
+    return value if isinstance(value, np.ndarray) else int(value)
+
+
+def index_to_handle(idx: IntOrArray) -> IntOrArray:
+    """The handle of the page at an index: ``idx + 1``, never 0."""
+    return _checked(idx, "index", 0, _UINT64_MAX - 1) + 1
+
+
+def handle_to_index(handle: IntOrArray) -> IntOrArray:
+    """The index that a handle stands for: ``handle - 1``."""
+    return _checked(handle, "handle", 1, _UINT64_MAX) - 1
+
+
+def handle_to_page_ptr(handle: IntOrArray) -> IntOrArray:
+    """The tagged pointer that keeps a handle in a page array: ``handle << 1 | 1``. Handle 0: already restored."""
+    return _checked(handle, "handle", 0, _UINT64_MAX >> 1) << 1 | 1
+
+
+@overload
+def page_ptr_is_handle(ptr: int) -> bool: ...
+@overload
+def page_ptr_is_handle(ptr: Uint64Array) -> NDArray[np.bool_]: ...
+def page_ptr_is_handle(ptr: int | Uint64Array) -> bool | NDArray[np.bool_]:
+    """Whether a slot of a page array holds a handle (bit 0 set) rather than a page's address or nothing."""
+    if isinstance(ptr, np.ndarray):
+        return _checked(ptr, "page pointer", 0, _UINT64_MAX) & 1 == 1
+    return _checked(ptr, "page pointer", 0, _UINT64_MAX) & 1 == 1
+
+
+def page_ptr_to_handle(ptr: IntOrArray) -> IntOrArray:
+    """The handle in a tagged pointer. A pointer without the tag is refused: it is a page's address."""
+    if not np.all(page_ptr_is_handle(ptr)):
+        raise ValueError("page pointer: bit 0 is clear, so this is the address of a page and no handle")
+    return ptr >> 1
+
+
+def page_name(handle: int) -> bytes:
+    """The name of a page's file: its handle in decimal."""
+    return b"%d" % handle
+
+
+def parse_page_name(name: bytes) -> int | None:
+    """The handle that a file name stands for; None if it is not one in canonical decimal (no sign, no leading zero)."""
+    return int(name) if _CANONICAL.fullmatch(name) else None
+
+
+def parse_ranges(text: str) -> list[tuple[int, int]]:
+    """The (first, last) pairs of a list of handles such as ``1-100,205``, in the order given."""
+    pairs = []
+    for part in text.strip().split(","):
+        if not (match := _RANGE.fullmatch(part.strip())):
+            raise ValueError(f"{part.strip()!r} is no handle and no range of handles such as 1-100")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"the range {part.strip()} runs backwards")
+        pairs.append((first, last))
+    return pairs
+
+
+def format_ranges(pairs: list[tuple[int, int]]) -> str:
+    """What :func:`parse_ranges` reads back: ``1-100,205``."""
+    return ",".join(f"{first}-{last}" if first != last else str(first) for first, last in pairs)

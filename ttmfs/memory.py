@@ -1,0 +1,115 @@
+"""What the machine, and the control group of this process, can still give. Read anew at every call, in bytes."""
+
+import os
+import time
+from pathlib import Path
+
+__all__ = ["Reserve", "available", "bytes_avail"]
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_NO_LIMIT = 1 << 60  # cgroup v1 writes "none" as the largest number of pages
+
+
+def bytes_avail() -> int:
+    """Free swap in bytes, 0 without swap: ``ttm_backup_bytes_avail()``. A hint: backing up works at 0 too."""
+    return _meminfo()["SwapFree"]
+
+
+def available() -> int:
+    """What can be stored before something must be killed: MemAvailable + SwapFree, or what a control group leaves."""
+    meminfo = _meminfo()
+    swap = meminfo["SwapFree"]
+    return min([meminfo["MemAvailable"] + swap, *(_headroom(group, swap) for group in _control_groups())])
+
+
+class Reserve:
+    """Memory and swap that storing pages must leave free.
+
+    Asking the kernel costs as much as storing several pages, so an answer serves for a tenth of a second or until a
+    quarter of what it left has been given out, whichever ends first.
+    """
+
+    LIFETIME = 100_000_000  # ns
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._left = 0
+        self._expires = 0
+
+    def headroom(self) -> int:
+        """Bytes that may be stored before the reserve is touched, as of now."""
+        return max(0, available() - self.size)
+
+    def admits(self, size: int) -> bool:
+        """Whether `size` more bytes may be stored."""
+        now = time.monotonic_ns()
+        if size > self._left or now > self._expires:
+            headroom = self.headroom()
+            self._expires = now + self.LIFETIME
+            self._left = max(headroom // 4, size) if size <= headroom else 0
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
+
+def _meminfo() -> dict[str, int]:
+    wanted = {"MemAvailable", "SwapFree"}
+    with open("/proc/meminfo", encoding="ascii") as file:
+        rows = (line.split() for line in file)
+        return {row[0][:-1]: int(row[1]) * 1024 for row in rows if row[0][:-1] in wanted}
+
+
+def _control_groups() -> list[Path]:
+    """The memory control group of this process and its ancestors, as far as they can be seen."""
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+        rows = [line.rstrip("\n").split(":", 2) for line in file]
+    for _, controllers, path in rows:
+        if "memory" in controllers.split(","):
+            root = _CGROUPS / "memory"
+        elif not controllers and (_CGROUPS / "cgroup.controllers").exists():
+            root = _CGROUPS
+        else:
+            continue
+        group = root / path.lstrip("/")
+        return [g for g in (group, *group.parents) if g.is_relative_to(root) and g.is_dir()]
+    return []
+
+
+def _headroom(group: Path, swap_free: int) -> int:
+    """What one control group lets its members still charge, with what it can reclaim and swap out counted in."""
+    if (usage := _number(group / "memory.current")) is not None:  # v2
+        limit, swap_limit = _number(group / "memory.max"), _number(group / "memory.swap.max")
+        swap = swap_free
+        if swap_limit is not None:
+            swap = min(swap_free, max(0, swap_limit - (_number(group / "memory.swap.current") or 0)))
+        return _NO_LIMIT if limit is None else limit - usage + _page_cache(group, "") + swap
+    if (usage := _number(group / "memory.usage_in_bytes")) is None:
+        return _NO_LIMIT  # the root group of v2, which has no limits
+    limit, both = _number(group / "memory.limit_in_bytes"), _number(group / "memory.memsw.limit_in_bytes")
+    headroom = _NO_LIMIT
+    if limit is not None and limit < _NO_LIMIT:
+        headroom = limit - usage + _page_cache(group, "total_") + swap_free
+    if both is not None and both < _NO_LIMIT:
+        used = _number(group / "memory.memsw.usage_in_bytes") or 0
+        headroom = min(headroom, both - used + _page_cache(group, "total_"))
+    return headroom
+
+
+def _page_cache(group: Path, prefix: str) -> int:
+    """The file pages of a group, which the kernel drops before it swaps. Shmem is not among them."""
+    names = {f"{prefix}inactive_file", f"{prefix}active_file"}
+    try:
+        rows = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return sum(int(row[1]) for row in rows if row[0] in names)
+    except OSError:
+        return 0
+
+
+def _number(path: os.PathLike[str]) -> int | None:
+    """The number in a control file; None for "max" or where there is no such file."""
+    try:
+        text = Path(path).read_text().strip()
+    except OSError:
+        return None
+    return None if text == "max" else int(text)

@@ -1,0 +1,286 @@
+"""The pyfuse3 face: it translates between pyfuse3's types and the tree's, and does nothing else.
+
+Every handler goes through one wrapper, which turns the model's errors into errno, counts, times and logs. An unforeseen
+exception is EIO to the caller and a traceback in the log; the mount lives on. (Anything but FUSEError that left a
+handler would end pyfuse3's loop and with it the mount.)
+"""
+
+import errno
+import logging
+import stat
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
+from functools import wraps
+from typing import Any, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
+
+from .errors import NotPermitted, StoreFailed, TtmfsError, errno_of
+from .metrics import Metrics
+from .pool import NAME_MAX, Pool
+from .tree import Attributes, Tree
+
+__all__ = ["Operations"]
+
+log = logging.getLogger(__name__)
+
+Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
+
+LIFETIME = 1.0
+"""Seconds for which the kernel may keep a name and its attributes: so late may it learn what .shmem changed."""
+
+
+def guarded(handler: Handler) -> Handler:
+    """The wrapper round every operation."""
+    name = handler.__name__
+
+    @wraps(handler)
+    async def operation(self: "Operations", *arguments: Any) -> Any:
+        start = time.perf_counter_ns()
+        try:
+            answer = await handler(self, *arguments)
+        except FUSEError:
+            raise
+        except TtmfsError as error:
+            raise FUSEError(self.refused(name, error)) from None
+        except Exception:
+            log.exception("%s%s failed unforeseen; the caller gets EIO", name, _brief(arguments))
+            self.metrics.errors[name, errno.EIO] += 1
+            raise FUSEError(errno.EIO) from None
+        finally:
+            self.metrics.operations[name] += 1
+            self.metrics.nanoseconds[name] += time.perf_counter_ns() - start
+            if self.debug:
+                log.debug("%s%s", name, _brief(arguments))
+        return answer
+
+    return operation  # type: ignore[return-value]
+
+
+def _brief(arguments: tuple[Any, ...]) -> str:
+    """The arguments of a handler for the log, page contents left out."""
+
+    def brief(argument: Any) -> str:
+        if isinstance(argument, RequestContext):
+            return f"pid={argument.pid}"
+        if isinstance(argument, bytes) and len(argument) > NAME_MAX:
+            return f"<{len(argument)} bytes>"
+        return repr(argument) if isinstance(argument, int | bytes | None) else type(argument).__name__
+
+    return f"({', '.join(map(brief, arguments))})"
+
+
+class Operations(pyfuse3.Operations):
+    """The request handlers of one mount. ``init`` is called when the kernel's first request has come."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(
+        self, tree: Tree, pool: Pool, metrics: Metrics, *, init: Callable[[], None], lifetime: float, debug: bool
+    ) -> None:
+        super().__init__()
+        self.tree = tree
+        self.pool = pool
+        self.metrics = metrics
+        self.debug = debug
+        self._init = init
+        self.lifetime = lifetime
+        self._logged: set[str] = set()
+
+    def init(self) -> None:
+        self._init()
+
+    def refused(self, operation: str, error: TtmfsError) -> int:
+        """The errno for an error of the model, counted, and logged if someone should look at it."""
+        number = errno_of(error)
+        self.metrics.errors[operation, number] += 1
+        if isinstance(error, StoreFailed) and str(error) not in self._logged:
+            self._logged.add(str(error))
+            log.error("%s; callers get EIO (said once)", error)
+        elif self.debug:
+            log.debug("%s: %s: %s", operation, errno.errorcode[number], error)
+        return number
+
+    def _entry(self, ino: int, attributes: Attributes) -> EntryAttributes:
+        entry = EntryAttributes()
+        self._fill(entry, attributes)
+        entry.st_ino = ino
+        return entry
+
+    def _fill(self, entry: EntryAttributes, attributes: Attributes) -> None:
+        entry.st_mode, entry.st_nlink, entry.st_size, entry.st_blocks = attributes[:4]
+        entry.st_uid, entry.st_gid, entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = attributes[4:]
+        entry.st_blksize = self.pool.page_size
+        entry.entry_timeout = entry.attr_timeout = self.lifetime
+
+    # --- names ---
+
+    @guarded
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(*await self.tree.lookup(parent_inode, name))  # ENOENT, not inode 0: it has no lifetime
+
+    @guarded
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(inode, self.tree.attributes(inode))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Nothing is kept for an inode; unguarded, since it must not raise and answers no one."""
+
+    @guarded
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        if fields.update_size:
+            self.tree.truncate(inode, attr.st_size)
+        self.tree.change(
+            inode,
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return self._entry(inode, self.tree.attributes(inode))
+
+    @guarded
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return self.tree.target(inode)
+
+    # --- making and removing ---
+
+    @guarded
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(*await self.tree.make_backup(parent_inode, name, mode, ctx.uid, ctx.gid))
+
+    @guarded
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self.tree.remove_backup(parent_inode, name)
+
+    @guarded
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        await self.tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    @guarded
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        self.tree.drop_page(parent_inode, name)
+
+    @guarded
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        fh, ino, attributes = self.tree.create_page(parent_inode, name, flags)
+        return _file(fh), self._entry(ino, attributes)
+
+    @guarded
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        if not stat.S_ISREG(mode):
+            raise NotPermitted("a backup holds pages, no devices, pipes or sockets")
+        _, ino, attributes = self.tree.create_page(parent_inode, name, 0)
+        return self._entry(ino, attributes)
+
+    @guarded
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        raise NotPermitted("no links can be made here")
+
+    @guarded
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        raise NotPermitted("no links can be made here")
+
+    # --- files ---
+
+    @guarded
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return _file(self.tree.open(inode, flags))
+
+    @guarded
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return self.tree.read(fh, off, size)
+
+    @guarded
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return self.tree.write(fh, off, buf)
+
+    @guarded
+    async def flush(self, fh: int) -> None:
+        raise FUSEError(errno.ENOSYS)  # the kernel asks no more: a close is a round trip less
+
+    @guarded
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """What was written is in the store already. Writeback to swap is best effort and never an error."""
+
+    @guarded
+    async def release(self, fh: int) -> None:
+        self.tree.close(fh)
+
+    # --- directories ---
+
+    @guarded
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return self.tree.open_directory(inode)
+
+    @guarded
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        filled, last = EntryAttributes(), None
+        with closing(self.tree.listing(fh, start_id)) as entries:
+            for name, ino, attributes, next_id in entries:
+                if attributes is not last:
+                    self._fill(filled, attributes)
+                    last = attributes
+                filled.st_ino = ino
+                if not pyfuse3.readdir_reply(token, name, filled, next_id):
+                    return
+
+    @guarded
+    async def releasedir(self, fh: int) -> None:
+        self.tree.close_directory(fh)
+
+    @guarded
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """Names are in the store as soon as they are made."""
+
+    # --- the whole, and extended attributes ---
+
+    @guarded
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        room, page_size = self.pool.room(), self.pool.page_size
+        answer = StatvfsData()
+        answer.f_bsize = answer.f_frsize = page_size
+        answer.f_blocks = room.size // page_size
+        answer.f_bfree = room.free // page_size
+        answer.f_bavail = room.available // page_size
+        answer.f_files = room.files
+        answer.f_ffree = answer.f_favail = room.files_free
+        answer.f_namemax = NAME_MAX
+        return answer
+
+    @guarded
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        return self.tree.get_attribute(inode, name)
+
+    @guarded
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        self.tree.set_attribute(inode, name, value, ctx.uid)
+
+    @guarded
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        return ()  # hidden, as CephFS' virtual ones are: a tool that copies all it finds would fail at them
+
+    @guarded
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        self.tree.remove_attribute(inode, name)
+
+
+def _file(fh: int) -> FileInfo:
+    """An open file: direct I/O, so that every read reaches the store and nothing is kept twice."""
+    return FileInfo(fh=fh, direct_io=True, keep_cache=False)

@@ -1,0 +1,267 @@
+"""The mount options: one table, from which parsing, checking, ``--help`` and ``.config`` are made; and the exit codes.
+
+``size``, ``nr_inodes``, ``mode``, ``uid`` and ``gid`` mean what they mean to tmpfs (tmpfs(5)). Options of mount(8) that
+speak to the kernel are handed to fusermount3; those that speak to mount(8) and systemd alone are accepted and left.
+"""
+
+import difflib
+import enum
+import grp
+import os
+import pwd
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+__all__ = [
+    "BASE_PAGE_SIZE",
+    "TABLE",
+    "ExitCode",
+    "Option",
+    "OptionError",
+    "Options",
+    "format_size",
+    "help_text",
+    "parse_size",
+]
+
+BASE_PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
+LARGEST_PAGE_SIZE = 2 << 20
+
+_SUFFIXES = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_SIZE = re.compile(r"([0-9]{1,19})([kmgt]?)", re.IGNORECASE | re.ASCII)
+_PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
+_LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # what a file offset can reach
+
+KERNEL_FLAGS = frozenset("rw suid nosuid dev nodev exec noexec async sync dirsync atime noatime".split())
+"""What fusermount3 3.14 hands on to the kernel."""
+
+IGNORED = frozenset(
+    "defaults auto noauto user nouser users owner group nofail _netdev relatime norelatime strictatime nostrictatime "
+    "lazytime nolazytime diratime nodiratime silent loud".split()
+)
+"""Options of mount(8) and systemd that ask nothing of a filesystem, or nothing of one whose reads keep no times."""
+
+IGNORED_PREFIXES = ("x-", "X-", "comment=")
+
+
+class ExitCode(enum.IntEnum):
+    """How ``mount.py`` ends: mount(8)'s codes, since mount(8) may be who asks."""
+
+    OK = 0
+    USAGE = 1
+    SYSTEM = 2
+    BUG = 4
+    INTERRUPTED = 8
+    FAILED = 32
+
+    @property
+    def meaning(self) -> str:
+        """A sentence for ``--help`` and the manual."""
+        return {
+            self.OK: "the mount answers; with -f: it was unmounted",
+            self.USAGE: "a wrong option or argument",
+            self.SYSTEM: "the system lacks something: /dev/fuse, fusermount3, memory, a right",
+            self.BUG: "a fault in ttmfs itself",
+            self.INTERRUPTED: "interrupted before the mount answered",
+            self.FAILED: "the mount failed",
+        }[self]
+
+
+class OptionError(ValueError):
+    """An option that ttmfs does not know, or a value that it cannot take. The text says what to write instead."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``4096``, ``64k``, ``4G`` (powers of 1024) or ``50%`` (of the machine's RAM)."""
+    if match := _PERCENT.fullmatch(text):
+        return int(match[1]) * os.sysconf("SC_PHYS_PAGES") // 100 * BASE_PAGE_SIZE
+    if not (match := _SIZE.fullmatch(text)):
+        raise OptionError(f"{text!r} is no size: write a whole number of bytes, or with k, m, g, t or % behind it")
+    if (size := int(match[1]) << _SUFFIXES[match[2].lower()]) > _LARGEST_SIZE:
+        raise OptionError(f"{text} is more than a file can hold")
+    return size
+
+
+def format_size(size: int) -> str:
+    """The shortest text that :func:`parse_size` reads back as `size`."""
+    for suffix, shift in reversed(_SUFFIXES.items()):
+        if size and not size % (1 << shift):
+            return f"{size >> shift}{suffix}"
+    return str(size)
+
+
+def _parse_positive_size(text: str) -> int:
+    if not (size := parse_size(text)):
+        raise OptionError(
+            "0 is not offered: to tmpfs it means no limit, which lets any writer use up the machine's memory"
+        )
+    return size
+
+
+def _parse_count(text: str) -> int:
+    if "%" in text:
+        raise OptionError(f"{text!r} is no number: write one such as 10000 or 64k")
+    return parse_size(text)
+
+
+def _parse_mode(text: str) -> int:
+    if not re.fullmatch(r"0?[0-7]{1,4}", text, re.ASCII):
+        raise OptionError(f"{text!r} is no mode: write it in octal, such as 0755 or 1777")
+    return int(text, 8)
+
+
+def _parse_id(text: str, kind: str, look_up: Callable[[str], int]) -> int:
+    if re.fullmatch(r"[0-9]{1,10}", text, re.ASCII):
+        if int(text) > 2**32 - 2:
+            raise OptionError(f"{text} is no {kind} id: the largest is {2**32 - 2}")
+        return int(text)
+    try:
+        return look_up(text)
+    except (KeyError, ValueError):
+        raise OptionError(f"{text!r} is no {kind} of this machine") from None
+
+
+def _parse_uid(text: str) -> int:
+    return _parse_id(text, "user", lambda name: pwd.getpwnam(name).pw_uid)
+
+
+def _parse_gid(text: str) -> int:
+    return _parse_id(text, "group", lambda name: grp.getgrnam(name).gr_gid)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table: an option of ttmfs' own."""
+
+    name: str
+    value: str  # what stands for the value in --help; "" for a flag, which takes none
+    parse: Callable[[str], Any]
+    show: Callable[[Any], str]
+    help: str
+
+
+def _flag(name: str, help_: str) -> Option:
+    return Option(name, "", lambda _: True, str, help_)
+
+
+TABLE = {
+    option.name: option
+    for option in (
+        Option("size", "SIZE", _parse_positive_size, format_size, "what all backups together may hold (50% of RAM)"),
+        Option("nr_inodes", "N", _parse_count, str, "number of backups, plus 1; 0: no limit (as for tmpfs)"),
+        Option("mode", "MODE", _parse_mode, "{:04o}".format, "mode of the root directory, in octal (0755)"),
+        Option("uid", "UID", _parse_uid, str, "owner of the root directory (who mounts)"),
+        Option("gid", "GID", _parse_gid, str, "group of the root directory (who mounts)"),
+        Option("backup_size", "SIZE", _parse_positive_size, format_size, "size of a backup that mkdir makes (size)"),
+        Option("page_size", "SIZE", parse_size, format_size, "bytes a page, a power of two up to 2m (the system's)"),
+        Option("reserve", "SIZE", parse_size, format_size, "memory and swap that storing leaves free (64m)"),
+        _flag("allow_other", "let other users in, as far as the mode bits allow"),
+        _flag("ro", "mount read-only"),
+        _flag("debug", "log every operation"),
+    )
+}
+"""ttmfs' own options by name; in brackets the default."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one mount, complete and consistent. Sizes are bytes."""
+
+    size: int = 0  # 0: half of the machine's RAM
+    nr_inodes: int | None = None  # None: as many as tmpfs gives
+    mode: int = 0o755
+    uid: int | None = None  # None: who mounts
+    gid: int | None = None
+    backup_size: int = 0  # 0: the same as size
+    page_size: int = BASE_PAGE_SIZE
+    reserve: int = 64 << 20
+    allow_other: bool = False
+    ro: bool = False
+    debug: bool = False
+    kernel: tuple[str, ...] = ()  # flags for fusermount3
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults that follow from others, and check what no single value shows."""
+        if not BASE_PAGE_SIZE <= self.page_size <= LARGEST_PAGE_SIZE or self.page_size.bit_count() != 1:
+            raise OptionError(
+                f"page_size={format_size(self.page_size)}: must be a power of two from "
+                f"{format_size(BASE_PAGE_SIZE)} to {format_size(LARGEST_PAGE_SIZE)}"
+            )
+        for name, own in ("uid", os.geteuid()), ("gid", os.getegid()):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, own)
+        for name, size in ("size", self.size or parse_size("50%")), ("backup_size", self.backup_size or self.size):
+            # Whole pages, rounded up as tmpfs rounds its own size.
+            object.__setattr__(self, name, -(-size // self.page_size) * self.page_size)
+
+    @classmethod
+    def parse(cls, *texts: str) -> Self:
+        r"""Read ``-o`` strings, ``name=value`` and flags between commas; ``\,`` is a comma within a value.
+
+        Of an option given twice the last counts, as for mount(8).
+        """
+        values: dict[str, Any] = {}
+        kernel: dict[str, None] = {}
+        for word in (word for text in texts for word in _split(text)):
+            name, equals, text = word.partition("=")
+            if option := TABLE.get(name):
+                if bool(option.value) != bool(equals):
+                    raise OptionError(f"{name} needs a value: {name}={option.value}" if option.value else
+                                      f"{name} is a flag and takes no value")  # fmt: skip
+                try:
+                    values[name] = option.parse(text)
+                except OptionError as error:
+                    raise OptionError(f"{name}: {error}") from None
+            elif word in KERNEL_FLAGS:
+                if word == "rw":
+                    values.pop("ro", None)
+                else:
+                    kernel[word] = None
+            elif word not in IGNORED and not word.startswith(IGNORED_PREFIXES):
+                raise OptionError(f"unknown option {word!r}{_near(name)}; --help lists all")
+        return cls(**values, kernel=tuple(kernel))
+
+    def show(self) -> str:
+        """What differs from the default, as an ``-o`` string that :meth:`parse` reads back."""
+        default = Options(page_size=self.page_size, size=self.size)
+        words = []
+        for name, option in TABLE.items():
+            value = getattr(self, name)
+            if value != getattr(Options() if name in ("size", "page_size") else default, name):
+                words.append(f"{name}={option.show(value)}" if option.value else name)
+        return ",".join((*words, *self.kernel))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every option and its value in force, for ``.config``. Modes are octal text, as they are written."""
+        return {**asdict(self), "mode": TABLE["mode"].show(self.mode), "kernel": list(self.kernel)}
+
+
+def _split(text: str) -> list[str]:
+    """The words between commas, without empty ones."""
+    return [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|[^,\\]|\\$)+", text, re.DOTALL)]
+
+
+def _near(name: str) -> str:
+    known = [*TABLE, *KERNEL_FLAGS, *IGNORED]
+    match = difflib.get_close_matches(name, known, 1)
+    return f", perhaps {match[0]!r}" if match else ""
+
+
+def help_text() -> str:
+    """The options and the exit codes, for ``--help``."""
+    rows = [(o.name + ("=" + o.value if o.value else ""), o.help) for o in TABLE.values()]
+    options = "\n".join(f"  {name:<18} {help_}" for name, help_ in rows)
+    codes = "\n".join(f"  {code.value:<3} {code.meaning}" for code in ExitCode)
+    return f"""\
+options (in brackets the default):
+{options}
+
+  SIZE is in bytes, or a whole number with k, m, g or t behind it, or with % for a part of the machine's RAM.
+  Options of mount(8) itself (rw, nosuid, nodev, noexec, noatime, _netdev, nofail, x-..., ...) are accepted.
+
+exit status:
+{codes}
+
+SIGTERM, SIGINT, umount(8) and "fusermount3 -u" end the mount and release every page."""

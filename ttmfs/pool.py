@@ -1,0 +1,155 @@
+"""The backups of one store by name, and the room that is left for them.
+
+Concurrency: one thread; nothing is awaited between looking and acting, so each method happens at once.
+"""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from . import memory
+from .backup import Backup
+from .errors import BackupAbsent, BackupNotEmpty, InvalidArgument, NameTooLong
+from .memory import Reserve
+from .options import OptionError, Options
+from .store import Store
+
+__all__ = ["Pool", "Room", "bytes_avail", "open_pool"]
+
+bytes_avail = memory.bytes_avail
+
+NAME_MAX = 255
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a pool holds and may still take, at one moment. Bytes, but for the counts."""
+
+    size: int  # the budget
+    stored: int
+    available: int  # what can be stored before the budget or the memory reserve is touched
+    backups: int  # count
+    files: int  # count; inodes of the store, used or not, as nr_inodes counts them; 0: no limit
+    files_free: int  # count
+
+    @property
+    def free(self) -> int:
+        """What the budget leaves."""
+        return self.size - self.stored
+
+
+class Pool:
+    """Backups by name. :func:`open_pool` makes one of its own; a mount has one too."""
+
+    def __init__(self, store: Store, options: Options) -> None:
+        self.page_size = options.page_size
+        self.backup_size = options.backup_size
+        self.store = store
+        self._reserve = Reserve(options.reserve)
+
+    # --- backups ---
+
+    async def create(self, name: str, size: int | None = None, *, mode: int = 0o755, uid: int | None = None,
+                     gid: int | None = None) -> Backup:  # fmt: skip
+        """Make an empty backup of `size` bytes (default: the pool's backup_size). ``ttm_backup_shmem_create()``.
+
+        The size is rounded up to whole pages and takes no memory. Raises BackupExists, NoRoom (the number of backups is
+        used up), InvalidArgument (size, or a name that is empty, begins with a dot or has a slash) and NameTooLong.
+        """
+        _check_name(name)
+        size = self.backup_size if size is None else self.whole_pages(size)
+        uid, gid = os.geteuid() if uid is None else uid, os.getegid() if gid is None else gid
+        return self.backup(self.store.create(name, size, mode, uid, gid))
+
+    async def open(self, name: str) -> Backup:
+        """The backup of a name. Raises BackupAbsent."""
+        if not name:
+            raise BackupAbsent("a backup's name is not empty")
+        return self.backup(self.store.find(name).st_ino)
+
+    async def names(self) -> list[str]:
+        """The names of all backups, in the order in which they were made."""
+        return [self.store.name_of(id) for id in self.store.scan()]
+
+    async def rename(self, old: str, new: str, *, replace: bool = False) -> None:
+        """Give a backup another name. With `replace` an empty backup of the new name is ended, as rename(2) does.
+
+        Raises BackupAbsent, BackupExists, BackupNotEmpty, InvalidArgument and NameTooLong.
+        """
+        _check_name(new)
+        id = self.store.find(old).st_ino
+        with contextlib.suppress(BackupAbsent):
+            if replace and (replaced := self.store.find(new).st_ino) != id:
+                self._check_empty(replaced, new)
+        self.store.rename(id, new, replace=replace)
+
+    async def remove(self, name: str) -> None:
+        """End a backup that holds no page. Raises BackupNotEmpty and BackupAbsent."""
+        id = self.store.find(name).st_ino
+        self._check_empty(id, name)
+        self.store.remove(id)
+
+    def backup(self, id: int) -> Backup:
+        """The backup of an id. That it exists shows at its first use."""
+        return Backup(self.store, id, self.page_size, self._reserve)
+
+    def whole_pages(self, size: int) -> int:
+        """A backup's size in bytes, rounded up to whole pages. Raises InvalidArgument for what is no size."""
+        if not isinstance(size, int) or not 0 < size <= 2**62:
+            raise InvalidArgument(f"a backup's size is a positive number of bytes, not {size!r}")
+        return -(-size // self.page_size) * self.page_size
+
+    def _check_empty(self, id: int, name: str) -> None:
+        if self.backup(id).extent(0) is not None:
+            raise BackupNotEmpty(f"the backup {name!r} holds pages")
+
+    # --- room ---
+
+    def room(self) -> Room:
+        """What is stored and what may be, now."""
+        kept = self.store.room()
+        size, free = kept.f_blocks * kept.f_frsize, kept.f_bfree * kept.f_frsize
+        return Room(
+            size=size,
+            stored=size - free,
+            available=min(free, self._reserve.headroom()),
+            backups=self.store.count,
+            files=kept.f_files,
+            files_free=kept.f_ffree,
+        )
+
+    def resize(self, size: int) -> None:
+        """Change the budget, in bytes. Raises InvalidArgument if more than that is stored."""
+        self.store.resize(self.whole_pages(size))
+
+    def close(self) -> None:
+        """Give up the store. On a tmpfs of its own that releases every page."""
+        self.store.close()
+
+
+@contextlib.asynccontextmanager
+async def open_pool(**options: Any) -> AsyncIterator[Pool]:
+    """A pool on a private tmpfs of its own, which lasts as long as the context. `options` are fields of Options.
+
+    >>> async with ttmfs.open_pool(size=1 << 30) as pool:
+    ...     backup = await pool.create("a", size=64 << 20)
+    ...     handle = await backup.backup_page(page, 0)
+    """
+    try:
+        checked = Options(**options)
+    except (OptionError, TypeError) as error:
+        raise InvalidArgument(str(error)) from None
+    pool = Pool(Store.on_tmpfs(checked), checked)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _check_name(name: str) -> None:
+    if not name or name[0] == "." or "/" in name or "\0" in name:
+        raise InvalidArgument(f"{name!r} cannot name a backup: it must not be empty, begin with a dot or hold a slash")
+    if len(os.fsencode(name)) > NAME_MAX:
+        raise NameTooLong(f"a backup's name has at most {NAME_MAX} bytes")

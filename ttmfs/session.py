@@ -1,0 +1,222 @@
+"""One mount: the connection to the kernel, its first message, the reading loop, signals and the end.
+
+libfuse does not mount. fusermount3 does, for root and users alike, and hands the connection over; libfuse is given one
+end of a socket pair with the kernel's first message, FUSE_INIT, in it, and when it has read that, the connection is put
+in the socket's place. So the same code can later serve a connection whose FUSE_INIT was read by another process.
+
+The daemon never touches the mount itself, nor holds a descriptor of it: it would wait for itself, unkillable.
+"""
+
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from .errors import TtmfsError
+from .inodes import CONFIG, STATS
+from .metrics import Metrics
+from .operations import LIFETIME, Operations
+from .options import ExitCode, Options
+from .pool import Pool
+from .store import Store
+from .tree import Tree
+
+__all__ = ["MountError", "serve"]
+
+log = logging.getLogger(__name__)
+
+FUSERMOUNT = "fusermount3"
+FUSE_MIN_READ_BUFFER = 8192
+NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 8, 0)
+"""fuse_out_header of the notification that makes the kernel forget every name it was given (Linux 6.16)."""
+
+UNMOUNT_SECONDS = 10.0
+LINGER_SECONDS = 1.0
+
+
+class MountError(Exception):
+    """The mount cannot be had. The text is for the user's eyes; `code` is how the program should exit."""
+
+    def __init__(self, text: str, code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def serve(source: str, mountpoint: str, options: Options, ready: Callable[[], None]) -> None:
+    """Mount a new pool at a directory and serve it until it is unmounted or a signal asks for the end.
+
+    `ready` is called once requests are answered. Raises MountError. All pages are released on return.
+    """
+    mountpoint = _checked_mountpoint(mountpoint)
+    try:
+        pool = Pool(Store.on_tmpfs(options), options)
+    except TtmfsError as error:
+        raise MountError(str(error), ExitCode.SYSTEM) from error
+    try:
+        connection = _mount(source, mountpoint, options)
+        try:
+            _Session(connection, mountpoint, pool, options, ready).run()
+        finally:
+            os.close(connection)
+    finally:
+        pool.close()
+
+
+def _checked_mountpoint(path: str) -> str:
+    """The real path of a directory to mount on."""
+    try:
+        if not os.path.isdir(path):
+            os.stat(path)
+            raise MountError(f"{path} is no directory; give an empty one")
+    except FileNotFoundError:
+        raise MountError(f"{path} does not exist; make it first: mkdir {path}") from None
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise MountError(f"a dead mount is in the way at {path}; remove it: {FUSERMOUNT} -u {path}") from None
+        raise MountError(f"{path}: {error.strerror}") from None
+    return os.path.realpath(path)
+
+
+def _mount(source: str, mountpoint: str, options: Options) -> int:
+    """Let fusermount3 mount, and take the connection from it. It passes it over the socket of _FUSE_COMMFD."""
+    words = [f"fsname={_escaped(source)}", "subtype=ttmfs", "default_permissions"]
+    words += ["allow_other"] * options.allow_other + ["ro"] * options.ro + [*options.kernel]
+    here, there = socket.socketpair()
+    with here:
+        with there:
+            result = _fusermount(["-o", ",".join(words), "--", mountpoint], there.fileno())
+        if result.returncode:
+            text = result.stderr.strip().removeprefix(f"{FUSERMOUNT}: ") or f"exit status {result.returncode}"
+            raise MountError(f"{FUSERMOUNT} cannot mount at {mountpoint}: {text}", ExitCode.FAILED)
+        _, descriptors, _, _ = socket.recv_fds(here, 1, 1)
+    (connection,) = descriptors
+    os.set_inheritable(connection, False)
+    return connection
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace(",", "\\,")
+
+
+def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "_FUSE_COMMFD": str(channel), "LC_ALL": "C"}
+    keep = () if channel is None else (channel,)
+    try:
+        return subprocess.run(
+            [FUSERMOUNT, *arguments], env=environment, pass_fds=keep, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, errors="replace", timeout=UNMOUNT_SECONDS, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise MountError(f"{FUSERMOUNT} is not installed; install the package fuse3", ExitCode.SYSTEM) from None
+    except subprocess.TimeoutExpired:
+        raise MountError(f"{FUSERMOUNT} did not answer within {UNMOUNT_SECONDS:.0f} s", ExitCode.SYSTEM) from None
+
+
+def _device_at(mountpoint: str) -> str | None:
+    """The device number of what is mounted topmost at a path, without touching it; None if nothing is."""
+    device = None
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        if fields[4].encode("latin-1", "surrogateescape").decode("unicode_escape") == mountpoint:
+            device = fields[2]
+    return device
+
+
+class _Session:
+    """The serving of one connection. There is one a process: pyfuse3 keeps its session in globals."""
+
+    def __init__(
+        self, connection: int, mountpoint: str, pool: Pool, options: Options, ready: Callable[[], None]
+    ) -> None:
+        self._connection = connection
+        self._mountpoint = mountpoint
+        self._device = _device_at(mountpoint)
+        self._ready = ready
+        self._initialized = trio.Event()
+        self._session_fd = -1
+        metrics = Metrics()
+        texts = {STATS: lambda: metrics.text(pool), CONFIG: lambda: _config(options, pool)}
+        tree = Tree(pool, texts, self._forget_names)
+        self._operations = Operations(
+            tree, pool, metrics, init=self._connect,
+            lifetime=LIFETIME if self._forget_names() else 0.0, debug=options.debug,
+        )  # fmt: skip
+        if not self._operations.lifetime:
+            log.info("this kernel cannot be told to forget names (Linux 6.16 can), so it is asked to keep none")
+
+    def _forget_names(self) -> bool:
+        """Make the kernel forget every name; False if it cannot be told to."""
+        try:
+            os.write(self._connection, NOTIFY_INC_EPOCH)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return False
+            if error.errno != errno.ENODEV:  # unmounted meanwhile: there is no one left to tell
+                raise
+        return True
+
+    def run(self) -> None:
+        """Serve until unmounted."""
+        first = os.read(self._connection, FUSE_MIN_READ_BUFFER)
+        feeder, session_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._session_fd = session_end.detach()
+        with feeder:
+            feeder.send(first)
+            pyfuse3.init(self._operations, f"/dev/fd/{self._session_fd}", set())
+            try:
+                trio.run(self._main)
+            finally:
+                pyfuse3.close(unmount=False)
+
+    def _connect(self) -> None:
+        """Called by libfuse when it has read FUSE_INIT, before it answers: from here on it talks to the kernel."""
+        os.dup2(self._connection, self._session_fd, inheritable=False)
+        self._initialized.set()
+
+    async def _main(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._end_on_signal)
+            nursery.start_soon(self._say_ready)
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+
+    async def _say_ready(self) -> None:
+        await self._initialized.wait()
+        log.info("serving %s", self._mountpoint)
+        self._ready()
+
+    async def _end_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                log.info("%s: unmounting %s", signal.Signals(number).name, self._mountpoint)
+                break
+        if _device_at(self._mountpoint) == self._device:  # else someone has mounted over it
+            await trio.to_thread.run_sync(_unmount, self._mountpoint)
+        await trio.sleep(LINGER_SECONDS)  # the loop ends by itself unless a client still has files open
+        pyfuse3.terminate()
+
+
+def _config(options: Options, pool: Pool) -> bytes:
+    """The options in force, as JSON. The budget can have been changed since."""
+    room = pool.room()
+    return json.dumps(options.as_dict() | {"size": room.size, "nr_inodes": room.files}, indent=2).encode() + b"\n"
+
+
+def _unmount(mountpoint: str) -> None:
+    """Take the mount out of the tree, also while it is in use (lazily)."""
+    try:
+        result = _fusermount(["-u", "-z", "--", mountpoint])
+    except MountError as error:
+        log.error("%s", error)
+        return
+    if result.returncode:
+        log.error("cannot unmount %s: %s", mountpoint, result.stderr.strip())

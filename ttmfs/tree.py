@@ -1,0 +1,518 @@
+"""What a mount shows: which names exist, what they are, and what may be done to them.
+
+::
+
+    /                 ROOT    backups: mkdir, rmdir, rename
+    /.stats /.config  STATS, CONFIG: texts, made when they are opened
+    /a                handle 0 of the backup
+    /a/1 ... /a/N     pages by handle
+    /a/.image         IMAGE   every page at its place
+    /a/.shmem         SHMEM   a link to the backup's file in the store
+
+Permissions by mode bits are the kernel's (default_permissions); what is refused here is refused to everyone.
+
+As if once: a request may be carried out twice, by two daemons, if the first died before its answer was read. The VFS
+looks names up under the parent's lock before it asks for a change, so a true EEXIST or ENOENT is its own answer; here
+mkdir of what is there, rmdir and unlink of what is gone, and a rename that was done already all succeed, and create
+never changes a page that is there. That is right only because (1) names that do not exist have no lifetime in the
+kernel, (2) nothing is awaited between a change and its answer, (3) rename knows no flag but RENAME_NOREPLACE.
+
+Concurrency: one thread. State is read anew at every call; what is kept between calls (listings, texts) can be lost at
+any time without harm.
+"""
+
+import itertools
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, NamedTuple, TypeVar
+
+from .backup import Backup
+from .errors import (
+    BackupAbsent,
+    BackupExists,
+    InvalidArgument,
+    NoRoom,
+    NoSuchAttribute,
+    NoSuchName,
+    NotPermitted,
+    NotSupported,
+    OutOfBounds,
+    PageAbsent,
+    PageDropped,
+    ReadOnlyEntry,
+    TooLong,
+    TtmfsError,
+    WrongParent,
+)
+from .handles import format_ranges, page_name, parse_page_name, parse_ranges
+from .inodes import (
+    CONFIG,
+    IMAGE,
+    MAX_BACKUP_ID,
+    MAX_HANDLE,
+    ROOT,
+    SHMEM,
+    STATS,
+    SYNC,
+    backup_of,
+    handle_of,
+    inode,
+    own_of,
+    with_serial,
+)
+from .options import parse_size
+from .pool import Pool, bytes_avail
+
+__all__ = ["Attributes", "Entry", "Tree"]
+
+RENAME_NOREPLACE = 1
+
+TEXTS = {b".stats": STATS, b".config": CONFIG}
+HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
+
+XATTR_SIZE_MAX = 65536
+KEPT = 64
+"""How many listings and texts under way are kept. One that was lost is made anew from its offset."""
+
+
+class Attributes(NamedTuple):
+    """What stat(2) says of an entry, but for its inode number. Blocks are of 512 bytes, times in ns."""
+
+    mode: int
+    nlink: int
+    size: int
+    blocks: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class Entry(NamedTuple):
+    """One entry of a listing. Entries that follow each other often share one Attributes."""
+
+    name: bytes
+    ino: int
+    attributes: Attributes
+    next: int  # the offset to go on from
+
+
+Kept = TypeVar("Kept")
+
+
+class _Kept(Generic[Kept], OrderedDict[int, Kept]):
+    """The values of the file handles used last."""
+
+    def __setitem__(self, fh: int, value: Kept) -> None:
+        super().__setitem__(fh, value)
+        self.move_to_end(fh)
+        if len(self) > KEPT:
+            self.popitem(last=False)
+
+
+class Tree:
+    """The names of a mount over a pool. Names are bytes, as the kernel has them; numbers are inode numbers.
+
+    `texts` makes what STATS and CONFIG hold. `names_dropped` is called when pages went, or changed their owner or mode,
+    without the kernel's knowing: it must make the kernel forget the names that it has.
+    """
+
+    def __init__(self, pool: Pool, texts: Mapping[int, Callable[[], bytes]], names_dropped: Callable[[], None]) -> None:
+        self.pool = pool
+        self._texts = texts
+        self._names_dropped = names_dropped
+        self._serial = itertools.count()
+        self._read_texts: _Kept[bytes] = _Kept()
+        self._extents: _Kept[tuple[int, int]] = _Kept()  # of open directories: the run of pages they are in
+
+    # --- names ---
+
+    async def lookup(self, parent: int, name: bytes) -> tuple[int, Attributes]:
+        """The inode and attributes of a name. Raises what means ENOENT if it is not there."""
+        if parent == ROOT:
+            if ino := TEXTS.get(name):
+                return ino, self.attributes(ino)
+            found = (await self.pool.open(os.fsdecode(name))).stat()
+            return inode(found.st_ino, 0), _directory(found)
+        backup = self.backup(parent)
+        if handle := HIDDEN.get(name):
+            ino = inode(backup_of(parent), handle)
+            return ino, self.attributes(ino)
+        handle = parse_page_name(name) or 0
+        if not 0 < handle <= MAX_HANDLE:
+            raise NoSuchName(f"{os.fsdecode(name)!r} is no handle")
+        if not backup.holds(handle - 1):
+            raise PageAbsent(f"handle {handle} holds no page")
+        return inode(backup_of(parent), handle), self._page(backup)
+
+    def attributes(self, ino: int) -> Attributes:
+        """The attributes of an inode. Raises PageDropped and BackupEnded if it is no more."""
+        if not backup_of(ino):
+            return self._attributes_of_own(ino)
+        backup, handle = self.backup(ino), handle_of(ino)
+        if not handle:
+            return _directory(backup.stat())
+        if handle == IMAGE:
+            found = backup.stat()
+            return _file(found, found.st_size, found.st_blocks)
+        if handle == SHMEM:
+            found = backup.stat()
+            return _file(found, len(self.target(ino)), 0)._replace(mode=stat.S_IFLNK | 0o777)
+        if not backup.holds(handle - 1):
+            raise PageDropped(f"handle {handle} holds no page any more")
+        return self._page(backup)
+
+    def _attributes_of_own(self, ino: int) -> Attributes:
+        found = self.pool.store.stat()
+        if ino == ROOT:
+            return _directory(found)._replace(nlink=2 + self.pool.store.count)
+        if ino not in self._texts:
+            raise NoSuchName(f"there is no inode {ino}")
+        return _file(found, 0, 0)._replace(mode=stat.S_IFREG | 0o444)
+
+    def target(self, ino: int) -> bytes:
+        """Where a backup's SHMEM link leads."""
+        if handle_of(ino) != SHMEM or not backup_of(ino):
+            raise InvalidArgument("this is no link")
+        return os.fsencode(self.pool.store.path(self.backup(ino).name))
+
+    def backup(self, ino: int) -> Backup:
+        """The backup that an inode or file handle belongs to."""
+        return self.pool.backup(backup_of(ino))
+
+    def _page(self, backup: Backup) -> Attributes:
+        return _file(backup.stat(), self.pool.page_size, self.pool.page_size // 512)
+
+    # --- making and removing ---
+
+    async def make_backup(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[int, Attributes]:
+        """mkdir(2): a backup of the pool's backup_size. One that is there already is given as it is."""
+        if parent != ROOT:
+            raise NotPermitted("a backup holds pages, no directories")
+        root = self.pool.store.stat()
+        if root.st_mode & stat.S_ISGID:  # as every filesystem does it: the group comes down the tree
+            gid, mode = root.st_gid, mode | stat.S_ISGID
+        size = min(self.pool.backup_size, MAX_HANDLE * self.pool.page_size)
+        try:
+            backup = await self.pool.create(os.fsdecode(name), size, mode=mode & 0o7777, uid=uid, gid=gid)
+        except BackupExists:
+            return await self.lookup(parent, name)
+        made = backup.stat()
+        if made.st_ino > MAX_BACKUP_ID:
+            await backup.fini()
+            raise NoRoom(f"all {MAX_BACKUP_ID} inode numbers for backups are used up; mount anew")
+        return inode(made.st_ino, 0), _directory(made)
+
+    async def remove_backup(self, parent: int, name: bytes) -> None:
+        """rmdir(2). One that is gone already is well."""
+        if parent != ROOT:
+            raise NotPermitted("a backup holds no directories")
+        try:
+            await self.pool.remove(os.fsdecode(name))
+        except BackupAbsent:
+            return
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+        """renameat2(2) of a backup. Pages cannot be renamed."""
+        if flags & ~RENAME_NOREPLACE:
+            raise InvalidArgument("RENAME_NOREPLACE is the only flag of rename known here")
+        if parent != ROOT:
+            if name in HIDDEN:
+                raise NotPermitted(f"{os.fsdecode(name)} belongs to its backup")
+            raise WrongParent("a page stays at its index; copy it")
+        if name in TEXTS or new_parent != ROOT:
+            raise NotPermitted("a backup can only be renamed, within the mount's root")
+        try:
+            await self.pool.rename(os.fsdecode(name), os.fsdecode(new_name), replace=not flags & RENAME_NOREPLACE)
+        except BackupAbsent:
+            await self.pool.open(os.fsdecode(new_name))
+
+    def create_page(self, parent: int, name: bytes, flags: int) -> tuple[int, int, Attributes]:
+        """open(2) with O_CREAT: store a zero page unless there is one. Gives file handle, inode and attributes."""
+        if parent == ROOT:
+            if name[:1] == b".":
+                raise InvalidArgument("names that begin with a dot are the mount's own")
+            raise NotPermitted("the root holds backups, no files: make one with mkdir")
+        handle = parse_page_name(name)
+        if not handle:
+            raise InvalidArgument(f"{os.fsdecode(name)!r} is no handle: pages are named 1, 2, 3 and so on")
+        if handle > MAX_HANDLE:
+            raise OutOfBounds(f"the largest handle is {MAX_HANDLE}")
+        backup = self.backup(parent)
+        backup.create_page(handle - 1)
+        ino = inode(backup_of(parent), handle)
+        return _file_handle(ino, flags), ino, self._page(backup)
+
+    def drop_page(self, parent: int, name: bytes) -> None:
+        """unlink(2): drop a page. One that is gone already is well."""
+        handle = parse_page_name(name) or 0
+        if parent == ROOT or name in HIDDEN or not 0 < handle <= MAX_HANDLE:
+            raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
+        backup = self.backup(parent)
+        if backup.holds(handle - 1):
+            backup.drop_range(handle - 1, handle)
+            self._forget_extents(backup_of(parent), handle - 1, handle)
+
+    def _forget_extents(self, id: int, first: int, past: int) -> None:
+        """Keep the listings under way from showing pages that were dropped, by range of indices."""
+        for fh, (position, end) in list(self._extents.items()):
+            if backup_of(fh) == id and first < end and position < past:
+                del self._extents[fh]
+
+    # --- files ---
+
+    def open(self, ino: int, flags: int) -> int:
+        """open(2): a file handle. O_TRUNC makes a page zeros and drops every page of an IMAGE."""
+        if not backup_of(ino):
+            if flags & (os.O_WRONLY | os.O_RDWR):
+                raise ReadOnlyEntry("this file can only be read")
+            self.attributes(ino)
+            return with_serial(ino, next(self._serial))
+        handle = handle_of(ino)
+        if handle == IMAGE:
+            self.backup(ino).stat()
+        elif not self.backup(ino).holds(handle - 1):
+            raise PageDropped(f"handle {handle} holds no page any more")
+        if flags & os.O_TRUNC:
+            self.truncate(ino, 0)
+        return _file_handle(ino, flags)
+
+    def read(self, fh: int, offset: int, size: int) -> bytes:
+        """read(2). Absent pages of an IMAGE are zeros; a page that was dropped raises PageDropped."""
+        if not backup_of(fh):
+            return self._read_text(fh, offset, size)
+        backup, handle = self.backup(fh), handle_of(fh)
+        if handle == IMAGE:
+            return backup.read(offset, size)
+        if not backup.holds(handle - 1):
+            raise PageDropped(f"handle {handle} holds no page any more")
+        page_size = self.pool.page_size
+        return backup.read((handle - 1) * page_size + offset, max(0, min(size, page_size - offset)))
+
+    def _read_text(self, fh: int, offset: int, size: int) -> bytes:
+        if not offset or fh not in self._read_texts:
+            self._read_texts[fh] = self._texts[own_of(fh)]()
+        return self._read_texts[fh][offset : offset + size]
+
+    def write(self, fh: int, offset: int, data: bytes) -> int:
+        """write(2): bytes stored, fewer than given where the page, the backup or the room ends."""
+        backup, handle = self.backup(fh), handle_of(fh)
+        if handle == IMAGE:
+            return backup.write(offset, data)
+        page_size = self.pool.page_size
+        if offset >= page_size:
+            raise OutOfBounds(f"a page ends at byte {page_size}")
+        if not backup.holds(handle - 1):
+            raise PageDropped(f"handle {handle} holds no page any more")
+        return backup.write((handle - 1) * page_size + offset, data[: page_size - offset])
+
+    def truncate(self, ino: int, size: int) -> None:
+        """truncate(2): bytes of a page past `size` become zeros; pages of an IMAGE past it are dropped."""
+        backup, handle, page_size = self.backup(ino), handle_of(ino), self.pool.page_size
+        if not backup_of(ino) or not handle or handle == SHMEM:
+            raise NotPermitted("this has no size to change")
+        if handle != IMAGE:
+            if size > page_size:
+                raise OutOfBounds(f"a page ends at byte {page_size}")
+            if not backup.holds(handle - 1):
+                raise PageDropped(f"handle {handle} holds no page any more")
+            backup.zero(handle - 1, size)
+            return
+        backup.truncate(size)
+        self._forget_extents(backup_of(ino), size // page_size, MAX_HANDLE)
+        self._names_dropped()
+
+    def change(self, ino: int, *, mode: int | None = None, uid: int | None = None, gid: int | None = None,
+               atime_ns: int | None = None, mtime_ns: int | None = None) -> None:  # fmt: skip
+        """chmod(2), chown(2), utimensat(2). A page's mode and times are its backup's: changing them changes nothing."""
+        now = self.attributes(ino)
+        new_owner = (uid is not None and uid != now.uid) or (gid is not None and gid != now.gid)
+        if not stat.S_ISDIR(now.mode):
+            if not backup_of(ino):
+                raise NotPermitted("this file is the mount's own")
+            if new_owner:
+                raise NotPermitted("a page's owner is its backup's")
+            return
+        times = None
+        if atime_ns is not None or mtime_ns is not None:
+            times = (now.atime_ns if atime_ns is None else atime_ns, now.mtime_ns if mtime_ns is None else mtime_ns)
+        self.pool.store.change(
+            backup_of(ino) or None,
+            mode=None if mode is None else mode & 0o7777,
+            uid=-1 if uid is None or not new_owner else uid,
+            gid=-1 if gid is None or not new_owner else gid,
+            times=times,
+        )
+        if backup_of(ino) and (mode is not None or new_owner):
+            self._names_dropped()  # the pages have changed too
+
+    # --- listings ---
+
+    def open_directory(self, ino: int) -> int:
+        """opendir(3): a file handle."""
+        self.attributes(ino)
+        return with_serial(ino, next(self._serial))
+
+    def listing(self, fh: int, start: int) -> Iterator[Entry]:
+        """The entries of an open directory from an offset on; 0 is the beginning. Take as many as are wanted.
+
+        Offsets: 1 and 2 follow "." and "..", then comes 2 + handle, or 2 + id in the root, which ascend.
+        """
+        id = backup_of(fh)
+        here = inode(id, 0) if id else ROOT
+        attributes = self.attributes(here)
+        if start < 1:
+            yield Entry(b".", here, attributes, 1)
+        if start < 2:
+            yield Entry(b"..", ROOT, self._attributes_of_own(ROOT), 2)
+        if id:
+            yield from self._pages(fh, max(0, start - 2))
+            return
+        if start < 3:
+            self.pool.store.scan()
+        for id in self.pool.store.ids_after(start - 2):
+            try:
+                found = self.pool.backup(id).stat()
+            except TtmfsError:  # it went meanwhile
+                continue
+            yield Entry(os.fsencode(self.pool.store.name_of(id)), inode(id, 0), _directory(found), 2 + id)
+
+    def _pages(self, fh: int, idx: int) -> Iterator[Entry]:
+        """The pages from an index on.
+
+        The run of pages that the listing is in stays with the file handle: looking for its end takes time in proportion
+        to its length, and done at every call that would make listing quadratic.
+        """
+        id, backup = backup_of(fh), self.backup(fh)
+        page, base = self._page(backup), inode(id, 0)
+        limit = min(backup.size // self.pool.page_size, MAX_HANDLE)
+        position, end = self._extents.get(fh, (0, 0))
+        while idx < limit:
+            if not position <= idx < end:
+                if (found := backup.extent(idx)) is None:
+                    return
+                idx, end = found
+            try:
+                for idx in range(idx, min(end, limit)):  # noqa: B020
+                    yield Entry(page_name(idx + 1), base | idx + 1, page, idx + 3)
+                idx = end
+            finally:  # also when the caller wants no more: then the entry at idx was not taken
+                position = idx
+                self._extents[fh] = position, end
+
+    def close_directory(self, fh: int) -> None:
+        """closedir(3)."""
+        self._extents.pop(fh, None)
+
+    def close(self, fh: int) -> None:
+        """The last close(2) of a file."""
+        self._read_texts.pop(fh, None)
+
+    # --- extended attributes ---
+
+    def get_attribute(self, ino: int, name: bytes) -> bytes:
+        """getxattr(2). Raises NoSuchAttribute if there is none of that name, or it can only be set."""
+        if (attribute := self._attributes_at(ino).get(name)) and attribute.get:
+            return str(attribute.get(self, ino)).encode()
+        raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
+
+    def set_attribute(self, ino: int, name: bytes, value: bytes, uid: int) -> None:
+        """setxattr(2) by a user, of the few attributes that can be set."""
+        if not (attribute := self._attributes_at(ino).get(name)):
+            raise NotSupported(f"there is no attribute {os.fsdecode(name)!r} here, and none can be added")
+        if not attribute.set:
+            raise NotPermitted(f"{os.fsdecode(name)} can only be read")
+        try:
+            attribute.set(self, ino, value.decode("ascii").strip(), uid)
+        except ValueError as error:  # what no text, no size or no list of handles is
+            raise InvalidArgument(f"{os.fsdecode(name)}: {error}") from None
+
+    def remove_attribute(self, ino: int, name: bytes) -> None:
+        """removexattr(2): none can be."""
+        if name not in self._attributes_at(ino):
+            raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
+        raise NotPermitted(f"{os.fsdecode(name)} cannot be removed")
+
+    def _attributes_at(self, ino: int) -> "dict[bytes, _Attribute]":
+        if ino == ROOT:
+            return _ROOT_ATTRIBUTES
+        return _BACKUP_ATTRIBUTES if backup_of(ino) and not handle_of(ino) else {}
+
+    def set_budget(self, _: int, value: str, uid: int) -> None:
+        """Change what all backups together may hold."""
+        if uid not in (0, os.geteuid(), self.pool.store.stat().st_uid):  # whoever may write here may not do this
+            raise NotPermitted("only root and the owner of the mount change its budget")
+        self.pool.resize(parse_size(value))
+
+    def set_backup_size(self, ino: int, value: str, _: int) -> None:
+        """Change what a backup spans."""
+        size = self.pool.whole_pages(parse_size(value))
+        if size > MAX_HANDLE * self.pool.page_size:
+            raise InvalidArgument(f"a backup has at most {MAX_HANDLE} pages")
+        self.backup(ino).resize(size)
+
+    def map(self, ino: int) -> str:
+        """The handles of a backup's pages, as ranges."""
+        ranges, length = [], 0
+        for first, past in self.backup(ino).extents():
+            ranges.append((first + 1, past))
+            length += len(format_ranges(ranges[-1:])) + 1
+            if length > XATTR_SIZE_MAX:
+                raise TooLong(f"the map has more than {XATTR_SIZE_MAX} bytes; use SEEK_DATA and SEEK_HOLE on .shmem")
+        return format_ranges(ranges)
+
+    def drop_handles(self, ino: int, value: str, _: int) -> None:
+        """Drop the pages of ranges of handles."""
+        backup, ranges = self.backup(ino), parse_ranges(value)
+        if max(last for _, last in ranges) > (limit := backup.size // self.pool.page_size):
+            raise InvalidArgument(f"the backup's last handle is {limit}")
+        for first, last in ranges:
+            backup.drop_range(first - 1, last)
+            self._forget_extents(backup_of(ino), first - 1, last)
+        self._names_dropped()
+
+
+class _Attribute(NamedTuple):
+    """How an extended attribute is had and set; None where it is not. A setter's arguments: inode, text, user."""
+
+    get: Callable[[Tree, int], object] | None
+    set: Callable[[Tree, int, str, int], None] | None = None
+
+
+_ROOT_ATTRIBUTES = {
+    b"user.ttmfs.bytes_avail": _Attribute(lambda *_: bytes_avail()),
+    b"user.ttmfs.page_size": _Attribute(lambda tree, _: tree.pool.page_size),
+    b"user.ttmfs.size": _Attribute(lambda tree, _: tree.pool.room().size, Tree.set_budget),
+}
+
+_BACKUP_ATTRIBUTES = {
+    b"user.ttmfs.size": _Attribute(lambda tree, ino: tree.backup(ino).size, Tree.set_backup_size),
+    b"user.ttmfs.pages": _Attribute(lambda tree, ino: tree.backup(ino).pages),
+    b"user.ttmfs.resident": _Attribute(lambda tree, ino: tree.backup(ino).resident),
+    b"user.ttmfs.swapped": _Attribute(lambda tree, ino: tree.backup(ino).swapped),
+    b"user.ttmfs.map": _Attribute(Tree.map),
+    b"user.ttmfs.drop": _Attribute(None, Tree.drop_handles),
+}
+
+
+def _directory(found: os.stat_result) -> Attributes:
+    """The attributes of a directory with the mode, owner and times of a file or directory of the store."""
+    mode = stat.S_IFDIR | found.st_mode & 0o7777
+    return Attributes(mode, 2, 0, 0, found.st_uid, found.st_gid, *_times(found))
+
+
+def _file(found: os.stat_result, size: int, blocks: int) -> Attributes:
+    """The attributes of a file within a backup whose file in the store is `found`."""
+    mode = stat.S_IFREG | found.st_mode & 0o666
+    return Attributes(mode, 1, size, blocks, found.st_uid, found.st_gid, *_times(found))
+
+
+def _times(found: os.stat_result) -> tuple[int, int, int]:
+    return found.st_atime_ns, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _file_handle(ino: int, flags: int) -> int:
+    return ino | SYNC if flags & os.O_DSYNC else ino  # O_SYNC includes O_DSYNC
