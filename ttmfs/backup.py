@@ -10,7 +10,7 @@ happens at once. Only whoever holds the file itself (``.shmem``) can change it m
 import errno
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import trio
@@ -25,6 +25,8 @@ from .store import Store
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    PageBuffer = Buffer | NDArray[np.uint8]
 
 __all__ = ["Backup"]
 
@@ -49,7 +51,7 @@ class Backup:
 
     # --- the six verbs, and their plural forms ---
 
-    async def backup_page(self, page: "Buffer", idx: int, writeback: bool = False) -> int:  # noqa: ARG002
+    async def backup_page(self, page: "PageBuffer", idx: int, writeback: bool = False) -> int:  # noqa: ARG002
         """Copy a page into the backup and give its handle, which is ``idx + 1``. ``ttm_backup_backup_page()``.
 
         `page` is any contiguous buffer of page_size bytes, and the caller's again on return. A page that is there is
@@ -85,7 +87,7 @@ class Backup:
             stored = self.write((first - 1) * self._page_size, _flat(np.ascontiguousarray(pages))) // self._page_size
         return np.arange(first, first + stored, dtype=np.uint64)
 
-    async def copy_page(self, dst: "Buffer", handle: int, intr: bool = False) -> None:
+    async def copy_page(self, dst: "PageBuffer", handle: int, intr: bool = False) -> None:
         """Copy a page back into `dst`, a writable buffer of page_size bytes. ``ttm_backup_copy_page()``.
 
         The page stays. With `intr` a cancellation may end the call; nothing is lost and it can be repeated. Raises
@@ -362,9 +364,9 @@ def _valid(convert: Callable[[IntOrArray], IntOrArray], value: IntOrArray) -> In
         raise InvalidArgument(str(error)) from None
 
 
-def _flat(buffer: "Buffer") -> memoryview:
+def _flat(buffer: "PageBuffer") -> memoryview:
     """The bytes of a contiguous buffer."""
     try:
-        return memoryview(buffer).cast("B")
+        return memoryview(cast("Buffer", buffer)).cast("B")
     except TypeError as error:
         raise InvalidArgument(f"a contiguous buffer is needed: {error}") from None

@@ -10,7 +10,7 @@ raises ValueError: nothing is converted silently.
 """
 
 import re
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ _CANONICAL = re.compile(rb"[1-9][0-9]*", re.ASCII)
 _RANGE = re.compile(r"([1-9][0-9]{0,18})(?:-([1-9][0-9]{0,18}))?", re.ASCII)
 
 
-def _checked(value: IntOrArray, what: str, low: int, high: int) -> IntOrArray:
+def _checked(value: Any, what: str, low: int, high: int) -> Any:
     """Give `value` back if it is an int or a uint64 array within low … high."""
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint64:
@@ -56,17 +56,20 @@ def _checked(value: IntOrArray, what: str, low: int, high: int) -> IntOrArray:
 
 def index_to_handle(idx: IntOrArray) -> IntOrArray:
     """The handle of the page at an index: ``idx + 1``, never 0."""
-    return _checked(idx, "index", 0, _UINT64_MAX - 1) + 1
+    handle: IntOrArray = _checked(idx, "index", 0, _UINT64_MAX - 1) + 1
+    return handle
 
 
 def handle_to_index(handle: IntOrArray) -> IntOrArray:
     """The index that a handle stands for: ``handle - 1``."""
-    return _checked(handle, "handle", 1, _UINT64_MAX) - 1
+    idx: IntOrArray = _checked(handle, "handle", 1, _UINT64_MAX) - 1
+    return idx
 
 
 def handle_to_page_ptr(handle: IntOrArray) -> IntOrArray:
     """The tagged pointer that keeps a handle in a page array: ``handle << 1 | 1``. Handle 0: already restored."""
-    return _checked(handle, "handle", 0, _UINT64_MAX >> 1) << 1 | 1
+    ptr: IntOrArray = _checked(handle, "handle", 0, _UINT64_MAX >> 1) << 1 | 1
+    return ptr
 
 
 @overload
@@ -75,16 +78,16 @@ def page_ptr_is_handle(ptr: int) -> bool: ...
 def page_ptr_is_handle(ptr: Uint64Array) -> NDArray[np.bool_]: ...
 def page_ptr_is_handle(ptr: int | Uint64Array) -> bool | NDArray[np.bool_]:
     """Whether a slot of a page array holds a handle (bit 0 set) rather than a page's address or nothing."""
-    if isinstance(ptr, np.ndarray):
-        return _checked(ptr, "page pointer", 0, _UINT64_MAX) & 1 == 1
-    return _checked(ptr, "page pointer", 0, _UINT64_MAX) & 1 == 1
+    tagged: bool | NDArray[np.bool_] = _checked(ptr, "page pointer", 0, _UINT64_MAX) & 1 == 1
+    return tagged
 
 
 def page_ptr_to_handle(ptr: IntOrArray) -> IntOrArray:
     """The handle in a tagged pointer. A pointer without the tag is refused: it is a page's address."""
     if not np.all(page_ptr_is_handle(ptr)):
         raise ValueError("page pointer: bit 0 is clear, so this is the address of a page and no handle")
-    return ptr >> 1
+    handle: IntOrArray = _checked(ptr, "page pointer", 1, _UINT64_MAX) >> 1
+    return handle
 
 
 def page_name(handle: int) -> bytes:

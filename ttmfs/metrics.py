@@ -5,6 +5,7 @@ Counters are incremented by the face; gauges are asked for when the text is made
 
 import errno
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .pool import Pool, bytes_avail
@@ -24,7 +25,7 @@ class Metrics:
         """All metrics, with the gauges of a pool as of now."""
         lines: list[str] = []
 
-        def family(name: str, kind: str, help_: str, samples: dict[str, float]) -> None:
+        def family(name: str, kind: str, help_: str, samples: Mapping[str, float]) -> None:
             lines.extend((f"# HELP {name} {help_}", f"# TYPE {name} {kind}"))
             lines.extend(f"{name}{labels} {value}" for labels, value in samples.items())
 

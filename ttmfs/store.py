@@ -105,7 +105,7 @@ class Store:
                 os.close(fd)
         if found != (512 * size, 513 * size) or left:
             raise NotSupported(
-                f"the store's filesystem cannot tell pages apart: one page of {size} bytes was written at {512 * size}, "
+                f"the store's filesystem cannot tell pages apart: a page of {size} bytes was written at {512 * size}, "
                 f"data is found from {found[0]} to {found[1]}, and {left * 512} bytes stay after it was punched out"
             )
 
@@ -177,7 +177,7 @@ class Store:
         self._forget(id)
 
     def rename(self, id: int, new: str, *, replace: bool) -> None:
-        """Give a backup another name, in place of an ended one if `replace`; else BackupExists if it is taken."""
+        """Give a backup another name; one that has it is ended if `replace`, else BackupExists is raised."""
         old = self.name_of(id)
         replaced = None
         with contextlib.suppress(BackupAbsent):

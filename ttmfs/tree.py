@@ -25,7 +25,7 @@ import itertools
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from .backup import Backup
@@ -120,7 +120,9 @@ class Tree:
     without the kernel's knowing: it must make the kernel forget the names that it has.
     """
 
-    def __init__(self, pool: Pool, texts: Mapping[int, Callable[[], bytes]], names_dropped: Callable[[], None]) -> None:
+    def __init__(
+        self, pool: Pool, texts: Mapping[int, Callable[[], bytes]], names_dropped: Callable[[], object]
+    ) -> None:
         self.pool = pool
         self._texts = texts
         self._names_dropped = names_dropped
@@ -356,7 +358,7 @@ class Tree:
         self.attributes(ino)
         return with_serial(ino, next(self._serial))
 
-    def listing(self, fh: int, start: int) -> Iterator[Entry]:
+    def listing(self, fh: int, start: int) -> Generator[Entry, None, None]:
         """The entries of an open directory from an offset on; 0 is the beginning. Take as many as are wanted.
 
         Offsets: 1 and 2 follow "." and "..", then comes 2 + handle, or 2 + id in the root, which ascend.
@@ -380,7 +382,7 @@ class Tree:
                 continue
             yield Entry(os.fsencode(self.pool.store.name_of(id)), inode(id, 0), _directory(found), 2 + id)
 
-    def _pages(self, fh: int, idx: int) -> Iterator[Entry]:
+    def _pages(self, fh: int, idx: int) -> Generator[Entry, None, None]:
         """The pages from an index on.
 
         The run of pages that the listing is in stays with the file handle: looking for its end takes time in proportion

@@ -1,0 +1,129 @@
+"""Fixtures, and the plugin that fails a test on whatever it leaves behind or lets pass unseen.
+
+That is: a log record of ttmfs or pyfuse3 of level WARNING or above that it did not expect, a warning, a descriptor, a
+mount or a process left over. In CI a skipped test has failed: what it needs must be there.
+"""
+
+import collections
+import ctypes
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Mount, children, descriptors, mounts
+
+LAYERS = ("arithmetic", "store", "model", "face", "mount", "house")
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def pytest_configure() -> None:
+    """Become the parent of every orphan, so that a daemon left behind is seen as a child."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def layer_of(path: Path) -> str:
+    return next((layer for layer in LAYERS if layer in path.parts), "other")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lower layers first: the first failure is then the nearest to its cause."""
+    order = [*LAYERS, "other"]
+    items.sort(key=lambda item: order.index(layer_of(item.path)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which in CI is a failure: {report.longreprtext}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many tests each layer has, and how long they took."""
+    count, seconds = collections.Counter[str](), collections.Counter[str]()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                layer = layer_of(Path(report.fspath))
+                count[layer] += report.when == "call"
+                seconds[layer] += report.duration  # type: ignore[assignment]
+    for layer in (*LAYERS, "other"):
+        if count[layer]:
+            terminalreporter.write_line(f"{layer:<12}{count[layer]:5} tests {seconds[layer]:8.1f} s")
+
+
+class Records(logging.Handler):
+    """Keeps the log records that need someone's attention."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+        self.expected: list[re.Pattern[str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[Records]:
+    """Fail the test for what it left behind."""
+    before = mounts(), children(), descriptors(os.getpid()), set(threading.enumerate())
+    records = Records()
+    logging.getLogger().addHandler(records)
+    yield records
+    logging.getLogger().removeHandler(records)
+    unexpected = [
+        r.getMessage() for r in records.records if not any(p.search(r.getMessage()) for p in records.expected)
+    ]
+    assert not unexpected, f"logged: {unexpected}"
+    assert mounts() == before[0], "a mount was left or taken away"
+    end = time.monotonic() + 5
+    while (left := children() - before[1]) and time.monotonic() < end:
+        for pid in left:  # ended, and only waiting for us to notice
+            os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.01)
+    assert not left, f"left processes {[Path(f'/proc/{pid}/cmdline').read_bytes() for pid in left]}"
+    leaked = [d for d in descriptors(os.getpid()) if d not in before[2]]
+    assert not leaked, f"leaked descriptors {leaked}"
+
+
+@pytest.fixture
+def expect_log(nothing_left: Records) -> Callable[[str], None]:
+    """Let this test's process log warnings in which a pattern is found."""
+    return lambda pattern: nothing_left.expected.append(re.compile(pattern))
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def mount(mountpoint: Path) -> Iterator[Mount]:
+    """A mount of 64 MiB."""
+    with Mount(mountpoint, "size=64m") as mounted:
+        yield mounted
+
+
+@pytest.fixture
+def mnt(mount: Mount) -> Path:
+    """The mount point of `mount`."""
+    return mount.path
+
+
+@pytest.fixture
+def backup(mnt: Path) -> Path:
+    """The directory of an empty backup in it."""
+    path = mnt / "a"
+    path.mkdir()
+    return path

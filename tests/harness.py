@@ -1,0 +1,174 @@
+"""Real mounts for tests: started, watched, and looked over when they end."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MOUNT_PY = REPOSITORY / "mount.py"
+
+START_SECONDS = 20.0
+WATCHDOG_SECONDS = 120.0
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> None:
+    """Wait for a condition, but not for ever."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.005)
+
+
+def mounts() -> set[str]:
+    """The mount points of all ttmfs mounts."""
+    rows = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    return {row[1] for row in rows if row[2] == "fuse.ttmfs"}
+
+
+def children(pid: int | None = None) -> set[int]:
+    """The process ids of a process' living children."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def descriptors(pid: int) -> list[str]:
+    """What a process has open, sorted."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(entry))
+    return sorted(found)
+
+
+class Mount:
+    """A ttmfs mounted in the foreground by a child process, for the time of a ``with``.
+
+    At the end it is unmounted by SIGTERM, and the test fails if the daemon did not exit with 0, leaked a descriptor, or
+    logged anything that is not expected: the lines of a normal life, and what :meth:`expect_log` named.
+    A mount that lives longer than WATCHDOG_SECONDS is killed, its stacks saved in the log, so that no client hangs.
+    """
+
+    NORMAL = (r"serving /", r"SIGTERM: unmounting /")
+
+    def __init__(self, directory: Path, options: str = "", *, argv: tuple[str, ...] = (), **popen: Any) -> None:
+        self.path = directory
+        self.log: list[str] = []
+        self._expected = [re.compile(pattern) for pattern in self.NORMAL]
+        command = [sys.executable, "-W", "error", str(MOUNT_PY), *argv, str(directory), "-f"]
+        self._command = [*command, "-o", options] if options else command
+        self._popen = popen
+        self._serving = threading.Event()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def expect_log(self, pattern: str) -> None:
+        """Let the daemon log lines in which `pattern` is found."""
+        self._expected.append(re.compile(pattern))
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            self._command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **self._popen
+        )
+        self._reader = threading.Thread(target=self._read_log)
+        self._reader.start()
+        self._watchdog = threading.Timer(WATCHDOG_SECONDS, self._bite)
+        self._watchdog.start()
+        if not self._serving.wait(START_SECONDS):
+            self._bite()
+            self._finish()
+            raise AssertionError(f"the mount did not come up: {self.log}")
+        self._descriptors = descriptors(self.pid)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        left = [d for d in descriptors(self.pid) if d not in self._descriptors] if self.process.poll() is None else []
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        code = self._finish()
+        assert str(self.path) not in mounts(), "it is mounted still"
+        if kind is None:
+            unexpected = [line for line in self.log if not any(p.search(line) for p in self._expected)]
+            assert not unexpected, "the daemon logged:\n" + "\n".join(self.log)
+            assert code == 0, f"the daemon's exit status is {code}"
+            # Beyond the start: files of backups, which the store keeps open, and one pipe of libfuse's, for splice(2).
+            leaked = [d for d in left if not d.startswith("/")]
+            assert len(leaked) <= 2, f"the daemon leaked {leaked}"
+
+    def wait(self) -> int:
+        """Wait until the daemon ends by itself; its exit status."""
+        return self.process.wait(10)
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line.rstrip("\n"))
+            if "serving /" in line:
+                self._serving.set()
+        self._serving.set()
+
+    def _bite(self) -> None:
+        """End a daemon that hangs: first its stacks, then the kill, after which every client gets an error."""
+        self.log.append(f"watchdog: killed after {WATCHDOG_SECONDS} s")
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGUSR2)
+            time.sleep(0.5)
+            self.process.kill()
+
+    def _finish(self) -> int:
+        try:
+            code = self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._bite()
+            code = self.process.wait(5)
+        self._watchdog.cancel()
+        self._watchdog.join()
+        self._reader.join(5)
+        if self.process.stderr:
+            self.process.stderr.close()
+        if str(self.path) in mounts():
+            subprocess.run(["fusermount3", "-u", "-z", str(self.path)], check=False)
+        return code
+
+
+@contextlib.contextmanager
+def raises_errno(number: int) -> Iterator[None]:
+    """Expect an OSError with an errno."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != number:
+            raise AssertionError(f"{error!r} instead of {os.strerror(number)}") from error
+    else:
+        raise AssertionError(f"no error instead of {os.strerror(number)}")
+
+
+def run(command: str, *, cwd: Path | None = None, code: int = 0, **more: Any) -> str:
+    """Run a shell command as a user would type it; its output (both streams). Fails on another exit status."""
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        ["bash", "-c", command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=100,
+        check=False,
+        **more,
+    )
+    assert done.returncode == code, f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
