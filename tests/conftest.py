@@ -9,14 +9,14 @@ import ctypes
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Mount, children, descriptors, mounts
+
+from harness import Mount, children, descriptors, mounts_below
 
 LAYERS = ("arithmetic", "store", "model", "face", "mount", "house")
 PR_SET_CHILD_SUBREAPER = 36
@@ -73,9 +73,10 @@ class Records(logging.Handler):
 
 
 @pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[Records]:
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Records]:
     """Fail the test for what it left behind."""
-    before = mounts(), children(), descriptors(os.getpid()), set(threading.enumerate())
+    base = tmp_path_factory.getbasetemp()
+    before = mounts_below(base), children(), descriptors(os.getpid())
     records = Records()
     logging.getLogger().addHandler(records)
     yield records
@@ -84,7 +85,7 @@ def nothing_left() -> Iterator[Records]:
         r.getMessage() for r in records.records if not any(p.search(r.getMessage()) for p in records.expected)
     ]
     assert not unexpected, f"logged: {unexpected}"
-    assert mounts() == before[0], "a mount was left or taken away"
+    assert mounts_below(base) == before[0], "a mount was left or taken away"
     end = time.monotonic() + 5
     while (left := children() - before[1]) and time.monotonic() < end:
         for pid in left:  # ended, and only waiting for us to notice

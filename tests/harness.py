@@ -34,6 +34,12 @@ def mounts() -> set[str]:
     return {row[1] for row in rows if row[2] == "fuse.ttmfs"}
 
 
+def mounts_below(directory: Path) -> list[str]:
+    """The mount points of whatever is mounted below a directory, sorted."""
+    rows = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    return sorted(row[1] for row in rows if Path(row[1]).is_relative_to(directory))
+
+
 def children(pid: int | None = None) -> set[int]:
     """The process ids of a process' living children."""
     found: set[int] = set()

@@ -1,0 +1,328 @@
+"""The pyfuse3 face without a kernel: what it makes of the model's answers and errors.
+
+The handlers are called as pyfuse3 calls them, on a real pool; a request's context is all that is made up.
+"""
+
+import errno
+import inspect
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyfuse3
+import pytest
+import trio
+
+from ttmfs import errors
+from ttmfs.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, inode
+from ttmfs.metrics import Metrics
+from ttmfs.operations import Operations
+from ttmfs.options import Options
+from ttmfs.pool import Pool
+from ttmfs.store import Store
+from ttmfs.tree import Tree
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Context:
+    uid: int = 0
+    gid: int = 0
+    pid: int = 1
+    umask: int = 0o022
+
+
+CTX: Any = Context()
+
+
+class Face:
+    """The handlers, called and waited for."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.dropped = 0
+        self.metrics = Metrics()
+        self.tree = Tree(pool, {STATS: lambda: self.metrics.text(pool), CONFIG: lambda: b"{}"}, self.names_dropped)
+        self.operations = Operations(self.tree, pool, self.metrics, init=lambda: None, lifetime=1.0, debug=False)
+
+    def names_dropped(self) -> None:
+        self.dropped += 1
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        handler = getattr(self.operations, name)
+
+        async def call(arguments: tuple[Any, ...]) -> Any:
+            return await handler(*arguments)
+
+        return lambda *arguments: trio.run(call, arguments)
+
+
+@pytest.fixture
+def face() -> Iterator[Face]:
+    options = Options.parse("size=1m,backup_size=64k")
+    pool = Pool(Store.on_tmpfs(options), options)
+    yield Face(pool)
+    pool.close()
+
+
+@pytest.fixture
+def a(face: Face) -> int:
+    """The inode of a backup with a page at handle 1."""
+    made: int = face.mkdir(ROOT, b"a", 0o755, CTX).st_ino
+    face.create(made, b"1", 0o644, os.O_RDWR, CTX)
+    return made
+
+
+def refusal(call: Callable[..., Any], *arguments: Any) -> str:
+    """The name of the errno that a handler answers."""
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        call(*arguments)
+    return errno.errorcode[caught.value.errno]
+
+
+def handlers() -> list[str]:
+    own = vars(Operations)
+    return [name for name, f in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(f) and name in own]
+
+
+@pytest.mark.parametrize("name", [name for name in handlers() if name != "forget"])
+def test_every_handler_goes_through_the_wrapper(name: str) -> None:
+    assert hasattr(vars(Operations)[name], "__wrapped__")
+
+
+def test_every_request_that_can_come_has_a_handler() -> None:
+    """What is left to pyfuse3's own answer, ENOSYS, is what the kernel then does by itself."""
+    asked = {name for name, f in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(f)}
+    assert asked - set(handlers()) == {"access", "poll"}
+
+
+UNASKED = {"symlink", "link", "fsync", "fsyncdir", "listxattr"}
+"""These answer without asking the model."""
+
+
+ASKING = [name for name in handlers() if name not in UNASKED | {"forget", "flush"}]
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_every_error_of_the_model_is_its_errno(face: Face, a: int, name: str) -> None:
+    for kind in set(errors.ERRNO) - {errors.StoreFailed}:
+
+        def refuse(*_: Any, kind: type[errors.TtmfsError] = kind, **__: Any) -> Any:
+            raise kind("refused")
+
+        before = face.metrics.errors[name, errors.ERRNO[kind]]
+        assert run_with_broken_model(face, a, name, refuse) == errno.errorcode[errors.ERRNO[kind]]
+        assert face.metrics.errors[name, errors.ERRNO[kind]] == before + 1
+
+
+def run_with_broken_model(face: Face, a: int, name: str, broken: Callable[..., Any]) -> str:
+    """Call a handler whose model does something else; the errno that it answers."""
+
+    async def broken_async(*_: Any, **__: Any) -> Any:
+        return broken()
+
+    for method, function in inspect.getmembers(Tree, inspect.isfunction):
+        if not method.startswith("_"):
+            setattr(face.tree, method, broken_async if inspect.iscoroutinefunction(function) else broken)
+    face.operations.pool = BrokenPool(broken)  # type: ignore[assignment]
+    arguments = {
+        "lookup": (a, b"1", CTX),
+        "mkdir": (ROOT, b"b", 0o755, CTX),
+        "rmdir": (ROOT, b"a", CTX),
+        "unlink": (a, b"1", CTX),
+        "mknod": (a, b"2", stat.S_IFREG, 0, CTX),
+        "create": (a, b"2", 0o644, 0, CTX),
+        "rename": (ROOT, b"a", ROOT, b"b", 0, CTX),
+        "setattr": (a, pyfuse3.EntryAttributes(), pyfuse3.SetattrFields(), None, CTX),
+        "read": (a + 1, 0, 10),
+        "write": (a + 1, 0, b"x"),
+        "open": (a + 1, 0, CTX),
+        "readdir": (a, 0, None),
+        "release": (a + 1,),
+        "releasedir": (a,),
+        "statfs": (CTX,),
+        "getxattr": (a, b"user.x", CTX),
+        "setxattr": (a, b"user.x", b"1", CTX),
+        "removexattr": (a, b"user.x", CTX),
+    }
+    return refusal(getattr(face, name), *arguments.get(name, (a, CTX)))
+
+
+class BrokenPool:
+    page_size = PAGE
+
+    def __init__(self, broken: Callable[..., Any]) -> None:
+        self.room = broken
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_nobody_foresaw_is_eio_and_a_traceback(
+    face: Face, a: int, name: str, expect_log: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    expect_log("failed unforeseen")
+
+    def burst(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("nobody foresaw this")
+
+    assert run_with_broken_model(face, a, name, burst) == "EIO"
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert "nobody foresaw this" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_a_failing_store_is_said_once(
+    face: Face, a: int, expect_log: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    expect_log("callers get EIO")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise errors.from_os_error(OSError(errno.EIO, os.strerror(errno.EIO)), "storing pages")
+
+    for _ in range(3):
+        assert run_with_broken_model(face, a, "write", fail) == "EIO"
+    assert [r.getMessage() for r in caplog.records] == [
+        "storing pages: Input/output error; callers get EIO (said once)"
+    ]
+    assert face.metrics.errors["write", errno.EIO] == 3
+
+
+def test_forget_never_raises(face: Face) -> None:
+    face.forget([(1, 1), (2**64 - 1, 5), (0, 0)])
+
+
+def test_flush_is_answered_so_that_it_is_not_asked_again(face: Face, a: int) -> None:
+    assert refusal(face.flush, a + 1) == "ENOSYS"
+    assert not face.metrics.errors
+
+
+def test_names_and_attributes_that_exist_have_a_lifetime_and_others_none(face: Face, a: int) -> None:
+    entry = face.lookup(a, b"1", CTX)
+    assert (entry.entry_timeout, entry.attr_timeout) == (1.0, 1.0)
+    assert refusal(face.lookup, a, b"2", CTX) == "ENOENT"  # and not inode 0, which the kernel would remember
+
+
+def test_every_open_file_has_direct_io(face: Face, a: int) -> None:
+    for ino in a + 1, inode(a >> 30, IMAGE), STATS, CONFIG:
+        info = face.open(ino, os.O_RDONLY, CTX)
+        assert (info.direct_io, info.keep_cache) == (True, False)
+
+
+def test_attributes_of_every_kind_of_entry(face: Face) -> None:
+    b = face.mkdir(ROOT, b"b", 0o2750, Context(uid=12, gid=34)).st_ino
+    face.mknod(b, b"1", stat.S_IFREG | 0o777, 0, CTX)
+    link = len(face.readlink(b + SHMEM, CTX))
+    for ino, mode, owner, size, blocks in (
+        (ROOT, stat.S_IFDIR | 0o755, 0, 0, 0),
+        (STATS, stat.S_IFREG | 0o444, 0, 0, 0),
+        (CONFIG, stat.S_IFREG | 0o444, 0, 0, 0),
+        (b, stat.S_IFDIR | 0o2750, 12, 0, 0),
+        (b + 1, stat.S_IFREG | 0o640, 12, PAGE, PAGE // 512),
+        (b + IMAGE, stat.S_IFREG | 0o640, 12, 64 << 10, PAGE // 512),
+        (b + SHMEM, stat.S_IFLNK | 0o777, 12, link, 0),
+    ):
+        entry = face.getattr(ino, CTX)
+        found = (entry.st_ino, entry.st_mode, entry.st_uid, entry.st_size, entry.st_blocks)
+        assert found == (ino, mode, owner, size, blocks)
+        assert entry.st_blksize == PAGE
+
+
+def test_a_listing_goes_on_where_the_kernel_stopped(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel asks again with the offset of the last entry that fitted, whatever was made and dropped between."""
+    for handle in range(2, 11):
+        face.create(a, b"%d" % handle, 0o644, 0, CTX)
+    seen: list[bytes] = []
+    offset, room = 0, 0
+
+    def reply(_: Any, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        nonlocal offset, room
+        if not room:
+            return False
+        seen.append(name)
+        offset, room = next_id, room - 1
+        assert entry.st_ino == {b".": a, b"..": ROOT}.get(name, a + int(name.strip(b".") or 0))
+        return True
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+    fh = face.opendir(a, CTX)
+    for call in range(8):
+        room = 3
+        face.readdir(fh, offset, None)
+        if call == 1:  # it has come to 4
+            face.unlink(a, b"2", CTX)
+            face.unlink(a, b"8", CTX)
+            face.create(a, b"12", 0o644, 0, CTX)
+            face.setxattr(a, b"user.ttmfs.drop", b"6-7", CTX)
+    assert room == 3, "the last calls find nothing more"
+    face.releasedir(fh)
+    assert seen == [b".", b"..", b"1", b"2", b"3", b"4", b"5", b"9", b"10", b"12"]
+
+
+def test_as_if_once(face: Face, a: int) -> None:
+    """A request that is carried out a second time succeeds: its first answer may have died with a daemon."""
+    again = face.mkdir(ROOT, b"a", 0o700, Context(uid=5))
+    assert (again.st_ino, again.st_mode & 0o7777, again.st_uid) == (a, 0o755, 0)
+    face.write(a + 1, 0, b"written")
+    info, entry = face.create(a, b"1", 0o644, os.O_RDWR | os.O_TRUNC, CTX)
+    assert entry.st_ino == a + 1
+    assert face.read(info.fh, 0, 7) == b"written", "create never changes a page that is there"
+    for _ in range(2):
+        face.unlink(a, b"1", CTX)
+    for _ in range(2):
+        face.rename(ROOT, b"a", ROOT, b"b", 0, CTX)
+    for _ in range(2):
+        face.rmdir(ROOT, b"b", CTX)
+    assert refusal(face.rename, ROOT, b"a", ROOT, b"c", 0, CTX) == "ENOENT"
+
+
+def test_the_kernel_is_told_when_names_went_without_its_knowing(face: Face, a: int) -> None:
+    face.unlink(a, b"1", CTX)
+    assert face.dropped == 0
+    face.setxattr(a, b"user.ttmfs.drop", b"1-3", CTX)
+    assert face.dropped == 1
+    face.open(inode(a >> 30, IMAGE), os.O_RDWR | os.O_TRUNC, CTX)
+    assert face.dropped == 2
+
+
+def test_a_text_is_one_text_from_its_beginning_to_its_end(face: Face, a: int) -> None:
+    """The counters go on while a reader is half way through."""
+    fh = face.open(STATS, os.O_RDONLY, CTX).fh
+    text = face.read(fh, 0, 1000)
+    for _ in range(200):
+        face.getattr(a, CTX)
+    while chunk := face.read(fh, len(text), 100):
+        text += chunk
+    assert b'ttmfs_operations_total{operation="getattr"} 200' not in text
+    assert text.endswith(b"\n")
+    assert face.read(fh, 0, 100_000) != text
+    assert refusal(face.open, STATS, os.O_RDWR, CTX) == "EACCES"
+    face.release(fh)
+    assert not face.tree._read_texts
+
+
+def test_what_is_kept_for_open_files_is_bounded(face: Face, a: int) -> None:
+    """A million opendirs must not make the daemon grow."""
+    for _ in range(300):
+        fh = face.open(STATS, os.O_RDONLY, CTX).fh
+        face.read(fh, 0, 10)
+        list(face.tree.listing(face.opendir(a, CTX), 0))
+    assert len(face.tree._read_texts) == len(face.tree._extents) == 64
+
+
+@pytest.mark.usefixtures("a")
+def test_statfs_speaks_in_pages(face: Face) -> None:
+    answer = face.statfs(CTX)
+    assert (answer.f_bsize, answer.f_frsize, answer.f_blocks) == (PAGE, PAGE, (1 << 20) // PAGE)
+    assert answer.f_bfree == answer.f_bavail == answer.f_blocks - 1
+    assert answer.f_files - answer.f_ffree == 2
+
+
+def test_metrics_count_operations_and_errors(face: Face, a: int) -> None:
+    refusal(face.lookup, a, b"7", CTX)
+    text = face.metrics.text(face.operations.pool).decode()
+    assert 'ttmfs_operations_total{operation="lookup"} 1\n' in text
+    assert 'ttmfs_operation_errors_total{operation="lookup",errno="ENOENT"} 1\n' in text
+    assert "ttmfs_stored_pages 1\n" in text

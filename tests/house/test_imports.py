@@ -1,0 +1,46 @@
+"""The order of the modules: each imports only from those above it, and pyfuse3 stays in its two."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from harness import REPOSITORY
+
+PACKAGE = REPOSITORY / "ttmfs"
+
+ORDER = (
+    "handles errors options linux memory store backup pool inodes tree metrics operations session background"
+).split()
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules that a file imports; those of ttmfs without the package's name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found.update([node.module] if node.module else [alias.name for alias in node.names])
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_point_up_the_list_only(module: str) -> None:
+    own = imports_of(PACKAGE / f"{module}.py") & set(ORDER)
+    assert own <= set(ORDER[: ORDER.index(module)])
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_only_the_face_and_the_session_know_pyfuse3(module: str) -> None:
+    assert ("pyfuse3" in imports_of(PACKAGE / f"{module}.py")) == (module in ("operations", "session"))
+
+
+def test_mount_py_stays_short() -> None:
+    assert len((REPOSITORY / "mount.py").read_text().splitlines()) < 60

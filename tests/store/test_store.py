@@ -1,0 +1,177 @@
+"""The store: a private tmpfs, and the directory of files that backups are."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import descriptors
+from ttmfs import linux
+from ttmfs import store as store_module
+from ttmfs.errors import BackupAbsent, BackupEnded, BackupExists, InvalidArgument, NameTooLong, NoRoom, NotSupported
+from ttmfs.options import Options
+from ttmfs.store import Store
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def create(store: Store, name: str, size: int = 16 * PAGE) -> int:
+    return store.create(name, size, 0o755, os.geteuid(), os.getegid())
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    made = Store.on_tmpfs(Options.parse("size=1m"))
+    yield made
+    made.close()
+
+
+def test_it_is_attached_nowhere(store: Store) -> None:
+    device = os.stat(store.path("")).st_dev
+    assert f"{os.major(device)}:{os.minor(device)}" not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_the_options_are_tmpfs_own() -> None:
+    made = Store.on_tmpfs(Options.parse("size=100k,nr_inodes=7,mode=1770,uid=12,gid=34"))
+    try:
+        root, room = made.stat(), made.room()
+        assert (root.st_mode & 0o7777, root.st_uid, root.st_gid) == (0o1770, 12, 34)
+        assert (room.f_blocks * room.f_frsize, room.f_files) == (100 << 10, 7)
+    finally:
+        made.close()
+
+
+def test_c14_creating_allocates_no_page(store: Store) -> None:
+    before = store.room().f_bfree
+    create(store, "a", 1 << 40)
+    assert store.room().f_bfree == before
+    assert store.find("a").st_size == 1 << 40
+    assert store.find("a").st_blocks == 0
+
+
+def test_a_backup_is_made_with_all_that_it_is_or_not_at_all(store: Store) -> None:
+    id = store.create("a", 5 * PAGE, 0o2750, 12, 34)
+    found = store.find("a")
+    assert (found.st_ino, found.st_size, found.st_mode & 0o7777) == (id, 5 * PAGE, 0o2750)
+    assert (found.st_uid, found.st_gid) == (12, 34)
+    with pytest.raises(BackupExists):
+        create(store, "a")
+    free = store.room().f_ffree
+    with pytest.raises(NameTooLong):
+        create(store, "x" * 256)
+    assert (store.scan(), store.room().f_ffree) == ([id], free)
+
+
+def test_the_number_of_backups_is_the_kernels() -> None:
+    made = Store.on_tmpfs(Options.parse("size=1m,nr_inodes=3"))
+    try:
+        create(made, "a")
+        create(made, "b")
+        with pytest.raises(NoRoom):
+            create(made, "c")
+        made.remove(made.find("a").st_ino)
+        create(made, "c")
+    finally:
+        made.close()
+
+
+def test_ids_are_never_used_twice(store: Store) -> None:
+    seen = set()
+    for _ in range(100):
+        id = create(store, "a")
+        assert id not in seen
+        seen.add(id)
+        store.remove(id)
+
+
+def test_names_that_begin_with_a_dot_and_what_is_no_file_are_no_backups(store: Store) -> None:
+    os.close(os.open(store.path(".hidden"), os.O_CREAT | os.O_WRONLY))
+    os.mkdir(store.path("directory"))
+    os.symlink("x", store.path("link"))
+    assert store.scan() == []
+    for name in ".hidden", "directory", "link", "nothing":
+        with pytest.raises(BackupAbsent):
+            store.find(name)
+
+
+def test_a_removed_backup_is_ended_and_its_memory_free(store: Store) -> None:
+    id = create(store, "a")
+    before = store.room().f_bfree
+    os.pwrite(store.descriptor(id), bytes(4 * PAGE), 0)
+    assert store.room().f_bfree == before - 4
+    store.remove(id)
+    assert store.room().f_bfree == before
+    for use in store.descriptor, store.name_of, store.remove:
+        with pytest.raises(BackupEnded):
+            use(id)
+
+
+def test_a_rename_keeps_the_id(store: Store) -> None:
+    id, other = create(store, "a"), create(store, "b")
+    with pytest.raises(BackupExists):
+        store.rename(id, "b", replace=False)
+    store.rename(id, "b", replace=True)
+    assert (store.name_of(id), store.scan()) == ("b", [id])
+    with pytest.raises(BackupEnded):
+        store.descriptor(other)
+
+
+def test_files_used_last_stay_open_and_no_more(store: Store) -> None:
+    before = len(descriptors(os.getpid()))
+    ids = [create(store, str(number)) for number in range(store_module.OPEN_FILES + 20)]
+    assert len(descriptors(os.getpid())) == before + store_module.OPEN_FILES
+    for id in ids:  # every one can be had all the same, and is the right one
+        assert os.fstat(store.descriptor(id)).st_ino == id
+    assert len(descriptors(os.getpid())) == before + store_module.OPEN_FILES
+
+
+def test_what_was_done_behind_its_back_is_seen(store: Store) -> None:
+    kept = [create(store, name) for name in ("a", "b", "c")]
+    os.rename(store.path("a"), store.path("renamed"))
+    os.unlink(store.path("b"))
+    os.close(os.open(store.path("new"), os.O_CREAT | os.O_WRONLY))
+    assert store.find("renamed").st_ino == kept[0]
+    ids = store.scan()
+    assert [store.name_of(id) for id in ids] == ["renamed", "c", "new"], "in the order of their making"
+
+
+def test_a_file_put_in_a_backups_place_is_not_taken_for_it(store: Store) -> None:
+    id = create(store, "a")
+    for number in range(store_module.OPEN_FILES):  # so that it is not open any more
+        create(store, f"other{number}")
+    os.unlink(store.path("a"))
+    os.close(os.open(store.path("a"), os.O_CREAT | os.O_WRONLY))
+    with pytest.raises(BackupEnded):
+        store.descriptor(id)
+
+
+def test_the_budget_changes_live_but_not_below_what_is_stored(store: Store) -> None:
+    os.pwrite(store.descriptor(create(store, "a")), bytes(16 * PAGE), 0)
+    store.resize(2 << 20)
+    assert store.room().f_blocks * PAGE == 2 << 20
+    with pytest.raises(InvalidArgument):
+        store.resize(15 * PAGE)
+    assert store.room().f_blocks * PAGE == 2 << 20
+    store.resize(16 * PAGE)
+    assert store.room().f_bfree == 0
+
+
+def test_a_filesystem_that_cannot_tell_pages_apart_is_refused() -> None:
+    """Huge folios make up to 2 MiB look like data after one page was written."""
+    with pytest.raises(NotSupported, match="cannot tell pages apart"):
+        Store(linux.new_tmpfs(size="16m", huge="always"))
+
+
+def test_what_tmpfs_refuses_is_said() -> None:
+    with pytest.raises(OSError, match="tmpfs option nonsense=1"):
+        linux.new_tmpfs(nonsense="1")
+
+
+def test_residency_is_counted_alike_with_and_without_cachestat(store: Store) -> None:
+    fd = store.descriptor(create(store, "a", 1 << 30))
+    for page in 0, 1, 5, 100_000:
+        os.pwrite(fd, b"x", page * PAGE)
+    assert linux.cached_pages(fd, 1 << 30) == 4
+    assert linux._cached_pages_by_mincore(fd, 1 << 30) == 4
+    assert os.fstat(fd).st_blocks == 4 * PAGE // 512, "looking has put no page into the holes"
