@@ -36,11 +36,10 @@ def main() -> int:
         options = Options.parse(*arguments.options)
     except OptionError as error:
         parser.error(str(error))
-    logging.basicConfig(
-        format="mount.py: %(message)s", level=logging.DEBUG if options.debug else logging.INFO if arguments.foreground
-        else logging.WARNING,
-    )  # fmt: skip
+    level = "DEBUG" if options.debug else "INFO" if arguments.foreground else "WARNING"
+    logging.basicConfig(format="mount.py: %(message)s", level=level)
     faulthandler.register(signal.SIGUSR2)  # where does it hang? kill -USR2 shows
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the session waits for it
     try:
         ready = (lambda: None) if arguments.foreground else background.detach(arguments.mountpoint)
         session.serve(arguments.source, arguments.mountpoint, options, ready)

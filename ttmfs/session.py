@@ -63,10 +63,14 @@ def serve(source: str, mountpoint: str, options: Options, ready: Callable[[], No
         raise MountError(str(error), ExitCode.SYSTEM) from error
     try:
         connection = _mount(source, mountpoint, options)
+        session = None
         try:
-            _Session(connection, mountpoint, pool, options, ready).run()
+            session = _Session(connection, mountpoint, pool, options, ready)
+            session.run()
         finally:
             os.close(connection)
+            if not (session and session.served):  # a start that failed leaves no mount behind
+                _unmount(mountpoint)
     finally:
         pool.close()
 
@@ -142,6 +146,7 @@ class _Session:
         self._device = _device_at(mountpoint)
         self._ready = ready
         self._initialized = trio.Event()
+        self.served = False
         self._session_fd = -1
         metrics = Metrics()
         texts = {STATS: lambda: metrics.text(pool), CONFIG: lambda: _config(options, pool)}
@@ -191,6 +196,7 @@ class _Session:
 
     async def _say_ready(self) -> None:
         await self._initialized.wait()
+        self.served = True
         log.info("serving %s", self._mountpoint)
         self._ready()
 

@@ -1,0 +1,74 @@
+"""What the documents claim is run."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from harness import REPOSITORY, mounts_below, wait_until
+from ttmfs.options import TABLE, ExitCode, help_text
+
+FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def examples(document: Path) -> list[tuple[str, str]]:
+    """The commands of a document's console blocks, each with the output that it shows."""
+    found: list[tuple[str, str]] = []
+    for block in FENCE.findall(document.read_text()):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                found.append((line[2:], ""))
+            else:
+                command, output = found[-1]
+                found[-1] = command, output + line + "\n"
+    return found
+
+
+def matches(expected: str, got: str) -> bool:
+    """Whether an output is what a document shows; ``...`` there is anything, and runs of blanks are alike."""
+    parts = [re.escape(" ".join(part.split())) for part in expected.strip().split("...")]
+    return re.fullmatch(".*".join(parts), " ".join(got.split())) is not None
+
+
+@pytest.mark.parametrize("name", ["docs/semantics.md"])
+def test_examples_do_what_they_show(name: str, tmp_path: Path) -> None:
+    commands = examples(REPOSITORY / name)
+    assert len(commands) > 20
+    path = f"{REPOSITORY}:{REPOSITORY / '.venv/bin'}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "LC_ALL": "C", "COLUMNS": "80"}
+    try:
+        for command, expected in commands:
+            done = subprocess.run(
+                ["bash", "-c", command], cwd=tmp_path, env=environment, text=True, timeout=30, check=False,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            assert matches(expected, done.stdout), f"$ {command}\n{done.stdout}instead of\n{expected}"
+    finally:
+        for mounted in mounts_below(tmp_path):
+            subprocess.run(["fusermount3", "-u", "-z", mounted], check=False)
+    wait_until(lambda: not mounts_below(tmp_path), "the unmounting")
+
+
+def test_help_names_every_option_and_exit_code() -> None:
+    text = help_text()
+    for option in TABLE.values():
+        assert f"  {option.name}" in text
+        assert option.help in text
+    for code in ExitCode:
+        assert re.search(rf"^  {code.value} +{re.escape(code.meaning)}$", text, re.MULTILINE)
+
+
+def test_the_manual_names_every_option() -> None:
+    manual = (REPOSITORY / "README.md").read_text()
+    for name in TABLE:
+        assert f"`{name}" in manual
+
+
+@pytest.mark.parametrize("document", [*sorted(p.name for p in REPOSITORY.glob("*.md")), "docs"])
+def test_links_between_documents_lead_somewhere(document: str) -> None:
+    path = REPOSITORY / document
+    for page in sorted(path.glob("*.md")) if path.is_dir() else [path]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
