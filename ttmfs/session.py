@@ -69,7 +69,7 @@ def serve(source: str, mountpoint: str, options: Options, ready: Callable[[], No
             session.run()
         finally:
             os.close(connection)
-            if not (session and session.served):  # a start that failed leaves no mount behind
+            if session is None or not session.served:  # a start that failed leaves no mount behind
                 _unmount(mountpoint)
     finally:
         pool.close()

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Self
 
 from . import linux
-from .errors import BackupAbsent, BackupEnded, BackupExists, InvalidArgument, NotSupported, from_os_error
+from .errors import BackupAbsent, BackupEnded, BackupExists, InvalidArgument, NotPermitted, NotSupported, from_os_error
 from .options import BASE_PAGE_SIZE, Options
 
 __all__ = ["Store"]
@@ -33,6 +33,15 @@ def _failures_of(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise from_os_error(error, what) from error
+
+
+def _give(fd: int, uid: int, gid: int) -> None:
+    """Make a file someone's. A daemon without privilege can give nothing away; its own user's keep their group."""
+    try:
+        os.fchown(fd, uid, gid)
+    except OSError as error:
+        if uid != os.geteuid():
+            raise NotPermitted("this mount's daemon is no root: it makes backups for its own user only") from error
 
 
 class Store:
@@ -156,7 +165,7 @@ class Store:
         try:
             made = os.fstat(fd)
             if (made.st_uid, made.st_gid) != (uid, gid):
-                os.fchown(fd, uid, gid)
+                _give(fd, uid, gid)
             os.fchmod(fd, mode)
             os.ftruncate(fd, size)
             os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=self._directory, follow_symlinks=True)

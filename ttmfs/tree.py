@@ -24,6 +24,7 @@ any time without harm.
 import itertools
 import os
 import stat
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from typing import Generic, NamedTuple, TypeVar
@@ -75,6 +76,9 @@ HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
 XATTR_SIZE_MAX = 65536
 KEPT = 64
 """How many listings and texts under way are kept. One that was lost is made anew from its offset."""
+
+EXTENT_SECONDS = 1.0
+"""How long a listing trusts what it knows of the pages to come: so late may it see what .shmem drops."""
 
 
 class Attributes(NamedTuple):
@@ -128,7 +132,8 @@ class Tree:
         self._names_dropped = names_dropped
         self._serial = itertools.count()
         self._read_texts: _Kept[bytes] = _Kept()
-        self._extents: _Kept[tuple[int, int]] = _Kept()  # of open directories: the run of pages they are in
+        # Of open directories: index to go on from, end of the run of pages that it is in, and when that was looked up.
+        self._extents: _Kept[tuple[int, int, float]] = _Kept()
 
     # --- names ---
 
@@ -146,7 +151,7 @@ class Tree:
         handle = parse_page_name(name) or 0
         if not 0 < handle <= MAX_HANDLE:
             raise NoSuchName(f"{os.fsdecode(name)!r} is no handle")
-        if not backup.holds(handle - 1):
+        if not backup.holds(handle - 1) or handle * self.pool.page_size > backup.size:
             raise PageAbsent(f"handle {handle} holds no page")
         return inode(backup_of(parent), handle), self._page(backup)
 
@@ -163,9 +168,7 @@ class Tree:
         if handle == SHMEM:
             found = backup.stat()
             return _file(found, len(self.target(ino)), 0)._replace(mode=stat.S_IFLNK | 0o777)
-        if not backup.holds(handle - 1):
-            raise PageDropped(f"handle {handle} holds no page any more")
-        return self._page(backup)
+        return self._page(self._with_page(ino))
 
     def _attributes_of_own(self, ino: int) -> Attributes:
         found = self.pool.store.stat()
@@ -185,7 +188,15 @@ class Tree:
         """The backup that an inode or file handle belongs to."""
         return self.pool.backup(backup_of(ino))
 
+    def _with_page(self, ino: int) -> Backup:
+        """The backup of a page's inode or file handle. PageDropped if the page is no more."""
+        backup, handle = self.backup(ino), handle_of(ino)
+        if not backup.holds(handle - 1):
+            raise PageDropped(f"handle {handle} holds no page any more")
+        return backup
+
     def _page(self, backup: Backup) -> Attributes:
+        """The attributes of a backup's pages, which are the same for all."""
         return _file(backup.stat(), self.pool.page_size, self.pool.page_size // 512)
 
     # --- making and removing ---
@@ -260,7 +271,7 @@ class Tree:
 
     def _forget_extents(self, id: int, first: int, past: int) -> None:
         """Keep the listings under way from showing pages that were dropped, by range of indices."""
-        for fh, (position, end) in list(self._extents.items()):
+        for fh, (position, end, _) in list(self._extents.items()):
             if backup_of(fh) == id and first < end and position < past:
                 del self._extents[fh]
 
@@ -269,15 +280,14 @@ class Tree:
     def open(self, ino: int, flags: int) -> int:
         """open(2): a file handle. O_TRUNC makes a page zeros and drops every page of an IMAGE."""
         if not backup_of(ino):
-            if flags & (os.O_WRONLY | os.O_RDWR):
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
                 raise ReadOnlyEntry("this file can only be read")
             self.attributes(ino)
             return with_serial(ino, next(self._serial))
-        handle = handle_of(ino)
-        if handle == IMAGE:
+        if handle_of(ino) == IMAGE:
             self.backup(ino).stat()
-        elif not self.backup(ino).holds(handle - 1):
-            raise PageDropped(f"handle {handle} holds no page any more")
+        else:
+            self._with_page(ino)
         if flags & os.O_TRUNC:
             self.truncate(ino, 0)
         return _file_handle(ino, flags)
@@ -286,12 +296,10 @@ class Tree:
         """read(2). Absent pages of an IMAGE are zeros; a page that was dropped raises PageDropped."""
         if not backup_of(fh):
             return self._read_text(fh, offset, size)
-        backup, handle = self.backup(fh), handle_of(fh)
+        handle, page_size = handle_of(fh), self.pool.page_size
         if handle == IMAGE:
-            return backup.read(offset, size)
-        if not backup.holds(handle - 1):
-            raise PageDropped(f"handle {handle} holds no page any more")
-        page_size = self.pool.page_size
+            return self.backup(fh).read(offset, size)
+        backup = self._with_page(fh)
         return backup.read((handle - 1) * page_size + offset, max(0, min(size, page_size - offset)))
 
     def _read_text(self, fh: int, offset: int, size: int) -> bytes:
@@ -301,29 +309,25 @@ class Tree:
 
     def write(self, fh: int, offset: int, data: bytes) -> int:
         """write(2): bytes stored, fewer than given where the page, the backup or the room ends."""
-        backup, handle = self.backup(fh), handle_of(fh)
+        handle, page_size = handle_of(fh), self.pool.page_size
         if handle == IMAGE:
-            return backup.write(offset, data)
-        page_size = self.pool.page_size
+            return self.backup(fh).write(offset, data)
         if offset >= page_size:
             raise OutOfBounds(f"a page ends at byte {page_size}")
-        if not backup.holds(handle - 1):
-            raise PageDropped(f"handle {handle} holds no page any more")
+        backup = self._with_page(fh)
         return backup.write((handle - 1) * page_size + offset, data[: page_size - offset])
 
     def truncate(self, ino: int, size: int) -> None:
         """truncate(2): bytes of a page past `size` become zeros; pages of an IMAGE past it are dropped."""
-        backup, handle, page_size = self.backup(ino), handle_of(ino), self.pool.page_size
+        handle, page_size = handle_of(ino), self.pool.page_size
         if not backup_of(ino) or not handle or handle == SHMEM:
             raise NotPermitted("this has no size to change")
         if handle != IMAGE:
             if size > page_size:
                 raise OutOfBounds(f"a page ends at byte {page_size}")
-            if not backup.holds(handle - 1):
-                raise PageDropped(f"handle {handle} holds no page any more")
-            backup.zero(handle - 1, size)
+            self._with_page(ino).zero(handle - 1, size)
             return
-        backup.truncate(size)
+        self.backup(ino).truncate(size)
         self._forget_extents(backup_of(ino), size // page_size, MAX_HANDLE)
         self._names_dropped()
 
@@ -385,25 +389,25 @@ class Tree:
     def _pages(self, fh: int, idx: int) -> Generator[Entry, None, None]:
         """The pages from an index on.
 
-        The run of pages that the listing is in stays with the file handle: looking for its end takes time in proportion
-        to its length, and done at every call that would make listing quadratic.
+        The run of pages that the listing is in stays with the file handle for a second: looking for its end takes time
+        in proportion to its length, and done at every call that would make listing quadratic.
         """
         id, backup = backup_of(fh), self.backup(fh)
         page, base = self._page(backup), inode(id, 0)
         limit = min(backup.size // self.pool.page_size, MAX_HANDLE)
-        position, end = self._extents.get(fh, (0, 0))
+        position, end, found_at = self._extents.get(fh, (0, 0, 0.0))
         while idx < limit:
-            if not position <= idx < end:
+            if not position <= idx < end or time.monotonic() > found_at + EXTENT_SECONDS:
                 if (found := backup.extent(idx)) is None:
                     return
-                idx, end = found
+                (idx, end), found_at = found, time.monotonic()
             try:
                 for idx in range(idx, min(end, limit)):  # noqa: B020
                     yield Entry(page_name(idx + 1), base | idx + 1, page, idx + 3)
                 idx = end
             finally:  # also when the caller wants no more: then the entry at idx was not taken
                 position = idx
-                self._extents[fh] = position, end
+                self._extents[fh] = position, end, found_at
 
     def close_directory(self, fh: int) -> None:
         """closedir(3)."""
