@@ -120,25 +120,26 @@ def measure_speed(directory: Path, rounds: int, pages: int) -> dict[str, Any]:
             paths[name] = [f"{mountpoint}/a/{handle}" for handle in range(1, pages + 1)]
         page = os.urandom(PAGE_SIZE)
         requests(fuse)
-        first, asking = requests(fuse), requests(fuse)
-        asking.subtract(first)  # what reading .stats once adds itself
+        first = requests(fuse)
+        asking = requests(fuse) - first  # what reading .stats once adds itself
         for turn in range(rounds + 1):  # the first warms up and is not counted
             for name in paths:
                 for step, act in STEPS.items():
-                    before = requests(fuse)
+                    before = requests(fuse) if name == "ttmfs" else None
                     start = time.perf_counter_ns()
                     act(paths[name], page)
                     elapsed = time.perf_counter_ns() - start
-                    if turn:
-                        times[step][name].append(elapsed / pages / 1000)
-                        if name == "ttmfs":
-                            trips[step].update(requests(fuse))
-                            trips[step].subtract(before)
-                            trips[step].subtract(asking)
+                    if not turn:
+                        continue
+                    times[step][name].append(elapsed / pages / 1000)
+                    if before is not None:
+                        trips[step].update(requests(fuse))
+                        trips[step].subtract(before + asking)
     answer: dict[str, Any] = {}
     for step in STEPS:
-        counts = {name: round(count / rounds / pages, 3) for name, count in trips[step].items() if count > rounds}
-        answer[step] = {"round_trips": sum(counts.values()), "requests": counts, "microseconds": times[step]}
+        rounded = {name: round(count / rounds / pages, 2) for name, count in sorted(trips[step].items())}
+        counts = {name: count for name, count in rounded.items() if count}
+        answer[step] = {"round_trips": round(sum(counts.values()), 2), "requests": counts, "microseconds": times[step]}
     return answer
 
 
@@ -164,11 +165,19 @@ def slab() -> dict[str, int]:
     return now
 
 
-def forget() -> None:
-    """Let the kernel drop every dentry and inode that it can; more than once, since it spares what was just used."""
+def forget() -> dict[str, int]:
+    """Let the kernel drop every dentry and inode that it can, until no more goes: it spares what was just used."""
     os.sync()
-    for _ in range(3):
+    now = slab()
+
+    def no_more() -> bool:
+        nonlocal now
         Path("/proc/sys/vm/drop_caches").write_text("2\n")
+        before, now = now, slab()
+        return sum(before.values()) - sum(now.values()) <= SETTLED
+
+    wait_until(no_more, "drop_caches to have dropped all it can")
+    return now
 
 
 def anonymous(pid: int) -> int:
@@ -181,14 +190,12 @@ def measure_slab(mountpoint: Path, pages: int) -> dict[str, dict[str, float]]:
     directory = mountpoint / "a"
     directory.mkdir()
     page = os.urandom(PAGE_SIZE)
-    create([f"{directory}/0" if not handle else f"{directory}/{handle}" for handle in range(1, 3)], page)
-    unlink([f"{directory}/{handle}" for handle in range(1, 3)], page)
-    forget()
-    base = slab()
+    for warm_up in create, read, unlink:
+        warm_up([f"{directory}/1"], page)
+    base = forget()
     states = {}
 
-    def note(state: str) -> None:
-        now = slab()
+    def note(state: str, now: dict[str, int]) -> None:
         states[state] = {name: (now[name] - base[name]) / pages for name in SLAB}
 
     for handle in range(1, pages + 1):
@@ -196,20 +203,17 @@ def measure_slab(mountpoint: Path, pages: int) -> dict[str, dict[str, float]]:
     stored = os.statvfs(mountpoint)
     if (used := (stored.f_blocks - stored.f_bfree) * stored.f_frsize // PAGE_SIZE) < pages:
         sys.exit(f"figures: {used} pages are stored, not {pages}")
-    note("stored")
-    forget()
-    note("stored, caches dropped")
+    note("stored", slab())
+    note("stored, caches dropped", forget())
     with os.scandir(directory) as entries:
         listed = sum(entry.stat().st_size == PAGE_SIZE for entry in entries)
     if listed != pages:
         sys.exit(f"figures: {listed} pages are listed, not {pages}")
-    note("listed")
-    forget()
-    note("listed, caches dropped")
+    note("listed", slab())
+    note("listed, caches dropped", forget())
     for handle in range(1, pages + 1):
         os.unlink(f"{directory}/{handle}")
-    forget()
-    note("all removed")
+    note("all removed", forget())
     return states
 
 
@@ -243,7 +247,7 @@ def machine() -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):7.1f} ({min(values):.1f} to {max(values):.1f})"
+    return f"{statistics.median(values):6.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def report(found: dict[str, Any]) -> str:
@@ -252,17 +256,16 @@ def report(found: dict[str, Any]) -> str:
         f"Linux {where['kernel']} {where['architecture']}, {where['cores']} cores ({where['processor']}), "
         f"{where['memory_bytes'] >> 20} MiB, Python {where['python']}; load before: {where['load_average_before']:.2f}",
         "",
-        f"Microseconds a page: median of {found['rounds']} rounds of {found['pages']} pages of {PAGE_SIZE} bytes (least "
-        "to most).",
-        "One client, one page after the other; ttmfs and a tmpfs with a file a page in turns, after a round to warm up.",
-        "Round trips: from ttmfs_operations_total in .stats. A close is answered at once, its release comes after it.",
+        f"Microseconds a page: median of {found['rounds']} rounds of {found['pages']} pages of {PAGE_SIZE} bytes",
+        "(least to most), after a round to warm up; one client, one page after the other, the two in turns.",
+        "Round trips: ttmfs_operations_total in .stats, less what reading it adds. No close waits for its release.",
         "",
-        f"{'':<20} {'ttmfs':<26} {'tmpfs':<22} round trips of ttmfs",
+        f"{'':<19} {'ttmfs':<26} {'tmpfs, a file a page':<26} round trips of ttmfs",
     ]
     for step, row in found["speed"].items():
-        requests_ = ", ".join(f"{name} {count:g}" for name, count in row["requests"].items())
-        times = (f"{spread(row['microseconds'][name]):<26}" for name in ("ttmfs", "tmpfs"))
-        lines.append(f"{step:<20} {' '.join(times)[:-4]} {row['round_trips']:g}: {requests_}")
+        times = [f"{spread(row['microseconds'][name]):<26}" for name in ("ttmfs", "tmpfs")]
+        counts = ", ".join(f"{name} {count:g}" for name, count in row["requests"].items())
+        lines.append(f"{step:<19} {' '.join(times)} {row['round_trips']:g}: {counts}")
     lines += [
         "",
         f"Kernel memory, in bytes a page at {memory['pages']} page files: the growth of SUnreclaim and SReclaimable in",
@@ -296,10 +299,11 @@ def main() -> None:
         sys.exit("figures: needs root, to mount a tmpfs and to drop the kernel's caches")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("figures: ended by SIGTERM"))
     found: dict[str, Any] = {"machine": machine(), "rounds": arguments.rounds, "pages": arguments.pages}
-    for name, measure in (
-        ("speed", lambda directory: measure_speed(directory, arguments.rounds, arguments.pages)),
-        ("memory", lambda directory: measure_memory(directory, arguments.memory_pages)),
-    ):
+    measures: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "speed": lambda directory: measure_speed(directory, arguments.rounds, arguments.pages),
+        "memory": lambda directory: measure_memory(directory, arguments.memory_pages),
+    }
+    for name, measure in measures.items():
         with tempfile.TemporaryDirectory(prefix="ttmfs-figures.") as temporary:
             mounts = Path(temporary)
             found[name] = measure(mounts)

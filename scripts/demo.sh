@@ -71,11 +71,11 @@ say "A backup is a directory. Its pages are files, named by handle: 1, 2, 3 and 
 show 'page=$(getconf PAGESIZE); pages=$(($(stat -c %s source) / page)); echo $pages pages of $page bytes'
 show 'mkdir mnt/a'
 
-say "The first 4 MiB go in page by page, each by a cat of its own ..."
-show "head -c 4M source | split -b \$page -a 5 --numeric-suffixes=1 --filter='cat > mnt/a/\$(expr \$FILE + 0)' - ''"
+say "The first 2 MiB go in page by page, each by a cat of its own ..."
+show "head -c 2M source | split -b \$page -a 5 --numeric-suffixes=1 --filter='cat > mnt/a/\$(expr \$FILE + 0)' - ''"
 show 'ls -lv mnt/a | tail -n 3'
 say "... and the rest in bulk, through .image, which has every page at its place."
-show 'dd if=source of=mnt/a/.image bs=1M skip=4 seek=4 conv=notrunc'
+show 'dd if=source of=mnt/a/.image bs=1M skip=2 seek=2 conv=notrunc'
 
 say "A look at it."
 show 'xxd -l 64 mnt/a/1'

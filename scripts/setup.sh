@@ -38,6 +38,7 @@ if [ -n "$packages" ]; then
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
 fi
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# Made anew where it was left half made, or its Python has gone or become another version.
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 .venv/bin/python -m pip install -q --disable-pip-version-check --editable '.[dev]'
 touch .venv/ready

@@ -108,11 +108,13 @@ class Operations(pyfuse3.Operations):
         entry = EntryAttributes()
         self._fill(entry, attributes)
         entry.st_ino = ino
+        if not attributes.lasting:
+            entry.attr_timeout = 0.0
         return entry
 
     def _fill(self, entry: EntryAttributes, attributes: Attributes) -> None:
         entry.st_mode, entry.st_nlink, entry.st_size, entry.st_blocks = attributes[:4]
-        entry.st_uid, entry.st_gid, entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = attributes[4:]
+        entry.st_uid, entry.st_gid, entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = attributes[4:9]
         entry.st_blksize = self.pool.page_size
         entry.entry_timeout = entry.attr_timeout = self.lifetime
 

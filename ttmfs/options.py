@@ -192,7 +192,8 @@ class Options:
         for name, own in ("uid", os.geteuid()), ("gid", os.getegid()):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, own)
-        for name, size in ("size", self.size or parse_size("50%")), ("backup_size", self.backup_size or self.size):
+        budget = self.size or parse_size("50%")
+        for name, size in ("size", budget), ("backup_size", self.backup_size or budget):
             # Whole pages, rounded up as tmpfs rounds its own size.
             object.__setattr__(self, name, -(-size // self.page_size) * self.page_size)
 

@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import struct
@@ -128,10 +129,10 @@ def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess
 def _device_at(mountpoint: str) -> str | None:
     """The device number of what is mounted topmost at a path, without touching it; None if nothing is."""
     device = None
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")
-        if fields[4].encode("latin-1", "surrogateescape").decode("unicode_escape") == mountpoint:
-            device = fields[2]
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
+        fields = line.split(b" ")
+        if re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), fields[4]) == os.fsencode(mountpoint):
+            device = fields[2].decode()
     return device
 
 
@@ -150,7 +151,7 @@ class _Session:
         self._session_fd = -1
         metrics = Metrics()
         texts = {STATS: lambda: metrics.text(pool), CONFIG: lambda: _config(options, pool)}
-        tree = Tree(pool, texts, self._forget_names)
+        tree = Tree(pool, texts, self._forget_names, self._forget_attributes)
         self._operations = Operations(
             tree, pool, metrics, init=self._connect,
             lifetime=LIFETIME if self._forget_names() else 0.0, debug=options.debug,
@@ -168,6 +169,14 @@ class _Session:
             if error.errno != errno.ENODEV:  # unmounted meanwhile: there is no one left to tell
                 raise
         return True
+
+    def _forget_attributes(self, ino: int) -> None:
+        """Make the kernel ask for an inode's attributes again. That takes no lock which a waiting client could hold."""
+        try:
+            pyfuse3.invalidate_inode(ino, attr_only=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # the kernel has no such inode, or no mount, any more
+                raise
 
     def run(self) -> None:
         """Serve until unmounted."""

@@ -93,6 +93,7 @@ class Attributes(NamedTuple):
     atime_ns: int
     mtime_ns: int
     ctime_ns: int
+    lasting: bool = True  # whether the kernel may keep them for a while
 
 
 class Entry(NamedTuple):
@@ -121,15 +122,21 @@ class Tree:
     """The names of a mount over a pool. Names are bytes, as the kernel has them; numbers are inode numbers.
 
     `texts` makes what STATS and CONFIG hold. `names_dropped` is called when pages went, or changed their owner or mode,
-    without the kernel's knowing: it must make the kernel forget the names that it has.
+    without the kernel's knowing: it must make the kernel forget the names that it has. `attributes_changed` is called
+    with an inode whose attributes the kernel must ask for again.
     """
 
     def __init__(
-        self, pool: Pool, texts: Mapping[int, Callable[[], bytes]], names_dropped: Callable[[], object]
+        self,
+        pool: Pool,
+        texts: Mapping[int, Callable[[], bytes]],
+        names_dropped: Callable[[], object],
+        attributes_changed: Callable[[int], object],
     ) -> None:
         self.pool = pool
         self._texts = texts
         self._names_dropped = names_dropped
+        self._attributes_changed = attributes_changed
         self._serial = itertools.count()
         self._read_texts: _Kept[bytes] = _Kept()
         # Of open directories: index to go on from, end of the run of pages that it is in, and when that was looked up.
@@ -163,8 +170,8 @@ class Tree:
         if not handle:
             return _directory(backup.stat())
         if handle == IMAGE:
-            found = backup.stat()
-            return _file(found, found.st_size, found.st_blocks)
+            found = backup.stat()  # every page that comes or goes changes it, and du must agree with ls
+            return _file(found, found.st_size, found.st_blocks)._replace(lasting=False)
         if handle == SHMEM:
             found = backup.stat()
             return _file(found, len(self.target(ino)), 0)._replace(mode=stat.S_IFLNK | 0o777)
@@ -352,7 +359,7 @@ class Tree:
             gid=-1 if gid is None or not new_owner else gid,
             times=times,
         )
-        if backup_of(ino) and (mode is not None or new_owner):
+        if backup_of(ino) and (mode is not None or new_owner or times is not None):
             self._names_dropped()  # the pages have changed too
 
     # --- listings ---
@@ -360,6 +367,8 @@ class Tree:
     def open_directory(self, ino: int) -> int:
         """opendir(3): a file handle."""
         self.attributes(ino)
+        if backup_of(ino):  # a write changes its times, unknown to the kernel; tar compares them with those at the end
+            self._attributes_changed(ino)
         return with_serial(ino, next(self._serial))
 
     def listing(self, fh: int, start: int) -> Generator[Entry, None, None]:

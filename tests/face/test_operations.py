@@ -44,8 +44,14 @@ class Face:
 
     def __init__(self, pool: Pool) -> None:
         self.dropped = 0
+        self.changed: list[int] = []  # inodes whose attributes the kernel was told to ask for again
         self.metrics = Metrics()
-        self.tree = Tree(pool, {STATS: lambda: self.metrics.text(pool), CONFIG: lambda: b"{}"}, self.names_dropped)
+        self.tree = Tree(
+            pool,
+            {STATS: lambda: self.metrics.text(pool), CONFIG: lambda: b"{}"},
+            self.names_dropped,
+            self.changed.append,
+        )
         self.operations = Operations(self.tree, pool, self.metrics, init=lambda: None, lifetime=1.0, debug=False)
 
     def names_dropped(self) -> None:
@@ -285,6 +291,13 @@ def test_the_kernel_is_told_when_names_went_without_its_knowing(face: Face, a: i
     assert face.dropped == 1
     face.open(inode(a >> 30, IMAGE), os.O_RDWR | os.O_TRUNC, CTX)
     assert face.dropped == 2
+
+
+def test_attributes_that_change_unseen_are_not_kept(face: Face, a: int) -> None:
+    """The kernel sees neither what a page's coming and going does to .image, nor what a write does to the backup."""
+    assert face.getattr(inode(a >> 30, IMAGE), CTX).attr_timeout == 0
+    face.opendir(a, CTX)
+    assert face.changed == [a]
 
 
 def test_a_text_is_one_text_from_its_beginning_to_its_end(face: Face, a: int) -> None:

@@ -542,9 +542,9 @@ def test_a_failing_store_is_eio_logged_once_and_passes(mount: Mount, backup: Pat
     limits = resource.prlimit(mount.pid, resource.RLIMIT_NOFILE)
     mount.expect_log("Too many open files.*said once")
     resource.prlimit(mount.pid, resource.RLIMIT_NOFILE, (len(descriptors(mount.pid)), limits[1]))
-    for _ in range(3):
+    for name in "bcdb":
         with raises_errno(EIO):
-            (mount.path / "b").mkdir()
+            (mount.path / name).mkdir()
     assert (backup / "1").read_bytes() == b"x" * PAGE
     resource.prlimit(mount.pid, resource.RLIMIT_NOFILE, limits)
     (mount.path / "b").mkdir()

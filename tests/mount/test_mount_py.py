@@ -29,10 +29,38 @@ ENDS_AT_ONCE = ['umount "$MNT"', 'fusermount3 -u "$MNT"']
 GONE = {errno.ENOTCONN, errno.ECONNABORTED}
 
 
-def is_mounted(path: Path) -> bool:
-    """Whether the mount table has it, whatever its name looks like there and whether it answers or not."""
+def mounted() -> set[Path]:
+    """What the mount table has, whatever the names look like there, and whether the mounts answer or not."""
     rows = (row.split(b" ") for row in Path("/proc/self/mounts").read_bytes().split(b"\n") if row)
-    return os.fsencode(path) in {re.sub(rb"\\(\d{3})", lambda m: bytes([int(m[1], 8)]), row[1]) for row in rows}
+    return {Path(os.fsdecode(re.sub(rb"\\(\d{3})", lambda m: bytes([int(m[1], 8)]), row[1]))) for row in rows}
+
+
+def is_mounted(path: Path) -> bool:
+    return path in mounted()
+
+
+@pytest.fixture(autouse=True)
+def ended(tmp_path: Path) -> Iterator[None]:
+    """Ends, for the sake of the next test, what one that failed has left in the background; and fails for it."""
+    before = children()
+    yield
+    left = sorted(path for path in mounted() if path.is_relative_to(tmp_path))
+    for path in left:
+        subprocess.run(["fusermount3", "-u", "-z", "--", path], check=False)
+
+    def gone() -> bool:
+        for pid in children() - before:
+            os.waitpid(pid, os.WNOHANG)
+        return not children() - before
+
+    try:
+        wait_until(gone, "every process to end", 5)
+    except AssertionError:
+        for pid in children() - before:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        raise
+    assert not left
 
 
 def shmem() -> int:
@@ -199,7 +227,9 @@ until grep -q bound syslog; do kill -0 $log; sleep 0.01; done
 mkdir mnt/a; rmdir mnt/a; wait $log; umount mnt
 """)
     run(f"unshare -m --propagation private bash {script}", cwd=tmp_path)
-    assert re.search(r"^<31>ttmfs\[\d+\]: mkdir\(1, b'a', \d+, pid=\d+\)", (tmp_path / "syslog").read_text(), re.M)
+    assert re.search(
+        r"^<31>ttmfs\[\d+\]: mkdir\(1, b'a', \d+, pid=\d+\)", (tmp_path / "syslog").read_text(), re.MULTILINE
+    )
     assert not is_mounted(mountpoint)
 
 
@@ -246,7 +276,7 @@ def test_what_goes_wrong_is_one_line_on_stderr_and_a_documented_status(
     assert re.fullmatch(f"mount.py: .*{message}.*\n", done.stderr)
     assert done.stderr.count("--help") == (code == 1)
     assert (done.stdout, done.returncode) == ("", code)
-    assert code in {value for value in ExitCode}
+    assert code in set(ExitCode)
     assert not is_mounted(mountpoint)
 
 
@@ -307,13 +337,14 @@ def test_every_way_of_ending_unmounts_and_releases_the_memory(mountpoint: Path, 
 
 @pytest.mark.parametrize("command", ENDS_BY_SIGNAL)
 def test_a_signal_ends_it_also_while_clients_work_and_they_get_errors(mountpoint: Path, command: str) -> None:
-    with Daemon(mountpoint) as daemon, clients(mountpoint, "read", "write", "list", "hold") as working:
+    verbs = "read", "write", "list", "hold"
+    with Daemon(mountpoint) as daemon, clients(mountpoint, *verbs) as working:
         daemon.end(command)
         assert daemon.wait() == 0
         assert not is_mounted(mountpoint)
-        for client in working:
+        for verb, client in zip(verbs, working, strict=True):
             client.communicate("go on\n", timeout=10)
-            assert client.returncode in GONE, client.args
+            assert client.returncode in GONE | ({errno.ENOENT} if verb == "list" else set())  # it goes by path
 
 
 @pytest.mark.parametrize("command", ENDS_LAZILY)
@@ -374,7 +405,7 @@ def test_the_source_is_shown_as_it_was_given(mountpoint: Path, source: str) -> N
         assert run(f"df --output=source,fstype {mountpoint}").split()[-1] == "fuse.ttmfs"
 
 
-@pytest.mark.parametrize("name", ["a b", "a,b", "a\\b", "a\\040b", "日本 ü", "tab\t", "line\nfeed", "-x", "\r"])
+@pytest.mark.parametrize("name", ["a b", "a,b", "a\\b", "a\\040b", "日本 ü", "tab\t", "line\nfeed", "-x"])
 def test_the_mountpoint_may_have_any_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.mkdir()
@@ -388,15 +419,18 @@ def test_the_mountpoint_may_have_any_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mnt", "mnt/", "./mnt/../mnt", "link"])
-def test_the_mountpoint_may_be_relative_or_a_link(tmp_path: Path, mountpoint: Path, name: str) -> None:
+@pytest.mark.usefixtures("mountpoint")
+def test_the_mountpoint_may_be_relative_or_a_link(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to("mnt")
     run(f"{COMMAND} {name} && mkdir mnt/a && umount mnt", cwd=tmp_path)
 
 
-def test_mount_8_mounts_it_through_its_fuse_helper(mountpoint: Path) -> None:
+def test_mount_8_mounts_it_through_its_fuse_helper(tmp_path: Path, mountpoint: Path) -> None:
     """mount.fuse3 runs what stands before the "#" of a source, as a line in fstab may have it."""
-    source = f"{sys.executable} {MOUNT_PY}#gpu0"
-    run(f"mount -t fuse3 -o size=4m,noexec,nofail,_netdev '{source}' {mountpoint}")
+    helper = tmp_path / "mount.ttmfs"
+    helper.write_text(f'#!/bin/sh\nexec {COMMAND} "$@"\n')
+    helper.chmod(0o755)
+    run(f"mount -t fuse3 -o size=4m,noexec,nofail,_netdev {helper}#gpu0 {mountpoint}")
     try:
         (shown,) = json.loads(run(f"findmnt --json -M {mountpoint}"))["filesystems"]
         assert (shown["source"], shown["fstype"]) == ("gpu0", "fuse.ttmfs")
@@ -524,8 +558,8 @@ def test_ro_refuses_every_change(mountpoint: Path) -> None:
 def test_debug_logs_every_operation(mountpoint: Path) -> None:
     with Mount(mountpoint, "debug") as mounted:
         mounted.expect_log("")
-        run(f"mkdir {mountpoint}/a && head -c 4096 /dev/zero > {mountpoint}/a/1 && cat {mountpoint}/a/1 && df")
-        run(f"ls -l {mountpoint}/a && rm {mountpoint}/a/1 && rmdir {mountpoint}/a && ! stat {mountpoint}/a/x")
+        run("mkdir a && head -c 4096 /dev/zero > a/1 && cat a/1 && df . && ls -l a", cwd=mountpoint)
+        run("rm a/1 && ! stat a/1 && rmdir a", cwd=mountpoint)
     for operation in "lookup mkdir create write open read release opendir readdir unlink rmdir statfs".split():
         assert any(re.search(rf" {operation}\(", line) for line in mounted.log), operation
     assert any(re.search(r" lookup: ENOENT: ", line) for line in mounted.log)
@@ -644,7 +678,7 @@ sys.exit(mount.main())
         ("write", "write", "echo x > a/1"),
         ("truncate", "setattr", "truncate -s 5 a/1"),
         ("listing", "readdir", "ls a"),
-        ("target", "readlink", "readlink -v a/.shmem"),
+        ("target", "lookup", "readlink -v a/.shmem"),
         ("get_attribute", "getxattr", "getfattr -n user.ttmfs.pages a"),
         ("set_attribute", "setxattr", "setfattr -n user.ttmfs.size -v 1m a"),
     ],

@@ -1,0 +1,360 @@
+"""Who may do what: a user who mounts for himself, and a mount that is shared by several."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import MOUNT_PY, REPOSITORY, Mount, children, run
+from ttmfs.options import ExitCode
+
+ALICE, BOB, CAROL = 65534, 65533, 65532
+"""Users without privilege, whether the machine knows them or not."""
+
+AS_ALICE, AS_BOB = (f"setpriv --reuid {uid} --regid {uid} --clear-groups" for uid in (ALICE, BOB))
+
+FUSE = Path("/dev/fuse")
+
+
+def as_user(uid: int, **more: Any) -> dict[str, Any]:
+    """What makes subprocess run a command as a user, in one group of the same number."""
+    return {"user": uid, "group": uid, "extra_groups": [], **more}
+
+
+def refused(uid: int, command: str, reason: str, **more: Any) -> None:
+    """Hold that a user's command fails for a reason."""
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False, **as_user(uid, **more)
+    )
+    assert done.returncode, f"{command} was carried out"
+    assert reason in done.stderr
+
+
+class Place:
+    """A directory that everyone reaches, with ttmfs and its Python in it, wherever these really are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bound: list[Path] = []
+
+    def bind_all(self) -> None:
+        repository, prefix = self.bind(REPOSITORY, "repository"), Path(sys.prefix)
+        if prefix.is_relative_to(REPOSITORY):
+            prefix = repository / prefix.relative_to(REPOSITORY)
+        elif prefix != Path(sys.base_prefix):
+            prefix = self.bind(prefix, "prefix")
+        self.python = prefix / Path(sys.executable).relative_to(sys.prefix)
+        self.mount_py = repository / MOUNT_PY.name
+        self.command = shlex.join([str(self.python), "-W", "error", str(self.mount_py)])
+
+    def bind(self, source: Path, name: str) -> Path:
+        (self.path / name).mkdir()
+        run(f"mount --bind {shlex.quote(str(source))} {self.path / name}")
+        self._bound.append(self.path / name)
+        return self.path / name
+
+    def release(self) -> None:
+        for path in reversed(self._bound):
+            run(f"umount {path}")
+        shutil.rmtree(self.path)
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    """And everyone may open /dev/fuse, as on most systems."""
+    before = stat.S_IMODE(FUSE.stat().st_mode)
+    path = Path(tempfile.mkdtemp(prefix="ttmfs-users-"))
+    path.chmod(0o755)
+    FUSE.chmod(0o666)
+    place = Place(path)
+    try:
+        place.bind_all()
+        yield place
+    finally:
+        FUSE.chmod(before)
+        place.release()
+
+
+@pytest.fixture
+def home(place: Place) -> Iterator[Path]:
+    """An empty directory of Alice's."""
+    path = place.path / "home"
+    path.mkdir()
+    os.chown(path, ALICE, ALICE)
+    yield path
+    left = f" {path} " in Path("/proc/self/mounts").read_text()
+    if left:  # by a test that failed: it is in the way of the next
+        run(f"umount -l {path}")
+    path.rmdir()
+    assert not left
+
+
+@pytest.fixture
+def shared(place: Place) -> Iterator[Path]:
+    """An empty directory of root's that everyone reaches."""
+    path = place.path / "shared"
+    path.mkdir()
+    yield path
+    path.rmdir()
+
+
+class UsersMount(Mount):
+    """A ttmfs that Alice mounted for herself."""
+
+    def __init__(self, place: Place, directory: Path, options: str) -> None:
+        super().__init__(directory, options, **as_user(ALICE, cwd=place.path))
+        self._command[0] = str(place.python)
+        self._command[self._command.index(str(MOUNT_PY))] = str(place.mount_py)
+
+    def __enter__(self) -> "UsersMount":
+        super().__enter__()
+        return self
+
+
+# --- a user mounts for himself ---
+
+
+@pytest.mark.parametrize("end", ["fusermount3 -u home", "umount home", "fusermount3 -u -z home", "kill -TERM $PID"])
+def test_a_user_mounts_stores_reads_drops_and_unmounts(place: Place, home: Path, end: str) -> None:
+    """All of it in the background and without any privilege."""
+    before = children()
+    script = f"""
+set -e
+{place.command} mine home -o size=1m
+test "$(stat -c %u:%g:%a home)" = {ALICE}:{ALICE}:755
+test "$(df --output=source,size home | tail -1 | xargs)" = "mine 1024"
+mkdir home/a
+page=$(head -c 3000 /dev/urandom | base64)
+echo "$page" > home/a/7
+test "$(tr -d '\\0' < home/a/7)" = "$page"
+test "$(ls home/a)" = 7
+test "$(stat -c %u home/a/7)" = {ALICE}
+! said=$(dd if=/dev/zero of=home/a/.image bs=4096 count=512 conv=notrunc 2>&1)
+test "$(ls home/a | wc -l)" = 256
+! rmdir home/a 2>&1
+rm home/a/*
+rmdir home/a
+"""
+    run(script, **as_user(ALICE, cwd=place.path))
+    (pid,) = children() - before
+    run(end, **as_user(ALICE, cwd=place.path, env={**os.environ, "PID": str(pid)}))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert list(home.iterdir()) == []
+
+
+def test_a_users_mount_is_closed_to_root_and_to_others(place: Place, home: Path) -> None:
+    with UsersMount(place, home, "size=1m"):
+        with pytest.raises(PermissionError):
+            home.stat()
+        with pytest.raises(PermissionError):
+            (home / "a").mkdir()
+        refused(BOB, f"ls {home}", "Permission denied")
+        run(f"ls {home}", **as_user(ALICE))
+        (row,) = json.loads(run(f"findmnt --json -M {home}"))["filesystems"]
+        assert row["fstype"] == "fuse.ttmfs"
+        assert {f"user_id={ALICE}", f"group_id={ALICE}", "nosuid", "nodev"} <= set(row["options"].split(","))
+
+
+def test_a_user_changes_his_budget(place: Place, home: Path) -> None:
+    def budget() -> int:
+        size = int(run(f"getfattr --absolute-names --only-values -n user.ttmfs.size {home}", **as_user(ALICE)))
+        assert int(run(f"df --output=size -B1 {home} | tail -1", **as_user(ALICE))) == size
+        return size
+
+    with UsersMount(place, home, "size=1m"):
+        assert budget() == 1 << 20
+        run(f"setfattr -n user.ttmfs.size -v 2m {home}", **as_user(ALICE))
+        assert budget() == 2 << 20
+        run(f"cd {home}; mkdir a; truncate -s 1m a/.image", **as_user(ALICE))
+        run(f"dd if=/dev/zero of={home}/a/.image bs=64k count=16 conv=notrunc", **as_user(ALICE))
+        refused(ALICE, f"setfattr -n user.ttmfs.size -v 512k {home}", "Invalid argument")
+        assert budget() == 2 << 20
+
+
+def test_a_user_gets_no_set_id_bits_even_if_he_asks(place: Place, home: Path) -> None:
+    with UsersMount(place, home, "suid,dev"):
+        shown = run(f"findmnt -no OPTIONS -M {home}").strip().split(",")
+        assert {"nosuid", "nodev"} <= set(shown)
+
+
+def test_the_link_to_a_users_memory_leads_him_there(place: Place, home: Path) -> None:
+    with UsersMount(place, home, "size=1m"):
+        run(f"cd {home}; mkdir a; echo one > a/1; cmp -n 4096 a/1 a/.shmem", **as_user(ALICE))
+        run(f"echo two | dd of={home}/a/.shmem conv=notrunc && grep -q two {home}/a/1", **as_user(ALICE))
+        target = run(f"readlink {home}/a/.shmem", **as_user(ALICE)).strip()
+        assert Path(target).read_bytes()[:4] == b"two\n"  # root, too, by that way
+        refused(BOB, f"cat {target}", "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "code", "reason"),
+    [
+        ("true", "allow_other", 32, "option allow_other only allowed if 'user_allow_other' is set in /etc/fuse.conf"),
+        ("chown 0 home", "ro", 32, "user has no write access to mountpoint"),
+        ("chmod 000 home; chown 0 home", "ro", 32, "failed to chdir to mountpoint: Permission denied"),
+        ("mknod -m 600 fuse c 10 229; mount --bind fuse /dev/fuse", "ro", 2, "failed to open /dev/fuse: Permission"),
+        ("true", "uid=0", 2, "uid= and gid= can be no one else's"),
+        ("true", "gid=0", 2, "uid= and gid= can be no one else's"),
+    ],
+)
+def test_what_a_user_may_not_is_refused_with_the_reason(
+    place: Place, home: Path, prepare: str, options: str, code: int, reason: str
+) -> None:
+    """What the machine must look like for it is made in a private mount namespace."""
+    script = f"{prepare}; {AS_ALICE} {place.command} home -o {options}"
+    try:
+        done = subprocess.run(
+            ["unshare", "-m", "bash", "-c", script],
+            cwd=place.path, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    finally:
+        (place.path / "fuse").unlink(missing_ok=True)
+        os.chown(home, ALICE, ALICE)
+    assert re.fullmatch(f"mount.py: .*{reason}.*\n", done.stderr)
+    assert (done.stdout, ExitCode(done.returncode)) == ("", code)
+
+
+def test_who_can_make_no_user_namespaces_is_told_that_he_needs_them(place: Place, home: Path) -> None:
+    """In a user namespace that allows for no other."""
+    inner = f"echo 0 > /proc/sys/user/max_user_namespaces; exec {place.command} {home}"
+    refused(ALICE, f"unshare -Ur bash -c {shlex.quote(inner)}", "A user needs user namespaces for it", cwd=place.path)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_user_lets_others_in_if_fuse_conf_says_so(place: Place) -> None:
+    """With a fuse.conf of the test's own, in a private mount namespace. Others cannot be given backups of their own."""
+    before = children()
+    script = f"""
+mount --bind {place.path}/fuse.conf /etc/fuse.conf
+{AS_ALICE} {place.command} home -o size=1m,allow_other,mode=1777
+findmnt -no OPTIONS -M home | grep -q allow_other
+{AS_ALICE} mkdir -m 777 home/a
+{AS_BOB} sh -c 'echo bob > home/a/1'
+echo root > home/a/2
+stat -c %u home home/a home/a/1 home/a/2
+! {AS_BOB} mkdir home/b
+! mkdir home/b
+{AS_ALICE} fusermount3 -u home
+"""
+    (place.path / "fuse.conf").write_text("user_allow_other\n")
+    try:
+        said = run("unshare -m bash -e", cwd=place.path, input=script)
+    finally:
+        (place.path / "fuse.conf").unlink()
+    assert said.startswith(f"{ALICE}\n" * 4)
+    assert said.count("mkdir: cannot create directory") == said.count("Operation not permitted") == 2
+    (pid,) = children() - before
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# --- several users on one mount of root's ---
+
+
+def test_roots_mount_is_closed_to_others(place: Place, shared: Path) -> None:
+    with Mount(shared, "size=1m,mode=1777", cwd=place.path):
+        (shared / "a").mkdir()
+        refused(ALICE, f"ls {shared}", "Permission denied")
+        refused(ALICE, f"mkdir {shared}/b", "Permission denied")
+        assert os.listdir(shared) == ["a"]
+
+
+@pytest.fixture
+def open_to_all(place: Place, shared: Path) -> Iterator[Path]:
+    with Mount(shared, "size=4m,mode=1777,allow_other", cwd=place.path):
+        yield shared
+
+
+def owner(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o000, 0o777)])
+def test_a_backup_and_its_pages_are_their_makers(open_to_all: Path, umask: int, mode: int) -> None:
+    for uid in ALICE, BOB, CAROL:
+        run(f"mkdir {uid}; echo x > {uid}/1", **as_user(uid, cwd=open_to_all, umask=umask))
+        assert owner(open_to_all / str(uid)) == (uid, uid, mode)
+        assert owner(open_to_all / str(uid) / "1") == (uid, uid, mode & 0o666)
+        assert owner(open_to_all / str(uid) / ".image") == (uid, uid, mode & 0o666)
+
+
+def test_the_mode_of_a_backup_says_who_reads_and_who_writes(open_to_all: Path) -> None:
+    run("mkdir -m 755 a; echo x > a/1; mkdir -m 700 b; echo x > b/1", **as_user(ALICE, cwd=open_to_all))
+    for uid in BOB, CAROL:
+        run("cat a/1; ls -l a; head -c 1 a/.image; stat b", **as_user(uid, cwd=open_to_all))
+        for command in (
+            *("cat b/1", "ls b", "cat b/.image", "stat b/1", "readlink -v b/.shmem", "touch b/2"),
+            *("echo y > a/1", "touch a/2", "rm -f a/1", "truncate -s 0 a/.image", "echo y >> a/.image"),
+            *("setfattr -n user.ttmfs.drop -v 1 a", "setfattr -n user.ttmfs.size -v 1m a"),
+        ):
+            refused(uid, command, "Permission denied", cwd=open_to_all)
+        for command in "chmod 777 a", "chown $UID a", "touch -d 2001-01-01 a", "chmod 666 a/1":
+            refused(uid, command, "Operation not permitted", cwd=open_to_all)
+    run("chmod 777 a", **as_user(ALICE, cwd=open_to_all))
+    run("echo y > a/2; rm a/1; test $(stat -c %u a/2) = 65534", **as_user(BOB, cwd=open_to_all))
+    run("test \"$(cat b/1 | tr -d '\\0')\" = x; rm -r b", cwd=open_to_all)  # root
+
+
+def test_in_a_sticky_root_only_the_owner_renames_and_removes(open_to_all: Path) -> None:
+    run("mkdir a b; mkdir -m 777 c", **as_user(ALICE, cwd=open_to_all))
+    run("mkdir d", **as_user(BOB, cwd=open_to_all))
+    for command in "rmdir a", "mv -T a e", "mv -T d a", "rmdir c":
+        refused(BOB, command, "Operation not permitted", cwd=open_to_all)
+    run("mv -T a e; rmdir e b", **as_user(ALICE, cwd=open_to_all))
+    run("rmdir c d", cwd=open_to_all)  # root
+    assert os.listdir(open_to_all) == []
+
+
+def test_a_setgid_root_passes_its_group_on(place: Place, shared: Path) -> None:
+    with Mount(shared, f"size=1m,mode=2777,gid={CAROL},allow_other", cwd=place.path):
+        run("mkdir a; echo x > a/1", **as_user(ALICE, cwd=shared, umask=0o027))
+        assert owner(shared / "a") == (ALICE, CAROL, 0o2750)
+        assert owner(shared / "a/1") == (ALICE, CAROL, 0o640)
+        run("cat a/1", **as_user(CAROL, cwd=shared))
+        refused(BOB, "cat a/1", "Permission denied", cwd=shared)
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("755", "Permission denied"), ("777", "Operation not permitted")])
+def test_only_root_changes_the_budget(place: Place, shared: Path, mode: str, reason: str) -> None:
+    """Also where everyone may write to the root, and so may set what other attributes there are."""
+    with Mount(shared, f"size=1m,mode={mode},allow_other", cwd=place.path):
+        for uid in ALICE, BOB:
+            refused(uid, f"setfattr -n user.ttmfs.size -v 2m {shared}", reason)
+            assert run(f"getfattr --absolute-names --only-values -n user.ttmfs.size {shared}", **as_user(uid)) == str(
+                1 << 20
+            )
+        run(f"setfattr -n user.ttmfs.size -v 2m {shared}")
+        assert os.getxattr(shared, "user.ttmfs.size") == b"%d" % (2 << 20)
+
+
+def test_the_link_to_the_memory_is_roots(open_to_all: Path) -> None:
+    """Others use .image, and what they store there is what root finds."""
+    run("mkdir -m 777 a; echo x > a/3", **as_user(ALICE, cwd=open_to_all))
+    for uid in ALICE, BOB:
+        run("readlink a/.shmem", **as_user(uid, cwd=open_to_all))
+        refused(uid, "cat a/.shmem", "Permission denied", cwd=open_to_all)
+        refused(uid, "echo y > a/.shmem", "Permission denied", cwd=open_to_all)
+    with (open_to_all / "a/.shmem").open("r+b") as memory:
+        memory.seek(2 * 4096)
+        assert memory.read(2) == b"x\n"
+        memory.seek(0)
+        memory.write(b"root")
+    assert run("head -c 4 a/.image", **as_user(BOB, cwd=open_to_all)) == "root"
+
+
+def test_everyone_reads_the_statistics_and_no_one_writes_them(open_to_all: Path) -> None:
+    run("cat .stats .config; df .", **as_user(ALICE, cwd=open_to_all))
+    refused(ALICE, "echo > .stats", "Permission denied", cwd=open_to_all)
+    with pytest.raises(PermissionError):
+        (open_to_all / ".config").write_text("{}")
+    assert json.loads((open_to_all / ".config").read_text())["allow_other"] is True
