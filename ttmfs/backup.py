@@ -214,10 +214,15 @@ class Backup:
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Every run of pages, as (first index, index past the last), in ascending order."""
-        idx, limit = 0, self.size // self._page_size
-        while idx < limit and (found := self.extent(idx)) and found[0] < limit:
-            yield found[0], min(found[1], limit)
-            idx = found[1]
+        limit, run = self.size // self._page_size, (0, 0)
+        while run[1] < limit and (found := self.extent(run[1])) and found[0] < limit:
+            if found[0] > run[1]:  # else there was a hole within a page of several base pages
+                if run[1]:
+                    yield run
+                run = found
+            run = run[0], min(found[1], limit)
+        if run[1]:
+            yield run
 
     def stat(self) -> os.stat_result:
         """The stat of its file: size, blocks of 512 bytes, mode, owner and times are the backup's."""

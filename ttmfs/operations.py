@@ -88,7 +88,7 @@ class Operations(pyfuse3.Operations):
         self.debug = debug
         self._init = init
         self.lifetime = lifetime
-        self._logged: set[str] = set()
+        self._logged: set[tuple[str, object]] = set()
 
     def init(self) -> None:
         self._init()
@@ -97,9 +97,10 @@ class Operations(pyfuse3.Operations):
         """The errno for an error of the model, counted, and logged if someone should look at it."""
         number = errno_of(error)
         self.metrics.errors[operation, number] += 1
-        if isinstance(error, StoreFailed) and str(error) not in self._logged:
-            self._logged.add(str(error))
-            log.error("%s; callers get EIO (said once)", error)
+        cause = operation, getattr(error.__cause__, "errno", None)  # not the text: names in it are the caller's choice
+        if isinstance(error, StoreFailed) and cause not in self._logged:
+            self._logged.add(cause)
+            log.error("%s; callers of %s get EIO (said once)", error, operation)
         elif self.debug:
             log.debug("%s: %s: %s", operation, errno.errorcode[number], error)
         return number

@@ -34,8 +34,20 @@ _SIZE = re.compile(r"([0-9]{1,19})([kmgt]?)", re.IGNORECASE | re.ASCII)
 _PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # what a file offset can reach
 
-KERNEL_FLAGS = frozenset("rw suid nosuid dev nodev exec noexec async sync dirsync atime noatime".split())
-"""What fusermount3 3.14 hands on to the kernel."""
+OPPOSITES = {
+    "suid": "nosuid",
+    "nosuid": "suid",
+    "dev": "nodev",
+    "nodev": "dev",
+    "exec": "noexec",
+    "noexec": "exec",
+    "sync": "async",
+    "async": "sync",
+    "atime": "noatime",
+    "noatime": "atime",
+    "dirsync": "",
+}
+"""Flags that fusermount3 3.14 hands on to the kernel, and which other each revokes."""
 
 IGNORED = frozenset(
     "defaults auto noauto user nouser users owner group nofail _netdev relatime norelatime strictatime nostrictatime "
@@ -215,11 +227,11 @@ class Options:
                     values[name] = option.parse(text)
                 except OptionError as error:
                     raise OptionError(f"{name}: {error}") from None
-            elif word in KERNEL_FLAGS:
-                if word == "rw":
-                    values.pop("ro", None)
-                else:
-                    kernel[word] = None
+            elif word == "rw":
+                values.pop("ro", None)
+            elif word in OPPOSITES:
+                kernel.pop(OPPOSITES[word], None)
+                kernel[word] = None
             elif word not in IGNORED and not word.startswith(IGNORED_PREFIXES):
                 raise OptionError(f"unknown option {word!r}{_near(name)}; --help lists all")
         return cls(**values, kernel=tuple(kernel))
@@ -245,7 +257,7 @@ def _split(text: str) -> list[str]:
 
 
 def _near(name: str) -> str:
-    known = [*TABLE, *KERNEL_FLAGS, *IGNORED]
+    known = [*TABLE, "rw", *OPPOSITES, *IGNORED]
     match = difflib.get_close_matches(name, known, 1)
     return f", perhaps {match[0]!r}" if match else ""
 

@@ -197,7 +197,7 @@ class Store:
             if error.errno == errno.EEXIST:
                 raise BackupExists(f"there is a backup {new!r} already") from None
             raise from_os_error(error, f"renaming {old!r}") from error
-        if replaced is not None:
+        if replaced is not None and replaced != id:
             self._forget(replaced)
         self._names[id] = new
 

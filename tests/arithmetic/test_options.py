@@ -13,8 +13,8 @@ from ttmfs.handles import format_ranges, parse_ranges
 from ttmfs.options import (
     BASE_PAGE_SIZE,
     IGNORED,
-    KERNEL_FLAGS,
     LARGEST_PAGE_SIZE,
+    OPPOSITES,
     TABLE,
     ExitCode,
     OptionError,
@@ -29,7 +29,7 @@ PAGE_SIZES = [1 << shift for shift in range(BASE_PAGE_SIZE.bit_length() - 1, LAR
 
 sizes = st.integers(1, 2**50)
 ids = st.none() | st.integers(0, 2**32 - 2)
-flags = st.sampled_from(sorted(KERNEL_FLAGS - {"rw"}))
+flags = st.sampled_from(sorted(OPPOSITES))
 any_options = st.builds(
     Options,
     size=st.just(0) | sizes,
@@ -43,9 +43,9 @@ any_options = st.builds(
     allow_other=st.booleans(),
     ro=st.booleans(),
     debug=st.booleans(),
-    kernel=st.lists(flags, unique=True).map(tuple),
+    kernel=st.lists(flags, unique_by=lambda flag: frozenset((flag, OPPOSITES[flag]))).map(tuple),
 )
-names = st.sampled_from(sorted({*TABLE, *KERNEL_FLAGS, *IGNORED, "x-a", "X-b", "comment"}))
+names = st.sampled_from(sorted({*TABLE, "rw", *OPPOSITES, *IGNORED, "x-a", "X-b", "comment"}))
 values = st.sampled_from(
     "0 1 -1 4k 3k 2m 16e 99t 50% 999% 1000% 0755 9 root nobody 4294967295 \\ \0 ٣ \udcff".split(" ")
 )
@@ -218,7 +218,7 @@ def test_any_text_gives_options_in_force_or_an_option_error(texts: list[str]) ->
     assert 0 <= options.mode <= 0o7777
     assert options.uid is not None
     assert options.gid is not None
-    assert set(options.kernel) <= KERNEL_FLAGS - {"rw"}
+    assert set(options.kernel) <= set(OPPOSITES)
     assert json.loads(json.dumps(options.as_dict()))["size"] == options.size
 
 

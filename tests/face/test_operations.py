@@ -183,7 +183,7 @@ def test_what_nobody_foresaw_is_eio_and_a_traceback(
 def test_a_failing_store_is_said_once(
     face: Face, a: int, expect_log: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    expect_log("callers get EIO")
+    expect_log("get EIO")
 
     def fail(*_: Any, **__: Any) -> Any:
         raise errors.from_os_error(OSError(errno.EIO, os.strerror(errno.EIO)), "storing pages")
@@ -191,7 +191,7 @@ def test_a_failing_store_is_said_once(
     for _ in range(3):
         assert run_with_broken_model(face, a, "write", fail) == "EIO"
     assert [r.getMessage() for r in caplog.records] == [
-        "storing pages: Input/output error; callers get EIO (said once)"
+        "storing pages: Input/output error; callers of write get EIO (said once)"
     ]
     assert face.metrics.errors["write", errno.EIO] == 3
 

@@ -80,6 +80,7 @@ async def test_renaming_keeps_a_backup_and_ends_only_an_empty_one(pool: ttmfs.Po
     with pytest.raises(ttmfs.BackupEnded):
         await a.drop(1)
     await pool.rename("a", "a", replace=True)
+    assert pool.room().backups == 1
     await pool.rename("a", "c")
     with pytest.raises(ttmfs.BackupAbsent):
         await pool.rename("a", "d")
