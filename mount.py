@@ -39,7 +39,8 @@ def main() -> int:
     level = "DEBUG" if options.debug else "INFO" if arguments.foreground else "WARNING"
     logging.basicConfig(format="mount.py: %(message)s", level=level)
     faulthandler.register(signal.SIGUSR2)  # where does it hang? kill -USR2 shows
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the session waits for it
+    for number in session.ENDING:  # until the session waits for them
+        signal.signal(number, signal.default_int_handler)
     try:
         ready = (lambda: None) if arguments.foreground else background.detach(arguments.mountpoint)
         session.serve(arguments.source, arguments.mountpoint, options, ready)

@@ -30,8 +30,10 @@ def detach(mountpoint: str) -> Callable[[], None]:
         try:
             code = _wait_for(child, answer, mountpoint)
         except KeyboardInterrupt:
-            os.kill(child, signal.SIGTERM)
             code = ExitCode.INTERRUPTED
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(child, signal.SIGTERM)
+                os.waitpid(child, 0)
         sys.stderr.flush()
         os._exit(code)
     os.close(answer)

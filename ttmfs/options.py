@@ -115,7 +115,9 @@ def _parse_positive_size(text: str) -> int:
 def _parse_count(text: str) -> int:
     if "%" in text:
         raise OptionError(f"{text!r} is no number: write one such as 10000 or 64k")
-    return parse_size(text)
+    if (count := parse_size(text)) == 1:
+        raise OptionError("1 leaves no backup: the root directory is counted; write 2 or more, or 0 for no limit")
+    return count
 
 
 def _parse_mode(text: str) -> int:
@@ -233,7 +235,7 @@ class Options:
                 kernel.pop(OPPOSITES[word], None)
                 kernel[word] = None
             elif word not in IGNORED and not word.startswith(IGNORED_PREFIXES):
-                raise OptionError(f"unknown option {word!r}{_near(name)}; --help lists all")
+                raise OptionError(f"unknown option {word!r}{_near(name)}")
         return cls(**values, kernel=tuple(kernel))
 
     def show(self) -> str:

@@ -8,6 +8,7 @@ The daemon never touches the mount itself, nor holds a descriptor of it: it woul
 """
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
 import pyfuse3
 import trio
@@ -39,6 +41,9 @@ FUSERMOUNT = "fusermount3"
 FUSE_MIN_READ_BUFFER = 8192
 NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 8, 0)
 """fuse_out_header of the notification that makes the kernel forget every name it was given (Linux 6.16)."""
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""The signals that ask for the end."""
 
 UNMOUNT_SECONDS = 10.0
 LINGER_SECONDS = 1.0
@@ -63,17 +68,55 @@ def serve(source: str, mountpoint: str, options: Options, ready: Callable[[], No
     except TtmfsError as error:
         raise MountError(str(error), ExitCode.SYSTEM) from error
     try:
-        connection = _mount(source, mountpoint, options)
-        session = None
-        try:
-            session = _Session(connection, mountpoint, pool, options, ready)
-            session.run()
-        finally:
-            os.close(connection)
-            if session is None or not session.served:  # a start that failed leaves no mount behind
-                _unmount(mountpoint)
+        with _Ending() as ending:
+            connection = _mount(source, mountpoint, options)
+            session = None
+            try:
+                session = _Session(connection, mountpoint, pool, options, ending, ready)
+                session.run()
+            finally:
+                os.close(connection)
+                if session is None or (session.mounted and not session.served):
+                    _unmount(mountpoint)  # a start that failed leaves no mount behind
     finally:
         pool.close()
+    if not session.served:
+        if ending.asked:
+            raise KeyboardInterrupt
+        raise MountError(f"{mountpoint} was unmounted before it could answer")
+
+
+class _Ending:
+    """Waits for the signals that ask for the end.
+
+    They are noted from the beginning, not raised: an exception between mounting and serving could come when no one
+    knows yet whether there is a mount, or within trio. The first counts, further ones change nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self._wake: Callable[[], object] = bool  # does nothing
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._handlers = {number: signal.signal(number, self._note) for number in ENDING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.asked = self.asked or signal.Signals(number)
+        self._wake()
+
+    async def wait(self) -> signal.Signals:
+        """The first of them, as soon as it has come."""
+        came, token = trio.Event(), trio.lowlevel.current_trio_token()
+        self._wake = functools.partial(token.run_sync_soon, came.set, idempotent=True)  # as a signal handler may
+        while not self.asked:
+            await came.wait()
+        return self.asked
 
 
 def _checked_mountpoint(path: str) -> str:
@@ -93,7 +136,7 @@ def _checked_mountpoint(path: str) -> str:
 
 def _mount(source: str, mountpoint: str, options: Options) -> int:
     """Let fusermount3 mount, and take the connection from it. It passes it over the socket of _FUSE_COMMFD."""
-    words = [f"fsname={_escaped(source)}", "subtype=ttmfs", "default_permissions"]
+    words = [f"fsname={_escaped(source or 'none')}", "subtype=ttmfs", "default_permissions"]
     words += ["allow_other"] * options.allow_other + ["ro"] * options.ro + [*options.kernel]
     here, there = socket.socketpair()
     with here:
@@ -101,7 +144,9 @@ def _mount(source: str, mountpoint: str, options: Options) -> int:
             result = _fusermount(["-o", ",".join(words), "--", mountpoint], there.fileno())
         if result.returncode:
             text = result.stderr.strip().removeprefix(f"{FUSERMOUNT}: ") or f"exit status {result.returncode}"
-            raise MountError(f"{FUSERMOUNT} cannot mount at {mountpoint}: {text}", ExitCode.FAILED)
+            lacking = "/dev/fuse" in text or "fuse device" in text
+            code = ExitCode.SYSTEM if lacking else ExitCode.FAILED
+            raise MountError(f"{FUSERMOUNT} cannot mount at {mountpoint}: {text}", code)
         _, descriptors, _, _ = socket.recv_fds(here, 1, 1)
     (connection,) = descriptors
     os.set_inheritable(connection, False)
@@ -119,6 +164,7 @@ def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess
         return subprocess.run(
             [FUSERMOUNT, *arguments], env=environment, pass_fds=keep, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, errors="replace", timeout=UNMOUNT_SECONDS, check=False,
+            start_new_session=True,  # a Ctrl-C is for us
         )  # fmt: skip
     except FileNotFoundError:
         raise MountError(f"{FUSERMOUNT} is not installed; install the package fuse3", ExitCode.SYSTEM) from None
@@ -140,12 +186,13 @@ class _Session:
     """The serving of one connection. There is one a process: pyfuse3 keeps its session in globals."""
 
     def __init__(
-        self, connection: int, mountpoint: str, pool: Pool, options: Options, ready: Callable[[], None]
+        self, connection: int, mountpoint: str, pool: Pool, options: Options, ending: _Ending, ready: Callable[[], None]
     ) -> None:
         self._connection = connection
         self._mountpoint = mountpoint
         self._device = _device_at(mountpoint)
         self._ready = ready
+        self._ending = ending
         self._initialized = trio.Event()
         self.served = False
         self._session_fd = -1
@@ -205,16 +252,21 @@ class _Session:
 
     async def _say_ready(self) -> None:
         await self._initialized.wait()
+        if self._ending.asked:
+            return
         self.served = True
         log.info("serving %s", self._mountpoint)
         self._ready()
 
+    @property
+    def mounted(self) -> bool:
+        """Whether it is what is seen at the mountpoint: no one has unmounted it, or mounted over it."""
+        return _device_at(self._mountpoint) == self._device
+
     async def _end_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                log.info("%s: unmounting %s", signal.Signals(number).name, self._mountpoint)
-                break
-        if _device_at(self._mountpoint) == self._device:  # else someone has mounted over it
+        number = await self._ending.wait()
+        log.info("%s: unmounting %s", number.name, self._mountpoint)
+        if self.mounted:
             await trio.to_thread.run_sync(_unmount, self._mountpoint)
         await trio.sleep(LINGER_SECONDS)  # the loop ends by itself unless a client still has files open
         pyfuse3.terminate()
