@@ -28,16 +28,22 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10.0) -
         time.sleep(0.005)
 
 
+def _mounted() -> Iterator[tuple[str, str]]:
+    """The mount point and type of everything mounted; blanks and the like stand there as three octal digits."""
+    for line in Path("/proc/self/mounts").read_bytes().split(b"\n")[:-1]:
+        _, path, kind, *_ = line.split(b" ")
+        path = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), path)
+        yield os.fsdecode(path), kind.decode()
+
+
 def mounts() -> set[str]:
     """The mount points of all ttmfs mounts."""
-    rows = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
-    return {row[1] for row in rows if row[2] == "fuse.ttmfs"}
+    return {path for path, kind in _mounted() if kind == "fuse.ttmfs"}
 
 
 def mounts_below(directory: Path) -> list[str]:
     """The mount points of whatever is mounted below a directory, sorted."""
-    rows = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
-    return sorted(row[1] for row in rows if Path(row[1]).is_relative_to(directory))
+    return sorted(path for path, _ in _mounted() if Path(path).is_relative_to(directory))
 
 
 def children(pid: int | None = None) -> set[int]:

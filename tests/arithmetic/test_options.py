@@ -33,7 +33,7 @@ flags = st.sampled_from(sorted(OPPOSITES))
 any_options = st.builds(
     Options,
     size=st.just(0) | sizes,
-    nr_inodes=st.none() | st.integers(0, 2**40),
+    nr_inodes=st.none() | st.just(0) | st.integers(2, 2**40),
     mode=st.integers(0, 0o7777),
     uid=ids,
     gid=ids,
@@ -50,7 +50,8 @@ values = st.sampled_from(
     "0 1 -1 4k 3k 2m 16e 99t 50% 999% 1000% 0755 9 root nobody 4294967295 \\ \0 ٣ \udcff".split(" ")
 )
 valid_words = st.one_of(
-    st.tuples(st.sampled_from(["size", "backup_size", "reserve", "nr_inodes"]), sizes.map(str)),
+    st.tuples(st.sampled_from(["size", "backup_size", "reserve"]), sizes.map(str)),
+    st.tuples(st.just("nr_inodes"), st.just("0") | st.integers(2, 2**40).map(str)),
     st.tuples(st.sampled_from(["uid", "gid"]), st.integers(0, 2**32 - 2).map(str)),
     st.tuples(st.just("mode"), st.integers(0, 0o7777).map("{:o}".format)),
     st.tuples(st.just("page_size"), st.sampled_from(PAGE_SIZES).map(str)),
@@ -173,6 +174,7 @@ def test_of_opposite_flags_the_last_counts(one: str, other: str) -> None:
         ("size=99999999999999999999", r"is no size"),
         ("nr_inodes=50%", r"nr_inodes: '50%' is no number"),
         ("nr_inodes=-1", r"nr_inodes: '-1' is no"),
+        ("nr_inodes=1", r"nr_inodes: 1 leaves no backup"),
         ("mode=888", r"mode: '888' is no mode: write it in octal"),
         ("mode=u+x", r"mode: 'u\+x' is no mode"),
         ("mode=17777", r"mode: '17777' is no mode"),
