@@ -19,7 +19,7 @@ import pytest
 
 from harness import Mount, children, descriptors, mounts_below
 
-# In CI the same examples each time, so that what lands does not depend on luck; elsewhere new ones, which find new things.
+# In CI the same examples each time, so that landing is no matter of luck; elsewhere new ones, which find new things.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
