@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 FUSERMOUNT = "fusermount3"
 FUSE_MIN_READ_BUFFER = 8192
 NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 8, 0)
-"""fuse_out_header of the notification that makes the kernel forget every name it was given (Linux 6.16)."""
+"""fuse_out_header of the notification that makes the kernel forget every name it was given (seen on Linux 6.18)."""
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The signals that ask for the end."""
@@ -204,7 +204,7 @@ class _Session:
             lifetime=LIFETIME if self._forget_names() else 0.0, debug=options.debug,
         )  # fmt: skip
         if not self._operations.lifetime:
-            log.info("this kernel cannot be told to forget names (Linux 6.16 can), so it is asked to keep none")
+            log.info("this kernel cannot be told to forget names, so it is asked to keep none")
 
     def _forget_names(self) -> bool:
         """Make the kernel forget every name; False if it cannot be told to."""

@@ -649,21 +649,28 @@ def test_stats_are_prometheus_text_and_count(mnt: Path, backup: Path) -> None:
 # --- a long life ---
 
 
-class Faulty(Mount):
-    """A mount whose daemon has a fault: one method of its tree raises what nobody foresaw."""
+class Altered(Mount):
+    """A mount whose daemon had something done to it, in Python, before it started."""
 
-    def __init__(self, directory: Path, script: Path, method: str) -> None:
+    def __init__(self, directory: Path, script: Path, alteration: str) -> None:
         super().__init__(directory, "size=8m")
-        script.write_text(f"""import sys
-sys.path.insert(0, {str(REPOSITORY)!r})
-import mount
+        before = f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport mount\n"
+        script.write_text(f"{before}{alteration}\nsys.exit(mount.main())\n")
+        self._command[self._command.index(str(MOUNT_PY))] = str(script)
+
+
+FAULT = """
 from ttmfs.tree import Tree
 def fault(*arguments, **more):
     raise RuntimeError("nobody foresaw this")
 Tree.{method} = fault
-sys.exit(mount.main())
-""")
-        self._command[self._command.index(str(MOUNT_PY))] = str(script)
+"""
+
+UNKNOWN_NOTIFICATION = """
+import struct
+from ttmfs import session
+session.NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 99, 0)
+"""
 
 
 @pytest.mark.parametrize(
@@ -694,7 +701,7 @@ def test_a_fault_in_a_handler_is_a_logged_eio_and_the_mount_lives_on(
             image.write(b"x" * 4096)
         return (mountpoint / "a").is_dir()
 
-    with Faulty(mountpoint, tmp_path / "faulty.py", method) as mounted:
+    with Altered(mountpoint, tmp_path / "faulty.py", FAULT.format(method=method)) as mounted:
         mounted.expect_log(
             rf"{operation}\(.*\) failed unforeseen; the caller gets EIO|^Traceback|^ +|^RuntimeError: nobody"
         )
@@ -714,6 +721,21 @@ def test_a_fault_in_a_handler_is_a_logged_eio_and_the_mount_lives_on(
             assert count[f'ttmfs_operation_errors_total{{operation="{operation}",errno="EIO"}}'] >= 3
     assert mounted.log.count("RuntimeError: nobody foresaw this") >= 3
     assert any(line.startswith("Traceback") for line in mounted.log)
+
+
+def test_a_kernel_that_cannot_be_told_to_forget_names_is_asked_to_keep_none(tmp_path: Path, mountpoint: Path) -> None:
+    """The notification is one that no kernel knows; all else is as on a kernel too old for it."""
+    with Altered(mountpoint, tmp_path / "altered.py", UNKNOWN_NOTIFICATION) as mounted:
+        mounted.expect_log("this kernel cannot be told to forget names")
+        backup = mountpoint / "a"
+        backup.mkdir()
+        for drop in "truncate -s 0 a/.image", "setfattr -n user.ttmfs.drop -v 1-3 a", "truncate -s 0 a/.shmem":
+            for handle in "123":
+                (backup / handle).write_bytes(b"x" * 4096)
+            assert len(list(os.scandir(backup))) == 3
+            run(drop, cwd=mountpoint)
+            assert [(backup / handle).exists() for handle in "123"] == [False] * 3
+    assert any("cannot be told" in line for line in mounted.log)
 
 
 def test_descriptors_are_bounded_however_many_backups_there_are(mount: Mount) -> None:
