@@ -28,6 +28,22 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10.0) -
         time.sleep(0.005)
 
 
+def meminfo(name: str) -> int:
+    """A row of /proc/meminfo, in bytes."""
+    rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(rows[name].split()[0]) * 1024
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
+    """A descriptor of a file, closed again."""
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def _mounted() -> Iterator[tuple[str, str]]:
     """The mount point and type of everything mounted; blanks and the like stand there as three octal digits."""
     for line in Path("/proc/self/mounts").read_bytes().split(b"\n")[:-1]:

@@ -6,26 +6,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from errno import EINVAL, ENOENT, ENOSPC
 from pathlib import Path
 
 import pytest
 
-from harness import Mount, raises_errno, run, wait_until
+from harness import Mount, meminfo, opened, raises_errno, run, wait_until
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
 PATHS = ["page files", ".image", "create", ".shmem"]
-
-
-@contextlib.contextmanager
-def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def stored(mnt: Path) -> int:
@@ -40,12 +31,6 @@ def free_pages(mnt: Path) -> int:
 
 def attribute(path: Path, name: str) -> str:
     return os.getxattr(path, f"user.ttmfs.{name}").decode()
-
-
-def meminfo(name: str) -> int:
-    """Bytes, by the name of a row."""
-    rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(rows[name].split()[0]) * 1024
 
 
 def page_of(byte: int, size: int = PAGE) -> bytes:

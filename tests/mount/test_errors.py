@@ -38,7 +38,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import Mount, descriptors, raises_errno, run, wait_until
+from harness import Mount, descriptors, opened, raises_errno, run, wait_until
 
 PAGE = mmap.PAGESIZE
 PAGES = 64  # that a backup spans here
@@ -80,15 +80,6 @@ def content(backup: Path) -> dict[str, bytes]:
 
 
 INTACT = {str(handle): bytes([handle]) * PAGE for handle in range(1, STORED + 1)}
-
-
-@contextlib.contextmanager
-def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def read(path: Path) -> None:

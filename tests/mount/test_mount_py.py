@@ -19,7 +19,7 @@ from typing import Any, Self
 import pytest
 
 import ttmfs
-from harness import MOUNT_PY, REPOSITORY, Mount, children, descriptors, raises_errno, run, wait_until
+from harness import MOUNT_PY, REPOSITORY, Mount, children, descriptors, meminfo, raises_errno, run, wait_until
 from ttmfs.options import TABLE, ExitCode, Options
 
 COMMAND = shlex.join([sys.executable, "-W", "error", str(MOUNT_PY)])
@@ -61,13 +61,6 @@ def ended(tmp_path: Path) -> Iterator[None]:
             os.waitpid(pid, 0)
         raise
     assert not left
-
-
-def shmem() -> int:
-    """The machine's shmem in bytes."""
-    match = re.search(r"^Shmem: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    assert match
-    return int(match[1]) << 10
 
 
 def mount_py(*arguments: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -323,15 +316,15 @@ exit $code
 
 @pytest.mark.parametrize("command", [*ENDS_BY_SIGNAL, *ENDS_LAZILY, *ENDS_AT_ONCE])
 def test_every_way_of_ending_unmounts_and_releases_the_memory(mountpoint: Path, command: str) -> None:
-    size, before = 160 << 20, shmem()
+    size, before = 160 << 20, meminfo("Shmem")
     with Daemon(mountpoint, "-o", f"size={size}") as daemon:
         (mountpoint / "a").mkdir()
         run(f"dd if=/dev/zero of={mountpoint}/a/.image bs=1M count=160 conv=notrunc")
-        assert shmem() > before + size // 2
+        assert meminfo("Shmem") > before + size // 2
         daemon.end(command)
         assert daemon.wait() == 0
         assert not is_mounted(mountpoint)
-        wait_until(lambda: shmem() < before + size // 2, "the memory to be released")
+        wait_until(lambda: meminfo("Shmem") < before + size // 2, "the memory to be released")
     assert list(mountpoint.iterdir()) == []
 
 

@@ -10,14 +10,14 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from errno import EINVAL, ENODEV, ENOENT, EPERM, ESTALE
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from harness import Mount, raises_errno, run, wait_until
+from harness import Mount, opened, raises_errno, run, wait_until
 
 PAGE = mmap.PAGESIZE
 SIZE = 64 << 20  # of the mounts of the fixtures, and so of their backups
@@ -25,15 +25,6 @@ NOREPLACE = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-
-
-@contextlib.contextmanager
-def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    fd = os.open(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def create(path: Path, mode: int = 0o666) -> None:

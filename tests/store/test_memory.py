@@ -9,15 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from harness import meminfo
 from ttmfs import memory
 from ttmfs.memory import Reserve
 
 CGROUP_V1 = Path("/sys/fs/cgroup/memory")
-
-
-def meminfo(name: str) -> int:
-    rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    return next(int(row[1]) * 1024 for row in rows if row[0] == f"{name}:")
 
 
 def test_c15_bytes_avail_is_the_free_swap() -> None:
