@@ -1,7 +1,6 @@
 """Backups by name, and the room for them."""
 
 import os
-import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import trio
 
 import ttmfs
-from harness import meminfo
+from harness import meminfo, wait_until
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -132,17 +131,11 @@ def test_options_that_cannot_be_are_refused() -> None:
 def test_a_pool_gives_back_all_it_had() -> None:
     """Descriptors are the plugin's to count; this is the memory."""
 
-    async def check() -> None:
+    async def released() -> bool:
         async with ttmfs.open_pool(size=64 << 20) as pool:
             backup = await pool.create("a")
             await backup.backup_pages(np.ones(((64 << 20) // PAGE, PAGE), np.uint8), 0)
             full = meminfo("Shmem")
-        assert full - meminfo("Shmem") > 48 << 20
+        return full - meminfo("Shmem") > 48 << 20
 
-    for attempt in range(20):  # others on this machine use shmem too
-        try:
-            return trio.run(check)
-        except AssertionError:
-            if attempt == 19:
-                raise
-            time.sleep(0.5)
+    wait_until(lambda: trio.run(released), "the memory to be given back (others on this machine use shmem too)")
