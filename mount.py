@@ -2,14 +2,18 @@
 """Mount a ttmfs, page backups as files, at a directory."""
 
 import argparse
-import faulthandler
 import logging
-import signal
 import sys
 from typing import NoReturn
 
-from ttmfs import __version__, background, session
-from ttmfs.options import ExitCode, OptionError, Options, help_text
+try:
+    from ttmfs import __version__, background, session
+    from ttmfs.options import ExitCode, OptionError, Options, help_text
+except ImportError as error:
+    sys.stderr.write(f"mount.py: {error}. Run make once, then .venv/bin/python mount.py; or pip install . elsewhere\n")
+    sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(8)
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,16 +40,12 @@ def main() -> int:
         options = Options.parse(*arguments.options)
     except OptionError as error:
         parser.error(str(error))
-    level = "DEBUG" if options.debug else "INFO" if arguments.foreground else "WARNING"
-    logging.basicConfig(format="mount.py: %(message)s", level=level)
-    faulthandler.register(signal.SIGUSR2)  # where does it hang? kill -USR2 shows
-    for number in session.ENDING:  # until the session waits for them
-        signal.signal(number, signal.default_int_handler)
+    background.prepare("DEBUG" if options.debug else "INFO" if arguments.foreground else "WARNING")
     try:
         ready = (lambda: None) if arguments.foreground else background.detach(arguments.mountpoint)
         session.serve(arguments.source, arguments.mountpoint, options, ready)
     except session.MountError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"{parser.prog}: {error}\n")
         return error.code
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED

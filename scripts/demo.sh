@@ -78,7 +78,7 @@ say "... and the rest in bulk, through .image, which has every page at its place
 show 'dd if=source of=mnt/a/.image bs=1M skip=2 seek=2 conv=notrunc'
 
 say "A look at it."
-show 'xxd -l 64 mnt/a/1'
+show 'xxd mnt/a/1 | head -n 4'
 show 'du -sh mnt/a'
 show 'df -h mnt'
 show 'getfattr -n user.ttmfs.pages mnt/a'

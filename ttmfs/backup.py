@@ -169,8 +169,8 @@ class Backup:
 
     @property
     def pages(self) -> int:
-        """How many pages are stored."""
-        return self.stat().st_blocks * 512 // self._page_size
+        """How many pages are stored, reckoned from the room that they take (``st_blocks``)."""
+        return -(-self.stat().st_blocks * 512 // self._page_size)
 
     @property
     def resident(self) -> int:
@@ -252,7 +252,8 @@ class Backup:
                 if offset >= size:
                     raise OutOfBounds(f"the backup ends at byte {size}")
                 data, end = data[: size - offset], size
-            if not self._reserve.admits(end - offset) and not self._is_full(offset, end):
+            first, past = offset // self._page_size, -(-end // self._page_size)  # pages are stored whole
+            if not self._reserve.admits((past - first) * self._page_size) and not self._is_full(first, past):
                 raise NoRoom("the memory that must stay free (reserve) would be touched")
             if self._page_size > BASE_PAGE_SIZE and (end := self._allocate(fd, offset, end)) < offset + len(data):
                 data = data[: end - offset]
@@ -276,7 +277,8 @@ class Backup:
         """Release the pages from index `first` on, up to before index `past`."""
         try:
             fd = self._store.descriptor(self._id)
-            linux.punch_hole(fd, first * self._page_size, (past - first) * self._page_size)
+            start, end = first * self._page_size, min(past * self._page_size, 2**63 - 1)
+            linux.punch_hole(fd, start, end - start)
         except OSError as error:
             raise from_os_error(error, "dropping pages") from error
 
@@ -331,9 +333,8 @@ class Backup:
         except OSError as error:
             raise from_os_error(error, "copying a page") from error
 
-    def _is_full(self, offset: int, end: int) -> bool:
-        """Whether every page that a range touches exists, so that storing into it takes no room."""
-        idx, past = offset // self._page_size, -(-end // self._page_size)
+    def _is_full(self, idx: int, past: int) -> bool:
+        """Whether every page of a range of indices exists, so that storing into it takes no room."""
         while idx < past:
             found = self.extent(idx)
             if found is None or found[0] != idx:

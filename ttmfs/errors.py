@@ -140,6 +140,8 @@ def from_os_error(error: OSError, what: str) -> TtmfsError:
         # ENOMEM is a memory cgroup that can reclaim nothing more: no room, and nothing is wrong with the store.
         case errno.ENOSPC | errno.EDQUOT | errno.ENOMEM:
             return NoRoom(f"{what}: no room is left in the store")
+        case errno.EEXIST:
+            return BackupExists(f"{what}: there is a backup of that name already")
         case errno.EFBIG:
             return OutOfBounds(f"{what}: larger than the store's files can be")
         case errno.ENAMETOOLONG:

@@ -45,27 +45,26 @@ def guarded(handler: Handler) -> Handler:
             raise
         except TtmfsError as error:
             raise FUSEError(self.refused(name, error)) from None
-        except Exception:
-            log.exception("%s%s failed unforeseen; the caller gets EIO", name, _brief(arguments))
-            self.metrics.errors[name, errno.EIO] += 1
+        except Exception as error:
+            self.burst(name, error, arguments)
             raise FUSEError(errno.EIO) from None
         finally:
             self.metrics.operations[name] += 1
             self.metrics.nanoseconds[name] += time.perf_counter_ns() - start
             if self.debug:
-                log.debug("%s%s", name, _brief(arguments))
+                log.debug("%s%s", name, _brief(name, arguments))
         return answer
 
     return operation  # type: ignore[return-value]
 
 
-def _brief(arguments: tuple[Any, ...]) -> str:
+def _brief(operation: str, arguments: tuple[Any, ...]) -> str:
     """The arguments of a handler for the log, page contents left out."""
 
     def brief(argument: Any) -> str:
         if isinstance(argument, RequestContext):
             return f"pid={argument.pid}"
-        if isinstance(argument, bytes) and len(argument) > NAME_MAX:
+        if isinstance(argument, bytes) and (operation == "write" or len(argument) > NAME_MAX):
             return f"<{len(argument)} bytes>"
         return repr(argument) if isinstance(argument, int | bytes | None) else type(argument).__name__
 
@@ -105,19 +104,31 @@ class Operations(pyfuse3.Operations):
             log.debug("%s: %s: %s", operation, errno.errorcode[number], error)
         return number
 
+    def burst(self, operation: str, error: Exception, arguments: tuple[Any, ...]) -> None:
+        """Log an exception that nobody foresaw, once for each place that it comes from, lest a caller fill the log."""
+        self.metrics.errors[operation, errno.EIO] += 1
+        trace = error.__traceback__
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        place = operation, trace and (trace.tb_frame.f_code, trace.tb_lineno)
+        if place not in self._logged:
+            self._logged.add(place)
+            log.exception(
+                "%s%s failed unforeseen; callers get EIO (said once)", operation, _brief(operation, arguments)
+            )
+
     def _entry(self, ino: int, attributes: Attributes) -> EntryAttributes:
         entry = EntryAttributes()
         self._fill(entry, attributes)
         entry.st_ino = ino
-        if not attributes.lasting:
-            entry.attr_timeout = 0.0
         return entry
 
     def _fill(self, entry: EntryAttributes, attributes: Attributes) -> None:
         entry.st_mode, entry.st_nlink, entry.st_size, entry.st_blocks = attributes[:4]
         entry.st_uid, entry.st_gid, entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = attributes[4:9]
         entry.st_blksize = self.pool.page_size
-        entry.entry_timeout = entry.attr_timeout = self.lifetime
+        entry.entry_timeout = self.lifetime
+        entry.attr_timeout = self.lifetime if attributes.lasting else 0.0
 
     # --- names ---
 

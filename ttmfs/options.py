@@ -115,9 +115,7 @@ def _parse_positive_size(text: str) -> int:
 def _parse_count(text: str) -> int:
     if "%" in text:
         raise OptionError(f"{text!r} is no number: write one such as 10000 or 64k")
-    if (count := parse_size(text)) == 1:
-        raise OptionError("1 leaves no backup: the root directory is counted; write 2 or more, or 0 for no limit")
-    return count
+    return parse_size(text)
 
 
 def _parse_mode(text: str) -> int:
@@ -198,6 +196,14 @@ class Options:
 
     def __post_init__(self) -> None:
         """Fill in the defaults that follow from others, and check what no single value shows."""
+        for name in "size", "nr_inodes", "backup_size", "page_size", "reserve":
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "nr_inodes" and value is None):
+                raise OptionError(f"{name}: a number is needed here, not {value!r}")
+            if value is not None and not 0 <= value <= _LARGEST_SIZE:
+                raise OptionError(f"{name}: {value} does not lie between 0 and {_LARGEST_SIZE}")
+        if self.nr_inodes == 1:
+            raise OptionError("nr_inodes: 1 leaves no backup: the root directory is counted; 2 or more, or 0: no limit")
         if not BASE_PAGE_SIZE <= self.page_size <= LARGEST_PAGE_SIZE or self.page_size.bit_count() != 1:
             raise OptionError(
                 f"page_size={format_size(self.page_size)}: must be a power of two from "

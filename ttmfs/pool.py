@@ -65,8 +65,6 @@ class Pool:
 
     async def open(self, name: str) -> Backup:
         """The backup of a name. Raises BackupAbsent."""
-        if not name:
-            raise BackupAbsent("a backup's name is not empty")
         return self.backup(self.store.find(name).st_ino)
 
     async def names(self) -> list[str]:
@@ -151,5 +149,9 @@ async def open_pool(**options: Any) -> AsyncIterator[Pool]:
 def _check_name(name: str) -> None:
     if not name or name[0] == "." or "/" in name or "\0" in name:
         raise InvalidArgument(f"{name!r} cannot name a backup: it must not be empty, begin with a dot or hold a slash")
-    if len(os.fsencode(name)) > NAME_MAX:
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"{name!r} cannot name a backup: {error.reason}") from None
+    if length > NAME_MAX:
         raise NameTooLong(f"a backup's name has at most {NAME_MAX} bytes")

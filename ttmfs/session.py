@@ -7,6 +7,7 @@ in the socket's place. So the same code can later serve a connection whose FUSE_
 The daemon never touches the mount itself, nor holds a descriptor of it: it would wait for itself, unkillable.
 """
 
+import contextlib
 import errno
 import functools
 import json
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 FUSERMOUNT = "fusermount3"
 FUSE_MIN_READ_BUFFER = 8192
+INIT_FLAGS_OFFSET, ATOMIC_O_TRUNC = 40 + 12, 1 << 3
 NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 8, 0)
 """fuse_out_header of the notification that makes the kernel forget every name it was given (seen on Linux 6.18)."""
 
@@ -67,19 +69,16 @@ def serve(source: str, mountpoint: str, options: Options, ready: Callable[[], No
         pool = Pool(Store.on_tmpfs(options), options)
     except TtmfsError as error:
         raise MountError(str(error), ExitCode.SYSTEM) from error
-    try:
-        with _Ending() as ending:
-            connection = _mount(source, mountpoint, options)
-            session = None
-            try:
-                session = _Session(connection, mountpoint, pool, options, ending, ready)
-                session.run()
-            finally:
-                os.close(connection)
-                if session is None or (session.mounted and not session.served):
-                    _unmount(mountpoint)  # a start that failed leaves no mount behind
-    finally:
-        pool.close()
+    with _Ending() as ending, contextlib.closing(pool):
+        connection = _mount(source, mountpoint, options)
+        session = None
+        try:
+            session = _Session(connection, mountpoint, pool, options, ending, ready)
+            session.run()
+        finally:
+            os.close(connection)
+            if session is None or (session.mounted and not session.served):
+                _unmount(mountpoint)  # a start that failed leaves no mount behind
     if not session.served:
         if ending.asked:
             raise KeyboardInterrupt
@@ -108,7 +107,8 @@ class _Ending:
 
     def _note(self, number: int, _: object) -> None:
         self.asked = self.asked or signal.Signals(number)
-        self._wake()
+        with contextlib.suppress(trio.RunFinishedError):  # it has ended already
+            self._wake()
 
     async def wait(self) -> signal.Signals:
         """The first of them, as soon as it has come."""
@@ -122,8 +122,8 @@ class _Ending:
 def _checked_mountpoint(path: str) -> str:
     """The real path of a directory to mount on."""
     try:
+        os.statvfs(path)  # unlike stat(2) it asks whoever serves what is mounted there, so it finds a dead mount
         if not os.path.isdir(path):
-            os.stat(path)
             raise MountError(f"{path} is no directory; give an empty one")
     except FileNotFoundError:
         raise MountError(f"{path} does not exist; make it first: mkdir {path}") from None
@@ -227,7 +227,7 @@ class _Session:
 
     def run(self) -> None:
         """Serve until unmounted."""
-        first = os.read(self._connection, FUSE_MIN_READ_BUFFER)
+        first = _without_atomic_o_trunc(os.read(self._connection, FUSE_MIN_READ_BUFFER))
         feeder, session_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._session_fd = session_end.detach()
         with feeder:
@@ -270,6 +270,18 @@ class _Session:
             await trio.to_thread.run_sync(_unmount, self._mountpoint)
         await trio.sleep(LINGER_SECONDS)  # the loop ends by itself unless a client still has files open
         pyfuse3.terminate()
+
+
+def _without_atomic_o_trunc(init: bytes) -> bytes:
+    """The kernel's FUSE_INIT as if it could not combine open and truncation.
+
+    Of a file opened so it takes the size to be 0 until it asks again, but for a page that is never true: tar would
+    store an empty page. As two requests, the second is answered with the size. (FUSE_ATOMIC_O_TRUNC in fuse_init_in)
+    """
+    message = bytearray(init)
+    (flags,) = struct.unpack_from("<I", message, INIT_FLAGS_OFFSET)
+    struct.pack_into("<I", message, INIT_FLAGS_OFFSET, flags & ~ATOMIC_O_TRUNC)
+    return bytes(message)
 
 
 def _config(options: Options, pool: Pool) -> bytes:

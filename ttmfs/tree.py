@@ -285,9 +285,9 @@ class Tree:
     # --- files ---
 
     def open(self, ino: int, flags: int) -> int:
-        """open(2): a file handle. O_TRUNC makes a page zeros and drops every page of an IMAGE."""
+        """open(2): a file handle. O_TRUNC comes as a truncation of its own (see the session's INIT)."""
         if not backup_of(ino):
-            if flags & (os.O_WRONLY | os.O_RDWR | os.O_TRUNC):
+            if flags & (os.O_WRONLY | os.O_RDWR):
                 raise ReadOnlyEntry("this file can only be read")
             self.attributes(ino)
             return with_serial(ino, next(self._serial))
@@ -295,8 +295,6 @@ class Tree:
             self.backup(ino).stat()
         else:
             self._with_page(ino)
-        if flags & os.O_TRUNC:
-            self.truncate(ino, 0)
         return _file_handle(ino, flags)
 
     def read(self, fh: int, offset: int, size: int) -> bytes:
@@ -307,7 +305,9 @@ class Tree:
         if handle == IMAGE:
             return self.backup(fh).read(offset, size)
         backup = self._with_page(fh)
-        return backup.read((handle - 1) * page_size + offset, max(0, min(size, page_size - offset)))
+        if offset >= page_size:
+            return b""
+        return backup.read((handle - 1) * page_size + offset, min(size, page_size - offset))
 
     def _read_text(self, fh: int, offset: int, size: int) -> bytes:
         if not offset or fh not in self._read_texts:

@@ -173,11 +173,22 @@ def test_what_nobody_foresaw_is_eio_and_a_traceback(
     def burst(*_: Any, **__: Any) -> Any:
         raise RuntimeError("nobody foresaw this")
 
-    assert run_with_broken_model(face, a, name, burst) == "EIO"
+    for _ in range(3):
+        assert run_with_broken_model(face, a, name, burst) == "EIO"
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert "nobody foresaw this" in caplog.text
     assert "Traceback" in caplog.text
+
+
+def test_the_log_shows_no_page_content(
+    face: Face, a: int, expect_log: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    expect_log("failed unforeseen")
+    face.tree.write = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
+    assert refusal(face.write, a + 1, 0, b"secret") == "EIO"
+    assert "write(" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_a_failing_store_is_said_once(
@@ -289,7 +300,7 @@ def test_the_kernel_is_told_when_names_went_without_its_knowing(face: Face, a: i
     assert face.dropped == 0
     face.setxattr(a, b"user.ttmfs.drop", b"1-3", CTX)
     assert face.dropped == 1
-    face.open(inode(a >> 30, IMAGE), os.O_RDWR | os.O_TRUNC, CTX)
+    face.tree.truncate(inode(a >> 30, IMAGE), 0)
     assert face.dropped == 2
 
 
@@ -298,6 +309,14 @@ def test_attributes_that_change_unseen_are_not_kept(face: Face, a: int) -> None:
     assert face.getattr(inode(a >> 30, IMAGE), CTX).attr_timeout == 0
     face.opendir(a, CTX)
     assert face.changed == [a]
+
+
+@pytest.mark.parametrize("handle", [1, 2, 15])
+def test_reading_past_a_page_finds_its_end(face: Face, a: int, handle: int) -> None:
+    face.create(a, b"%d" % handle, 0o644, 0, CTX)
+    for offset in PAGE, PAGE + 1, 2**62, 2**63 - 2, 2**63 - 1:
+        assert face.read(a + handle, offset, 10) == b""
+    assert refusal(face.write, a + handle, 2**63 - 2, b"x") == "EFBIG"
 
 
 def test_a_text_is_one_text_from_its_beginning_to_its_end(face: Face, a: int) -> None:

@@ -13,6 +13,7 @@ import trio
 import ttmfs
 from ttmfs import linux
 from ttmfs.errors import OutOfBounds
+from ttmfs.memory import Reserve
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PAGE_SIZES = (PAGE, 64 << 10, 2 << 20)
@@ -280,6 +281,24 @@ async def test_c16_a_reserve_is_kept() -> None:
         write_round(pool, 0, b"x" * PAGE)
         await backup.backup_page(page(PAGE, 1), 0)  # takes no more room
         assert pool.room().available == 0
+
+
+@in_trio
+async def test_c16_a_reserve_counts_pages_whole() -> None:
+    """One byte makes a page, whatever its size: the reserve is asked for all of it."""
+    size = 2 << 20
+    async with ttmfs.open_pool(size=64 * size, page_size=size) as pool:
+        backup = await pool.create("a")
+        asked: list[int] = []
+        admits = Reserve.admits
+        try:
+            Reserve.admits = lambda self, size: asked.append(size) or admits(self, size)  # type: ignore[func-returns-value,method-assign]
+            backup.create_page(0)
+            backup.write(3 * size - 1, b"ab")
+        finally:
+            Reserve.admits = admits  # type: ignore[method-assign]
+        assert asked == [size, 2 * size]
+        assert pool.room().stored == 3 * size
 
 
 @pytest.mark.parametrize(

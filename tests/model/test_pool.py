@@ -120,7 +120,16 @@ async def test_room_is_what_is_left(pool: ttmfs.Pool) -> None:
 
 def test_options_that_cannot_be_are_refused() -> None:
     async def check() -> None:
-        for options in ({"page_size": 5000}, {"page_size": 4 << 20}, {"page_size": 2048}, {"nonsense": 1}):
+        for options in (
+            {"page_size": 5000},
+            {"page_size": 4 << 20},
+            {"page_size": 2048},
+            {"nonsense": 1},
+            {"size": -5},  # tmpfs would take what that rounds to as no limit
+            {"size": "1g"},
+            {"reserve": -1},
+            {"nr_inodes": 1},
+        ):
             with pytest.raises(ttmfs.InvalidArgument):
                 async with ttmfs.open_pool(**options):
                     pass

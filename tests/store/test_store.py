@@ -1,6 +1,8 @@
 """The store: a private tmpfs, and the directory of files that backups are."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,16 @@ import pytest
 from harness import descriptors
 from ttmfs import linux
 from ttmfs import store as store_module
-from ttmfs.errors import BackupAbsent, BackupEnded, BackupExists, InvalidArgument, NameTooLong, NoRoom, NotSupported
+from ttmfs.errors import (
+    BackupAbsent,
+    BackupEnded,
+    BackupExists,
+    InvalidArgument,
+    NameTooLong,
+    NoRoom,
+    NotPermitted,
+    NotSupported,
+)
 from ttmfs.options import Options
 from ttmfs.store import Store
 
@@ -93,6 +104,52 @@ def test_names_that_begin_with_a_dot_and_what_is_no_file_are_no_backups(store: S
     for name in ".hidden", "directory", "link", "nothing":
         with pytest.raises(BackupAbsent):
             store.find(name)
+
+
+def test_no_name_leads_out_of_the_store(store: Store, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"x" * PAGE)
+    for name in str(victim), "../a", "a/b", "", ".", "a\0b", "\ud800":
+        with pytest.raises(BackupAbsent):
+            store.find(name)
+    assert store.scan() == []
+
+
+def test_a_backup_that_cannot_be_made_leaves_nothing_open(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon without privilege cannot give files away; asked for it often, it must not run out of anything."""
+    before, free = descriptors(os.getpid()), store.room().f_ffree
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    for _ in range(3):
+        with pytest.raises(NotPermitted):
+            store.create("a", PAGE, 0o755, 99, 99)
+    assert (descriptors(os.getpid()), store.room().f_ffree) == (before, free)
+
+
+def test_fewer_files_stay_open_where_the_limit_is_low() -> None:
+    """With `ulimit -n 60` a store keeps 30 of 100 files open, and every one can be had."""
+    code = """if True:
+        from ttmfs.options import Options
+        from ttmfs.store import Store
+        store = Store.on_tmpfs(Options.parse("size=1m"))
+        ids = [store.create(str(i), 4096, 0o755, 0, 0) for i in range(100)]
+        print(len([store.descriptor(id) for id in ids]), len(store._open))
+    """
+    limited = ["bash", "-c", 'ulimit -n 60 && exec "$@"', "-", sys.executable, "-c", code]
+    assert subprocess.check_output(limited, text=True) == "100 30\n"
+
+
+def test_a_store_is_closed_once_and_for_all() -> None:
+    store = Store.on_tmpfs(Options.parse("size=1m"))
+    id = create(store, "a")
+    store.close()
+    store.close()
+    with pytest.raises(BackupEnded):
+        store.descriptor(id)
 
 
 def test_a_removed_backup_is_ended_and_its_memory_free(store: Store) -> None:
