@@ -24,7 +24,7 @@ from .options import BASE_PAGE_SIZE, Options
 __all__ = ["Store"]
 
 OPEN_FILES = 256
-"""How many backups' files are kept open, where the limit is twice that. To open and close one costs 2.3 us."""
+"""How many backups' files are kept open, where the limit is twice that. To open and close one costs 4 us."""
 
 
 @contextlib.contextmanager
