@@ -51,6 +51,13 @@ def test_examples_do_what_they_show(name: str, tmp_path: Path) -> None:
     wait_until(lambda: not mounts_below(tmp_path), "the unmounting")
 
 
+def test_the_demo_holds(tmp_path: Path) -> None:
+    demo = [REPOSITORY / "scripts/demo.sh"]
+    done = subprocess.run(demo, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^held: (\d+) pages stored, .* restored bit for bit", done.stdout, re.MULTILINE)
+
+
 def test_help_names_every_option_and_exit_code() -> None:
     text = help_text()
     for option in TABLE.values():
