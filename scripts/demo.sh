@@ -110,7 +110,7 @@ show 'daemon=$(readlink mnt/a/.shmem | cut -d / -f 3)'
 show 'truncate -s 0 mnt/a/.image && rmdir mnt/a'
 show '[ $(df --output=used -B $page mnt | tail -n 1) -eq 0 ] && [ -z "$(ls -A mnt)" ]'
 show 'fusermount3 -u mnt'
-show 'timeout 10 tail -s 0.1 -f --pid=$daemon /dev/null && rmdir mnt'
+show 'timeout 10 sh -c "while [ -e /proc/$daemon/exe ]; do sleep 0.1; done" && rmdir mnt'
 
 # shellcheck disable=SC2154 # pages and left are set by commands shown above
 printf '\nheld: %d pages stored, %d dropped, %d restored bit for bit, every byte given back; %s s\n' \
