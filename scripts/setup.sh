@@ -15,6 +15,7 @@ need xxd xxd
 need getfattr attr
 need fio fio
 need rsync rsync
+need ps procps
 [ -e /usr/include/fuse3/fuse.h ] || packages="$packages libfuse3-dev"
 
 # Debian's own Python where it will do: other users can run it, and so the tests can mount as one.
