@@ -51,11 +51,8 @@ def detach(mountpoint: str) -> Callable[[], None]:
         try:
             code = _wait_for(child, answer, mountpoint)
         except KeyboardInterrupt:
+            _end(child)
             code = ExitCode.INTERRUPTED
-        if code != ExitCode.OK:  # it may be gone already, and have said why
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(child, signal.SIGTERM)
-                os.waitpid(child, 0)
         sys.stderr.flush()
         os._exit(code)
     os.close(answer)
@@ -94,9 +91,18 @@ def _wait_for(child: int, answer: int, mountpoint: str) -> int:
 
     threading.Thread(target=open_and_close, daemon=True).start()
     tried.wait(ANSWER_SECONDS)
-    if why:
-        sys.stderr.write(f"mount.py: {mountpoint} was mounted, but cannot be used: {why[0]}\n")
-    return ExitCode.FAILED if why else ExitCode.OK
+    if not why:
+        return ExitCode.OK
+    sys.stderr.write(f"mount.py: {mountpoint} was mounted, but cannot be used: {why[0]}\n")
+    _end(child)
+    return ExitCode.FAILED
+
+
+def _end(child: int) -> None:
+    """Make the child unmount, and wait until it has. It may have ended already."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
 
 
 def _log_to_syslog() -> None:

@@ -120,12 +120,8 @@ class Backup:
             if intr:
                 await trio.lowlevel.checkpoint_if_cancelled()
             self._check_index(first, past - first)
-            idx = first
-            while idx < past:
-                found = self.extent(idx)
-                if found is None or found[0] != idx:
-                    raise PageAbsent(f"handle {idx + 1} holds no page")
-                idx = found[1]
+            if (absent := self._first_absent(first, past)) is not None:
+                raise PageAbsent(f"handle {absent + 1} holds no page")
             self._copy(_flat(dst[row : row + past - first]), first)
             row += past - first
 
@@ -253,7 +249,8 @@ class Backup:
                     raise OutOfBounds(f"the backup ends at byte {size}")
                 data, end = data[: size - offset], size
             first, past = offset // self._page_size, -(-end // self._page_size)  # pages are stored whole
-            if not self._reserve.admits((past - first) * self._page_size) and not self._is_full(first, past):
+            admitted = self._reserve.admits((past - first) * self._page_size)
+            if not admitted and self._first_absent(first, past) is not None:  # storing over pages takes no room
                 raise NoRoom("the memory that must stay free (reserve) would be touched")
             if self._page_size > BASE_PAGE_SIZE and (end := self._allocate(fd, offset, end)) < offset + len(data):
                 data = data[: end - offset]
@@ -333,14 +330,14 @@ class Backup:
         except OSError as error:
             raise from_os_error(error, "copying a page") from error
 
-    def _is_full(self, idx: int, past: int) -> bool:
-        """Whether every page of a range of indices exists, so that storing into it takes no room."""
+    def _first_absent(self, idx: int, past: int) -> int | None:
+        """The first index of a range that holds no page; None if every one does."""
         while idx < past:
             found = self.extent(idx)
             if found is None or found[0] != idx:
-                return False
+                return idx
             idx = found[1]
-        return True
+        return None
 
     def _allocate(self, fd: int, offset: int, end: int) -> int:
         """Allocate whole pages of several base pages each, so that none is stored in part. Gives where room ends."""

@@ -94,9 +94,9 @@ class Pool:
         return Backup(self.store, id, self.page_size, self._reserve)
 
     def whole_pages(self, size: int) -> int:
-        """A backup's size in bytes, rounded up to whole pages. Raises InvalidArgument for what is no size."""
+        """A size in bytes, rounded up to whole pages. Raises InvalidArgument for what is no size."""
         if not isinstance(size, int) or not 0 < size <= 2**62:
-            raise InvalidArgument(f"a backup's size is a positive number of bytes, not {size!r}")
+            raise InvalidArgument(f"a size is a positive number of bytes, not {size!r}")
         return -(-size // self.page_size) * self.page_size
 
     def _check_empty(self, id: int, name: str) -> None:

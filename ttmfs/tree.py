@@ -158,9 +158,10 @@ class Tree:
         handle = parse_page_name(name) or 0
         if not 0 < handle <= MAX_HANDLE:
             raise NoSuchName(f"{os.fsdecode(name)!r} is no handle")
-        if not backup.holds(handle - 1) or handle * self.pool.page_size > backup.size:
+        found = backup.stat()
+        if not backup.holds(handle - 1) or handle * self.pool.page_size > found.st_size:
             raise PageAbsent(f"handle {handle} holds no page")
-        return inode(backup_of(parent), handle), self._page(backup)
+        return inode(backup_of(parent), handle), self._page(found)
 
     def attributes(self, ino: int) -> Attributes:
         """The attributes of an inode. Raises PageDropped and BackupEnded if it is no more."""
@@ -175,7 +176,7 @@ class Tree:
         if handle == SHMEM:
             found = backup.stat()
             return _file(found, len(self.target(ino)), 0)._replace(mode=stat.S_IFLNK | 0o777)
-        return self._page(self._with_page(ino))
+        return self._page(self._with_page(ino).stat())
 
     def _attributes_of_own(self, ino: int) -> Attributes:
         found = self.pool.store.stat()
@@ -202,9 +203,9 @@ class Tree:
             raise PageDropped(f"handle {handle} holds no page any more")
         return backup
 
-    def _page(self, backup: Backup) -> Attributes:
-        """The attributes of a backup's pages, which are the same for all."""
-        return _file(backup.stat(), self.pool.page_size, self.pool.page_size // 512)
+    def _page(self, found: os.stat_result) -> Attributes:
+        """The attributes of the pages, the same for all, of the backup whose file in the store is `found`."""
+        return _file(found, self.pool.page_size, self.pool.page_size // 512)
 
     # --- making and removing ---
 
@@ -264,17 +265,15 @@ class Tree:
         backup = self.backup(parent)
         backup.create_page(handle - 1)
         ino = inode(backup_of(parent), handle)
-        return _file_handle(ino, flags), ino, self._page(backup)
+        return _file_handle(ino, flags), ino, self._page(backup.stat())
 
     def drop_page(self, parent: int, name: bytes) -> None:
         """unlink(2): drop a page. One that is gone already is well."""
         handle = parse_page_name(name) or 0
         if parent == ROOT or name in HIDDEN or not 0 < handle <= MAX_HANDLE:
             raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
-        backup = self.backup(parent)
-        if backup.holds(handle - 1):
-            backup.drop_range(handle - 1, handle)
-            self._forget_extents(backup_of(parent), handle - 1, handle)
+        self.backup(parent).drop_range(handle - 1, handle)
+        self._forget_extents(backup_of(parent), handle - 1, handle)
 
     def _forget_extents(self, id: int, first: int, past: int) -> None:
         """Keep the listings under way from showing pages that were dropped, by range of indices."""
@@ -377,10 +376,9 @@ class Tree:
         Offsets: 1 and 2 follow "." and "..", then comes 2 + handle, or 2 + id in the root, which ascend.
         """
         id = backup_of(fh)
-        here = inode(id, 0) if id else ROOT
-        attributes = self.attributes(here)
         if start < 1:
-            yield Entry(b".", here, attributes, 1)
+            here = inode(id, 0) if id else ROOT
+            yield Entry(b".", here, self.attributes(here), 1)
         if start < 2:
             yield Entry(b"..", ROOT, self._attributes_of_own(ROOT), 2)
         if id:
@@ -402,14 +400,15 @@ class Tree:
         in proportion to its length, and done at every call that would make listing quadratic.
         """
         id, backup = backup_of(fh), self.backup(fh)
-        page, base = self._page(backup), inode(id, 0)
-        limit = min(backup.size // self.pool.page_size, MAX_HANDLE)
+        found = backup.stat()
+        page, base = self._page(found), inode(id, 0)
+        limit = min(found.st_size // self.pool.page_size, MAX_HANDLE)
         position, end, found_at = self._extents.get(fh, (0, 0, 0.0))
         while idx < limit:
             if not position <= idx < end or time.monotonic() > found_at + EXTENT_SECONDS:
-                if (found := backup.extent(idx)) is None:
+                if (run := backup.extent(idx)) is None:
                     return
-                (idx, end), found_at = found, time.monotonic()
+                (idx, end), found_at = run, time.monotonic()
             try:
                 for idx in range(idx, min(end, limit)):  # noqa: B020
                     yield Entry(page_name(idx + 1), base | idx + 1, page, idx + 3)
@@ -473,11 +472,11 @@ class Tree:
         """The handles of a backup's pages, as ranges."""
         ranges, length = [], 0
         for first, past in self.backup(ino).extents():
-            ranges.append((first + 1, past))
-            length += len(format_ranges(ranges[-1:])) + 1
+            ranges.append(format_ranges([(first + 1, past)]))
+            length += len(ranges[-1]) + 1
             if length > XATTR_SIZE_MAX:
                 raise TooLong(f"the map has more than {XATTR_SIZE_MAX} bytes; use SEEK_DATA and SEEK_HOLE on .shmem")
-        return format_ranges(ranges)
+        return ",".join(ranges)
 
     def drop_handles(self, ino: int, value: str, _: int) -> None:
         """Drop the pages of ranges of handles."""
