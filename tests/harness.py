@@ -187,7 +187,11 @@ def raises_errno(number: int) -> Iterator[None]:
 
 
 def run(command: str, *, cwd: Path | None = None, code: int = 0, **more: Any) -> str:
-    """Run a shell command as a user would type it; its output (both streams). Fails on another exit status."""
+    """Run a shell command as a user would type it; its output (both streams). Fails on another exit status.
+
+    SHELL, which decides how split runs its filters, is the plainest one, whatever the environment says.
+    """
+    more["env"] = {**more.get("env", os.environ), "SHELL": "/bin/sh"}
     done: subprocess.CompletedProcess[str] = subprocess.run(
         ["bash", "-c", command],
         cwd=cwd,

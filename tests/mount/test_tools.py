@@ -222,7 +222,7 @@ rsync --inplace --ignore-times $S $D
 rsync --inplace --ignore-times --sparse $S $D
 tar cS -C ${S%/*} ${S##*/} --transform s/.*/.image/ | tar x --overwrite -C a
 $PYTHON -c 'import shutil, sys; shutil.copyfile(*sys.argv[1:])' $S $D
-split -b $P --numeric-suffixes=1 -a 4 --filter='cat >a/$((10#${FILE#x}))' $S
+split -b $P --numeric-suffixes=1 -a 4 --filter='cat >a/$(expr $FILE + 0)' $S ''
 """
 
 
