@@ -4,9 +4,12 @@ A backup is a sparse file. A page exists if and only if its range holds data (SE
 The verbs mirror ``drivers/gpu/drm/ttm/ttm_backup.c``; what they promise is numbered in ``docs/contract.md``.
 
 Concurrency: one thread. Between finding out whether a page is there and acting on that nothing is awaited, so each verb
-happens at once. Only whoever holds the file itself (``.shmem``) can change it meanwhile.
+happens at once. Only whoever holds the file itself (``.shmem``) can change it meanwhile. What may wait for a disk or
+for swap waits in a thread, which touches pages that are there and changes nothing: first the pages are brought in, then
+the loop looks again, and copies.
 """
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
@@ -17,9 +20,9 @@ import trio
 from numpy.typing import NDArray
 
 from . import linux
-from .errors import InvalidArgument, NoRoom, OutOfBounds, PageAbsent, from_os_error
+from .errors import BackupEnded, InvalidArgument, NoRoom, OutOfBounds, PageAbsent, TtmfsError, from_os_error
 from .handles import IntOrArray, Uint64Array, handle_to_index, index_to_handle
-from .memory import Reserve
+from .ledger import page_runs
 from .options import BASE_PAGE_SIZE
 from .store import Store
 
@@ -30,6 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Backup"]
 
+WINDOW = 1 << 20
+"""Bytes that are pushed out of memory at a time, in between which others are served."""
+
+BRING_IN_TRIES = 3
+"""Pages can be swapped out again before they are copied. After so many tries the copy waits for them itself."""
+
 
 class Backup:
     """A backup of a pool, as :meth:`ttmfs.Pool.create` and :meth:`ttmfs.Pool.open` give it. Counts are pages.
@@ -38,20 +47,19 @@ class Backup:
     reach no checkpoint while the pages concerned are in memory.
     """
 
-    __slots__ = ("_id", "_page_size", "_reserve", "_store")
+    __slots__ = ("_id", "_page_size", "_store")
 
-    def __init__(self, store: Store, id: int, page_size: int, reserve: Reserve) -> None:
+    def __init__(self, store: Store, id: int) -> None:
         self._store = store
         self._id = id
-        self._page_size = page_size
-        self._reserve = reserve
+        self._page_size = store.page_size
 
     def __repr__(self) -> str:
         return f"<Backup {self._id}>"
 
     # --- the six verbs, and their plural forms ---
 
-    async def backup_page(self, page: "PageBuffer", idx: int, writeback: bool = False) -> int:  # noqa: ARG002
+    async def backup_page(self, page: "PageBuffer", idx: int, writeback: bool = False) -> int:
         """Copy a page into the backup and give its handle, which is ``idx + 1``. ``ttm_backup_backup_page()``.
 
         `page` is any contiguous buffer of page_size bytes, and the caller's again on return. A page that is there is
@@ -63,15 +71,10 @@ class Backup:
             raise InvalidArgument(f"a page has {self._page_size} bytes, not {data.nbytes}")
         handle = _valid(index_to_handle, idx)
         self._check_index(handle - 1, 1)
-        self.write((handle - 1) * self._page_size, data)
+        await self._store_pages(handle - 1, data, writeback)
         return handle
 
-    async def backup_pages(
-        self,
-        pages: NDArray[np.uint8],
-        idx: int,
-        writeback: bool = False,  # noqa: ARG002
-    ) -> Uint64Array:
+    async def backup_pages(self, pages: NDArray[np.uint8], idx: int, writeback: bool = False) -> Uint64Array:
         """Back up an array of shape (n, page_size), dtype uint8, at n indices from `idx` on; gives their handles.
 
         If room ends part way, the handles of the pages that were stored; NoRoom if none was.
@@ -84,8 +87,17 @@ class Backup:
         self._check_index(first - 1, len(pages))
         stored = 0
         if len(pages):
-            stored = self.write((first - 1) * self._page_size, _flat(np.ascontiguousarray(pages))) // self._page_size
+            stored = await self._store_pages(first - 1, _flat(np.ascontiguousarray(pages)), writeback)
         return np.arange(first, first + stored, dtype=np.uint64)
+
+    async def _store_pages(self, idx: int, data: memoryview, writeback: bool) -> int:
+        """Store whole pages from an index on; gives how many."""
+        offset = idx * self._page_size
+        await self.bring_in(offset, len(data), to_write=True)
+        stored = self.write(offset, data)
+        if writeback:
+            await self.push_out(offset, stored)
+        return stored // self._page_size
 
     async def copy_page(self, dst: "PageBuffer", handle: int, intr: bool = False) -> None:
         """Copy a page back into `dst`, a writable buffer of page_size bytes. ``ttm_backup_copy_page()``.
@@ -100,6 +112,7 @@ class Backup:
             raise InvalidArgument(f"the destination must be writable and of {self._page_size} bytes")
         idx = _valid(handle_to_index, handle)
         self._check_index(idx, 1)
+        await self.bring_in(idx * self._page_size, self._page_size, abandon=intr)
         if not self.holds(idx):
             raise PageAbsent(f"handle {handle} holds no page")
         self._copy(data, idx)
@@ -120,6 +133,7 @@ class Backup:
             if intr:
                 await trio.lowlevel.checkpoint_if_cancelled()
             self._check_index(first, past - first)
+            await self.bring_in(first * self._page_size, (past - first) * self._page_size, abandon=intr)
             if (absent := self._first_absent(first, past)) is not None:
                 raise PageAbsent(f"handle {absent + 1} holds no page")
             self._copy(_flat(dst[row : row + past - first]), first)
@@ -165,60 +179,55 @@ class Backup:
 
     @property
     def pages(self) -> int:
-        """How many pages are stored, reckoned from the room that they take (``st_blocks``)."""
-        return -(-self.stat().st_blocks * 512 // self._page_size)
+        """How many pages are stored."""
+        return self._store.pages(self._id)
 
     @property
     def resident(self) -> int:
-        """How many of them are in memory rather than swapped out."""
-        size = self.size
-        try:
-            cached = linux.cached_pages(self._store.descriptor(self._id), size)
-        except OSError as error:
-            raise from_os_error(error, "counting resident pages") from error
-        return cached * BASE_PAGE_SIZE // self._page_size
+        """How many of them are in memory. Pages that are so in part count by their parts, rounded down."""
+        return max(0, self.pages - self.swapped)
 
     @property
     def swapped(self) -> int:
-        """How many of them are swapped out."""
-        return max(0, self.pages - self.resident)
+        """How many of them are swapped out, or on a disk alone. In part: by their parts, rounded up."""
+        fd, out = self._store.descriptor(self._id), 0
+        try:
+            if self._store.in_memory:
+                _, out = linux.residency(fd, 0, os.fstat(fd).st_size)
+            else:
+                for first, past in self.extents():  # holes that were read lie in the page cache, too
+                    length = (past - first) * self._page_size
+                    out += max(0, length // BASE_PAGE_SIZE - linux.residency(fd, first * self._page_size, length)[0])
+        except OSError as error:
+            raise from_os_error(error, "counting resident pages") from error
+        return min(self.pages, -(-out * BASE_PAGE_SIZE // self._page_size))
 
     def holds(self, idx: int) -> bool:
         """Whether the page at an index exists."""
-        offset = idx * self._page_size
         try:
-            return os.lseek(self._store.descriptor(self._id), offset, os.SEEK_DATA) < offset + self._page_size
+            return linux.is_data(self._store.descriptor(self._id), idx * self._page_size, self._page_size)
         except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise from_os_error(error, "looking for a page") from error
-            return False
+            raise from_os_error(error, "looking for a page") from error
 
     def extent(self, idx: int) -> tuple[int, int] | None:
         """The first run of pages at or after an index, as (first index, index past the last); None if there is none.
 
         Takes time in proportion to its length, 10 ms for 262,144 pages: keep it rather than ask for each page.
         """
-        fd, page_size = self._store.descriptor(self._id), self._page_size
         try:
-            start = os.lseek(fd, idx * page_size, os.SEEK_DATA)
-            end = os.lseek(fd, start, os.SEEK_HOLE)
+            found = linux.next_data(self._store.descriptor(self._id), idx * self._page_size)
         except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise from_os_error(error, "looking for pages") from error
-            return None
-        return max(idx, start // page_size), -(-end // page_size)
+            raise from_os_error(error, "looking for pages") from error
+        return found and (max(idx, found[0] // self._page_size), -(-found[1] // self._page_size))
 
-    def extents(self) -> Iterator[tuple[int, int]]:
-        """Every run of pages, as (first index, index past the last), in ascending order."""
-        limit, run = self.size // self._page_size, (0, 0)
-        while run[1] < limit and (found := self.extent(run[1])) and found[0] < limit:
-            if found[0] > run[1]:  # else there was a hole within a page of several base pages
-                if run[1]:
-                    yield run
-                run = found
-            run = run[0], min(found[1], limit)
-        if run[1]:
-            yield run
+    def extents(self, first: int = 0, past: int | None = None) -> Iterator[tuple[int, int]]:
+        """Every run of pages between two indices, as (first index, index past the last), in ascending order."""
+        limit = self.size // self._page_size
+        try:
+            fd = self._store.descriptor(self._id)
+            yield from page_runs(fd, self._page_size, first, limit if past is None else min(past, limit))
+        except OSError as error:
+            raise from_os_error(error, "looking for pages") from error
 
     def stat(self) -> os.stat_result:
         """The stat of its file: size, blocks of 512 bytes, mode, owner and times are the backup's."""
@@ -242,19 +251,26 @@ class Backup:
         That is fewer than given where the backup or the room ends. Raises OutOfBounds past the end and NoRoom if
         nothing could be stored; no page is ever left stored in part.
         """
-        fd, length = self._store.descriptor(self._id), len(data)
+        fd, end = self._store.descriptor(self._id), offset + len(data)
         try:
-            if (end := offset + length) > (size := os.fstat(fd).st_size):
+            if end > (size := os.fstat(fd).st_size):
                 if offset >= size:
                     raise OutOfBounds(f"the backup ends at byte {size}")
-                data, end = data[: size - offset], size
+                end = size
             first, past = offset // self._page_size, -(-end // self._page_size)  # pages are stored whole
-            admitted = self._reserve.admits((past - first) * self._page_size)
-            if not admitted and self._first_absent(first, past) is not None:  # storing over pages takes no room
-                raise NoRoom("the memory that must stay free (reserve) would be touched")
-            if self._page_size > BASE_PAGE_SIZE and (end := self._allocate(fd, offset, end)) < offset + len(data):
+            if (admitted := self._store.admit(past - first)) < past - first:
+                past = self._past_of_room(first, past, admitted)
+                end = min(end, past * self._page_size)
+                if end <= offset:
+                    raise NoRoom("the budget (size), or the memory that must stay free (reserve), is used up")
+            if self._page_size > self._store.grain:
+                end = self._allocate(fd, offset, end)
+            if end < offset + len(data):
                 data = data[: end - offset]
-            return os.pwrite(fd, data, offset)
+            if not self._store.keeps_count:
+                return os.pwrite(fd, data, offset)
+            with self._store.changing(self._id, first, past):
+                return os.pwrite(fd, data, offset)
         except OSError as error:
             raise from_os_error(error, "storing pages") from error
 
@@ -275,7 +291,8 @@ class Backup:
         try:
             fd = self._store.descriptor(self._id)
             start, end = first * self._page_size, min(past * self._page_size, 2**63 - 1)
-            linux.punch_hole(fd, start, end - start)
+            with self._store.changing(self._id, first, past):
+                linux.punch_hole(fd, start, end - start)
         except OSError as error:
             raise from_os_error(error, "dropping pages") from error
 
@@ -299,6 +316,70 @@ class Backup:
             os.ftruncate(self._store.descriptor(self._id), size)
         except OSError as error:
             raise from_os_error(error, "changing the size of a backup") from error
+
+    # --- between memory and where it is swapped or written to ---
+
+    def is_out(self, offset: int, length: int, *, to_write: bool = False) -> bool:
+        """Whether reading or writing a range would have to wait for pages that are not in memory."""
+        if self._store.in_memory and not self._store.swap.used:
+            return False
+        if to_write and not self._store.in_memory and not (offset | length) % BASE_PAGE_SIZE:
+            return False  # of what is written whole nothing is read
+        fd = self._store.descriptor(self._id)
+        try:
+            if self._store.in_memory:
+                return linux.residency(fd, offset, length)[1] > 0
+            end = min(offset + length, os.fstat(fd).st_size)
+            base = -(-end // BASE_PAGE_SIZE) - offset // BASE_PAGE_SIZE
+            return base > 0 and linux.residency(fd, offset, end - offset)[0] < base
+        except OSError as error:
+            raise from_os_error(error, "asking what is in memory") from error
+
+    async def bring_in(self, offset: int, length: int, *, to_write: bool = False, abandon: bool = False) -> None:
+        """Have the pages of a range in memory, waiting for swap or disk in a thread. It waits for nothing else.
+
+        With `abandon` a cancellation ends the wait.
+        """
+        for _ in range(BRING_IN_TRIES):
+            if not self.is_out(offset, length, to_write=to_write):
+                return
+            fd = os.dup(self._store.descriptor(self._id))  # the store may close its own meanwhile
+            await trio.to_thread.run_sync(_touch, fd, offset, length, abandon_on_cancel=abandon)
+
+    async def push_out(self, offset: int, length: int) -> None:
+        """Push the pages of a range out of memory. Best effort, and never an error: the `writeback` of the verbs."""
+        if not self._store.in_memory:
+            with contextlib.suppress(TtmfsError):
+                await self._store.sync(self._id)
+                os.posix_fadvise(self._store.descriptor(self._id), offset, length, os.POSIX_FADV_DONTNEED)
+            return
+        end = offset + length
+        while offset < end and linux.swap_space()[1]:
+            try:
+                fd = self._store.descriptor(self._id)
+                found = _resident_run(fd, offset, min(end, os.fstat(fd).st_size))
+                if found is None:
+                    return
+                start, offset = found
+                if offset > start:
+                    # On the loop: no one drops a page between our seeing that it is there and its being mapped.
+                    address = linux.map_resident(fd, start, offset - start)
+                    self._store.swap.page_out_begins()
+                    await trio.to_thread.run_sync(linux.page_out, address, offset - start)
+                else:
+                    await trio.lowlevel.checkpoint()
+            except (OSError, BackupEnded):
+                return
+
+    async def sync(self, offset: int, length: int) -> None:
+        """Have the pages of a range where they last longest: swapped out, or on the disk.
+
+        Of memory best effort and never an error; of a disk, fsync(2) with its errors.
+        """
+        if self._store.in_memory:
+            await self.push_out(offset, length)
+        else:
+            await self._store.sync(self._id)
 
     # --- within ---
 
@@ -330,6 +411,15 @@ class Backup:
         except OSError as error:
             raise from_os_error(error, "copying a page") from error
 
+    def _past_of_room(self, first: int, past: int, room: int) -> int:
+        """The index up to which a range can be stored if so many pages may be added to those that are there."""
+        for idx in range(first, past):
+            if not self.holds(idx):
+                if not room:
+                    return idx
+                room -= 1
+        return past
+
     def _first_absent(self, idx: int, past: int) -> int | None:
         """The first index of a range that holds no page; None if every one does."""
         while idx < past:
@@ -357,6 +447,40 @@ class Backup:
                     raise
                 return start
         return end
+
+
+def _touch(fd: int, offset: int, length: int) -> None:
+    """Bring the pages of a range into memory and close the file. Reads what is needed for that, and forgets it."""
+    try:
+        for position in range(offset - offset % BASE_PAGE_SIZE, offset + length, BASE_PAGE_SIZE):
+            if not os.pread(fd, 1, position):
+                break
+    except OSError:
+        pass  # whoever reads the page will meet it
+    finally:
+        os.close(fd)
+
+
+def _resident_run(fd: int, offset: int, end: int) -> tuple[int, int] | None:
+    """The next run of base pages of a tmpfs file that are data and in memory, as (start, end); None if none comes.
+
+    It may be empty: then go on from its end. Found page by page, a window at a time: to ask where a run of data ends
+    takes time in proportion to the whole run.
+    """
+    found = linux.next_data_start(fd, offset)
+    if found is None or found >= end:
+        return None
+    start = past = found
+    while past < min(end, start + WINDOW) and linux.is_data(fd, past, BASE_PAGE_SIZE):
+        past += BASE_PAGE_SIZE
+    while start < past:
+        cached, out = linux.residency(fd, start, past - start)
+        if not out:
+            return start, past
+        if not cached:
+            break
+        past = start + max(BASE_PAGE_SIZE, (past - start) // BASE_PAGE_SIZE // 2 * BASE_PAGE_SIZE)
+    return past, past
 
 
 def _valid(convert: Callable[[IntOrArray], IntOrArray], value: IntOrArray) -> IntOrArray:

@@ -17,14 +17,22 @@ import sys
 from typing import Any
 
 __all__ = [
-    "cached_pages",
+    "is_data",
+    "is_tmpfs",
+    "lock_memory",
+    "map_resident",
     "new_tmpfs",
     "new_tmpfs_as_user",
+    "next_data",
+    "next_data_start",
+    "page_out",
     "punch_hole",
     "rename",
     "reserve_range",
+    "residency",
     "resize_tmpfs",
     "resize_tmpfs_as_user",
+    "swap_space",
 ]
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -34,6 +42,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _FSOPEN, _FSCONFIG, _FSMOUNT, _FSPICK, _CACHESTAT = 430, 431, 432, 433, 451
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
@@ -43,6 +52,9 @@ _MOUNT_ATTR = 0x2 | 0x4 | 0x8 | 0x10  # nosuid, nodev, noexec, noatime
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _RENAME_NOREPLACE = 1
+_TMPFS_MAGIC = 0x01021994
+_MADV_PAGEOUT, _MADV_POPULATE_READ = 21, 22
+_MCL_CURRENT, _MCL_ONFAULT = 1, 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
 
@@ -165,6 +177,41 @@ def rename(directory: int, old: str, new: str, *, replace: bool) -> None:
     _checked(_libc.renameat2(directory, os.fsencode(old), directory, os.fsencode(new), flags), "renameat2")
 
 
+def next_data_start(fd: int, offset: int) -> int | None:
+    """Where the first data at or after an offset begins; None if there is none."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return None
+
+
+def next_data(fd: int, offset: int) -> tuple[int, int] | None:
+    """The first run of data at or after an offset, as (start, end) in bytes; None if there is none.
+
+    Takes time in proportion to the run's length: 10 ms for 1 GiB of a tmpfs.
+    """
+    start = next_data_start(fd, offset)
+    return None if start is None else (start, os.lseek(fd, start, os.SEEK_HOLE))
+
+
+def is_data(fd: int, offset: int, length: int) -> bool:
+    """Whether there is data within a range. Takes the same time however long the runs are."""
+    start = next_data_start(fd, offset)
+    return start is not None and start < offset + length
+
+
+def is_tmpfs(fd: int) -> bool:
+    """Whether a file lies in memory and swap. statfs(2)."""
+    answer = (ctypes.c_ulong * 32)()  # a struct statfs, which begins with f_type
+    _checked(_libc.fstatfs(fd, ctypes.byref(answer)), "fstatfs")
+    return answer[0] & 0xFFFFFFFF == _TMPFS_MAGIC
+
+
+# --- memory ---
+
+
 class _Range(ctypes.Structure):
     _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
 
@@ -173,33 +220,98 @@ class _Cachestat(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("cache", "dirty", "writeback", "evicted", "recently_evicted"))
 
 
-def cached_pages(fd: int, length: int) -> int:
-    """How many base pages of a file's first `length` bytes are in memory. Touches none. cachestat(2), Linux 6.5."""
-    where, answer = _Range(0, length), _Cachestat()
-    try:
-        _syscall("cachestat", _CACHESTAT, fd, ctypes.byref(where), ctypes.byref(answer), 0)
-    except OSError as error:
-        if error.errno != errno.ENOSYS:
-            raise
-        return _cached_pages_by_mincore(fd, length)
-    return int(answer.cache)
+_where, _cachestat = _Range(), _Cachestat()  # kept: to make them anew takes longer than the call
+_at_where, _at_cachestat = ctypes.byref(_where), ctypes.byref(_cachestat)
 
 
-def _cached_pages_by_mincore(fd: int, length: int) -> int:
+def residency(fd: int, offset: int, length: int) -> tuple[int, int]:
+    """Of a file's range, the numbers of base pages that are in memory and that were evicted. Touches none.
+
+    Of a tmpfs, evicted means swapped out. cachestat(2), Linux 6.5; before that, holes are taken for evicted pages.
+    For one thread only.
+    """
+    _where.offset, _where.length = offset, length
+    if _libc.syscall(_CACHESTAT, fd, _at_where, _at_cachestat, 0) < 0:
+        number = ctypes.get_errno()
+        if number != errno.ENOSYS:
+            raise OSError(number, f"cachestat: {os.strerror(number)}")
+        return _residency_by_mincore(fd, offset, length)
+    return _cachestat.cache, _cachestat.evicted
+
+
+def _residency_by_mincore(fd: int, offset: int, length: int) -> tuple[int, int]:
     """The same on an older kernel. The mapping is never touched: a read of it would put pages into the holes."""
-    count, window = 0, 1 << 30
-    for offset in range(0, length, window):
-        size = min(window, length - offset)
-        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
-        if address == _MAP_FAILED:
-            _checked(-1, "mmap")
+    cached, window, start = 0, 1 << 30, offset - offset % _PAGE_SIZE
+    for position in range(start, offset + length, window):
+        size = min(window, offset + length - position)
+        address = _map(fd, position, size)
         try:
             vector = ctypes.create_string_buffer(-(-size // _PAGE_SIZE))
             _checked(_libc.mincore(address, size, vector), "mincore")
         finally:
             _libc.munmap(address, size)
-        count += sum(byte & 1 for byte in vector.raw)
-    return count
+        cached += sum(byte & 1 for byte in vector.raw[: -(-size // _PAGE_SIZE)])
+    return cached, -(-(offset + length - start) // _PAGE_SIZE) - cached
+
+
+def _map(fd: int, offset: int, length: int) -> int:
+    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
+    if address == _MAP_FAILED:
+        _checked(-1, "mmap")
+    return int(address)
+
+
+def map_resident(fd: int, offset: int, length: int) -> int:
+    """Map a range with its pages in the page tables, which is what paging out asks for. Gives the address.
+
+    Every page of it must be data and in memory: this would put a page into a hole, and wait for one that is swapped
+    out. OSError if the file has become shorter meanwhile.
+    """
+    address = _map(fd, offset, length)
+    try:
+        _checked(_libc.madvise(address, length, _MADV_POPULATE_READ), "madvise populate")
+    except OSError:
+        _libc.munmap(address, length)
+        raise
+    return address
+
+
+def page_out(address: int, length: int) -> None:
+    """Push the pages of a mapping of :func:`map_resident` to swap, as far as that is possible, and unmap it.
+
+    Pages that were dropped meanwhile stay so. Can take as long as the swap device does: call it in a thread.
+    """
+    _libc.madvise(address, length, _MADV_PAGEOUT)
+    _libc.munmap(address, length)
+
+
+class _Sysinfo(ctypes.Structure):
+    _fields_ = (
+        ("uptime", ctypes.c_long),
+        ("loads", ctypes.c_ulong * 3),
+        *((name, ctypes.c_ulong) for name in ("ram", "ram_free", "shared", "buffers", "swap", "swap_free")),
+        ("processes", ctypes.c_ushort),
+        ("pad", ctypes.c_ushort),
+        *((name, ctypes.c_ulong) for name in ("high", "high_free")),
+        ("unit", ctypes.c_uint),
+        ("rest", ctypes.c_char * 64),
+    )
+
+
+def swap_space() -> tuple[int, int]:
+    """The machine's swap in bytes: all of it, and what is free. sysinfo(2)."""
+    answer = _Sysinfo()
+    _checked(_libc.sysinfo(ctypes.byref(answer)), "sysinfo")
+    return answer.swap * answer.unit, answer.swap_free * answer.unit
+
+
+def lock_memory() -> None:
+    """Keep what this process has in memory there, now and when it comes to be used. mlockall(2).
+
+    New mappings are not locked, on purpose: to lock a mapping of a store would keep its pages from being swapped out.
+    OSError(EPERM or ENOMEM) where RLIMIT_MEMLOCK is too low.
+    """
+    _checked(_libc.mlockall(_MCL_CURRENT | _MCL_ONFAULT), "mlockall")
 
 
 if __name__ == "__main__":

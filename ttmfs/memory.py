@@ -4,7 +4,9 @@ import os
 import time
 from pathlib import Path
 
-__all__ = ["Reserve", "available", "bytes_avail"]
+from . import linux
+
+__all__ = ["Reserve", "Swap", "available", "bytes_avail"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "none" as the largest number of pages
@@ -12,7 +14,7 @@ _NO_LIMIT = 1 << 60  # cgroup v1 writes "none" as the largest number of pages
 
 def bytes_avail() -> int:
     """Free swap in bytes, 0 without swap: ``ttm_backup_bytes_avail()``. A hint: backing up works at 0 too."""
-    return _meminfo()["SwapFree"]
+    return linux.swap_space()[1]
 
 
 def available() -> int:
@@ -51,6 +53,28 @@ class Reserve:
             return False
         self._left -= size
         return True
+
+
+class Swap:
+    """Whether there may be pages in swap. Asked of the kernel ten times a second at most."""
+
+    LIFETIME = 100_000_000  # ns
+
+    def __init__(self) -> None:
+        self._used = False
+        self._expires = 0
+
+    @property
+    def used(self) -> bool:
+        """Whether any swap is in use, as of a tenth of a second ago at most."""
+        if (now := time.monotonic_ns()) > self._expires:
+            size, free = linux.swap_space()
+            self._used, self._expires = free < size, now + self.LIFETIME
+        return self._used
+
+    def page_out_begins(self) -> None:
+        """Note that swap will be in use from now on."""
+        self._used, self._expires = True, time.monotonic_ns() + self.LIFETIME
 
 
 def _meminfo() -> dict[str, int]:

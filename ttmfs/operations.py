@@ -148,7 +148,7 @@ class Operations(pyfuse3.Operations):
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
         if fields.update_size:
-            self.tree.truncate(inode, attr.st_size)
+            await self.tree.truncate(inode, attr.st_size)
         self.tree.change(
             inode,
             mode=attr.st_mode if fields.update_mode else None,
@@ -219,11 +219,11 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        return self.tree.read(fh, off, size)
+        return await self.tree.read(fh, off, size)
 
     @guarded
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return self.tree.write(fh, off, buf)
+        return await self.tree.write(fh, off, buf)
 
     @guarded
     async def flush(self, fh: int) -> None:
@@ -231,7 +231,7 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:
-        """What was written is in the store already. Writeback to swap is best effort and never an error."""
+        await self.tree.sync(fh)
 
     @guarded
     async def release(self, fh: int) -> None:
@@ -261,7 +261,7 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """Names are in the store as soon as they are made."""
+        await self.tree.sync_directory(fh)
 
     # --- the whole, and extended attributes ---
 

@@ -21,6 +21,7 @@ __all__ = [
     "Option",
     "OptionError",
     "Options",
+    "escaped",
     "format_size",
     "help_text",
     "parse_size",
@@ -154,6 +155,17 @@ class Option:
     help: str
 
 
+def escaped(text: str) -> str:
+    """A text as it stands in an ``-o`` string, where commas part options."""
+    return re.sub(r"([\\,])", r"\\\1", text)
+
+
+def _parse_directory(text: str) -> str:
+    if not text:
+        raise OptionError("the path of an existing directory is needed")
+    return os.path.abspath(text)  # the daemon works in another directory
+
+
 def _flag(name: str, help_: str) -> Option:
     return Option(name, "", lambda _: True, str, help_)
 
@@ -163,6 +175,7 @@ TABLE = {
     for option in (
         Option("size", "SIZE", _parse_positive_size, format_size, "what all backups together may hold (50% of RAM)"),
         Option("nr_inodes", "N", _parse_count, str, "number of backups, plus 1; 0: no limit (as for tmpfs)"),
+        Option("store", "DIR", _parse_directory, escaped, "keep the backups in DIR, for good (in memory of their own)"),
         Option("mode", "MODE", _parse_mode, "{:04o}".format, "mode of the root directory, in octal (0755)"),
         Option("uid", "UID", _parse_uid, str, "owner of the root directory (who mounts)"),
         Option("gid", "GID", _parse_gid, str, "group of the root directory (who mounts)"),
@@ -181,10 +194,11 @@ TABLE = {
 class Options:
     """The options of one mount, complete and consistent. Sizes are bytes."""
 
-    size: int = 0  # 0: half of the machine's RAM
-    nr_inodes: int | None = None  # None: as many as tmpfs gives
-    mode: int = 0o755
-    uid: int | None = None  # None: who mounts
+    size: int = 0  # 0: half of the machine's RAM; with store: what its filesystem has
+    nr_inodes: int | None = None  # None: as many as the filesystem below gives
+    store: str | None = None  # None: a private tmpfs
+    mode: int | None = None  # None: 0755; with store: as it is
+    uid: int | None = None  # None: who mounts; with store: as it is
     gid: int | None = None
     backup_size: int = 0  # 0: the same as size
     page_size: int = BASE_PAGE_SIZE
@@ -209,10 +223,13 @@ class Options:
                 f"page_size={format_size(self.page_size)}: must be a power of two from "
                 f"{format_size(BASE_PAGE_SIZE)} to {format_size(LARGEST_PAGE_SIZE)}"
             )
-        for name, own in ("uid", os.geteuid()), ("gid", os.getegid()):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, own)
-        budget = self.size or parse_size("50%")
+        for name, own in ("mode", 0o755), ("uid", os.geteuid()), ("gid", os.getegid()):
+            if self.store is None:
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, own)
+            elif getattr(self, name) is not None:
+                raise OptionError(f"{name}: with store= the directory's own holds: change it with chmod or chown")
+        budget = self.size or (parse_size("50%") if self.store is None else 0)
         for name, size in ("size", budget), ("backup_size", self.backup_size or budget):
             # Whole pages, rounded up as tmpfs rounds its own size.
             object.__setattr__(self, name, -(-size // self.page_size) * self.page_size)
@@ -246,17 +263,18 @@ class Options:
 
     def show(self) -> str:
         """What differs from the default, as an ``-o`` string that :meth:`parse` reads back."""
-        default = Options(page_size=self.page_size, size=self.size)
+        default = Options(page_size=self.page_size, size=self.size, store=self.store)
         words = []
         for name, option in TABLE.items():
             value = getattr(self, name)
-            if value != getattr(Options() if name in ("size", "page_size") else default, name):
+            if value != getattr(Options() if name in ("size", "page_size", "store") else default, name):
                 words.append(f"{name}={option.show(value)}" if option.value else name)
         return ",".join((*words, *self.kernel))
 
     def as_dict(self) -> dict[str, Any]:
         """Every option and its value in force, for ``.config``. Modes are octal text, as they are written."""
-        return {**asdict(self), "mode": TABLE["mode"].show(self.mode), "kernel": list(self.kernel)}
+        mode = None if self.mode is None else TABLE["mode"].show(self.mode)
+        return {**asdict(self), "mode": mode, "kernel": list(self.kernel)}
 
 
 def _split(text: str) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 from . import memory
 from .backup import Backup
 from .errors import BackupAbsent, BackupNotEmpty, InvalidArgument, NameTooLong
-from .memory import Reserve
 from .options import OptionError, Options
 from .store import Store
 
@@ -45,9 +44,8 @@ class Pool:
 
     def __init__(self, store: Store, options: Options) -> None:
         self.page_size = options.page_size
-        self.backup_size = options.backup_size
         self.store = store
-        self._reserve = Reserve(options.reserve)
+        self.backup_size = options.backup_size or self.whole_pages(store.room().f_blocks * self.page_size)
 
     # --- backups ---
 
@@ -65,7 +63,7 @@ class Pool:
 
     async def open(self, name: str) -> Backup:
         """The backup of a name. Raises BackupAbsent."""
-        return self.backup(self.store.find(name).st_ino)
+        return self.backup(self.store.find(name))
 
     async def names(self) -> list[str]:
         """The names of all backups, in the order in which they were made."""
@@ -77,21 +75,21 @@ class Pool:
         Raises BackupAbsent, BackupExists, BackupNotEmpty, InvalidArgument and NameTooLong.
         """
         _check_name(new)
-        id = self.store.find(old).st_ino
+        id = self.store.find(old)
         with contextlib.suppress(BackupAbsent):
-            if replace and (replaced := self.store.find(new).st_ino) != id:
+            if replace and (replaced := self.store.find(new)) != id:
                 self._check_empty(replaced, new)
         self.store.rename(id, new, replace=replace)
 
     async def remove(self, name: str) -> None:
         """End a backup that holds no page. Raises BackupNotEmpty and BackupAbsent."""
-        id = self.store.find(name).st_ino
+        id = self.store.find(name)
         self._check_empty(id, name)
         self.store.remove(id)
 
     def backup(self, id: int) -> Backup:
         """The backup of an id. That it exists shows at its first use."""
-        return Backup(self.store, id, self.page_size, self._reserve)
+        return Backup(self.store, id)
 
     def whole_pages(self, size: int) -> int:
         """A size in bytes, rounded up to whole pages. Raises InvalidArgument for what is no size."""
@@ -112,7 +110,7 @@ class Pool:
         return Room(
             size=size,
             stored=size - free,
-            available=min(free, self._reserve.headroom()),
+            available=min(kept.f_bavail * kept.f_frsize, self.store.headroom()),
             backups=self.store.count,
             files=kept.f_files,
             files_free=kept.f_ffree,
@@ -129,7 +127,9 @@ class Pool:
 
 @contextlib.asynccontextmanager
 async def open_pool(**options: Any) -> AsyncIterator[Pool]:
-    """A pool on a private tmpfs of its own, which lasts as long as the context. `options` are fields of Options.
+    """A pool on a private tmpfs, or (``store=``) in a directory, for the time of the context.
+
+    `options` are fields of :class:`ttmfs.options.Options`.
 
     >>> async with ttmfs.open_pool(size=1 << 30) as pool:
     ...     backup = await pool.create("a", size=64 << 20)
@@ -139,7 +139,7 @@ async def open_pool(**options: Any) -> AsyncIterator[Pool]:
         checked = Options(**options)
     except (OptionError, TypeError) as error:
         raise InvalidArgument(str(error)) from None
-    pool = Pool(Store.on_tmpfs(checked), checked)
+    pool = Pool(Store.of(checked), checked)
     try:
         yield pool
     finally:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -25,11 +26,12 @@ from typing import Any, Self
 import pyfuse3
 import trio
 
-from .errors import TtmfsError
+from . import linux
+from .errors import NotSupported, TtmfsError
 from .inodes import CONFIG, STATS
 from .metrics import Metrics
 from .operations import LIFETIME, Operations
-from .options import ExitCode, Options
+from .options import ExitCode, Options, escaped
 from .pool import Pool
 from .store import Store
 from .tree import Tree
@@ -65,10 +67,15 @@ def serve(source: str, mountpoint: str, options: Options, ready: Callable[[], No
     `ready` is called once requests are answered. Raises MountError. All pages are released on return.
     """
     mountpoint = _checked_mountpoint(mountpoint)
+    if (
+        options.store and Path(options.store).resolve() in Path(mountpoint).parents
+    ):  # it would ask itself for the names there
+        raise MountError(f"{mountpoint} lies within the store {options.store}; mount it elsewhere")
     try:
-        pool = Pool(Store.on_tmpfs(options), options)
+        pool = Pool(Store.of(options), options)
     except TtmfsError as error:
-        raise MountError(str(error), ExitCode.SYSTEM) from error
+        code = ExitCode.SYSTEM if isinstance(error, NotSupported) else ExitCode.FAILED
+        raise MountError(str(error), code) from error
     with _Ending() as ending, contextlib.closing(pool):
         connection = _mount(source, mountpoint, options)
         session = None
@@ -136,7 +143,7 @@ def _checked_mountpoint(path: str) -> str:
 
 def _mount(source: str, mountpoint: str, options: Options) -> int:
     """Let fusermount3 mount, and take the connection from it. It passes it over the socket of _FUSE_COMMFD."""
-    words = [f"fsname={_escaped(source or 'none')}", "subtype=ttmfs", "default_permissions"]
+    words = [f"fsname={escaped(source or 'none')}", "subtype=ttmfs", "default_permissions"]
     words += ["allow_other"] * options.allow_other + ["ro"] * options.ro + [*options.kernel]
     here, there = socket.socketpair()
     with here:
@@ -151,10 +158,6 @@ def _mount(source: str, mountpoint: str, options: Options) -> int:
     (connection,) = descriptors
     os.set_inheritable(connection, False)
     return connection
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace(",", "\\,")
 
 
 def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess.CompletedProcess[str]":
@@ -254,6 +257,7 @@ class _Session:
         await self._initialized.wait()
         if self._ending.asked:
             return
+        _lock_memory()
         self.served = True
         log.info("serving %s", self._mountpoint)
         self._ready()
@@ -270,6 +274,16 @@ class _Session:
             await trio.to_thread.run_sync(_unmount, self._mountpoint)
         await trio.sleep(LINGER_SECONDS)  # the loop ends by itself unless a client still has files open
         pyfuse3.terminate()
+
+
+def _lock_memory() -> None:
+    """Keep the daemon out of swap: it serves memory that others wait to be freed. As far as RLIMIT_MEMLOCK goes."""
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
+    try:
+        linux.lock_memory()
+    except OSError as error:
+        log.debug("this process may be swapped out under pressure (RLIMIT_MEMLOCK is %d): %s", most, error.strerror)
 
 
 def _without_atomic_o_trunc(init: bytes) -> bytes:

@@ -1,30 +1,55 @@
 """Where backups live: one directory, in which each backup is a sparse file. All the state of ttmfs is in there.
 
-A backup's id is its file's inode number, which a tmpfs never gives out twice. The store remembers which id has which
-name and keeps the files used last open; both can be had from the directory again at any time. Names that begin with a
-dot are no backups.
+The directory is the root of a private tmpfs, or one of somebody's on any filesystem that can tell pages apart. On the
+tmpfs a backup's id is its file's inode number, which is never given out twice, and the kernel keeps the budget; in
+a directory the ledger keeps both. The store remembers which id has which name and keeps the files used last open; both
+can be had from the directory again at any time. Names that begin with a dot are no backups.
 
 Concurrency: used from one thread; no method waits for anything but the filesystem below.
 """
 
 import contextlib
 import errno
+import fcntl
 import os
 import resource
+import shutil
 import stat
+import tempfile
+import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Self
 
+import trio
+
 from . import linux
-from .errors import BackupAbsent, BackupEnded, InvalidArgument, NotPermitted, NotSupported, from_os_error
-from .options import BASE_PAGE_SIZE, Options
+from .errors import (
+    BackupAbsent,
+    BackupEnded,
+    InvalidArgument,
+    NoRoom,
+    NotPermitted,
+    NotSupported,
+    StoreFailed,
+    from_os_error,
+)
+from .ledger import FILE, Ledger
+from .memory import Reserve, Swap
+from .options import Options, format_size
 
 __all__ = ["Store"]
 
 OPEN_FILES = 256
 """How many backups' files are kept open, where the limit is twice that. To open and close one costs 4 us."""
+
+RECOUNT_SECONDS = 1.0
+"""So late is seen what others do to the files of a directory. (Not more than a fiftieth of the time goes into that.)"""
+
+TEMPORARY = "ttmfs-"
+"""How the names of directories begin that serve those who may make no tmpfs."""
 
 
 @contextlib.contextmanager
@@ -48,22 +73,52 @@ def _give(fd: int, uid: int, gid: int) -> None:
 class Store:
     """The directory of the backups' files, however it was got.
 
-    Owns the descriptors that it is made from; :meth:`close` gives them up, and with them a tmpfs and all its pages.
+    Owns what it is made from, also if that fails; :meth:`close` gives it up, and with it a tmpfs and all its pages.
     """
 
-    def __init__(self, directory: int, user_namespace: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: int,
+        options: Options,
+        *,
+        user_namespace: int | None = None,
+        ledger: Ledger | None = None,
+        temporary: str | None = None,
+    ) -> None:
+        self.page_size = options.page_size
+        self.in_memory = linux.is_tmpfs(directory)
+        self.swap = Swap()
+        self._reserve = Reserve(options.reserve) if self.in_memory else None
         self._directory = directory
         self._user_namespace = user_namespace
+        self._ledger = ledger
+        self._budget = options.size  # bytes, kept with the ledger; 0: all that the filesystem has
+        self._nr_inodes = options.nr_inodes
+        self._temporary = temporary
+        self._recount_at = 0.0
+        self._failed: set[int] = set()
         self._open: OrderedDict[int, int] = OrderedDict()  # id: descriptor, the one used last at the end
         self._most_open = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._names: dict[int, str] = {}
         self._ids: list[int] = []  # the keys of _names, sorted
         try:
-            self._probe()
+            self.grain = self._probe()
             self.scan()
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def of(cls, options: Options) -> Self:
+        """What the options ask for: DIR, or a private tmpfs, or for those who may make none what comes nearest."""
+        if options.store is not None:
+            return cls.in_directory(options.store, options)
+        try:
+            return cls.on_tmpfs(options)
+        except NotSupported as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno == errno.EINVAL:
+                raise
+            return cls.in_temporary_directory(options, error)
 
     @classmethod
     def on_tmpfs(cls, options: Options) -> Self:
@@ -79,56 +134,144 @@ class Store:
         if options.nr_inodes is not None:
             asked["nr_inodes"] = str(options.nr_inodes)
         try:
-            return cls(linux.new_tmpfs(**asked))
+            return cls(linux.new_tmpfs(**asked), options)
         except OSError as error:
             if error.errno != errno.EPERM:
                 raise NotSupported(f"cannot make a private tmpfs: {error.strerror}") from error
         try:
-            return cls(*linux.new_tmpfs_as_user(**asked))
+            directory, namespace = linux.new_tmpfs_as_user(**asked)
         except OSError as error:
             raise NotSupported(
                 f"cannot make a private tmpfs: {error.strerror}. A user needs user namespaces for it (see the sysctls "
                 "kernel.unprivileged_userns_clone and kernel.apparmor_restrict_unprivileged_userns), and uid= and gid= "
                 "can be no one else's; root needs neither"
             ) from error
+        return cls(directory, options, user_namespace=namespace)
+
+    @classmethod
+    def in_directory(cls, path: str, options: Options, *, temporary: str | None = None) -> Self:
+        """An existing directory, whose filesystem must be able to tell pages apart. No one else may use it."""
+        try:
+            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InvalidArgument(f"store={path}: {error.strerror}; give an existing directory") from None
+        try:
+            kept = Ledger(directory, options.page_size)
+        except OSError as error:
+            os.close(directory)
+            if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
+                raise NotSupported(f"store={path}: its filesystem has no O_TMPFILE") from error
+            raise InvalidArgument(f"store={path} cannot be written: {error.strerror}") from error
+        except (InvalidArgument, NotSupported) as error:
+            os.close(directory)
+            raise type(error)(f"store={path}: {error}") from None
+        try:
+            return cls(directory, options, ledger=kept, temporary=temporary)
+        except NotSupported as error:
+            raise NotSupported(f"store={path}: {error}") from error.__cause__
+
+    @classmethod
+    def in_temporary_directory(cls, options: Options, why: NotSupported) -> Self:
+        """A new directory that is removed at the end, in memory, for a user who may make no user namespaces.
+
+        It lies where there is more room of $XDG_RUNTIME_DIR and /dev/shm, and no one else can enter it. Raises `why` if
+        neither will do.
+        """
+        places = []
+        for place in {os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm"}:
+            with contextlib.suppress(OSError):
+                room = os.statvfs(place)
+                places.append((room.f_bavail * room.f_frsize, place))
+        for _, place in sorted(places, reverse=True):
+            with contextlib.suppress(OSError):
+                _remove_abandoned(place)
+                outer = tempfile.mkdtemp(prefix=TEMPORARY, dir=place)
+                try:
+                    inner = os.path.join(outer, "store")  # the mode and owner of the root are the mount's business
+                    os.mkdir(inner)
+                    os.chown(
+                        inner, -1 if options.uid is None else options.uid, -1 if options.gid is None else options.gid
+                    )
+                    os.chmod(inner, 0o755 if options.mode is None else options.mode)
+                    store = cls.in_directory(inner, options, temporary=outer)
+                    if store.in_memory:
+                        return store
+                    store.close()
+                except (OSError, NotSupported, InvalidArgument):
+                    shutil.rmtree(outer, ignore_errors=True)
+        raise why
 
     def close(self) -> None:
-        """Give up every descriptor."""
+        """Give up every descriptor, and what is not meant to stay."""
         while self._open:
             os.close(self._open.popitem()[1])
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._ledger:
+            self._ledger.close()
         for fd in self._directory, self._user_namespace:
             if fd is not None and fd >= 0:
                 os.close(fd)
-        self._directory, self._user_namespace = -1, None
+        self._directory, self._user_namespace, self._ledger, self._temporary = -1, None, None, None
         self._names, self._ids = {}, []
 
-    def _probe(self) -> None:
-        """Refuse a filesystem on which "is data" does not mean "was written", page by page."""
-        size = BASE_PAGE_SIZE
+    def _probe(self) -> int:
+        """Refuse a filesystem on which "is data" does not mean "was written", page by page. Gives its grain."""
+        size = self.page_size
         with _failures_of("probing the store"):
             fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
             try:
                 os.ftruncate(fd, 1024 * size)
                 os.pwrite(fd, b"\1", 512 * size)
-                found = os.lseek(fd, 0, os.SEEK_DATA), os.lseek(fd, 512 * size, os.SEEK_HOLE)
-                linux.punch_hole(fd, 512 * size, size)
-                left = os.fstat(fd).st_blocks
+                start, end = linux.next_data(fd, 0) or (0, 0)
+                taken = max(end - start, os.fstat(fd).st_blocks * 512)
+                if start != 512 * size or taken > size:
+                    raise NotSupported(
+                        f"the filesystem cannot tell pages of {format_size(size)} apart: a byte was written at "
+                        f"{512 * size}, data is found from {start} to {end}, and {taken} bytes of room were taken"
+                    )
+                try:
+                    linux.punch_hole(fd, 512 * size, size)
+                except OSError as error:
+                    raise NotSupported(f"the filesystem cannot punch holes: {error.strerror}") from error
+                if linux.next_data(fd, 0) or (left := os.fstat(fd).st_blocks):
+                    raise NotSupported(
+                        f"the filesystem does not free a page that is punched out: {left * 512} bytes stay"
+                    )
             finally:
                 os.close(fd)
-        if found != (512 * size, 513 * size) or left:
-            raise NotSupported(
-                f"the store's filesystem cannot tell pages apart: a page of {size} bytes was written at {512 * size}, "
-                f"data is found from {found[0]} to {found[1]}, and {left * 512} bytes stay after it was punched out"
-            )
+        return end - start
 
     # --- the directory ---
 
     def scan(self) -> list[int]:
         """Read the directory anew; the ids of all backups in ascending order, which is the order of their making."""
-        with _failures_of("reading the store"), os.scandir(self._directory) as entries:
-            self._names = {e.inode(): e.name for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False)}
-        self._ids = sorted(self._names)
+        with _failures_of("reading the store"), self._entries() as entries:
+            if self._ledger is None:
+                names = {e.inode(): e.name for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False)}
+            else:
+                names = {}
+                for entry in entries:
+                    if entry.name[0] != "." and entry.is_file(follow_symlinks=False):
+                        with contextlib.suppress(FileNotFoundError):
+                            found = os.stat(entry.name, dir_fd=self._directory, follow_symlinks=False)
+                            if id := self._ledger.identify(entry.name, found):
+                                names[id] = entry.name
+        for id in self._names.keys() - names.keys():
+            self._forget(id)
+        self._names = names
+        self._ids = sorted(names)
         return self._ids
+
+    @contextlib.contextmanager
+    def _entries(self) -> "Iterator[Iterator[os.DirEntry[str]]]":
+        """What is in the directory. It is opened anew: btrfs shows an open one as it was when it was opened."""
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._directory)
+        try:
+            with os.scandir(fd) as entries:
+                yield entries
+        finally:
+            os.close(fd)
 
     @property
     def count(self) -> int:
@@ -146,26 +289,29 @@ class Store:
         except KeyError:
             raise BackupEnded("the backup was ended") from None
 
-    def find(self, name: str) -> os.stat_result:
-        """The stat of a backup's file, by name; its ``st_ino`` is the id. BackupAbsent if there is none."""
+    def find(self, name: str) -> int:
+        """The id of a backup by name. BackupAbsent if there is none."""
         absent = BackupAbsent(f"there is no backup {name!r}")
         if not name or name[0] == "." or "/" in name:  # a path could lead out of the store
             raise absent
         try:
             found = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
+            id = self._ledger.identify(name, found) if self._ledger else found.st_ino
         except ValueError:  # it holds a NUL, or what no bytes stand for
             raise absent from None
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise absent from None
             raise from_os_error(error, f"looking up {name!r}") from error
-        if not stat.S_ISREG(found.st_mode):
+        if id is None or not stat.S_ISREG(found.st_mode):
             raise absent
-        self._remember(found.st_ino, name)
-        return found
+        self._remember(id, name)
+        return id
 
     def create(self, name: str, size: int, mode: int, uid: int, gid: int) -> int:
         """Make the file of a new backup, whole or not at all, and give its id. BackupExists if the name is taken."""
+        if self._ledger and self._nr_inodes and 1 + self.count >= self._nr_inodes:
+            raise NoRoom("the number of backups (nr_inodes) is used up")
         with _failures_of(f"creating {name!r}"):
             fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
             try:
@@ -174,13 +320,14 @@ class Store:
                     _give(fd, uid, gid)
                 os.fchmod(fd, mode)
                 os.ftruncate(fd, size)
+                id = self._ledger.mark(fd, made.st_ino) if self._ledger else made.st_ino
                 os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=self._directory, follow_symlinks=True)
             except BaseException:
                 os.close(fd)
                 raise
-        self._remember(made.st_ino, name)
-        self._keep_open(made.st_ino, fd)
-        return made.st_ino
+        self._remember(id, name)
+        self._keep_open(id, fd)
+        return id
 
     def remove(self, id: int) -> None:
         """Remove a backup's file. Its memory is the system's again at once, unless another process has it open."""
@@ -194,9 +341,9 @@ class Store:
         old = self.name_of(id)
         replaced = None
         with contextlib.suppress(BackupAbsent):
-            replaced = self.find(new).st_ino
-        with _failures_of(f"renaming {old!r} to {new!r}"):
-            linux.rename(self._directory, old, new, replace=replace)
+            replaced = self.find(new)
+        with _failures_of(f"renaming {old!r} to {new!r}"):  # never over a file that is no backup
+            linux.rename(self._directory, old, new, replace=replace and replaced is not None)
         if replaced is not None and replaced != id:
             self._forget(replaced)
         self._names[id] = new
@@ -209,6 +356,9 @@ class Store:
     def _forget(self, id: int) -> None:
         del self._names[id]
         self._ids.remove(id)
+        self._failed.discard(id)
+        if self._ledger:
+            self._ledger.forget(id)
         if (fd := self._open.pop(id, None)) is not None:
             os.close(fd)
 
@@ -231,7 +381,9 @@ class Store:
                 self._forget(id)
                 raise BackupEnded("the backup was ended") from None
             raise from_os_error(error, f"opening {name!r}") from error
-        if os.fstat(fd).st_ino != id:  # another file was put in its place
+        if not (
+            self._ledger.is_marked(fd, id) if self._ledger else os.fstat(fd).st_ino == id
+        ):  # another file was put in its place
             os.close(fd)
             self._forget(id)
             raise BackupEnded("the backup was ended")
@@ -266,13 +418,87 @@ class Store:
             if times is not None:
                 os.utime(fd, ns=times)
 
+    # --- room ---
+
+    def admit(self, pages: int) -> int:
+        """How many of so many more pages may be stored, as far as we have to see to that: the reserve, and the budget.
+
+        Where the kernel keeps the budget, storing may find that there is less.
+        """
+        if self._reserve and not self._reserve.admits(pages * self.page_size):
+            return 0
+        if self._ledger and self._budget:
+            self._recount(self._ledger)
+            return min(pages, max(0, self._budget // self.page_size - self._ledger.stored))
+        return pages
+
+    @property
+    def keeps_count(self) -> bool:
+        """Whether what comes and goes must be :meth:`changing`, since no kernel counts it for us."""
+        return self._ledger is not None
+
+    @contextlib.contextmanager
+    def changing(self, id: int, first: int, past: int) -> Iterator[None]:
+        """Around whatever makes pages between two indices of a backup come or go."""
+        if self._ledger:
+            with self._ledger.changing(id, self.descriptor(id), first, past):
+                yield
+        else:
+            yield
+
+    def pages(self, id: int) -> int:
+        """How many pages a backup holds."""
+        fd = self.descriptor(id)
+        with _failures_of("counting pages"):
+            if self._ledger:
+                return self._ledger.pages(id, fd)
+            return -(-os.fstat(fd).st_blocks * 512 // self.page_size)
+
+    def _recount(self, ledger: Ledger) -> None:
+        """See what others did to the files."""
+        if (start := time.monotonic()) < self._recount_at:
+            return
+        for id in list(self.scan()):
+            with contextlib.suppress(BackupEnded):
+                ledger.pages(id, self.descriptor(id))
+        end = time.monotonic()
+        self._recount_at = end + max(RECOUNT_SECONDS, 50 * (end - start))
+
     def room(self) -> os.statvfs_result:
-        """Size, free blocks and free inodes, as the kernel keeps them."""
+        """Size, free blocks and free inodes: as the kernel keeps them, or as we do in their place.
+
+        In a directory without a budget all that its filesystem has left is ours, with what we have stored there.
+        """
         with _failures_of("asking for room"):
-            return os.fstatvfs(self._directory)
+            below = os.fstatvfs(self._directory)
+            if not self._ledger:
+                return below
+            self._recount(self._ledger)
+        stored, left = self._ledger.stored, below.f_bavail * below.f_frsize // self.page_size
+        size = self._budget // self.page_size or stored + left
+        free = max(0, size - stored)
+        files = self._nr_inodes or below.f_files
+        files_free = max(0, files - 1 - self.count) if self._nr_inodes else below.f_favail
+        return os.statvfs_result(
+            (self.page_size, self.page_size, size, free, min(free, left), files, files_free, files_free,
+             below.f_flag, below.f_namemax)
+        )  # fmt: skip
+
+    def headroom(self) -> int:
+        """Bytes that may be stored before the memory reserve is touched."""
+        return self._reserve.headroom() if self._reserve else 2**63 - 1
 
     def resize(self, size: int) -> None:
         """Change the budget, in bytes. InvalidArgument if more than that is stored."""
+        too_small = InvalidArgument(f"the budget cannot be {size} bytes: more is stored")
+        if self._ledger:
+            with _failures_of("changing the budget"):
+                self._recount_at = 0.0
+                self._recount(self._ledger)
+            if size < self._ledger.stored * self.page_size:
+                raise too_small
+            self._budget = size
+            return
         try:
             if self._user_namespace is None:
                 linux.resize_tmpfs(self._directory, size)
@@ -280,5 +506,46 @@ class Store:
                 linux.resize_tmpfs_as_user(self._directory, self._user_namespace, size)
         except OSError as error:
             if error.errno == errno.EINVAL:
-                raise InvalidArgument(f"the budget cannot be {size} bytes: more is stored") from error
+                raise too_small from error
             raise from_os_error(error, "changing the budget") from error
+
+    # --- durability ---
+
+    async def sync(self, id: int | None) -> None:
+        """fsync(2) of a backup and of its name, or (None) of all names, in a thread.
+
+        After one failure every later one of that backup fails too: the kernel tells of lost pages only once, but there
+        may be several who rely on theirs.
+        """
+        if id in self._failed:
+            raise StoreFailed("syncing a backup: it failed before, so pages may be lost; copy out what is there")
+        descriptors = [os.dup(self._directory)]
+        if id is not None:
+            descriptors.insert(0, os.dup(self.descriptor(id)))
+        try:
+            await trio.to_thread.run_sync(_sync_and_close, descriptors)
+        except OSError as error:
+            if id is not None:
+                self._failed.add(id)
+            raise from_os_error(error, "syncing a backup") from error
+
+
+def _sync_and_close(descriptors: list[int]) -> None:
+    with contextlib.ExitStack() as stack:
+        for fd in descriptors:
+            stack.callback(os.close, fd)
+        for fd in descriptors:
+            os.fsync(fd)
+
+
+def _remove_abandoned(place: str) -> None:
+    """Remove the directories in `place` that killed daemons of this user left: ours, and locked by no one."""
+    for outer in Path(place).glob(TEMPORARY + "*"):
+        with contextlib.suppress(OSError, InvalidArgument, NotSupported):
+            if outer.stat(follow_symlinks=False).st_uid == os.geteuid():
+                fd = os.open(outer / "store" / FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(outer)
+                finally:
+                    os.close(fd)

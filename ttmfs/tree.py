@@ -21,6 +21,7 @@ Concurrency: one thread. State is read anew at every call; what is kept between 
 any time without harm.
 """
 
+import contextlib
 import itertools
 import os
 import stat
@@ -149,8 +150,8 @@ class Tree:
         if parent == ROOT:
             if ino := TEXTS.get(name):
                 return ino, self.attributes(ino)
-            found = (await self.pool.open(os.fsdecode(name))).stat()
-            return inode(found.st_ino, 0), _directory(found)
+            id = self.pool.store.find(os.fsdecode(name))
+            return inode(id, 0), _directory(self.pool.backup(id).stat())
         backup = self.backup(parent)
         if handle := HIDDEN.get(name):
             ino = inode(backup_of(parent), handle)
@@ -172,7 +173,8 @@ class Tree:
             return _directory(backup.stat())
         if handle == IMAGE:
             found = backup.stat()  # every page that comes or goes changes it, and du must agree with ls
-            return _file(found, found.st_size, found.st_blocks)._replace(lasting=False)
+            blocks = backup.pages * self.pool.page_size // 512
+            return _file(found, found.st_size, blocks)._replace(lasting=False)
         if handle == SHMEM:
             found = backup.stat()
             return _file(found, len(self.target(ino)), 0)._replace(mode=stat.S_IFLNK | 0o777)
@@ -220,12 +222,13 @@ class Tree:
         try:
             backup = await self.pool.create(os.fsdecode(name), size, mode=mode & 0o7777, uid=uid, gid=gid)
         except BackupExists:
-            return await self.lookup(parent, name)
-        made = backup.stat()
-        if made.st_ino > MAX_BACKUP_ID:
+            with contextlib.suppress(BackupAbsent):  # what is there is no backup
+                return await self.lookup(parent, name)
+            raise
+        if (id := self.pool.store.find(os.fsdecode(name))) > MAX_BACKUP_ID:
             await backup.fini()
             raise NoRoom(f"all {MAX_BACKUP_ID} inode numbers for backups are used up; mount anew")
-        return inode(made.st_ino, 0), _directory(made)
+        return inode(id, 0), _directory(backup.stat())
 
     async def remove_backup(self, parent: int, name: bytes) -> None:
         """rmdir(2). One that is gone already is well."""
@@ -296,34 +299,56 @@ class Tree:
             self._with_page(ino)
         return _file_handle(ino, flags)
 
-    def read(self, fh: int, offset: int, size: int) -> bytes:
+    async def read(self, fh: int, offset: int, size: int) -> bytes:
         """read(2). Absent pages of an IMAGE are zeros; a page that was dropped raises PageDropped."""
         if not backup_of(fh):
             return self._read_text(fh, offset, size)
         handle, page_size = handle_of(fh), self.pool.page_size
         if handle == IMAGE:
-            return self.backup(fh).read(offset, size)
+            backup = self.backup(fh)
+            await backup.bring_in(offset, size)
+            return backup.read(offset, size)
+        start, size = (handle - 1) * page_size + offset, min(size, page_size - offset)
+        if size > 0:
+            await self.backup(fh).bring_in(start, size)
         backup = self._with_page(fh)
-        if offset >= page_size:
-            return b""
-        return backup.read((handle - 1) * page_size + offset, min(size, page_size - offset))
+        return backup.read(start, size) if size > 0 else b""
 
     def _read_text(self, fh: int, offset: int, size: int) -> bytes:
         if not offset or fh not in self._read_texts:
             self._read_texts[fh] = self._texts[own_of(fh)]()
         return self._read_texts[fh][offset : offset + size]
 
-    def write(self, fh: int, offset: int, data: bytes) -> int:
+    async def write(self, fh: int, offset: int, data: bytes) -> int:
         """write(2): bytes stored, fewer than given where the page, the backup or the room ends."""
+        handle, page_size, start = handle_of(fh), self.pool.page_size, offset
+        if handle != IMAGE:
+            if offset >= page_size:
+                raise OutOfBounds(f"a page ends at byte {page_size}")
+            data, start = data[: page_size - offset], (handle - 1) * page_size + offset
+        await self.backup(fh).bring_in(start, len(data), to_write=True)
+        backup = self.backup(fh) if handle == IMAGE else self._with_page(fh)
+        stored = backup.write(start, data)
+        if fh & SYNC:
+            await backup.sync(start, stored)
+        return stored
+
+    async def sync(self, fh: int) -> None:
+        """fsync(2): of a page, or of the IMAGE all pages, pushed out of memory to where they last."""
+        if not backup_of(fh):
+            return
         handle, page_size = handle_of(fh), self.pool.page_size
         if handle == IMAGE:
-            return self.backup(fh).write(offset, data)
-        if offset >= page_size:
-            raise OutOfBounds(f"a page ends at byte {page_size}")
-        backup = self._with_page(fh)
-        return backup.write((handle - 1) * page_size + offset, data[: page_size - offset])
+            await self.backup(fh).sync(0, MAX_HANDLE * page_size)
+        else:
+            await self.backup(fh).sync((handle - 1) * page_size, page_size)
 
-    def truncate(self, ino: int, size: int) -> None:
+    async def sync_directory(self, fh: int) -> None:
+        """fsync(2) of a directory: what was made, renamed and removed in it lasts."""
+        if not self.pool.store.in_memory:
+            await self.pool.store.sync(backup_of(fh) or None)
+
+    async def truncate(self, ino: int, size: int) -> None:
         """truncate(2): bytes of a page past `size` become zeros; pages of an IMAGE past it are dropped."""
         handle, page_size = handle_of(ino), self.pool.page_size
         if not backup_of(ino) or not handle or handle == SHMEM:
@@ -331,8 +356,10 @@ class Tree:
         if handle != IMAGE:
             if size > page_size:
                 raise OutOfBounds(f"a page ends at byte {page_size}")
+            await self.backup(ino).bring_in((handle - 1) * page_size + size, page_size - size, to_write=True)
             self._with_page(ino).zero(handle - 1, size)
             return
+        await self.backup(ino).bring_in(size, -size % page_size, to_write=True)  # zeroed, not dropped
         self.backup(ino).truncate(size)
         self._forget_extents(backup_of(ino), size // page_size, MAX_HANDLE)
         self._names_dropped()

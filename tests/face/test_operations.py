@@ -300,7 +300,7 @@ def test_the_kernel_is_told_when_names_went_without_its_knowing(face: Face, a: i
     assert face.dropped == 0
     face.setxattr(a, b"user.ttmfs.drop", b"1-3", CTX)
     assert face.dropped == 1
-    face.tree.truncate(inode(a >> 30, IMAGE), 0)
+    trio.run(face.tree.truncate, inode(a >> 30, IMAGE), 0)
     assert face.dropped == 2
 
 
