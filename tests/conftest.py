@@ -18,6 +18,7 @@ import hypothesis
 import pytest
 
 from harness import Mount, children, descriptors, mounts_below
+from stores import KINDS, Place, Site, site_of
 
 # In CI the same examples each time, so that landing is no matter of luck; elsewhere new ones, which find new things.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -134,3 +135,17 @@ def backup(mnt: Path) -> Path:
     path = mnt / "a"
     path.mkdir()
     return path
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    """Where other users reach ttmfs."""
+    with Place() as place:
+        yield place
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def site(request: pytest.FixtureRequest, place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Every kind of store, one after the other."""
+    with site_of(request.param, place, tmp_path_factory.mktemp("site")) as site:
+        yield site

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MOUNT_PY = REPOSITORY / "mount.py"
+MOUNT_COMMAND = (sys.executable, "-W", "error", str(MOUNT_PY))
 
 START_SECONDS = 20.0
 WATCHDOG_SECONDS = 120.0
@@ -90,14 +91,23 @@ class Mount:
 
     NORMAL = (r"serving /", r"SIGTERM: unmounting /")
 
-    def __init__(self, directory: Path, options: str = "", *, argv: tuple[str, ...] = (), **popen: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        options: str = "",
+        *,
+        argv: tuple[str, ...] = (),
+        command: tuple[str, ...] = MOUNT_COMMAND,
+        **popen: Any,
+    ) -> None:
         self.path = directory
         self.log: list[str] = []
         self._expected = [re.compile(pattern) for pattern in self.NORMAL]
-        command = [sys.executable, "-W", "error", str(MOUNT_PY), *argv, str(directory), "-f"]
-        self._command = [*command, "-o", options] if options else command
+        self._command = [*command, *argv, str(directory), "-f"]
+        if options:
+            self._command += ["-o", options]
         self._popen = popen
-        self._serving = threading.Event()
+        self._served, self._heard = False, threading.Event()
 
     @property
     def pid(self) -> int:
@@ -115,8 +125,9 @@ class Mount:
         self._reader.start()
         self._watchdog = threading.Timer(WATCHDOG_SECONDS, self._bite)
         self._watchdog.start()
-        if not self._serving.wait(START_SECONDS):
+        if not self._heard.wait(START_SECONDS):
             self._bite()
+        if not self._served:
             self._finish()
             raise AssertionError(f"the mount did not come up: {self.log}")
         self._descriptors = descriptors(self.pid)
@@ -147,8 +158,9 @@ class Mount:
         for line in self.process.stderr:
             self.log.append(line.rstrip("\n"))
             if "serving /" in line:
-                self._serving.set()
-        self._serving.set()
+                self._served = True
+                self._heard.set()
+        self._heard.set()  # it has ended
 
     def _bite(self) -> None:
         """End a daemon that hangs: first its stacks, then the kill, after which every client gets an error."""

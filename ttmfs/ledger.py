@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/.ttmfs    JSON: format, page_size, tag, next_id. Locked (flock) as long as a mount uses DIR.
+    DIR/.ttmfs    JSON: format, page_size, grain, tag, next_id. Locked (flock) as long as a mount uses DIR.
     DIR/a         a backup. Its extended attribute user.ttmfs.id is "TAG ID INODE".
 
 An id must not be given out twice, but most filesystems use an inode number again at once. So the ids are ours, counted
@@ -65,6 +65,7 @@ class Ledger:
                 )
             self._tag: str = kept["tag"]
             self._next_id = self._last_id = int(kept["next_id"])
+            self.grain: int | None = kept.get("grain")
         except BaseException:
             self.close()
             raise
@@ -85,7 +86,8 @@ class Ledger:
             made = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
             try:
                 self._lock(made)
-                self._write(made, FIRST_ID, secrets.token_hex(8))
+                self._write(made, next_id=FIRST_ID, tag=secrets.token_hex(8), grain=None)
+                os.fsync(made)  # a crash must not leave it without its content
                 os.link(f"/proc/self/fd/{made}", FILE, dst_dir_fd=self._directory, follow_symlinks=True)
                 return made
             except FileExistsError:  # another mount was quicker
@@ -115,9 +117,15 @@ class Ledger:
             "move it away: the backups stay"
         )
 
-    def _write(self, fd: int, next_id: int, tag: str) -> None:
-        kept = {"format": FORMAT, "page_size": self._page_size, "tag": tag, "next_id": next_id}
+    def _write(self, fd: int, *, next_id: int, tag: str, grain: int | None) -> None:
+        kept = {"format": FORMAT, "page_size": self._page_size, "grain": grain, "tag": tag, "next_id": next_id}
         os.pwrite(fd, json.dumps(kept).ljust(LENGTH - 1).encode() + b"\n", 0)
+
+    def keep_grain(self, grain: int) -> None:
+        """Keep what was found out of the filesystem, which cannot be found out again while it is full."""
+        if grain != self.grain:
+            self._write(self._fd, next_id=self._last_id, tag=self._tag, grain=grain)
+            self.grain = grain
 
     # --- ids ---
 
@@ -146,8 +154,8 @@ class Ledger:
     def mark(self, where: str | int, ino: int) -> int:
         """Give a file, by path or descriptor, an id of its own. Where no mark can be set, it is good for this mount."""
         if self._next_id == self._last_id:
-            self._write(self._fd, self._next_id + IDS_AT_ONCE, self._tag)
             self._last_id += IDS_AT_ONCE
+            self._write(self._fd, next_id=self._last_id, tag=self._tag, grain=self.grain)
         id, self._next_id = self._next_id, self._next_id + 1
         try:
             os.setxattr(where, MARK, f"{self._tag} {id} {ino}".encode(), follow_symlinks=isinstance(where, int))

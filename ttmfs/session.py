@@ -301,7 +301,8 @@ def _without_atomic_o_trunc(init: bytes) -> bytes:
 def _config(options: Options, pool: Pool) -> bytes:
     """The options in force, as JSON. The budget can have been changed since."""
     room = pool.room()
-    return json.dumps(options.as_dict() | {"size": room.size, "nr_inodes": room.files}, indent=2).encode() + b"\n"
+    now = {"size": room.size, "nr_inodes": room.files, "store": pool.store.directory}
+    return json.dumps(options.as_dict() | now, indent=2).encode() + b"\n"
 
 
 def _unmount(mountpoint: str) -> None:

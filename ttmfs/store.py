@@ -102,7 +102,7 @@ class Store:
         self._names: dict[int, str] = {}
         self._ids: list[int] = []  # the keys of _names, sorted
         try:
-            self.grain = self._probe()
+            self.grain = self._known_grain()
             self.scan()
         except BaseException:
             self.close()
@@ -215,6 +215,18 @@ class Store:
         self._directory, self._user_namespace, self._ledger, self._temporary = -1, None, None, None
         self._names, self._ids = {}, []
 
+    def _known_grain(self) -> int:
+        try:
+            grain = self._probe()
+        except NoRoom:
+            if self._ledger is None or self._ledger.grain is None:
+                raise
+            return self._ledger.grain  # full: but it can be read, and pages be dropped
+        if self._ledger:
+            with _failures_of("writing to the store"):
+                self._ledger.keep_grain(grain)
+        return grain
+
     def _probe(self) -> int:
         """Refuse a filesystem on which "is data" does not mean "was written", page by page. Gives its grain."""
         size = self.page_size
@@ -272,6 +284,11 @@ class Store:
                 yield entries
         finally:
             os.close(fd)
+
+    @property
+    def directory(self) -> str | None:
+        """The path of the directory; None if it is a private tmpfs."""
+        return os.readlink(f"/proc/self/fd/{self._directory}") if self._ledger else None
 
     @property
     def count(self) -> int:

@@ -1,36 +1,35 @@
-"""Pages that the kernel has swapped out, on a swap of the test's own."""
+"""Pages between memory and swap, on a swap of the test's own: writeback, swap-ins, residency, dropping."""
 
+import contextlib
 import mmap
 import os
+import statistics
 import subprocess
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from errno import ENOENT, ESTALE
 from pathlib import Path
 
 import numpy as np
 import pytest
+import trio
 
-from harness import meminfo, opened, run, wait_until
+import stores
+import ttmfs
+from harness import Mount, meminfo, opened, run, wait_until
+from ttmfs import linux
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PAGES = 4096
 MADV_PAGEOUT = 21
-ZRAM = Path("/sys/block/zram0")
+MIB = 1 << 20
 
 
 @pytest.fixture
 def swap(tmp_path: Path) -> Iterator[None]:
-    """256 MiB of swap: zram if the kernel has it, else a file."""
-    if ZRAM.is_dir():
-        (ZRAM / "disksize").write_text("256M")
-        device = "/dev/zram0"
-    else:
-        device = str(tmp_path / "swap")
-        run(f"dd if=/dev/zero of={device} bs=1M count=256 && chmod 600 {device}")
-    run(f"mkswap {device} && swapon {device}")
-    yield
-    run(f"swapoff {device}")
-    if ZRAM.is_dir():
-        (ZRAM / "reset").write_text("1")
+    with stores.swap(tmp_path):
+        yield
 
 
 def attribute(path: Path, name: str) -> int:
@@ -89,3 +88,329 @@ def test_c15_bytes_avail_follows_the_swap(backup: Path, request: pytest.FixtureR
     (backup / "1").write_bytes(b"backing up works at 0 too")
     request.getfixturevalue("swap")
     assert attribute(backup.parent, "bytes_avail") == meminfo("SwapFree") > before
+
+
+def swap_used() -> int:
+    return meminfo("SwapTotal") - meminfo("SwapFree")
+
+
+def fill(backup: Path, pages: int, seed: int = 1) -> bytes:
+    """Store random pages from index 0 on through .image; what was stored."""
+    data = np.random.default_rng(seed).bytes(pages * PAGE)
+    with opened(backup / ".image") as fd:
+        for offset in range(0, len(data), MIB):
+            assert os.pwrite(fd, data[offset : offset + MIB], offset) == len(data[offset : offset + MIB])
+    return data
+
+
+# --- writeback ---
+
+
+def fsync_page(backup: Path, handle: int, data: bytes) -> None:
+    with opened(backup / str(handle), os.O_RDWR | os.O_CREAT) as fd:
+        os.pwrite(fd, data, 0)
+        os.fsync(fd)
+
+
+def fdatasync_page(backup: Path, handle: int, data: bytes) -> None:
+    with opened(backup / str(handle), os.O_RDWR | os.O_CREAT) as fd:
+        os.pwrite(fd, data, 0)
+        os.fdatasync(fd)
+
+
+def dd(flags: str) -> Callable[[Path, int, bytes], None]:
+    def store(backup: Path, handle: int, data: bytes) -> None:
+        command = ["dd", f"of={backup / str(handle)}", f"bs={PAGE}", "status=none", *flags.split()]
+        subprocess.run(command, input=data, check=True)
+
+    return store
+
+
+def dd_image(backup: Path, handle: int, data: bytes) -> None:
+    command = ["dd", f"of={backup}/.image", f"bs={PAGE}", f"seek={handle - 1}", "conv=notrunc", "oflag=sync"]
+    subprocess.run(command, input=data, check=True, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    "store",
+    [fsync_page, fdatasync_page, dd("oflag=sync"), dd("oflag=dsync"), dd("conv=fsync"), dd_image],
+    ids=["fsync", "fdatasync", "oflag=sync", "oflag=dsync", "conv=fsync", "image oflag=sync"],
+)
+@pytest.mark.usefixtures("swap")
+def test_c5_writeback_pushes_a_page_to_swap_at_once(backup: Path, store: Callable[[Path, int, bytes], None]) -> None:
+    others = fill(backup, 20)
+    data, before = np.random.default_rng(7).bytes(PAGE), swap_used()
+    store(backup, 9, data)
+    with opened(backup / ".shmem", os.O_RDONLY) as fd:
+        assert linux.residency(fd, 8 * PAGE, PAGE) == (0, 1), "it is evicted"
+        assert linux.residency(fd, 0, 20 * PAGE) == (19, 1), "and no other"
+    assert swap_used() >= before + PAGE
+    assert (attribute(backup, "resident"), attribute(backup, "swapped")) == (19, 1)
+    assert (backup / "9").read_bytes() == data
+    assert attribute(backup, "swapped") == 0
+    assert (backup / "8").read_bytes() == others[7 * PAGE : 8 * PAGE]
+
+
+@pytest.mark.usefixtures("swap")
+def test_c5_fsync_of_the_image_takes_the_whole_backup(backup: Path) -> None:
+    data = fill(backup, PAGES)
+    for handle in range(1, 100, 7):
+        (backup / str(handle)).unlink()
+        data = data[: (handle - 1) * PAGE] + bytes(PAGE) + data[handle * PAGE :]
+    pages, used = attribute(backup, "pages"), swap_used()
+    with opened(backup / ".image") as fd:
+        os.fsync(fd)
+        assert attribute(backup, "pages") == pages, "it made none"
+        assert attribute(backup, "swapped") >= pages - 2  # one that was just being looked at may stay
+        assert swap_used() - used >= (pages - 2) * PAGE
+        (backup / "2").read_bytes()
+        os.fsync(fd)  # of what is partly out already
+        assert attribute(backup, "swapped") >= pages - 2
+        assert b"".join(os.pread(fd, MIB, offset) for offset in range(0, len(data), MIB)) == data
+
+
+@pytest.mark.parametrize("size", ["64k", "2m"])
+@pytest.mark.usefixtures("swap")
+def test_large_pages_are_pushed_out_whole(mountpoint: Path, size: str) -> None:
+    with Mount(mountpoint, f"size=64m,page_size={size}"):
+        backup, page_size = mountpoint / "a", os.statvfs(mountpoint).f_bsize
+        backup.mkdir()
+        data = np.random.default_rng(1).bytes(page_size)
+        for handle in 1, 2, 4:
+            (backup / str(handle)).write_bytes(data)
+        with opened(backup / "2") as fd:
+            os.fsync(fd)
+        assert (attribute(backup, "resident"), attribute(backup, "swapped")) == (2, 1)
+        assert (backup / "2").read_bytes() == data
+        with opened(backup / ".image") as fd:
+            os.fsync(fd)
+        assert (attribute(backup, "resident"), attribute(backup, "swapped")) == (0, 3)
+        assert os.listdir(backup) == ["1", "2", "4"]
+        assert (backup / "4").read_bytes() == data
+
+
+@pytest.mark.usefixtures("swap")
+def test_c5_the_api_pushes_pages_to_swap_too() -> None:
+    async def main() -> None:
+        async with ttmfs.open_pool(size=64 * MIB) as pool:
+            backup = await pool.create("a")
+            page = np.random.default_rng(1).integers(0, 256, PAGE, np.uint8)
+            assert await backup.backup_page(page, 3, writeback=True) == 4
+            assert (backup.resident, backup.swapped) == (0, 1)
+            many = np.random.default_rng(2).integers(0, 256, (600, PAGE), np.uint8)
+            assert len(await backup.backup_pages(many, 10, writeback=True)) == 600
+            assert (backup.pages, backup.resident) == (601, 0)
+            got, all_got = np.zeros(PAGE, np.uint8), np.zeros((600, PAGE), np.uint8)
+            await backup.copy_page(got, 4, intr=True)
+            await backup.copy_pages(all_got, np.arange(11, 611, dtype=np.uint64))
+            assert (got == page).all()
+            assert (all_got == many).all()
+            assert backup.swapped == 0
+
+    trio.run(main)
+
+
+def test_c5_without_swap_writeback_does_nothing_and_succeeds(backup: Path) -> None:
+    if meminfo("SwapTotal"):
+        run("swapoff -a")
+    fsync_page(backup, 1, b"x" * PAGE)
+    dd("oflag=sync")(backup, 2, b"y" * PAGE)
+    with opened(backup / ".image") as fd:
+        os.fsync(fd)
+    assert (attribute(backup, "resident"), attribute(backup, "swapped")) == (2, 0)
+
+
+@pytest.mark.usefixtures("swap")
+def test_c12_writeback_brings_no_page_back_that_is_dropped(backup: Path) -> None:
+    """One client pushes pages out as fast as it can while another makes and drops them."""
+    stop = threading.Event()
+
+    def push_out() -> None:
+        with opened(backup / ".image") as fd:
+            while not stop.is_set():
+                os.fsync(fd)
+
+    def push_page_out() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(FileNotFoundError), opened(backup / "5") as fd:
+                while not stop.is_set():
+                    os.fsync(fd)
+
+    clients = [threading.Thread(target=client) for client in (push_out, push_page_out)]
+    for client in clients:
+        client.start()
+    try:
+        for _ in range(120):
+            fill(backup, 16)
+            for handle in range(1, 17):
+                os.unlink(backup / str(handle))
+                assert not (backup / str(handle)).exists()
+            assert attribute(backup, "pages") == 0
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert (attribute(backup, "pages"), os.listdir(backup)) == (0, [])
+
+
+@pytest.mark.usefixtures("swap")
+def test_others_are_served_while_a_whole_backup_is_pushed_out(backup: Path, mnt: Path) -> None:
+    fill(backup, 12 * 1024)
+    (mnt / "b").mkdir()
+    (mnt / "b/1").write_bytes(b"b" * PAGE)
+    begun, times = time.monotonic(), []
+    with opened(backup / ".image") as image, opened(mnt / "b/1") as page:
+        pusher = threading.Thread(target=os.fsync, args=(image,))
+        pusher.start()
+        while pusher.is_alive():
+            start = time.monotonic()
+            os.pread(page, PAGE, 0)
+            times.append(time.monotonic() - start)
+        pusher.join()
+    took = time.monotonic() - begun
+    assert attribute(backup, "resident") <= 2
+    assert max(times) < took / 3, f"of {took:.3f} s one read waited {max(times):.3f} s, {len(times)} were served"
+
+
+# --- swap-ins ---
+
+
+@pytest.fixture
+def slow(mount: Mount, tmp_path: Path) -> Iterator[stores.SlowSwap]:
+    """Swap from which the daemon reads four times a second."""
+    with stores.slow_swap(mount.pid, tmp_path) as slow:
+        yield slow
+
+
+WAYS: dict[str, Callable[[Path, int], object]] = {
+    "read": lambda backup, handle: (backup / str(handle)).read_bytes(),
+    "write": lambda backup, handle: os.close(_written(backup / str(handle))),
+    "truncate": lambda backup, handle: os.truncate(backup / str(handle), 7),
+    "image": lambda backup, handle: _from_image(backup, handle),
+}
+
+
+def _written(path: Path) -> int:
+    fd = os.open(path, os.O_WRONLY)
+    os.pwrite(fd, b"z" * PAGE, 0)
+    return fd
+
+
+def _from_image(backup: Path, handle: int) -> bytes:
+    with opened(backup / ".image") as fd:
+        return os.pread(fd, PAGE, (handle - 1) * PAGE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_swap_in_holds_no_one_else_up(backup: Path, slow: stores.SlowSwap, way: str) -> None:
+    """One client waits for a slow swap device; another's reads of a resident page take as long as without."""
+    content = fill(backup, 256)
+    (backup / "300").write_bytes(b"r" * PAGE)
+    slow.push_out()
+    assert attribute(backup, "swapped") >= 256
+    with opened(backup / "300") as fd:
+        os.pread(fd, PAGE, 0)  # resident from here on
+
+        def reads(count: int) -> list[float]:
+            times = []
+            for _ in range(count):
+                start = time.perf_counter()
+                assert os.pread(fd, PAGE, 0) == b"r" * PAGE
+                times.append(time.perf_counter() - start)
+            return times
+
+        alone = reads(300)
+        waiting: list[float] = []
+
+        def wait() -> None:
+            for handle in 10, 90, 200:  # each far enough from the last that no readahead helped it
+                start = time.perf_counter()
+                WAYS[way](backup, handle)
+                waiting.append(time.perf_counter() - start)
+
+        client = threading.Thread(target=wait)
+        client.start()
+        beside = []
+        while client.is_alive():
+            beside += reads(20)
+        client.join()
+    assert max(waiting) > 0.15, f"no swap-in was slow: {waiting}"
+    assert len(beside) >= 300, "it was served all the time"
+    assert max(beside) < max(0.1, 3 * max(alone)), "no read waited for the other's swap-in"
+    assert statistics.median(beside) < 3 * statistics.median(alone)
+    if way == "read":
+        assert (backup / "11").read_bytes() == content[10 * PAGE : 11 * PAGE]
+
+
+def test_a_page_that_is_dropped_during_its_swap_in_stays_dropped(backup: Path, slow: stores.SlowSwap) -> None:
+    """Its reader is told so, and nothing comes back."""
+    fill(backup, 64)
+    slow.push_out()
+    answers: list[object] = []
+
+    def read(handle: int) -> None:
+        with opened(backup / str(handle), os.O_RDONLY) as fd:
+            opened_all.wait()
+            try:
+                answers.append(os.pread(fd, PAGE, 0))
+            except OSError as error:
+                answers.append(error.errno)
+
+    handles = (3, 30, 60)
+    opened_all = threading.Barrier(len(handles) + 1)
+    clients = [threading.Thread(target=read, args=(handle,)) for handle in handles]
+    for client in clients:
+        client.start()
+    opened_all.wait()
+    time.sleep(0.05)
+    os.setxattr(backup, "user.ttmfs.drop", b"1-64")
+    for client in clients:
+        client.join()
+    assert ESTALE in answers, "at least one was under way"
+    assert attribute(backup, "pages") == 0
+    assert os.listdir(backup) == []
+    with pytest.raises(OSError, match=os.strerror(ENOENT)):
+        (backup / "3").read_bytes()
+
+
+def test_c9_a_cancelled_copy_leaves_the_page_and_can_be_repeated(tmp_path: Path) -> None:
+    """`intr` lets the wait for swap be ended; without it the copy is carried through."""
+
+    async def main() -> None:
+        async with ttmfs.open_pool(size=64 * MIB) as pool:
+            with stores.slow_swap(os.getpid(), tmp_path) as slow:
+                backup = await pool.create("a")
+                pages = np.random.default_rng(1).integers(0, 256, (256, PAGE), np.uint8)
+                await backup.backup_pages(pages, 0)
+                slow.push_out()
+                await trio.sleep(0.02)  # so late it may be seen that swap is in use
+                got = np.zeros(PAGE, np.uint8)
+                with trio.move_on_after(0.02) as scope:
+                    await backup.copy_page(got, 200, intr=True)
+                assert scope.cancelled_caught
+                assert not got.any()
+                with trio.move_on_after(0.02) as scope:
+                    await backup.copy_page(got, 100)
+                assert not scope.cancelled_caught
+                assert (got == pages[99]).all()
+                await backup.copy_page(got, 200, intr=True)
+                assert (got == pages[199]).all()
+
+    trio.run(main)
+
+
+# --- room ---
+
+
+def test_df_follows_swap_being_switched_on_and_off(mountpoint: Path, tmp_path: Path) -> None:
+    """What can be stored is bounded by memory and swap where these are less than the budget."""
+    with Mount(mountpoint, f"size=400g,reserve={meminfo('MemAvailable') + meminfo('SwapFree') - (2 << 30)}"):
+
+        def available() -> int:
+            room = os.statvfs(mountpoint)
+            return room.f_bavail * room.f_frsize
+
+        before = available()
+        with stores.swap(tmp_path, 1 << 30):
+            wait_until(lambda: available() >= before + (1 << 30) - (256 << 20), "df to grow")
+        wait_until(lambda: available() <= before + (256 << 20), "df to shrink")

@@ -1,0 +1,517 @@
+"""store=DIR: backups in a directory of somebody's, on every filesystem that is promised."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from errno import EEXIST, EIO, ENOENT, ENOSPC, ENOTEMPTY, ESTALE
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+
+import stores
+import ttmfs
+from harness import MOUNT_PY, Mount, opened, raises_errno, run, wait_until
+from ttmfs.options import ExitCode
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+MIB = 1 << 20
+KINDS = ("tmpfs", "ext4", "xfs", "btrfs")
+
+FS_IOC_SHUTDOWN = 0x8004587D
+NO_LOG_FLUSH = (2).to_bytes(4, sys.byteorder)
+"""Of a shutdown: nothing that is not on the disk gets there, as when the power fails."""
+
+
+@pytest.fixture(params=KINDS)
+def below(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A new filesystem of each kind."""
+    with stores.filesystem(tmp_path / "below", request.param) as path:
+        yield path
+
+
+@pytest.fixture
+def directory(below: Path) -> Path:
+    path = below / "store"
+    path.mkdir()
+    return path
+
+
+def attribute(path: Path, name: str) -> int:
+    return int(os.getxattr(path, f"user.ttmfs.{name}"))
+
+
+def content(seed: int, pages: int = 1) -> bytes:
+    return np.random.default_rng(seed).bytes(pages * PAGE)
+
+
+def refused(code: int, mountpoint: Path, options: str) -> str:
+    """Hold that it cannot be mounted so; what mount.py says."""
+    command = [sys.executable, "-W", "error", str(MOUNT_PY), str(mountpoint), "-o", options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.startswith("mount.py: ")
+    assert done.stderr.count("\n") == 1
+    assert (done.stdout, ExitCode(done.returncode)) == ("", code), done.stderr
+    return done.stderr
+
+
+class Disk:
+    """An image with a filesystem in it, to be mounted more than once."""
+
+    def __init__(self, directory: Path, kind: str) -> None:
+        self._path, self._kind, self._image = directory / "below", kind, directory / "image"
+        with self._image.open("xb") as file:
+            file.truncate(320 * MIB)
+        run(f"mkfs.{kind} -q {self._image}")
+
+    def mounted(self) -> contextlib.AbstractContextManager[Path]:
+        return stores.mounted(self._path, self._kind, "loop", str(self._image))
+
+
+def shut_down(filesystem: Path) -> None:
+    with opened(filesystem, os.O_RDONLY) as fd:
+        fcntl.ioctl(fd, FS_IOC_SHUTDOWN, NO_LOG_FLUSH)
+
+
+# --- it lasts ---
+
+
+def test_backups_are_there_again_after_unmount_and_mount(directory: Path, mountpoint: Path) -> None:
+    options = f"store={directory},size=64m,backup_size=1m"
+    with Mount(mountpoint, options):
+        (mountpoint / "a").mkdir(mode=0o750)
+        (mountpoint / "empty").mkdir()
+        os.setxattr(mountpoint / "empty", "user.ttmfs.size", b"2m")
+        for handle in 1, 2, 7, 256:
+            (mountpoint / "a" / str(handle)).write_bytes(content(handle))
+        (mountpoint / "a/3").touch()
+        os.chown(mountpoint / "a", 12, 34)
+        os.rename(mountpoint / "a", mountpoint / "renamed")
+        before = (mountpoint / "renamed").stat()
+    with Mount(mountpoint, options):
+        assert sorted(os.listdir(mountpoint)) == ["empty", "renamed"]
+        assert os.listdir(mountpoint / "renamed") == ["1", "2", "3", "7", "256"]
+        after = (mountpoint / "renamed").stat()
+        for field in "st_mode", "st_uid", "st_gid", "st_mtime_ns":
+            assert getattr(after, field) == getattr(before, field)
+        for handle in 1, 2, 7, 256:
+            assert (mountpoint / "renamed" / str(handle)).read_bytes() == content(handle)
+        assert (mountpoint / "renamed/3").read_bytes() == bytes(PAGE)
+        assert attribute(mountpoint / "empty", "size") == 2 * MIB
+        assert attribute(mountpoint / "renamed", "pages") == 5
+        run("rm -r *", cwd=mountpoint)
+    assert os.listdir(directory) == [".ttmfs"]
+
+
+def test_backups_are_there_again_after_a_kill(directory: Path, mountpoint: Path) -> None:
+    """The daemon's death frees the directory, and every answered write is there."""
+    with contextlib.suppress(AssertionError), Mount(mountpoint, f"store={directory}") as mount:
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/5").write_bytes(content(5))
+        mount.process.send_signal(signal.SIGKILL)
+        assert mount.wait() == -signal.SIGKILL
+    with Mount(mountpoint, f"store={directory}"):
+        assert os.listdir(mountpoint / "a") == ["5"]
+        assert (mountpoint / "a/5").read_bytes() == content(5)
+
+
+def test_the_api_keeps_backups_there_too(directory: Path) -> None:
+    page, got = np.frombuffer(content(1), np.uint8), np.zeros(PAGE, np.uint8)
+
+    async def main() -> None:
+        async with ttmfs.open_pool(store=str(directory), backup_size=MIB) as pool:
+            backup = await pool.create("a")
+            assert await backup.backup_page(page, 3, writeback=True) == 4
+            assert backup.pages == 1
+            if "tmpfs" not in run(f"stat -f -c %T {directory}"):
+                assert (backup.resident, backup.swapped) == (0, 1), "it is on the disk alone"
+            await backup.copy_page(got, 4)
+            assert (got == page).all()
+            assert (backup.pages, backup.resident, backup.swapped) == (1, 1, 0)
+            with pytest.raises(ttmfs.InvalidArgument, match="in use by another mount"):
+                async with ttmfs.open_pool(store=str(directory)):
+                    pass
+        async with ttmfs.open_pool(store=str(directory)) as pool:
+            got[:] = 0
+            await (await pool.open("a")).copy_page(got, 4)
+            assert (got == page).all()
+
+    trio.run(main)
+
+
+def test_the_root_is_the_directory(directory: Path, mountpoint: Path) -> None:
+    directory.chmod(0o1750)
+    os.chown(directory, 12, 34)
+    with Mount(mountpoint, f"store={directory}"):
+        found = mountpoint.stat()
+        assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o1750, 12, 34)
+        mountpoint.chmod(0o700)
+        assert json.loads((mountpoint / ".config").read_text())["store"] == str(directory)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+# --- one at a time, and only what fits ---
+
+
+def test_two_mounts_of_one_directory_are_refused(directory: Path, mountpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(directory)
+    with Mount(mountpoint, f"store={directory}"):
+        (mountpoint / "a").mkdir()
+        for path in directory, link:
+            assert "in use by another mount" in refused(32, other, f"store={path}")
+        (mountpoint / "a/1").write_bytes(content(1))
+    with Mount(other, f"store={link}"):
+        assert (other / "a/1").read_bytes() == content(1)
+
+
+def test_another_page_size_is_refused_with_the_right_one(directory: Path, mountpoint: Path) -> None:
+    with Mount(mountpoint, f"store={directory},page_size=64k,backup_size=1m"):
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/2").write_bytes(b"x")
+    assert "mount it with page_size=65536" in refused(32, mountpoint, f"store={directory}")
+    with Mount(mountpoint, f"store={directory},page_size=65536"):
+        assert os.listdir(mountpoint / "a") == ["2"]
+
+
+def ramfs(base: Path) -> Iterator[Path]:
+    with stores.mounted(base / "ramfs", "ramfs") as path:
+        yield path
+
+
+def coarse(base: Path) -> Iterator[Path]:
+    """An ext4 that gives room 64 KiB at a time."""
+    image = base / "image"
+    with image.open("xb") as file:
+        file.truncate(64 << 20)
+    run(f"mkfs.ext4 -q -O bigalloc -C 65536 {image}")
+    with stores.mounted(base / "coarse", "ext4", "loop", str(image)) as path:
+        yield path
+
+
+def huge(base: Path) -> Iterator[Path]:
+    with stores.mounted(base / "huge", "tmpfs", "size=64m,huge=always") as path:
+        yield path
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(ramfs, "cannot tell pages of 4k apart"), (coarse, "65536 bytes of room were taken"), (huge, "cannot tell pages")],
+)
+def test_filesystems_without_true_holes_are_refused_with_the_reason(
+    mountpoint: Path, tmp_path: Path, make: Callable[[Path], Iterator[Path]], reason: str
+) -> None:
+    with contextlib.contextmanager(make)(tmp_path) as path:
+        assert reason in refused(2, mountpoint, f"store={path}")
+
+
+def test_a_coarse_grain_will_do_for_pages_as_large(mountpoint: Path, tmp_path: Path) -> None:
+    with (
+        contextlib.contextmanager(coarse)(tmp_path) as path,
+        Mount(mountpoint, f"store={path},page_size=64k,backup_size=1m"),
+    ):
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/2").write_bytes(b"x")
+        assert os.listdir(mountpoint / "a") == ["2"]
+        (mountpoint / "a/2").unlink()
+        assert attribute(mountpoint / "a", "pages") == 0
+
+
+def test_what_is_no_directory_to_write_to_is_refused(mountpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert "No such file" in refused(32, mountpoint, f"store={tmp_path}/nothing")
+    assert "Not a directory" in refused(32, mountpoint, f"store={file}")
+    with stores.mounted(tmp_path / "ro", "tmpfs", "ro") as path:
+        assert "Read-only file system" in refused(32, mountpoint, f"store={path}")
+    assert "the directory's own holds" in refused(1, mountpoint, f"store={tmp_path},mode=700")
+    assert "the path of an existing directory is needed" in refused(1, mountpoint, "store=")
+    assert "lies within the store" in refused(32, mountpoint, f"store={tmp_path}")
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / ".ttmfs").write_text("{}")
+    assert "none that this version of ttmfs understands" in refused(2, mountpoint, f"store={store}")
+
+
+def test_a_store_can_be_mounted_over_itself(directory: Path) -> None:
+    with Mount(directory, f"store={directory}"):
+        (directory / "a").mkdir()
+        (directory / "a/1").write_bytes(content(1))
+        assert os.listdir(directory) == ["a"]
+    assert (directory / "a").is_file()
+
+
+# --- files of others' ---
+
+
+def test_foreign_files_are_left_alone_and_not_shown(directory: Path, mountpoint: Path) -> None:
+    (directory / "notes.txt").write_text("not a page")
+    (directory / "lost+found").mkdir()
+    (directory / "lost+found/x").write_bytes(bytes(PAGE))
+    (directory / "link").symlink_to("notes.txt")
+    (directory / "to-itself").symlink_to("to-itself")
+    (directory / ".hidden").write_bytes(bytes(PAGE))
+    (directory / "empty").touch()
+    (directory / "odd").write_bytes(bytes(PAGE + 1))
+    (directory / "twice").write_bytes(bytes(PAGE))
+    os.link(directory / "twice", directory / "thrice")
+    os.mkfifo(directory / "pipe")
+    names = sorted(os.listdir(directory))
+
+    def everything() -> list[object]:
+        found: list[object] = []
+        for name in names:
+            path = directory / name
+            s = path.lstat()
+            found.append((name, s.st_ino, s.st_mode, s.st_nlink, s.st_uid, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+            found.append(path.read_bytes() if stat.S_ISREG(s.st_mode) else None)
+            found.append(os.listxattr(path, follow_symlinks=False))
+        return found
+
+    before = everything()
+    with Mount(mountpoint, f"store={directory},size=1m"):
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/1").write_bytes(content(1))
+        assert os.listdir(mountpoint) == ["a"]
+        for name in (*names, ".ttmfs"):
+            assert not (mountpoint / name).exists()
+            if not name.startswith("."):
+                with raises_errno(EEXIST):
+                    (mountpoint / name).mkdir()
+                with raises_errno(EEXIST):
+                    os.rename(mountpoint / "a", mountpoint / name)
+                with raises_errno(ENOENT):
+                    (mountpoint / name).rmdir()
+        assert (
+            attribute(mountpoint / "a", "pages")
+            == os.statvfs(mountpoint).f_blocks - os.statvfs(mountpoint).f_bfree
+            == 1
+        )
+        run("rm -r *", cwd=mountpoint)
+    assert everything() == before
+
+
+def test_a_foreign_file_of_whole_pages_is_a_backup(directory: Path, mountpoint: Path) -> None:
+    with (directory / "image").open("xb") as file:
+        file.write(content(1, 2))
+        file.truncate(8 * PAGE)
+        file.seek(5 * PAGE)
+        file.write(content(5))
+    before = (directory / "image").stat()
+    with Mount(mountpoint, f"store={directory}"):
+        assert os.listdir(mountpoint) == ["image"]
+        assert os.listdir(mountpoint / "image") == ["1", "2", "6"]
+        assert (mountpoint / "image/6").read_bytes() == content(5)
+        after = (directory / "image").stat()
+        for field in "st_ino", "st_mode", "st_uid", "st_size", "st_mtime_ns", "st_blocks":
+            assert getattr(after, field) == getattr(before, field)
+        with (directory / "new").open("xb") as file:  # while it is mounted
+            file.write(content(2))
+        assert (mountpoint / "new/1").read_bytes() == content(2)
+        assert sorted(os.listdir(mountpoint)) == ["image", "new"]
+        (directory / "new").unlink()
+        wait_until(lambda: not (mountpoint / "new").exists(), "the kernel to ask again")
+        assert os.listdir(mountpoint) == ["image"]
+
+
+def test_inode_numbers_that_are_used_again_confuse_no_one(directory: Path, mountpoint: Path) -> None:
+    with Mount(mountpoint, f"store={directory}"):
+        shown, below = set(), []
+        with contextlib.ExitStack() as stack:
+            for number in range(20):
+                (mountpoint / "a").mkdir()
+                (mountpoint / "a/1").write_bytes(content(number))
+                below.append((directory / "a").stat().st_ino)
+                for path in mountpoint / "a", mountpoint / "a/1":
+                    assert path.stat().st_ino not in shown
+                    shown.add(path.stat().st_ino)
+                held = stack.enter_context(opened(mountpoint / "a/1"))
+                image = stack.enter_context(opened(mountpoint / "a/.image"))
+                assert os.pread(held, PAGE, 0) == content(number)
+                (mountpoint / "a/1").unlink()
+                (mountpoint / "a").rmdir()
+                (mountpoint / "a").mkdir()
+                (mountpoint / "a/1").write_bytes(b"secret of another's")
+                for fd in held, image:
+                    with raises_errno(ESTALE):
+                        os.pread(fd, PAGE, 0)
+                    with raises_errno(ESTALE):
+                        os.pwrite(fd, b"x", 0)
+                run("rm -r a", cwd=mountpoint)
+        if "ext" in run(f"stat -f -c %T {directory}"):
+            assert len(set(below)) < len(below), "the filesystem did use some again"
+
+
+def test_copies_of_a_backups_file_are_backups_of_their_own(directory: Path, mountpoint: Path, below: Path) -> None:
+    """Though copied with its mark, or moved here from another store."""
+    other = below / "other"
+    other.mkdir()
+    with Mount(mountpoint, f"store={other}"):
+        (mountpoint / "moved").mkdir()
+        (mountpoint / "moved/1").write_bytes(content(3))
+    with Mount(mountpoint, f"store={directory}"):
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/1").write_bytes(content(1))
+        run(f"cp -a --sparse=always {directory}/a {directory}/copy && mv {other}/moved {directory}/")
+        (mountpoint / "copy/1").write_bytes(content(2))
+        for name, number in ("a", 1), ("copy", 2), ("moved", 3):
+            assert (mountpoint / name / "1").read_bytes() == content(number)
+        assert len({entry.inode() for entry in os.scandir(mountpoint)}) == 3
+
+
+# --- the budget, which the daemon keeps ---
+
+
+def test_the_budget_and_the_number_of_backups_hold(directory: Path, mountpoint: Path) -> None:
+    with Mount(mountpoint, f"store={directory},size=64k,nr_inodes=3"):
+        (mountpoint / "a").mkdir()
+        (mountpoint / "b").mkdir()
+        with raises_errno(ENOSPC):
+            (mountpoint / "c").mkdir()
+        with opened(mountpoint / "a/.image") as fd:
+            assert os.pwrite(fd, content(1, 10), 0) == 10 * PAGE
+            os.setxattr(mountpoint / "b", "user.ttmfs.size", b"1m")
+            with opened(mountpoint / "b/.image") as other:
+                assert os.pwrite(other, content(2, 20), PAGE) == 6 * PAGE
+                with raises_errno(ENOSPC):
+                    os.pwrite(other, content(2), 100 * PAGE)
+                assert os.pwrite(other, content(2, 6), PAGE) == 6 * PAGE, "over what is there"
+            assert (mountpoint / "b/2").read_bytes() == content(2, 20)[:PAGE]
+        with raises_errno(ENOSPC):
+            (mountpoint / "b/90").touch()
+        (mountpoint / "a/3").unlink()
+        (mountpoint / "b/90").touch()
+        room = os.statvfs(mountpoint)
+        assert (room.f_blocks, room.f_bfree, room.f_files, room.f_ffree) == (16, 0, 3, 0)
+        os.setxattr(mountpoint, "user.ttmfs.size", b"1m")
+        assert os.statvfs(mountpoint).f_bfree == 256 - 16
+        with raises_errno(22):
+            os.setxattr(mountpoint, "user.ttmfs.size", b"60k")
+        with pytest.raises(OSError, match=os.strerror(ENOTEMPTY)):
+            (mountpoint / "a").rmdir()
+
+
+def test_what_comes_through_shmem_is_counted(directory: Path, mountpoint: Path) -> None:
+    with Mount(mountpoint, f"store={directory},size=1m"):
+        (mountpoint / "a").mkdir()
+        run(f"dd if=/dev/urandom of=a/.shmem bs={PAGE} count=10 seek=5 conv=notrunc", cwd=mountpoint)
+        assert len(os.listdir(mountpoint / "a")) == 10
+        assert attribute(mountpoint / "a", "pages") == 10
+        wait_until(lambda: os.statvfs(mountpoint).f_bfree == 246, "df to see it")
+        run(f"fallocate -p -o {6 * PAGE} -l {3 * PAGE} a/.shmem", cwd=mountpoint)
+        assert attribute(mountpoint / "a", "pages") == 7
+        wait_until(lambda: os.statvfs(mountpoint).f_bfree == 249, "df to see it")
+        assert int(run("du -s --block-size=1 a", cwd=mountpoint).split()[0]) == 7 * PAGE
+
+
+def test_without_a_budget_all_that_is_free_below_can_be_used(directory: Path, mountpoint: Path, below: Path) -> None:
+    with Mount(mountpoint, f"store={directory}"):
+        (mountpoint / "a").mkdir()
+        with opened(mountpoint / "a/.image") as fd:
+            os.pwrite(fd, content(1, 256), 0)
+            os.fsync(fd)
+        room, found = os.statvfs(mountpoint), os.statvfs(below)
+        assert room.f_blocks - room.f_bfree == 256
+        assert abs(room.f_bavail * PAGE - found.f_bavail * found.f_frsize) < 8 * MIB
+
+
+# --- disks that are full, or fail ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_is_enospc_and_loses_nothing(mountpoint: Path, tmp_path: Path, kind: str) -> None:
+    with stores.filesystem(tmp_path / "below", kind) as below:
+        store = below / "store"
+        store.mkdir()
+        free = os.statvfs(below).f_bavail * os.statvfs(below).f_frsize
+        with (below / "ballast").open("xb") as file:  # so that 12 MiB are left
+            os.posix_fallocate(file.fileno(), 0, free - 12 * MIB)
+        with Mount(mountpoint, f"store={store},backup_size=64m"):
+            (mountpoint / "a").mkdir()
+            stored = set()
+            with opened(mountpoint / "a/.image") as fd:
+                with raises_errno(ENOSPC):
+                    for start in range(0, 64 * MIB // PAGE, 64):
+                        done = os.pwrite(fd, content(start, 64), start * PAGE)
+                        assert done % PAGE == 0
+                        stored |= {(start, idx) for idx in range(done // PAGE)}
+                with contextlib.suppress(OSError):  # btrfs may notice only now
+                    os.fsync(fd)
+            assert len(stored) > 8 * MIB // PAGE
+            assert attribute(mountpoint / "a", "pages") == len(stored)
+            with raises_errno(ENOSPC):
+                for handle in range(60 * MIB // PAGE, 64 * MIB // PAGE):
+                    (mountpoint / "a" / str(handle)).write_bytes(content(handle))
+        with Mount(mountpoint, f"store={store}"):
+            pages = {start: content(start, 64) for start, _ in stored}
+            with opened(mountpoint / "a/.image") as fd:
+                for start, idx in stored:
+                    assert os.pread(fd, PAGE, (start + idx) * PAGE) == pages[start][idx * PAGE : (idx + 1) * PAGE]
+            os.truncate(mountpoint / "a/.image", 0)
+            (mountpoint / "a/1").write_bytes(content(1))
+            assert (mountpoint / "a/1").read_bytes() == content(1)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("way", ["fsync", "O_SYNC", "fsync of the image"])
+def test_fsync_is_fsync(mountpoint: Path, tmp_path: Path, kind: str, way: str) -> None:
+    """What was synced is there after the power failed; what was not, was not on the disk yet."""
+    disk = Disk(tmp_path, kind)
+    with disk.mounted() as below:
+        (below / "store").mkdir()
+        os.sync()
+        with Mount(mountpoint, f"store={below}/store,backup_size=1m") as mount:
+            mount.expect_log("get EIO")
+            (mountpoint / "a").mkdir()
+            with opened(mountpoint / "a/7", os.O_CREAT | os.O_RDWR | (os.O_SYNC if way == "O_SYNC" else 0)) as fd:
+                os.pwrite(fd, content(7), 0)
+                if way == "fsync":
+                    os.fsync(fd)
+            if way == "fsync of the image":
+                with opened(mountpoint / "a/.image") as fd:
+                    os.fsync(fd)
+            (mountpoint / "a/8").write_bytes(content(8))
+            shut_down(below)
+            with raises_errno(EIO):
+                (mountpoint / "a/9").write_bytes(content(9))
+    with disk.mounted() as below, Mount(mountpoint, f"store={below}/store"):
+        assert (mountpoint / "a/7").read_bytes() == content(7)
+        assert os.listdir(mountpoint / "a") == ["7"]
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_failing_disk_is_eio_said_once_and_loses_nothing_that_was_synced(
+    mountpoint: Path, tmp_path: Path, kind: str
+) -> None:
+    disk = Disk(tmp_path, kind)
+    with disk.mounted() as below:
+        (below / "store").mkdir()
+        with Mount(mountpoint, f"store={below}/store,backup_size=1m") as mount:
+            mount.expect_log("get EIO")
+            (mountpoint / "a").mkdir()
+            with opened(mountpoint / "a/.image") as fd, opened(mountpoint / "a/.image") as other:
+                os.pwrite(fd, content(1, 100), 0)
+                os.fsync(fd)
+                os.pwrite(fd, content(2), 200 * PAGE)
+                shut_down(below)
+                for each in fd, other, fd:  # everyone is told, however often
+                    with raises_errno(EIO):
+                        os.fsync(each)
+                for _ in range(3):
+                    with raises_errno(EIO):
+                        os.pwrite(fd, content(3), 0)
+                    with raises_errno(EIO):
+                        (mountpoint / "b").mkdir()
+            assert len([line for line in mount.log if "callers of fsync" in line]) <= 2
+            assert len([line for line in mount.log if "callers of write" in line]) == 1
+    with disk.mounted() as below, Mount(mountpoint, f"store={below}/store"), opened(mountpoint / "a/.image") as fd:
+        assert os.pread(fd, 100 * PAGE, 0) == content(1, 100)

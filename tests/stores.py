@@ -1,0 +1,397 @@
+"""Stores of every kind for tests to mount, and swap for them, fast or slow. All of it is taken away again.
+
+A :class:`Site` is where mounts with one kind of store are made. What a mount of another user's needs is here too.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import shlex
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Self
+
+from harness import MOUNT_PY, REPOSITORY, Mount, mounts_below, run, wait_until
+from ttmfs.options import Options
+from ttmfs.store import Store
+
+KINDS = ("tmpfs", "user", "fallback", "dir-tmpfs", "dir-ext4", "dir-xfs", "dir-btrfs")
+"""Root's private tmpfs, a user's, what a user has who may make no user namespaces, and ``store=DIR`` on filesystems."""
+
+FUSE = Path("/dev/fuse")
+CGROUP = Path("/sys/fs/cgroup")
+ZRAM = Path("/sys/class/zram-control")
+
+UNSHARE, SETRESUID, SETRESGID = {"x86_64": (272, 117, 119), "aarch64": (97, 147, 149)}[platform.machine()]
+PR_SET_KEEPCAPS = 8
+CAPABILITIES = struct.pack("Ii", 0x20080522, 0)  # a cap_user_header_t, of version 3 and this thread
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+# --- other users ---
+
+ALICE, BOB, CAROL = 65534, 65533, 65532
+"""Users without privilege, whether the machine knows them or not."""
+
+
+def as_user(uid: int, **more: Any) -> dict[str, Any]:
+    """What makes subprocess run a command as a user, in one group of the same number."""
+    return {"user": uid, "group": uid, "extra_groups": [], **more}
+
+
+@contextlib.contextmanager
+def acting_as(uid: int) -> Iterator[None]:
+    """Let this thread, and what it starts, be a user without privilege.
+
+    A user's mount is closed to everyone else, root included, and the kernel looks at all three user ids. So all of them
+    are changed, of this thread alone, which keeps the capability to become root again but not in effect.
+    """
+    before = ctypes.create_string_buffer(24)
+    _check(_libc.capget(CAPABILITIES, before))
+    _check(_libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0))
+    try:
+        for number in SETRESGID, SETRESUID:
+            _check(_libc.syscall(number, uid, uid, uid))
+        yield
+    finally:
+        _check(_libc.capset(CAPABILITIES, before))
+        for number in SETRESUID, SETRESGID:
+            _check(_libc.syscall(number, 0, 0, 0))
+        _check(_libc.prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0))
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+class Place:
+    """A directory that everyone reaches, with ttmfs and its Python in it, wherever these really are.
+
+    As long as it lives everyone may open /dev/fuse, as on most systems.
+    """
+
+    def __enter__(self) -> Self:
+        self.path = Path(tempfile.mkdtemp(prefix="ttmfs-users-"))
+        self.path.chmod(0o755)
+        self._bound: list[Path] = []
+        self._mode = stat.S_IMODE(FUSE.stat().st_mode)
+        FUSE.chmod(0o666)
+        try:
+            repository, prefix = self._bind(REPOSITORY, "repository"), Path(sys.prefix)
+            if prefix.is_relative_to(REPOSITORY):
+                prefix = repository / prefix.relative_to(REPOSITORY)
+            elif prefix != Path(sys.base_prefix):
+                prefix = self._bind(prefix, "prefix")
+        except BaseException:
+            self.__exit__()
+            raise
+        self.python = str(prefix / Path(sys.executable).relative_to(sys.prefix))
+        self.mount_command = (self.python, "-W", "error", str(repository / MOUNT_PY.name))
+        self.command = shlex.join(self.mount_command)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        FUSE.chmod(self._mode)
+        for path in reversed(self._bound):
+            run(f"umount {path}")
+        shutil.rmtree(self.path)
+
+    def _bind(self, source: Path, name: str) -> Path:
+        (self.path / name).mkdir()
+        run(f"mount --bind -o ro {shlex.quote(str(source))} {self.path / name}")
+        self._bound.append(self.path / name)
+        return self.path / name
+
+    @contextlib.contextmanager
+    def directory(self, name: str, owner: int = 0) -> Iterator[Path]:
+        """An empty directory of someone's, in which nothing may stay."""
+        path = self.path / name
+        path.mkdir()
+        os.chown(path, owner, owner)
+        try:
+            yield path
+        finally:
+            left = mounts_below(path)
+            for mount in left:  # by a test that failed: it is in the way of the next
+                run(f"umount -l {mount}")
+            path.rmdir()
+        assert not left
+
+
+class UsersMount(Mount):
+    """A ttmfs that Alice mounted for herself."""
+
+    def __init__(self, place: Place, directory: Path, options: str) -> None:
+        super().__init__(directory, options, command=place.mount_command, **as_user(ALICE, cwd=place.path))
+
+
+WITHOUT_USER_NAMESPACES = """
+import ctypes, os, struct, sys
+unshare, user, cwd = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
+NUMBER, FIRST_ARGUMENT = 0, 16  # offsets in struct seccomp_data
+CLONE_NEWUSER, EPERM, DENY, ALLOW = 0x10000000, 1, 0x00050000, 0x7FFF0000
+rules = ((LOAD, 0, 0, NUMBER), (EQUAL, 0, 3, unshare), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 0, 1, CLONE_NEWUSER),
+         (RETURN, 0, 0, DENY | EPERM), (RETURN, 0, 0, ALLOW))
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+if ctypes.CDLL(None).prctl(22, 2, struct.pack("H6xQ", len(rules), ctypes.addressof(code))):  # PR_SET_SECCOMP
+    sys.exit("no filter")
+os.setgroups([])
+os.setresgid(user, user, user)
+os.setresuid(user, user, user)
+os.chdir(cwd)
+os.execv(sys.argv[4], sys.argv[4:])
+"""
+"""Becomes a command of a user's who may make no user namespaces: a filter of system calls sees to it, as container
+runtimes set one up. (To forbid them by max_user_namespaces to one process only takes a user namespace around it, and
+its mounts would be seen in there alone.) Set by root, it leaves fusermount3 its set-id bit."""
+
+
+# --- stores ---
+
+
+@contextlib.contextmanager
+def mounted(path: Path, kind: str, options: str = "", source: str = "none") -> Iterator[Path]:
+    """A filesystem mounted on a new directory, gone at the end even if it is in use."""
+    path.mkdir()
+    run(f"mount -t {kind} {'-o ' + options if options else ''} {shlex.quote(source)} {shlex.quote(str(path))}")
+    try:
+        yield path
+    finally:
+
+        def unmount() -> bool:  # a daemon that has just ended may keep it for a moment
+            return not subprocess.run(["umount", path], capture_output=True, check=False).returncode
+
+        try:
+            wait_until(unmount, f"{path} to be in use no more", 5)
+        except AssertionError:
+            run(f"umount -l {shlex.quote(str(path))}")
+            raise
+        finally:
+            path.rmdir()
+
+
+@contextlib.contextmanager
+def filesystem(path: Path, kind: str, size: int = 320 << 20) -> Iterator[Path]:
+    """A new filesystem on a new directory: a tmpfs, or any that ``mkfs`` knows in an image beside it.
+
+    The image is as sparse as the filesystem is empty, and made in 30 ms. xfs asks for 300 MiB at least.
+    """
+    if kind == "tmpfs":
+        with mounted(path, kind, f"size={size}"):
+            yield path
+        return
+    image = path.with_name(f"{path.name}.{kind}")
+    with image.open("xb") as file:
+        file.truncate(size)
+    run(f"mkfs.{kind} -q {shlex.quote(str(image))}")
+    try:
+        with mounted(path, kind, "loop", str(image)):
+            yield path
+    finally:
+        image.unlink()
+
+
+class Site:
+    """Where mounts with one kind of store are made, several at once if need be, each with a store of its own.
+
+    The mounts of kinds "user" and "fallback" are Alice's; :meth:`acting` lets a test be who can use them.
+    """
+
+    def __init__(self, kind: str, place: Place, mountpoints: Path, stores: Path | None) -> None:
+        self.kind = kind
+        self.uid = ALICE if kind in ("user", "fallback") else os.geteuid()
+        self.kernel_keeps_the_budget = kind in ("tmpfs", "user")
+        self._place, self._mountpoints, self._stores = place, mountpoints, stores
+        self._count = 0
+
+    def options(self, text: str) -> str:
+        """What to give ``-o`` for these options and a new store of the kind."""
+        if self._stores is None or self.uid == ALICE:
+            return text
+        self._count += 1
+        directory = self._stores / f"store-{self._count}"
+        directory.mkdir()
+        return f"store={directory},{text}"
+
+    @contextlib.contextmanager
+    def mount(self, options: str) -> Iterator[Mount]:
+        """A mount with a store of the kind, as whoever the site's user is."""
+        self._count += 1
+        path = self._mountpoints / f"mnt-{self._count}"
+        path.mkdir()
+        os.chown(path, self.uid, self.uid)
+        try:
+            with self._mount(path, self.options(options)) as mount:
+                assert self.kind != "fallback" or os.listdir(self._stores), "it needed no other store"
+                yield mount
+        finally:
+            path.rmdir()
+
+    def _mount(self, path: Path, options: str) -> Mount:
+        if self.kind == "user":
+            return UsersMount(self._place, path, options)
+        if self.kind == "fallback":
+            become = (self._place.python, "-I", "-c", WITHOUT_USER_NAMESPACES, UNSHARE, ALICE, self._place.path)
+            command = (*map(str, become), *self._place.mount_command)
+            return Mount(path, options, command=command, env={**os.environ, "XDG_RUNTIME_DIR": str(self._stores)})
+        return Mount(path, options)
+
+    @contextlib.contextmanager
+    def store(self, options: str) -> Iterator[tuple[Store, Options]]:
+        """A store of the kind for the model layer, without a mount. It is this process', and so root's."""
+        parsed = Options.parse(self.options(options))
+        with contextlib.closing(Store.of(parsed)) as store:
+            yield store, parsed
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Be the user whose mounts they are."""
+        return acting_as(self.uid) if self.uid != os.geteuid() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def site_of(kind: str, place: Place, base: Path) -> Iterator[Site]:
+    """A site of one of the KINDS, with an empty directory of root's at its disposal."""
+    if kind == "tmpfs":
+        yield Site(kind, place, base, None)
+    elif kind == "user":
+        with place.directory("mounts") as mountpoints:
+            yield Site(kind, place, mountpoints, None)
+    elif kind == "fallback":
+        # Larger than /dev/shm, so that it is taken.
+        room = mounted(place.path / "runtime", "tmpfs", f"size=100t,mode=0700,uid={ALICE},gid={ALICE}")
+        with place.directory("mounts") as mountpoints, room as stores:
+            yield Site(kind, place, mountpoints, stores)
+            assert not os.listdir(stores), "a store stayed"
+    else:
+        with filesystem(base / "filesystem", kind.removeprefix("dir-")) as stores:
+            yield Site(kind, place, base, stores)
+
+
+# --- swap ---
+
+
+@contextlib.contextmanager
+def _swapping(device: str) -> Iterator[None]:
+    """Swap to a device before any other that there is."""
+    run(f"mkswap {device} && swapon -p 32000 {device}")
+    try:
+        yield
+    finally:
+        run(f"swapoff {device}")
+
+
+@contextlib.contextmanager
+def _loop(directory: Path, size: int) -> Iterator[str]:
+    """A loop device over a new file in a directory."""
+    file = directory / "swap"
+    with file.open("xb") as new:
+        new.truncate(size)
+    file.chmod(0o600)
+    device = run(f"losetup -f --show {shlex.quote(str(file))}").strip()
+    try:
+        yield device
+    finally:
+        run(f"losetup -d {device}")
+        file.unlink()
+
+
+@contextlib.contextmanager
+def swap(directory: Path, size: int = 256 << 20) -> Iterator[None]:
+    """Swap of one's own: a new zram device if the kernel has zram, else a file in a directory."""
+    if not ZRAM.is_dir():
+        with _loop(directory, size) as device, _swapping(device):
+            yield
+        return
+    number = (ZRAM / "hot_add").read_text().strip()
+
+    def removed() -> bool:
+        with contextlib.suppress(OSError):  # EBUSY while someone looks at it
+            (ZRAM / "hot_remove").write_text(number)
+        return not Path(f"/sys/block/zram{number}").exists()
+
+    try:
+        Path(f"/sys/block/zram{number}/disksize").write_text(str(size))
+        with _swapping(f"/dev/zram{number}"):
+            yield
+    finally:
+        wait_until(removed, "zram to go")
+
+
+class _Groups:
+    """Control groups for memory and block devices, of either version, that a process is moved to for a while."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.version = 1 if (CGROUP / "memory").is_dir() else 2
+        roots = {"memory": CGROUP / "memory", "blkio": CGROUP / "blkio"} if self.version == 1 else {"": CGROUP}
+        rows = (row.split(":", 2)[1:] for row in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+        self._before = {roots[name]: roots[name] / path.lstrip("/") for name, path in rows if name in roots}
+        self.memory, self.io = (roots.get(name, CGROUP) / f"ttmfs-slow-{pid}" for name in ("memory", "blkio"))
+
+    def __enter__(self) -> Self:
+        if self.version == 2:
+            (CGROUP / "cgroup.subtree_control").write_text("+memory +io")
+        for path in {self.memory, self.io}:
+            path.mkdir()
+            (path / "cgroup.procs").write_text(str(self._pid))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        def removed() -> bool:
+            for path in {self.memory, self.io}:
+                with contextlib.suppress(OSError):  # EBUSY until the last member is gone
+                    path.rmdir()
+            return not self.memory.exists() and not self.io.exists()
+
+        for before in self._before.values():
+            with contextlib.suppress(ProcessLookupError):
+                (before / "cgroup.procs").write_text(str(self._pid))
+        wait_until(removed, "the control groups to go")
+
+
+class SlowSwap:
+    """Swap that one process reads slowly; everyone writes it, and everyone else reads it, as fast as ever."""
+
+    def __init__(self, groups: _Groups) -> None:
+        self._groups = groups
+
+    def push_out(self) -> None:
+        """Swap out what the process has stored meanwhile, and forget it.
+
+        Paging out alone leaves it in the swap cache, unless the device is memory: there it is found without a read.
+        """
+        if self._groups.version == 1:
+            (self._groups.memory / "memory.force_empty").write_text("0")
+        else:
+            with contextlib.suppress(BlockingIOError):  # it is less than that
+                (self._groups.memory / "memory.reclaim").write_text("1G")
+
+
+@contextlib.contextmanager
+def slow_swap(pid: int, directory: Path, reads_a_second: int = 4, size: int = 256 << 20) -> Iterator[SlowSwap]:
+    """Swap on a file in a directory, from which a process reads so many times a second and no more.
+
+    So each swap-in of it takes 1 / `reads_a_second`, whatever the machine. The block layer's throttling does that; it
+    needs no device mapper. What it stores from now on is charged to a control group of its own, for push_out.
+    """
+    with _loop(directory, size) as device, _swapping(device), _Groups(pid) as groups:
+        number = Path(f"/sys/block/{Path(device).name}/dev").read_text().strip()
+        file, limit, none = (
+            ("blkio.throttle.read_iops_device", "", "0") if groups.version == 1 else ("io.max", "riops=", "max")
+        )
+        (groups.io / file).write_text(f"{number} {limit}{reads_a_second}")
+        try:
+            yield SlowSwap(groups)
+        finally:
+            (groups.io / file).write_text(f"{number} {limit}{none}")  # what waits still is read now
