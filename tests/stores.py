@@ -212,6 +212,7 @@ class Site:
         self.kind = kind
         self.uid = ALICE if kind in ("user", "fallback") else os.geteuid()
         self.kernel_keeps_the_budget = kind in ("tmpfs", "user")
+        self.on_disk = kind in ("dir-ext4", "dir-xfs", "dir-btrfs")
         self._place, self._mountpoints, self._stores = place, mountpoints, stores
         self._count = 0
 

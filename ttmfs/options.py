@@ -160,12 +160,6 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\,])", r"\\\1", text)
 
 
-def _parse_directory(text: str) -> str:
-    if not text:
-        raise OptionError("the path of an existing directory is needed")
-    return os.path.abspath(text)  # the daemon works in another directory
-
-
 def _flag(name: str, help_: str) -> Option:
     return Option(name, "", lambda _: True, str, help_)
 
@@ -175,7 +169,7 @@ TABLE = {
     for option in (
         Option("size", "SIZE", _parse_positive_size, format_size, "what all backups together may hold (50% of RAM)"),
         Option("nr_inodes", "N", _parse_count, str, "number of backups, plus 1; 0: no limit (as for tmpfs)"),
-        Option("store", "DIR", _parse_directory, escaped, "keep the backups in DIR, for good (in memory of their own)"),
+        Option("store", "DIR", str, escaped, "keep the backups in DIR, for good (in memory of their own)"),
         Option("mode", "MODE", _parse_mode, "{:04o}".format, "mode of the root directory, in octal (0755)"),
         Option("uid", "UID", _parse_uid, str, "owner of the root directory (who mounts)"),
         Option("gid", "GID", _parse_gid, str, "group of the root directory (who mounts)"),
@@ -216,6 +210,8 @@ class Options:
                 raise OptionError(f"{name}: a number is needed here, not {value!r}")
             if value is not None and not 0 <= value <= _LARGEST_SIZE:
                 raise OptionError(f"{name}: {value} does not lie between 0 and {_LARGEST_SIZE}")
+        if self.store is not None:
+            object.__setattr__(self, "store", _directory(self.store))
         if self.nr_inodes == 1:
             raise OptionError("nr_inodes: 1 leaves no backup: the root directory is counted; 2 or more, or 0: no limit")
         if not BASE_PAGE_SIZE <= self.page_size <= LARGEST_PAGE_SIZE or self.page_size.bit_count() != 1:
@@ -264,10 +260,12 @@ class Options:
     def show(self) -> str:
         """What differs from the default, as an ``-o`` string that :meth:`parse` reads back."""
         default = Options(page_size=self.page_size, size=self.size, store=self.store)
+        plain = Options(store=self.store)
+        unset = {"store": None, "size": plain.size, "page_size": plain.page_size}
         words = []
         for name, option in TABLE.items():
             value = getattr(self, name)
-            if value != getattr(Options() if name in ("size", "page_size", "store") else default, name):
+            if value != unset.get(name, getattr(default, name)):
                 words.append(f"{name}={option.show(value)}" if option.value else name)
         return ",".join((*words, *self.kernel))
 
@@ -275,6 +273,15 @@ class Options:
         """Every option and its value in force, for ``.config``. Modes are octal text, as they are written."""
         mode = None if self.mode is None else TABLE["mode"].show(self.mode)
         return {**asdict(self), "mode": mode, "kernel": list(self.kernel)}
+
+
+def _directory(path: str | os.PathLike[str]) -> str:
+    try:
+        if os.fspath(path) and b"\0" not in os.fsencode(path):
+            return os.path.abspath(path)  # the daemon works in another directory
+    except (TypeError, UnicodeEncodeError):
+        pass
+    raise OptionError(f"store: the path of an existing directory is needed, not {path!r}")
 
 
 def _split(text: str) -> list[str]:

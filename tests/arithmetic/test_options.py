@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,20 +31,20 @@ PAGE_SIZES = [1 << shift for shift in range(BASE_PAGE_SIZE.bit_length() - 1, LAR
 sizes = st.integers(1, 2**50)
 ids = st.none() | st.integers(0, 2**32 - 2)
 flags = st.sampled_from(sorted(OPPOSITES))
-any_options = st.builds(
-    Options,
-    size=st.just(0) | sizes,
-    nr_inodes=st.none() | st.just(0) | st.integers(2, 2**40),
-    mode=st.integers(0, 0o7777),
-    uid=ids,
-    gid=ids,
-    backup_size=st.just(0) | sizes,
-    page_size=st.sampled_from(PAGE_SIZES),
-    reserve=st.just(0) | sizes,
-    allow_other=st.booleans(),
-    ro=st.booleans(),
-    debug=st.booleans(),
-    kernel=st.lists(flags, unique_by=lambda flag: frozenset((flag, OPPOSITES[flag]))).map(tuple),
+common: dict[str, st.SearchStrategy[Any]] = {
+    "size": st.just(0) | sizes,
+    "nr_inodes": st.none() | st.just(0) | st.integers(2, 2**40),
+    "backup_size": st.just(0) | sizes,
+    "page_size": st.sampled_from(PAGE_SIZES),
+    "reserve": st.just(0) | sizes,
+    "allow_other": st.booleans(),
+    "ro": st.booleans(),
+    "debug": st.booleans(),
+    "kernel": st.lists(flags, unique_by=lambda flag: frozenset((flag, OPPOSITES[flag]))).map(tuple),
+}
+paths = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
+any_options = st.builds(Options, **common, mode=st.integers(0, 0o7777), uid=ids, gid=ids) | st.builds(
+    Options, **common, store=paths
 )
 names = st.sampled_from(sorted({*TABLE, "rw", *OPPOSITES, *IGNORED, "x-a", "X-b", "comment"}))
 values = st.sampled_from(
@@ -214,12 +215,17 @@ def test_any_text_gives_options_in_force_or_an_option_error(texts: list[str]) ->
         return
     assert options.page_size in PAGE_SIZES
     for size in options.size, options.backup_size:
-        assert size > 0
+        assert size > 0 or options.store is not None
         assert size % options.page_size == 0
         assert size < 2**63
-    assert 0 <= options.mode <= 0o7777
-    assert options.uid is not None
-    assert options.gid is not None
+    if options.store is None:
+        assert options.mode is not None
+        assert 0 <= options.mode <= 0o7777
+        assert options.uid is not None
+        assert options.gid is not None
+    else:
+        assert os.path.isabs(options.store)
+        assert (options.mode, options.uid, options.gid) == (None, None, None)
     assert set(options.kernel) <= set(OPPOSITES)
     assert json.loads(json.dumps(options.as_dict()))["size"] == options.size
 
@@ -243,9 +249,24 @@ def test_only_what_differs_from_the_default_is_shown() -> None:
 def test_config_has_every_option_with_its_value(options: Options) -> None:
     shown: dict[str, Any] = json.loads(json.dumps(options.as_dict()))
     assert set(shown) == {*TABLE, "kernel"}
-    assert int(shown.pop("mode"), 8) == options.mode
+    mode = shown.pop("mode")
+    assert (mode if mode is None else int(mode, 8)) == options.mode
     assert shown.pop("kernel") == list(options.kernel)
     assert shown == {name: getattr(options, name) for name in shown}
+
+
+def test_a_store_is_a_path_from_the_root_and_has_its_own_mode_and_owner() -> None:
+    assert Options.parse("store=a/../b").store == os.path.abspath("b")
+    assert Options.parse(r"store=/a\,b\\c").store == "/a,b\\c"
+    assert Options(store=Path("/a")).store == "/a"  # type: ignore[arg-type]
+    assert (Options(store="/a").size, Options(store="/a").backup_size) == (0, 0), "as large as its filesystem"
+    assert Options.parse("store=/a,size=5k").size == 2 * BASE_PAGE_SIZE
+    for text in "store=/a,mode=700", "uid=0,store=/a", "store=/a,gid=0":
+        with pytest.raises(OptionError, match="the directory's own holds"):
+            Options.parse(text)
+    for path in "", "\0", 5:
+        with pytest.raises(OptionError, match="the path of an existing directory is needed"):
+            Options(store=path)  # type: ignore[arg-type]
 
 
 @given(st.text(st.characters()))

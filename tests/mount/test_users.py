@@ -4,31 +4,19 @@ import json
 import os
 import re
 import shlex
-import shutil
 import stat
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import MOUNT_PY, REPOSITORY, Mount, children, run
+from harness import Mount, children, run
+from stores import ALICE, BOB, CAROL, Place, UsersMount, as_user
 from ttmfs.options import ExitCode
 
-ALICE, BOB, CAROL = 65534, 65533, 65532
-"""Users without privilege, whether the machine knows them or not."""
-
 AS_ALICE, AS_BOB = (f"setpriv --reuid {uid} --regid {uid} --clear-groups" for uid in (ALICE, BOB))
-
-FUSE = Path("/dev/fuse")
-
-
-def as_user(uid: int, **more: Any) -> dict[str, Any]:
-    """What makes subprocess run a command as a user, in one group of the same number."""
-    return {"user": uid, "group": uid, "extra_groups": [], **more}
 
 
 def refused(uid: int, command: str, reason: str, **more: Any) -> None:
@@ -40,85 +28,18 @@ def refused(uid: int, command: str, reason: str, **more: Any) -> None:
     assert reason in done.stderr
 
 
-class Place:
-    """A directory that everyone reaches, with ttmfs and its Python in it, wherever these really are."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._bound: list[Path] = []
-
-    def bind_all(self) -> None:
-        repository, prefix = self.bind(REPOSITORY, "repository"), Path(sys.prefix)
-        if prefix.is_relative_to(REPOSITORY):
-            prefix = repository / prefix.relative_to(REPOSITORY)
-        elif prefix != Path(sys.base_prefix):
-            prefix = self.bind(prefix, "prefix")
-        self.python = prefix / Path(sys.executable).relative_to(sys.prefix)
-        self.mount_py = repository / MOUNT_PY.name
-        self.command = shlex.join([str(self.python), "-W", "error", str(self.mount_py)])
-
-    def bind(self, source: Path, name: str) -> Path:
-        (self.path / name).mkdir()
-        run(f"mount --bind {shlex.quote(str(source))} {self.path / name}")
-        self._bound.append(self.path / name)
-        return self.path / name
-
-    def release(self) -> None:
-        for path in reversed(self._bound):
-            run(f"umount {path}")
-        shutil.rmtree(self.path)
-
-
-@pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
-    """And everyone may open /dev/fuse, as on most systems."""
-    before = stat.S_IMODE(FUSE.stat().st_mode)
-    path = Path(tempfile.mkdtemp(prefix="ttmfs-users-"))
-    path.chmod(0o755)
-    FUSE.chmod(0o666)
-    place = Place(path)
-    try:
-        place.bind_all()
-        yield place
-    finally:
-        FUSE.chmod(before)
-        place.release()
-
-
 @pytest.fixture
 def home(place: Place) -> Iterator[Path]:
     """An empty directory of Alice's."""
-    path = place.path / "home"
-    path.mkdir()
-    os.chown(path, ALICE, ALICE)
-    yield path
-    left = f" {path} " in Path("/proc/self/mounts").read_text()
-    if left:  # by a test that failed: it is in the way of the next
-        run(f"umount -l {path}")
-    path.rmdir()
-    assert not left
+    with place.directory("home", ALICE) as path:
+        yield path
 
 
 @pytest.fixture
 def shared(place: Place) -> Iterator[Path]:
     """An empty directory of root's that everyone reaches."""
-    path = place.path / "shared"
-    path.mkdir()
-    yield path
-    path.rmdir()
-
-
-class UsersMount(Mount):
-    """A ttmfs that Alice mounted for herself."""
-
-    def __init__(self, place: Place, directory: Path, options: str) -> None:
-        super().__init__(directory, options, **as_user(ALICE, cwd=place.path))
-        self._command[0] = str(place.python)
-        self._command[self._command.index(str(MOUNT_PY))] = str(place.mount_py)
-
-    def __enter__(self) -> "UsersMount":
-        super().__enter__()
-        return self
+    with place.directory("shared") as path:
+        yield path
 
 
 # --- a user mounts for himself ---
