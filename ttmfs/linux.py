@@ -198,8 +198,12 @@ def next_data(fd: int, offset: int) -> tuple[int, int] | None:
 
 def is_data(fd: int, offset: int, length: int) -> bool:
     """Whether there is data within a range. Takes the same time however long the runs are."""
-    start = next_data_start(fd, offset)
-    return start is not None and start < offset + length
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) < offset + length
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return False
 
 
 def is_tmpfs(fd: int) -> bool:

@@ -92,6 +92,7 @@ class Store:
         self._directory = directory
         self._user_namespace = user_namespace
         self._ledger = ledger
+        self.keeps_count = ledger is not None
         self._budget = options.size  # bytes, kept with the ledger; 0: all that the filesystem has
         self._nr_inodes = options.nr_inodes
         self._temporary = temporary
@@ -449,14 +450,9 @@ class Store:
             return min(pages, max(0, self._budget // self.page_size - self._ledger.stored))
         return pages
 
-    @property
-    def keeps_count(self) -> bool:
-        """Whether what comes and goes must be :meth:`changing`, since no kernel counts it for us."""
-        return self._ledger is not None
-
     @contextlib.contextmanager
     def changing(self, id: int, first: int, past: int) -> Iterator[None]:
-        """Around whatever makes pages between two indices of a backup come or go."""
+        """Around whatever makes pages between two indices of a backup come or go: needed if `keeps_count`."""
         if self._ledger:
             with self._ledger.changing(id, self.descriptor(id), first, past):
                 yield

@@ -200,9 +200,8 @@ class Tree:
 
     def _with_page(self, ino: int) -> Backup:
         """The backup of a page's inode or file handle. PageDropped if the page is no more."""
-        backup, handle = self.backup(ino), handle_of(ino)
-        if not backup.holds(handle - 1):
-            raise PageDropped(f"handle {handle} holds no page any more")
+        backup = self.backup(ino)
+        _check_page(backup, handle_of(ino))
         return backup
 
     def _page(self, found: os.stat_result) -> Attributes:
@@ -304,15 +303,14 @@ class Tree:
         if not backup_of(fh):
             return self._read_text(fh, offset, size)
         handle, page_size = handle_of(fh), self.pool.page_size
-        if handle == IMAGE:
-            backup = self.backup(fh)
-            await backup.bring_in(offset, size)
-            return backup.read(offset, size)
-        start, size = (handle - 1) * page_size + offset, min(size, page_size - offset)
-        if size > 0:
-            await self.backup(fh).bring_in(start, size)
-        backup = self._with_page(fh)
-        return backup.read(start, size) if size > 0 else b""
+        backup, start = self.backup(fh), offset
+        if handle != IMAGE:
+            start, size = (handle - 1) * page_size + offset, max(0, min(size, page_size - offset))
+        if size and backup.is_out(start, size):
+            await backup.bring_in(start, size)
+        if handle != IMAGE:
+            _check_page(backup, handle)
+        return backup.read(start, size) if size else b""
 
     def _read_text(self, fh: int, offset: int, size: int) -> bytes:
         if not offset or fh not in self._read_texts:
@@ -326,8 +324,11 @@ class Tree:
             if offset >= page_size:
                 raise OutOfBounds(f"a page ends at byte {page_size}")
             data, start = data[: page_size - offset], (handle - 1) * page_size + offset
-        await self.backup(fh).bring_in(start, len(data), to_write=True)
-        backup = self.backup(fh) if handle == IMAGE else self._with_page(fh)
+        backup = self.backup(fh)
+        if backup.is_out(start, len(data), to_write=True):
+            await backup.bring_in(start, len(data), to_write=True)
+        if handle != IMAGE:
+            _check_page(backup, handle)
         stored = backup.write(start, data)
         if fh & SYNC:
             await backup.sync(start, stored)
@@ -537,6 +538,12 @@ _BACKUP_ATTRIBUTES = {
     b"user.ttmfs.map": _Attribute(Tree.map),
     b"user.ttmfs.drop": _Attribute(None, Tree.drop_handles),
 }
+
+
+def _check_page(backup: Backup, handle: int) -> None:
+    """Raise PageDropped if a page is no more."""
+    if not backup.holds(handle - 1):
+        raise PageDropped(f"handle {handle} holds no page any more")
 
 
 def _directory(found: os.stat_result) -> Attributes:
