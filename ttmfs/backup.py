@@ -251,18 +251,19 @@ class Backup:
         That is fewer than given where the backup or the room ends. Raises OutOfBounds past the end and NoRoom if
         nothing could be stored; no page is ever left stored in part.
         """
-        fd, end = self._store.descriptor(self._id), offset + len(data)
+        end = offset + len(data)
+        if end > (size := self.size):
+            if offset >= size:
+                raise OutOfBounds(f"the backup ends at byte {size}")
+            end = size
+        first, past = offset // self._page_size, -(-end // self._page_size)  # pages are stored whole
+        if (admitted := self._store.admit(past - first)) < past - first:
+            past = self._past_of_room(first, past, admitted)
+            end = min(end, past * self._page_size)
+            if end <= offset:
+                raise NoRoom("the budget (size), or the memory that must stay free (reserve), is used up")
+        fd = self._store.descriptor(self._id)
         try:
-            if end > (size := os.fstat(fd).st_size):
-                if offset >= size:
-                    raise OutOfBounds(f"the backup ends at byte {size}")
-                end = size
-            first, past = offset // self._page_size, -(-end // self._page_size)  # pages are stored whole
-            if (admitted := self._store.admit(past - first)) < past - first:
-                past = self._past_of_room(first, past, admitted)
-                end = min(end, past * self._page_size)
-                if end <= offset:
-                    raise NoRoom("the budget (size), or the memory that must stay free (reserve), is used up")
             if self._page_size > self._store.grain:
                 end = self._allocate(fd, offset, end)
             if end < offset + len(data):
@@ -270,7 +271,7 @@ class Backup:
             if not self._store.keeps_count:
                 return os.pwrite(fd, data, offset)
             with self._store.changing(self._id, first, past):
-                return os.pwrite(fd, data, offset)
+                return self._write_whole_pages(fd, offset, data)
         except OSError as error:
             raise from_os_error(error, "storing pages") from error
 
@@ -343,13 +344,13 @@ class Backup:
         for _ in range(BRING_IN_TRIES):
             if not self.is_out(offset, length, to_write=to_write):
                 return
-            fd = os.dup(self._store.descriptor(self._id))  # the store may close its own meanwhile
-            await trio.to_thread.run_sync(_touch, fd, offset, length, abandon_on_cancel=abandon)
+            file = linux.Duplicate(self._store.descriptor(self._id))  # the store may close its own meanwhile
+            await trio.to_thread.run_sync(_touch, file, offset, length, abandon_on_cancel=abandon)
 
     async def push_out(self, offset: int, length: int) -> None:
         """Push the pages of a range out of memory. Best effort, and never an error: the `writeback` of the verbs."""
         if not self._store.in_memory:
-            with contextlib.suppress(TtmfsError):
+            with contextlib.suppress(TtmfsError, OSError):
                 await self._store.sync(self._id)
                 os.posix_fadvise(self._store.descriptor(self._id), offset, length, os.POSIX_FADV_DONTNEED)
             return
@@ -365,7 +366,10 @@ class Backup:
                     # On the loop: no one drops a page between our seeing that it is there and its being mapped.
                     address = linux.map_resident(fd, start, offset - start)
                     self._store.swap.page_out_begins()
-                    await trio.to_thread.run_sync(linux.page_out, address, offset - start)
+                    try:
+                        await trio.to_thread.run_sync(linux.page_out, address, offset - start)
+                    finally:
+                        linux.unmap(address, offset - start)
                 else:
                     await trio.lowlevel.checkpoint()
             except (OSError, BackupEnded):
@@ -429,6 +433,33 @@ class Backup:
             idx = found[1]
         return None
 
+    def _write_whole_pages(self, fd: int, offset: int, data: "bytes | memoryview") -> int:
+        """As pwrite(2), but a page that was absent is stored with all that is given of it, or stays absent.
+
+        A tmpfs sees to that itself. On a full disk ext4 leaves pages of zeros where it refuses to write, and others may
+        stop in the middle of a page.
+        """
+        page_size, end = self._page_size, offset + len(data)
+        absent = [idx for idx in range(offset // page_size, -(-end // page_size)) if not self.holds(idx)]
+        position, at_once = offset, True
+        while position < end:
+            past = end if at_once else min(end, (position // page_size + 1) * page_size)
+            try:
+                position += os.pwrite(fd, data[position - offset : past - offset], position)
+            except OSError:
+                for idx in absent:
+                    if (idx + 1) * page_size > position:
+                        linux.punch_hole(fd, idx * page_size, page_size)
+                if position // page_size in absent:
+                    position = max(offset, position // page_size * page_size)
+                if at_once:  # some of its pages may find room, one by one
+                    at_once = False
+                elif position > offset:
+                    break
+                else:
+                    raise
+        return position - offset
+
     def _allocate(self, fd: int, offset: int, end: int) -> int:
         """Allocate whole pages of several base pages each, so that none is stored in part. Gives where room ends."""
         page_size = self._page_size
@@ -437,28 +468,26 @@ class Backup:
             linux.reserve_range(fd, first, past - first)
             return end
         except OSError as error:
-            if error.errno != errno.ENOSPC or past - first == page_size:
+            if error.errno != errno.ENOSPC:
                 raise
         for start in range(first, past, page_size):
             try:
                 linux.reserve_range(fd, start, page_size)
             except OSError as error:
+                if not linux.is_data(fd, start, page_size):
+                    linux.punch_hole(fd, start, page_size)  # disks keep what they had found room for
                 if error.errno != errno.ENOSPC or start == first:
                     raise
                 return start
         return end
 
 
-def _touch(fd: int, offset: int, length: int) -> None:
-    """Bring the pages of a range into memory and close the file. Reads what is needed for that, and forgets it."""
-    try:
+def _touch(file: linux.Duplicate, offset: int, length: int) -> None:
+    """Bring the pages of a range into memory. Reads what is needed for that, and forgets it."""
+    with contextlib.suppress(OSError):  # whoever reads the page will meet it
         for position in range(offset - offset % BASE_PAGE_SIZE, offset + length, BASE_PAGE_SIZE):
-            if not os.pread(fd, 1, position):
+            if not os.pread(file.fd, 1, position):
                 break
-    except OSError:
-        pass  # whoever reads the page will meet it
-    finally:
-        os.close(fd)
 
 
 def _resident_run(fd: int, offset: int, end: int) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 __all__ = [
+    "Duplicate",
     "is_data",
     "is_tmpfs",
     "lock_memory",
@@ -33,6 +34,7 @@ __all__ = [
     "resize_tmpfs",
     "resize_tmpfs_as_user",
     "swap_space",
+    "unmap",
 ]
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -161,6 +163,21 @@ def _help(command: str, *arguments: str) -> None:
 # --- files ---
 
 
+class Duplicate:
+    """A descriptor of one's own of an open file, closed when no one refers to this any more.
+
+    So it can be given to a thread that may never be started, or be left to itself.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = -1
+        self.fd = os.dup(fd)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Free a range of a file; it reads as zeros afterwards and SEEK_DATA skips it."""
     _checked(_libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length), "fallocate punch")
@@ -281,11 +298,15 @@ def map_resident(fd: int, offset: int, length: int) -> int:
 
 
 def page_out(address: int, length: int) -> None:
-    """Push the pages of a mapping of :func:`map_resident` to swap, as far as that is possible, and unmap it.
+    """Push the pages of a mapping of :func:`map_resident` to swap, as far as that is possible.
 
     Pages that were dropped meanwhile stay so. Can take as long as the swap device does: call it in a thread.
     """
     _libc.madvise(address, length, _MADV_PAGEOUT)
+
+
+def unmap(address: int, length: int) -> None:
+    """Take away a mapping of :func:`map_resident`."""
     _libc.munmap(address, length)
 
 

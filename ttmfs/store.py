@@ -350,6 +350,11 @@ class Store:
     def remove(self, id: int) -> None:
         """Remove a backup's file. Its memory is the system's again at once, unless another process has it open."""
         name = self.name_of(id)
+        try:
+            if self.find(name) != id:
+                raise BackupAbsent("its name is another's now")
+        except BackupAbsent:
+            raise BackupEnded("the backup was ended") from None
         with _failures_of(f"removing {name!r}"):
             os.unlink(name, dir_fd=self._directory)
         self._forget(id)
@@ -472,7 +477,7 @@ class Store:
         if (start := time.monotonic()) < self._recount_at:
             return
         for id in list(self.scan()):
-            with contextlib.suppress(BackupEnded):
+            with contextlib.suppress(BackupEnded), _failures_of("counting pages"):
                 ledger.pages(id, self.descriptor(id))
         end = time.monotonic()
         self._recount_at = end + max(RECOUNT_SECONDS, 50 * (end - start))
@@ -505,9 +510,8 @@ class Store:
         """Change the budget, in bytes. InvalidArgument if more than that is stored."""
         too_small = InvalidArgument(f"the budget cannot be {size} bytes: more is stored")
         if self._ledger:
-            with _failures_of("changing the budget"):
-                self._recount_at = 0.0
-                self._recount(self._ledger)
+            self._recount_at = 0.0
+            self._recount(self._ledger)
             if size < self._ledger.stored * self.page_size:
                 raise too_small
             self._budget = size
@@ -532,23 +536,19 @@ class Store:
         """
         if id in self._failed:
             raise StoreFailed("syncing a backup: it failed before, so pages may be lost; copy out what is there")
-        descriptors = [os.dup(self._directory)]
-        if id is not None:
-            descriptors.insert(0, os.dup(self.descriptor(id)))
+        names, of = self._directory, self._directory if id is None else self.descriptor(id)
+        files = [linux.Duplicate(fd) for fd in (of, names)]
         try:
-            await trio.to_thread.run_sync(_sync_and_close, descriptors)
+            await trio.to_thread.run_sync(_sync, files)
         except OSError as error:
             if id is not None:
                 self._failed.add(id)
             raise from_os_error(error, "syncing a backup") from error
 
 
-def _sync_and_close(descriptors: list[int]) -> None:
-    with contextlib.ExitStack() as stack:
-        for fd in descriptors:
-            stack.callback(os.close, fd)
-        for fd in descriptors:
-            os.fsync(fd)
+def _sync(files: list[linux.Duplicate]) -> None:
+    for file in files:
+        os.fsync(file.fd)
 
 
 def _remove_abandoned(place: str) -> None:

@@ -15,7 +15,8 @@ As if once: a request may be carried out twice, by two daemons, if the first die
 looks names up under the parent's lock before it asks for a change, so a true EEXIST or ENOENT is its own answer; here
 mkdir of what is there, rmdir and unlink of what is gone, and a rename that was done already all succeed, and create
 never changes a page that is there. That is right only because (1) names that do not exist have no lifetime in the
-kernel, (2) nothing is awaited between a change and its answer, (3) rename knows no flag but RENAME_NOREPLACE.
+kernel, (2) nothing is awaited between a change of names and its answer, (3) rename knows no flag but RENAME_NOREPLACE.
+(A write opened O_SYNC is awaited after the change: to do that twice stores the same bytes.)
 
 Concurrency: one thread. State is read anew at every call; what is kept between calls (listings, texts) can be lost at
 any time without harm.

@@ -1,0 +1,201 @@
+"""The ledger: what the kernel keeps of a private tmpfs, kept for a directory."""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+import stores
+import ttmfs
+from harness import descriptors
+from ttmfs import store
+from ttmfs.errors import BackupEnded, InvalidArgument, NoRoom, NotSupported
+from ttmfs.ledger import FILE, IDS_AT_ONCE, page_runs
+from ttmfs.options import Options
+from ttmfs.pool import Pool
+from ttmfs.store import Store
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    with stores.filesystem(tmp_path / "below", request.param) as path:
+        yield path
+
+
+def opened(directory: Path, **options: object) -> Pool:
+    parsed = Options(store=str(directory), **{"size": 1 << 20, "backup_size": 1 << 20, **options})  # type: ignore[arg-type]
+    return Pool(Store.of(parsed), parsed)
+
+
+def create(pool: Pool, name: str) -> ttmfs.Backup:
+    async def main() -> ttmfs.Backup:
+        return await pool.create(name)
+
+    return trio.run(main)
+
+
+def test_a_write_reaches_its_backup_however_many_there_are(directory: Path) -> None:
+    """Counting anew opens every file, and closes those used longest ago: the one written to may be among them."""
+    pool = opened(directory, size=64 << 20)
+    try:
+        backups = [create(pool, str(number)) for number in range(store.OPEN_FILES + 50)]
+        for number in 0, 200, len(backups) - 1:
+            pool.store._recount_at = 0.0
+            backups[number].write(5 * PAGE, b"%03d" % number * PAGE)
+        assert [number for number, backup in enumerate(backups) if backup.pages] == [0, 200, len(backups) - 1]
+        for number in 0, 200, len(backups) - 1:
+            assert backups[number].read(5 * PAGE, 3) == b"%03d" % number
+        assert pool.room().stored == 9 * PAGE
+    finally:
+        pool.close()
+
+
+def test_the_pages_are_counted_whatever_makes_and_drops_them(directory: Path) -> None:
+    pool = opened(directory)
+    try:
+        backup, other = create(pool, "a"), create(pool, "b")
+        steps = (
+            (lambda: backup.write(0, bytes(10 * PAGE)), 10),
+            (lambda: backup.write(5 * PAGE + 7, bytes(10 * PAGE)), 16),
+            (lambda: backup.create_page(100), 17),
+            (lambda: backup.create_page(100), 17),
+            (lambda: other.write(0, b"x"), 18),
+            (lambda: backup.drop_range(0, 3), 15),
+            (lambda: backup.drop_range(0, 256), 1),
+            (lambda: backup.write(0, bytes(20 * PAGE)), 21),
+            (lambda: backup.truncate(10 * PAGE + 1), 12),
+            (lambda: backup.zero(0, 5), 12),
+            (lambda: backup.resize(2 << 20), 12),
+            (lambda: trio.run(other.fini), 11),
+        )
+        for step, pages in steps:
+            step()
+            assert pool.store.room().f_blocks - pool.store.room().f_bfree == pages
+            assert backup.pages == sum(past - first for first, past in backup.extents())
+        assert pool.store.admit(10**6) == 256 - 11
+    finally:
+        pool.close()
+
+
+def test_ids_are_never_used_twice_also_by_the_next_mount(directory: Path) -> None:
+    seen: set[int] = set()
+    for _ in range(3):
+        pool = opened(directory)
+        try:
+            assert IDS_AT_ONCE > 50
+            for number in range(50):
+                id = pool.store.create(str(number), PAGE, 0o755, os.geteuid(), os.getegid())
+                assert id not in seen
+                seen.add(id)
+            for name in range(50):
+                trio.run(pool.remove, str(name))
+        finally:
+            pool.close()
+    kept = json.loads((directory / FILE).read_text())
+    assert kept["next_id"] > max(seen)
+    assert (directory / FILE).stat().st_size == 256
+
+
+def test_ids_last_with_their_backups(directory: Path) -> None:
+    pool = opened(directory)
+    create(pool, "a"), create(pool, "b")
+    before = pool.store.find("a"), pool.store.find("b")
+    trio.run(pool.rename, "a", "c")
+    pool.close()
+    pool = opened(directory)
+    try:
+        assert (pool.store.find("c"), pool.store.find("b")) == before
+        assert pool.store.scan() == sorted(before)
+    finally:
+        pool.close()
+
+
+def test_a_file_that_took_a_backups_name_is_left_alone(directory: Path) -> None:
+    pool = opened(directory)
+    try:
+        backup = create(pool, "a")
+        os.rename(directory / "a", directory / "moved")
+        (directory / "a").write_text("someone's notes")
+        with pytest.raises(BackupEnded):
+            trio.run(backup.fini)
+        assert (directory / "a").read_text() == "someone's notes"
+        assert trio.run(pool.names) == ["moved"]
+    finally:
+        pool.close()
+
+
+def test_it_is_released_for_the_next(directory: Path) -> None:
+    before = descriptors(os.getpid())
+    pool = opened(directory)
+    with pytest.raises(InvalidArgument, match="in use by another mount"):
+        opened(directory)
+    pool.close()
+    assert descriptors(os.getpid()) == before
+    opened(directory).close()
+    with pytest.raises(InvalidArgument, match=f"mount it with page_size={PAGE}"):
+        opened(directory, page_size=4 * PAGE)
+    assert descriptors(os.getpid()) == before
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "{}", "[]", '{"format": 2}', '{"format": 1, "page_size": "x"}', "5"])
+def test_a_file_of_another_version_is_refused_and_left_as_it_is(tmp_path: Path, text: str) -> None:
+    with stores.filesystem(tmp_path / "below", "tmpfs") as directory:
+        (directory / FILE).write_text(text)
+        with pytest.raises(NotSupported, match="none that this version of ttmfs understands"):
+            opened(directory)
+        assert (directory / FILE).read_text() == text
+
+
+def test_a_forged_mark_is_none(directory: Path) -> None:
+    """Whoever may write a file may write its mark, but not so that it becomes another's."""
+    pool = opened(directory)
+    try:
+        create(pool, "a")
+        id, mark = pool.store.find("a"), os.getxattr(directory / "a", "user.ttmfs.id")
+        (directory / "b").write_bytes(bytes(PAGE))
+        tag, _, ino = mark.decode().split()
+        own = (directory / "b").stat().st_ino
+        for forged in (
+            mark,
+            b"",
+            b"\xff",
+            b"1",
+            f"{tag} 99999 {own}".encode(),
+            f"{tag} 0 {own}".encode(),
+            f"x {id} {ino}".encode(),
+        ):
+            os.setxattr(directory / "b", "user.ttmfs.id", forged)
+            assert pool.store.find("b") not in (id, 0, 99999)
+    finally:
+        pool.close()
+
+
+def test_no_more_backups_than_nr_inodes(directory: Path) -> None:
+    pool = opened(directory, nr_inodes=3)
+    try:
+        create(pool, "a")
+        create(pool, "b")
+        with pytest.raises(NoRoom):
+            create(pool, "c")
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("page_size", [PAGE, 16 * PAGE])
+def test_runs_of_pages_are_found_between_any_two(directory: Path, page_size: int) -> None:
+    with (directory / "file").open("xb+") as file:
+        file.truncate(64 * page_size)
+        there = {0, 1, 2, 5, 9, 10, 40, 63}
+        for idx in there:
+            os.pwrite(file.fileno(), b"x", idx * page_size + idx % 16 * PAGE % page_size)
+        for first in range(64):
+            for past in range(first, 65, 7):
+                runs = list(page_runs(file.fileno(), page_size, first, past))
+                assert {idx for run in runs for idx in range(*run)} == {idx for idx in there if first <= idx < past}
+                assert all(a[1] < b[0] for a, b in itertools.pairwise(runs)), "apart and ascending"
