@@ -49,6 +49,9 @@ NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 8, 0)
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The signals that ask for the end."""
 
+MOST_WAITING = 1000
+"""So many requests may wait for swap or a disk at once before the next is not read."""
+
 UNMOUNT_SECONDS = 10.0
 LINGER_SECONDS = 1.0
 
@@ -250,7 +253,7 @@ class _Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_on_signal)
             nursery.start_soon(self._say_ready)
-            await pyfuse3.main()
+            await pyfuse3.main(max_tasks=MOST_WAITING)
             nursery.cancel_scope.cancel()
 
     async def _say_ready(self) -> None:

@@ -369,6 +369,32 @@ def test_a_swap_in_holds_no_one_else_up(backup: Path, slow: stores.SlowSwap, way
         assert (backup / "11").read_bytes() == content[10 * PAGE : 11 * PAGE]
 
 
+def test_many_that_wait_for_swap_hold_no_one_up(backup: Path, mount: Mount, tmp_path: Path) -> None:
+    """More than there are threads to wait in, or tasks that pyfuse3 would start by itself (99)."""
+    waiters, apart = 160, 16
+    with stores.slow_swap(mount.pid, tmp_path, reads_a_second=40) as slow:
+        fill(backup, waiters * apart)
+        (backup / "3000").write_bytes(b"r" * PAGE)
+        slow.push_out()
+        with opened(backup / "3000") as fd:
+            os.pread(fd, PAGE, 0)
+            clients = [
+                threading.Thread(target=(backup / str(1 + number * apart)).read_bytes) for number in range(waiters)
+            ]
+            for client in clients:
+                client.start()
+            served = held_up = 0
+            while any(client.is_alive() for client in clients):
+                start = time.monotonic()
+                assert os.pread(fd, PAGE, 0) == b"r" * PAGE
+                held_up += time.monotonic() - start > 0.05
+                served += 1
+            for client in clients:
+                client.join()
+    assert served > 1000
+    assert held_up <= 3, "a machine that does something else for a while may do that"
+
+
 def test_a_page_that_is_dropped_during_its_swap_in_stays_dropped(backup: Path, slow: stores.SlowSwap) -> None:
     """Its reader is told so, and nothing comes back."""
     fill(backup, 64)
