@@ -373,11 +373,16 @@ class SlowSwap:
 
         Paging out alone leaves it in the swap cache, unless the device is memory: there it is found without a read.
         """
-        if self._groups.version == 1:
-            (self._groups.memory / "memory.force_empty").write_text("0")
-        else:
-            with contextlib.suppress(BlockingIOError):  # it is less than that
-                (self._groups.memory / "memory.reclaim").write_text("1G")
+        reclaim, enough = ("memory.force_empty", "0") if self._groups.version == 1 else ("memory.reclaim", "1G")
+
+        def out() -> bool:
+            with contextlib.suppress(BlockingIOError):  # there was less than that
+                (self._groups.memory / reclaim).write_text(enough)
+            rows = dict(line.split() for line in (self._groups.memory / "memory.stat").read_text().splitlines())
+            return rows["shmem"] == "0"
+
+        wait_until(out, "the pages to be swapped out")  # those that were just used are passed over at first
+        out()  # again, for those whose writing to the device is only now done
 
 
 @contextlib.contextmanager

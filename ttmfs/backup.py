@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Backup"]
 
+STEP = 16 << 20
+"""Bytes that are allocated and written at a time. What fallocate(2) is at work on cannot be swapped out meanwhile, so a
+long run at once would end in the OOM killer where memory is short; and a pwrite(2) ends just below 2 GiB."""
+
+FEW = 1024
+"""Pages that are sooner looked for one by one than by runs, which can be as long as the backup."""
+
 WINDOW = 1 << 20
 """Bytes that are pushed out of memory at a time, in between which others are served."""
 
@@ -71,7 +78,8 @@ class Backup:
             raise InvalidArgument(f"a page has {self._page_size} bytes, not {data.nbytes}")
         handle = _valid(index_to_handle, idx)
         self._check_index(handle - 1, 1)
-        await self._store_pages(handle - 1, data, writeback)
+        if not await self._store_pages(handle - 1, data, writeback):
+            raise NoRoom("room ended within the page")  # stored over on a disk that writes anew what is there
         return handle
 
     async def backup_pages(self, pages: NDArray[np.uint8], idx: int, writeback: bool = False) -> Uint64Array:
@@ -192,12 +200,10 @@ class Backup:
         """How many of them are swapped out, or on a disk alone. In part: by their parts, rounded up."""
         fd, out = self._store.descriptor(self._id), 0
         try:
-            if self._store.in_memory:
-                _, out = linux.residency(fd, 0, os.fstat(fd).st_size)
-            else:
-                for first, past in self.extents():  # holes that were read lie in the page cache, too
-                    length = (past - first) * self._page_size
-                    out += max(0, length // BASE_PAGE_SIZE - linux.residency(fd, first * self._page_size, length)[0])
+            for first, past in self.extents():  # of a disk, holes that were read lie in the page cache, too
+                length = (past - first) * self._page_size
+                cached, evicted = linux.residency(fd, first * self._page_size, length)
+                out += evicted if self._store.in_memory else max(0, length // BASE_PAGE_SIZE - cached)
         except OSError as error:
             raise from_os_error(error, "counting resident pages") from error
         return min(self.pages, -(-out * BASE_PAGE_SIZE // self._page_size))
@@ -262,24 +268,42 @@ class Backup:
             end = min(end, past * self._page_size)
             if end <= offset:
                 raise NoRoom("the budget (size), or the memory that must stay free (reserve), is used up")
-        fd = self._store.descriptor(self._id)
+        if end < offset + len(data):
+            data = data[: end - offset]
+        if len(data) <= STEP:
+            return self._write(offset, data)
+        view, position = memoryview(data), offset
+        while position < end:
+            past = min(end, position // STEP * STEP + STEP)
+            try:
+                stored = self._write(position, view[position - offset : past - offset])
+            except TtmfsError:
+                if position == offset:
+                    raise
+                break
+            position += stored
+            if position < past:
+                break
+        return position - offset
+
+    def _write(self, offset: int, data: "bytes | memoryview") -> int:
+        """Store bytes, at most a STEP, as far as the filesystem has room."""
+        fd, end = self._store.descriptor(self._id), offset + len(data)
         try:
-            if self._page_size > self._store.grain:
-                end = self._allocate(fd, offset, end)
-            if end < offset + len(data):
+            if self._page_size > self._store.grain and (end := self._allocate(fd, offset, end)) < offset + len(data):
                 data = data[: end - offset]
             if not self._store.keeps_count:
                 return os.pwrite(fd, data, offset)
-            with self._store.changing(self._id, first, past):
+            with self._store.changing(self._id, offset // self._page_size, -(-end // self._page_size)):
                 return self._write_whole_pages(fd, offset, data)
         except OSError as error:
             raise from_os_error(error, "storing pages") from error
 
     def create_page(self, idx: int) -> None:
         """Store a zero page unless there is a page already. Raises OutOfBounds and NoRoom."""
+        if (idx + 1) * self._page_size > self.size:
+            raise OutOfBounds(f"the backup ends at page {self.size // self._page_size}")
         if not self.holds(idx):
-            if (idx + 1) * self._page_size > self.size:
-                raise OutOfBounds(f"the backup ends at page {self.size // self._page_size}")
             self.write(idx * self._page_size, b"\0")
 
     def zero(self, idx: int, start: int) -> None:
@@ -306,7 +330,7 @@ class Backup:
         first, past = last + bool(rest), -(-whole // self._page_size)
         if past > first:
             self.drop_range(first, past)
-        if rest and self.holds(last):
+        if rest and size < whole and self.holds(last):
             self.zero(last, rest)
 
     def resize(self, size: int) -> None:
@@ -322,10 +346,12 @@ class Backup:
 
     def is_out(self, offset: int, length: int, *, to_write: bool = False) -> bool:
         """Whether reading or writing a range would have to wait for pages that are not in memory."""
-        if self._store.in_memory and not self._store.swap.used:
+        if not length or (self._store.in_memory and not self._store.swap.used):
             return False
-        if to_write and not self._store.in_memory and not (offset | length) % BASE_PAGE_SIZE:
-            return False  # of what is written whole nothing is read
+        if to_write:
+            offset, length = self._needed_to_write(offset, length)
+            if not length:
+                return False
         fd = self._store.descriptor(self._id)
         try:
             if self._store.in_memory:
@@ -344,8 +370,19 @@ class Backup:
         for _ in range(BRING_IN_TRIES):
             if not self.is_out(offset, length, to_write=to_write):
                 return
+            if to_write:
+                offset, length = self._needed_to_write(offset, length)
             file = linux.Duplicate(self._store.descriptor(self._id))  # the store may close its own meanwhile
             await trio.to_thread.run_sync(_touch, file, offset, length, abandon_on_cancel=abandon)
+
+    def _needed_to_write(self, offset: int, length: int) -> tuple[int, int]:
+        """The range that must be in memory for another to be written, as (offset, length)."""
+        if not self._store.in_memory:  # of what is written whole nothing is read
+            return (offset, length) if (offset | length) % BASE_PAGE_SIZE else (offset, 0)
+        if self._page_size <= self._store.grain:
+            return offset, length
+        first, past = offset // self._page_size, -(-(offset + length) // self._page_size)
+        return first * self._page_size, (past - first) * self._page_size  # to allocate a page brings all of it in
 
     async def push_out(self, offset: int, length: int) -> None:
         """Push the pages of a range out of memory. Best effort, and never an error: the `writeback` of the verbs."""
@@ -358,7 +395,7 @@ class Backup:
         while offset < end and linux.swap_space()[1]:
             try:
                 fd = self._store.descriptor(self._id)
-                found = _resident_run(fd, offset, min(end, os.fstat(fd).st_size))
+                found = _resident_run(fd, offset, min(end, os.fstat(fd).st_size), self._page_size)
                 if found is None:
                     return
                 start, offset = found
@@ -426,6 +463,8 @@ class Backup:
 
     def _first_absent(self, idx: int, past: int) -> int | None:
         """The first index of a range that holds no page; None if every one does."""
+        if past - idx <= FEW:  # to find a run's end, which may lie far past the range, takes longer
+            return next((i for i in range(idx, past) if not self.holds(i)), None)
         while idx < past:
             found = self.extent(idx)
             if found is None or found[0] != idx:
@@ -468,17 +507,19 @@ class Backup:
             linux.reserve_range(fd, first, past - first)
             return end
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
                 raise
         for start in range(first, past, page_size):
             try:
                 linux.reserve_range(fd, start, page_size)
-            except OSError as error:
+            except OSError:
                 if not linux.is_data(fd, start, page_size):
                     linux.punch_hole(fd, start, page_size)  # disks keep what they had found room for
-                if error.errno != errno.ENOSPC or start == first:
+                elif not self._store.in_memory:
+                    continue  # XFS asks for room even where all is allocated
+                if start == first:
                     raise
-                return start
+                return start  # what is before it has room and is to be written
         return end
 
 
@@ -490,8 +531,8 @@ def _touch(file: linux.Duplicate, offset: int, length: int) -> None:
                 break
 
 
-def _resident_run(fd: int, offset: int, end: int) -> tuple[int, int] | None:
-    """The next run of base pages of a tmpfs file that are data and in memory, as (start, end); None if none comes.
+def _resident_run(fd: int, offset: int, end: int, page_size: int) -> tuple[int, int] | None:
+    """The next run of a tmpfs file's base pages that belong to pages and are in memory, as (start, end); None: no more.
 
     It may be empty: then go on from its end. Found page by page, a window at a time: to ask where a run of data ends
     takes time in proportion to the whole run.
@@ -499,12 +540,13 @@ def _resident_run(fd: int, offset: int, end: int) -> tuple[int, int] | None:
     found = linux.next_data_start(fd, offset)
     if found is None or found >= end:
         return None
-    start = past = found
-    while past < min(end, start + WINDOW) and linux.is_data(fd, past, BASE_PAGE_SIZE):
-        past += BASE_PAGE_SIZE
+    start = past = max(offset, found // page_size * page_size)  # of a large page the beginning may only be allocated
+    limit = min(end, start + WINDOW)
+    while past < limit and linux.is_data(fd, past // page_size * page_size, page_size):
+        past = min(limit, (past // page_size + 1) * page_size)
     while start < past:
-        cached, out = linux.residency(fd, start, past - start)
-        if not out:
+        cached, _ = linux.residency(fd, start, past - start)
+        if cached * BASE_PAGE_SIZE == past - start:
             return start, past
         if not cached:
             break

@@ -185,7 +185,9 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 def reserve_range(fd: int, offset: int, length: int) -> None:
     """Allocate what a range of a file lacks, all of it or (ENOSPC) nothing. It is a hole to SEEK_DATA until written."""
-    _checked(_libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length), "fallocate")
+    while _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length) < 0:
+        if ctypes.get_errno() != errno.EINTR:  # any signal, or a suspend of the machine; of tmpfs on older kernels
+            _checked(-1, "fallocate")
 
 
 def rename(directory: int, old: str, new: str, *, replace: bool) -> None:

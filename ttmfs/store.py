@@ -34,6 +34,7 @@ from .errors import (
     NotPermitted,
     NotSupported,
     StoreFailed,
+    TtmfsError,
     from_os_error,
 )
 from .ledger import FILE, Ledger
@@ -68,6 +69,24 @@ def _give(fd: int, uid: int, gid: int) -> None:
     except OSError as error:
         if uid != os.geteuid():
             raise NotPermitted("this mount's daemon is no root: it makes backups for its own user only") from error
+
+
+def _opened(name: str, directory: int) -> int:
+    """Open a backup's file to read and write, also if its mode shuts out its owner, which a user's daemon is."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, dir_fd=directory)
+    except PermissionError:
+        file = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        path, mode = f"/proc/self/fd/{file}", stat.S_IMODE(os.fstat(file).st_mode)
+        os.chmod(path, mode | 0o600)
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        finally:
+            os.chmod(path, mode)
+    finally:
+        os.close(file)
 
 
 class Store:
@@ -207,6 +226,7 @@ class Store:
         while self._open:
             os.close(self._open.popitem()[1])
         if self._temporary is not None:
+            os.fchmod(self._directory, 0o700)  # chmod of the mount's root can have left us no right to empty it
             shutil.rmtree(self._temporary, ignore_errors=True)
         if self._ledger:
             self._ledger.close()
@@ -336,9 +356,9 @@ class Store:
                 made = os.fstat(fd)
                 if (made.st_uid, made.st_gid) != (uid, gid):
                     _give(fd, uid, gid)
-                os.fchmod(fd, mode)
                 os.ftruncate(fd, size)
                 id = self._ledger.mark(fd, made.st_ino) if self._ledger else made.st_ino
+                os.fchmod(fd, mode)  # last: without the owner's right to write it could not be marked
                 os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=self._directory, follow_symlinks=True)
             except BaseException:
                 os.close(fd)
@@ -398,7 +418,7 @@ class Store:
     def _reopen(self, id: int) -> int:
         name = self.name_of(id)
         try:
-            fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+            fd = _opened(name, self._directory)
         except OSError as error:
             if error.errno == errno.ENOENT:  # removed by someone who went round us
                 self._forget(id)
@@ -477,7 +497,7 @@ class Store:
         if (start := time.monotonic()) < self._recount_at:
             return
         for id in list(self.scan()):
-            with contextlib.suppress(BackupEnded), _failures_of("counting pages"):
+            with contextlib.suppress(TtmfsError), _failures_of("counting pages"):  # one that fails stops no other
                 ledger.pages(id, self.descriptor(id))
         end = time.monotonic()
         self._recount_at = end + max(RECOUNT_SECONDS, 50 * (end - start))
@@ -559,6 +579,7 @@ def _remove_abandoned(place: str) -> None:
                 fd = os.open(outer / "store" / FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    (outer / "store").chmod(0o700)
                     shutil.rmtree(outer)
                 finally:
                     os.close(fd)

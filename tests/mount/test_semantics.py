@@ -523,66 +523,6 @@ def test_statfs_counts_pages(mountpoint: Path, page_size: int) -> None:
         assert attribute(mount.path, "page_size") == str(page_size)
 
 
-# --- the contract, as far as the other tests do not show it ---
-
-
-def test_c1_c2_the_caller_chooses_the_handle(backup: Path) -> None:
-    for handle in (7, 1, SIZE // PAGE, 7):
-        store(backup, handle)
-    with opened(backup / ".shmem") as fd:
-        assert os.pread(fd, 1, 6 * PAGE) == b"\7", "handle 7 is index 6"
-    assert attribute(backup, "map") == f"1,7,{SIZE // PAGE}"
-
-
-def test_c4_c8_a_copy_is_complete_and_can_be_had_again(backup: Path) -> None:
-    data = bytearray(random.Random(4).randbytes(PAGE))
-    expected = bytes(data)
-    with opened(backup / ".image") as fd:
-        os.pwrite(fd, data, 0)
-        data[:] = bytes(PAGE)
-        for _ in range(5):
-            assert (backup / "1").read_bytes() == os.pread(fd, PAGE, 0) == expected
-
-
-@pytest.mark.parametrize("flags", [0, os.O_SYNC, os.O_DSYNC, os.O_DIRECT])
-def test_c5_writeback_changes_no_result(backup: Path, flags: int) -> None:
-    for name in ("1", ".image"):
-        with opened(backup / name, os.O_RDWR | os.O_CREAT | flags) as fd:
-            buffer = mmap.mmap(-1, PAGE)  # O_DIRECT asks for alignment
-            buffer[:] = b"w" * PAGE
-            assert os.pwrite(fd, buffer, 0) == PAGE
-            os.fsync(fd)
-            os.fdatasync(fd)
-            buffer.close()
-        assert (backup / name).read_bytes()[:PAGE] == b"w" * PAGE
-    with opened(backup, os.O_RDONLY) as fd:
-        os.fsync(fd)
-
-
-def test_c12_dropping_a_page_drops_that_page_alone(backup: Path) -> None:
-    store(backup, *range(1, 11))
-    (backup / "5").unlink()
-    set_attribute(backup, "drop", "7-8,10,5")
-    assert names(backup) == ["1", "2", "3", "4", "6", "9"]
-    for name in names(backup):
-        assert (backup / name).read_bytes() == bytes([int(name)]) * PAGE
-    with raises_errno(ENOENT):
-        (backup / "5").unlink()
-    assert attribute(backup, "pages") == attribute(backup, "resident") == "6"
-    assert attribute(backup, "swapped") == "0"
-
-
-def test_c13_a_backup_ends_with_every_page_left(mnt: Path, backup: Path) -> None:
-    store(backup, *range(1, 100))
-    free = os.statvfs(mnt).f_bfree
-    (backup / ".image").open("wb").close()
-    backup.rmdir()
-    assert os.statvfs(mnt).f_bfree == free + 99
-    backup.mkdir()
-    assert names(backup) == []
-    assert (backup / ".image").read_bytes() == bytes(SIZE)
-
-
 # --- C7: pages do not tear ---
 
 WRITER = """

@@ -6,6 +6,7 @@ import re
 import shlex
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,18 @@ from typing import Any
 import pytest
 
 from harness import Mount, children, run
-from stores import ALICE, BOB, CAROL, Place, UsersMount, as_user
+from stores import (
+    ALICE,
+    BOB,
+    CAROL,
+    UNSHARE,
+    WITHOUT_USER_NAMESPACES,
+    Place,
+    UsersMount,
+    acting_as,
+    as_user,
+    site_of,
+)
 from ttmfs.options import ExitCode
 
 AS_ALICE, AS_BOB = (f"setpriv --reuid {uid} --regid {uid} --clear-groups" for uid in (ALICE, BOB))
@@ -145,10 +157,15 @@ def test_what_a_user_may_not_is_refused_with_the_reason(
     assert (done.stdout, ExitCode(done.returncode)) == ("", code)
 
 
-def test_who_can_make_no_user_namespaces_is_told_that_he_needs_them(place: Place, home: Path) -> None:
-    """In a user namespace that allows for no other."""
-    inner = f"echo 0 > /proc/sys/user/max_user_namespaces; exec {place.command} {home}"
-    refused(ALICE, f"unshare -Ur bash -c {shlex.quote(inner)}", "A user needs user namespaces for it", cwd=place.path)
+def test_who_can_make_neither_user_namespaces_nor_files_in_memory_is_told_so(place: Place, home: Path) -> None:
+    become = (place.python, "-I", "-c", WITHOUT_USER_NAMESPACES, UNSHARE, ALICE, place.path)
+    command = shlex.join([*map(str, become), *place.mount_command, str(home)])
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", f"mount -t tmpfs -o ro none /dev/shm; XDG_RUNTIME_DIR=/dev/shm {command}"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "A user needs user namespaces for it" in done.stderr
+    assert (done.stdout, ExitCode(done.returncode)) == ("", ExitCode.SYSTEM)
 
 
 @pytest.mark.usefixtures("home")
@@ -176,6 +193,47 @@ stat -c %u home home/a home/a/1 home/a/2
     assert said.count("mkdir: cannot create directory") == said.count("Operation not permitted") == 2
     (pid,) = children() - before
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("kind", ["user", "fallback"])
+def test_a_backup_that_its_owner_may_only_read_stays_and_stops_no_one(place: Place, tmp_path: Path, kind: str) -> None:
+    """The daemon has no more rights than its user, and must open the file again: it keeps few open."""
+    with site_of(kind, place, tmp_path) as site, site.mount("size=16m") as mount, site.acting():
+        kept = mount.path / "kept"
+        kept.mkdir(0o700)
+        (kept / "1").write_bytes(b"x" * 4096)
+        kept.chmod(0o500)
+        for n in range(300):
+            (mount.path / f"other {n}").mkdir(0o500 if n % 2 else 0o700)
+        assert len(os.listdir(mount.path)) == 301
+        assert owner(kept) == (ALICE, ALICE, 0o500)
+        assert (kept / "1").read_bytes() == b"x" * 4096
+        time.sleep(1.1)  # then the daemon looks at all of them
+        assert os.statvfs(mount.path).f_bfree == os.statvfs(mount.path).f_blocks - 1
+        (mount.path / "other 0" / "1").write_bytes(b"y")
+        kept.chmod(0o700)
+        (kept / "2").write_bytes(b"z")
+        mount.path.chmod(0o500)  # at the end nothing of the store is left all the same
+
+
+def test_a_users_directory_keeps_backups_that_he_may_only_read(place: Place, home: Path) -> None:
+    with place.directory("below", ALICE) as below:
+        for made in (True, False):
+            with UsersMount(place, home, f"store={below},size=1m"), acting_as(ALICE):
+                if made:
+                    for name, mode in ("a", 0o500), ("b", 0o700):
+                        (home / name).mkdir(mode)
+                    (home / "b/1").write_bytes(b"b" * 4096)
+                    (home / "b").chmod(0o500)
+                assert sorted(os.listdir(home)) == ["a", "b"]
+                assert [owner(home / name)[2] for name in "ab"] == [0o500] * 2
+                assert (home / "b/1").read_bytes() == b"b" * 4096
+                assert os.statvfs(home).f_bfree == 255
+                (home / "c").mkdir()
+                (home / "c/1").write_bytes(b"c")
+                (home / "c/1").unlink()
+                (home / "c").rmdir()
+        run(f"find {below} -mindepth 1 -delete")
 
 
 # --- several users on one mount of root's ---
