@@ -372,6 +372,7 @@ class Backup:
                 return
             if to_write:
                 offset, length = self._needed_to_write(offset, length)
+            self._store.swap.page_in_begins()
             file = linux.Duplicate(self._store.descriptor(self._id))  # the store may close its own meanwhile
             await trio.to_thread.run_sync(_touch, file, offset, length, abandon_on_cancel=abandon)
 
@@ -527,7 +528,7 @@ def _touch(file: linux.Duplicate, offset: int, length: int) -> None:
     """Bring the pages of a range into memory. Reads what is needed for that, and forgets it."""
     with contextlib.suppress(OSError):  # whoever reads the page will meet it
         for position in range(offset - offset % BASE_PAGE_SIZE, offset + length, BASE_PAGE_SIZE):
-            if not os.pread(file.fd, 1, position):
+            if not os.pread(file.fd, 1, position + 1):  # the first byte's reader is counted as a user of the page
                 break
 
 

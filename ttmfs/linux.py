@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -43,6 +44,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -56,7 +58,7 @@ _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _RENAME_NOREPLACE = 1
 _TMPFS_MAGIC = 0x01021994
 _MADV_PAGEOUT, _MADV_POPULATE_READ = 21, 22
-_MCL_CURRENT, _MCL_ONFAULT = 1, 4
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
 
@@ -281,6 +283,7 @@ def _map(fd: int, offset: int, length: int) -> int:
     address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
     if address == _MAP_FAILED:
         _checked(-1, "mmap")
+    _libc.munlock(address, length)  # what lock_memory() has locked cannot be swapped out
     return int(address)
 
 
@@ -332,13 +335,19 @@ def swap_space() -> tuple[int, int]:
     return answer.swap * answer.unit, answer.swap_free * answer.unit
 
 
-def lock_memory() -> None:
-    """Keep what this process has in memory there, now and when it comes to be used. mlockall(2).
+def lock_memory(limit: int) -> None:
+    """Keep what this process has in memory there, and what it comes to map, from when it is used on. mlockall(2).
 
-    New mappings are not locked, on purpose: to lock a mapping of a store would keep its pages from being swapped out.
-    OSError(EPERM or ENOMEM) where RLIMIT_MEMLOCK is too low.
+    Mappings of stores, which this module makes, are not locked: their pages are to be swapped out. Where `limit`, which
+    is RLIMIT_MEMLOCK, holds for this process, only what is mapped by now is locked, for at the limit a process that
+    locks all that it maps gets no memory any more. OSError(EPERM or ENOMEM) where the limit is too low for that too.
     """
-    _checked(_libc.mlockall(_MCL_CURRENT | _MCL_ONFAULT), "mlockall")
+    _checked(_libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT), "mlockall")
+    if limit != resource.RLIM_INFINITY:
+        try:  # asking for more than that tells, whatever rights there are in whichever user namespace
+            mmap.mmap(-1, limit + _PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ).close()
+        except OSError:
+            _checked(_libc.mlockall(_MCL_CURRENT | _MCL_ONFAULT), "mlockall")
 
 
 if __name__ == "__main__":

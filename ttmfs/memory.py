@@ -1,5 +1,6 @@
 """What the machine, and the control group of this process, can still give. Read anew at every call, in bytes."""
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from . import linux
 __all__ = ["Reserve", "Swap", "available", "bytes_avail"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_ZRAM_KNOWN = 16 << 20
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "none" as the largest number of pages
 
 
@@ -18,10 +20,13 @@ def bytes_avail() -> int:
 
 
 def available() -> int:
-    """What can be stored before something must be killed: MemAvailable + SwapFree, or what a control group leaves."""
+    """What can be stored before something must be killed: MemAvailable + free swap, or what a control group leaves."""
     meminfo = _meminfo()
-    swap = meminfo["SwapFree"]
-    return min([meminfo["MemAvailable"] + swap, *(_headroom(group, swap) for group in _control_groups())])
+    swap, taken = _usable_swap() if meminfo["SwapFree"] else (0, 0)
+    swap = min(swap, meminfo["SwapFree"])  # which a container can be shown less of
+    groups = _control_groups()
+    group_swap = swap if groups and _swaps(groups[0]) else 0
+    return min([meminfo["MemAvailable"] + swap - taken, *(_headroom(group, group_swap) for group in groups)])
 
 
 class Reserve:
@@ -66,6 +71,7 @@ class Swap:
     def __init__(self) -> None:
         self._used = False
         self._expires = 0
+        self._counted = 0
 
     @property
     def used(self) -> bool:
@@ -74,6 +80,18 @@ class Swap:
             size, free = linux.swap_space()
             self._used, self._expires = free < size, now + self.LIFETIME
         return self._used
+
+    def page_in_begins(self) -> None:
+        """Have the kernel count anew what is in the control group of this process.
+
+        It decides by these numbers which pages it may swap out to make room, yet they are up to two seconds old. If
+        most of the group's pages were read twice since, it finds none to swap out, and kills. To read them renews them.
+        """
+        if (now := time.monotonic_ns()) > self._counted:
+            for group in _control_groups()[:1]:
+                with contextlib.suppress(OSError):
+                    (group / "memory.stat").read_bytes()
+            self._counted = now + self.LIFETIME
 
     def page_out_begins(self) -> None:
         """Note that swap will be in use from now on."""
@@ -85,6 +103,44 @@ def _meminfo() -> dict[str, int]:
     with open("/proc/meminfo", encoding="ascii") as file:
         rows = (line.split() for line in file)
         return {row[0][:-1]: int(row[1]) * 1024 for row in rows if row[0][:-1] in wanted}
+
+
+def _usable_swap() -> tuple[int, int]:
+    """How much more can be swapped out, and how much memory that would take: zram keeps in memory what it is given."""
+    usable = taken = 0
+    with open("/proc/swaps", encoding="utf-8", errors="surrogateescape") as file:
+        next(file)
+        for line in file:
+            path, _, size, used, _ = line.split()  # blanks in a path stand there as octal digits
+            free = (int(size) - int(used)) * 1024
+            if (name := os.path.basename(path)).startswith("zram"):
+                free, memory = _zram(name, free)
+                taken += memory
+            usable += free
+    return usable, taken
+
+
+def _zram(name: str, free: int) -> tuple[int, int]:
+    """The same of one zram device, of whose size `free` bytes are unused.
+
+    What a page of it takes goes by those that it has. Until it has some, a limit on its memory is reckoned as if
+    nothing could be compressed; the memory of the machine as if that took none, for else nothing would ever be swapped.
+    """
+    try:
+        stored, _, held, limit = map(int, Path(f"/sys/block/{name}/mm_stat").read_text().split()[:4])
+    except (OSError, ValueError):
+        return free, 0
+    known = stored >= _ZRAM_KNOWN
+    share = min(1.0, max(held, 1) / stored) if known else 1.0
+    if limit:
+        free = min(free, int(max(0, limit - held) / share))
+    return free, int(free * share) if known else 0
+
+
+def _swaps(group: Path) -> bool:
+    """Whether the kernel swaps out what is charged to a group when the group is at its limit: not at swappiness 0."""
+    swappiness = _number(group / "memory.swappiness")  # v1: each has its own
+    return (_number(Path("/proc/sys/vm/swappiness")) if swappiness is None else swappiness) != 0
 
 
 def _control_groups() -> list[Path]:

@@ -284,7 +284,7 @@ def _lock_memory() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
     try:
-        linux.lock_memory()
+        linux.lock_memory(most)
     except OSError as error:
         log.debug("this process may be swapped out under pressure (RLIMIT_MEMLOCK is %d): %s", most, error.strerror)
 

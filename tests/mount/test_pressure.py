@@ -1,0 +1,319 @@
+"""Under pressure: a control group with little memory, a swap of the test's own, and eight processes storing at once.
+
+The daemon lives in the group, so that its store is charged to it. Nothing of a page's content is kept: it follows from
+the page's index, and is such that nothing compresses it.
+"""
+
+import contextlib
+import errno
+import inspect
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from harness import Mount, meminfo, run, wait_until
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+MIB = 1 << 20
+LIMIT, SWAP = 256 * MIB, 1024 * MIB
+RESERVE = 64 * MIB  # the default
+OTHERS = 160 * MIB
+"""More than the daemon, the kernel, and clients if they are inside, take of a group."""
+
+PROCESSES = 8
+ZRAM = Path("/sys/class/zram-control")
+
+Run = tuple[int, int]
+"""Pages that are stored or fetched at once: the first's index, and how many."""
+
+
+@contextlib.contextmanager
+def swap(directory: Path, size: int, *, takes: int = 0) -> Iterator[None]:
+    """A swap that the kernel uses before any other: zram if there is such a thing, else a file in a directory.
+
+    `takes` is the most memory that zram may use for it, 0 for no limit.
+    """
+    with contextlib.ExitStack() as stack:
+        path = directory / "swap"
+        if ZRAM.is_dir():
+            number = (ZRAM / "hot_add").read_text().strip()
+            stack.callback(wait_until, lambda: removed(number), "zram to go")
+            path = Path(f"/dev/zram{number}")
+            Path(f"/sys/block/zram{number}/disksize").write_text(str(size))
+            Path(f"/sys/block/zram{number}/mem_limit").write_text(str(takes))
+        else:
+            stack.callback(path.unlink, missing_ok=True)
+            run(f"fallocate -l {size} '{path}' && chmod 600 '{path}'")
+        run(f"mkswap '{path}' && swapon -p 32767 '{path}'")
+        stack.callback(run, f"swapoff '{path}'")
+        yield
+
+
+def removed(number: str) -> bool:
+    """Remove a zram device, unless someone is looking at it just now."""
+    with contextlib.suppress(OSError):
+        (ZRAM / "hot_remove").write_text(number)
+    return not Path(f"/sys/block/zram{number}").exists()
+
+
+class ControlGroup:
+    """A memory control group, of either version, for the time of a ``with``. May be entered by processes as they start.
+
+    `swap` is what it may swap, None for all there is. `swaps` false: the kernel is to leave its memory where it is.
+    """
+
+    ROOTS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+
+    def __init__(self, limit: int, swap: int | None = None, *, swaps: bool = True) -> None:
+        self._old = self.ROOTS[0].is_dir()
+        self.path = self.ROOTS[not self._old] / f"ttmfs-pressure-{os.getpid()}"
+        self._limits: dict[str, int] = {"memory.limit_in_bytes" if self._old else "memory.max": limit}
+        if swap is not None and self._old:
+            self._limits["memory.memsw.limit_in_bytes"] = limit + swap  # of both together
+        elif swap is not None:
+            self._limits["memory.swap.max"] = swap
+        self._swappiness = self.path / "memory.swappiness" if self._old else Path("/proc/sys/vm/swappiness")
+        self._swaps = swaps
+
+    def __enter__(self) -> "ControlGroup":
+        if not self._old:
+            (self.path.parent / "cgroup.subtree_control").write_text("+memory")
+        self.path.mkdir()
+        for name, limit in self._limits.items():
+            (self.path / name).write_text(str(limit))
+        self._was = self._swappiness.read_text()
+        if not self._swaps:
+            self._swappiness.write_text("0")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._swaps:
+            self._swappiness.write_text(self._was)
+
+        def remove() -> bool:
+            with contextlib.suppress(OSError):  # EBUSY until the last member is gone
+                self.path.rmdir()
+            return not self.path.exists()
+
+        wait_until(remove, "the control group to go")
+
+    def join(self) -> None:
+        (self.path / "cgroup.procs").write_text(str(os.getpid()))
+
+    def oom_kills(self) -> int:
+        text = (self.path / ("memory.oom_control" if self._old else "memory.events")).read_text()
+        return int(dict(line.split() for line in text.splitlines())["oom_kill"])
+
+
+def client() -> None:
+    """A process that stores or fetches runs of pages, the source of which is run as a program.
+
+    Runs of one page go through page files, longer ones through .image. Reads the runs, and writes what became of each:
+    when storing, how many pages of it were stored and the errno; when fetching, whether they were the right ones.
+    """
+    import errno
+    import json
+    import os
+    import random
+    import sys
+
+    verb, backup, page = sys.argv[1], sys.argv[2], os.sysconf("SC_PAGE_SIZE")
+    noise, span = random.Random(1).randbytes((1 << 20) + page), (1 << 20) - 3  # span is prime to 4099
+
+    def content(first: int, count: int) -> bytes:
+        """A window of the noise for each page, at another place for each index."""
+        starts = [idx * 4099 % span for idx in range(first, first + count)]
+        return b"".join([noise[start : start + page] for start in starts])
+
+    def opened(count: int, first: int) -> "tuple[int, int]":
+        """A descriptor for a run, and the run's offset in it."""
+        if count > 1:
+            return image, first * page
+        return os.open(f"{backup}/{first + 1}", os.O_RDWR | (os.O_CREAT if verb == "store" else 0)), 0
+
+    def store(first: int, count: int) -> "tuple[int, int]":
+        fd = image
+        try:
+            fd, offset = opened(count, first)
+            written = os.pwrite(fd, content(first, count), offset)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return 0, error.errno
+        finally:
+            if fd != image:
+                os.close(fd)
+        assert written % page == 0
+        return written // page, 0
+
+    def fetch(first: int, count: int) -> bool:
+        fd, offset = opened(count, first)
+        try:
+            return os.pread(fd, count * page, offset) == content(first, count)
+        finally:
+            if fd != image:
+                os.close(fd)
+
+    runs = json.load(sys.stdin)
+    image = os.open(f"{backup}/.image", os.O_RDWR)
+    json.dump([(store if verb == "store" else fetch)(*run) for run in runs], sys.stdout)
+
+
+CLIENT = inspect.getsource(client) + "client()\n"
+
+
+def all_at_once(verb: str, backup: Path, runs: list[Run], **popen: Any) -> list[list[tuple[Run, Any]]]:
+    """Deal runs out to eight processes, in order; for each process what became of each of its runs."""
+    hands = [runs[first::PROCESSES] for first in range(PROCESSES)]
+    command = [sys.executable, "-c", CLIENT, verb, str(backup)]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for _ in hands:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            processes.append(process)
+        for process, hand in zip(processes, hands, strict=True):
+            assert process.stdin is not None
+            json.dump(hand, process.stdin)
+            process.stdin.close()
+            process.stdin = None
+        answers = [process.communicate(timeout=60)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * PROCESSES
+    return [list(zip(hand, json.loads(answer), strict=True)) for hand, answer in zip(hands, answers, strict=True)]
+
+
+def cut(size: int, singles: int = 0) -> list[Run]:
+    """Runs that cover `size` bytes in random order: 64 KiB to 1 MiB each, the last `singles` bytes in single pages."""
+    dice = random.Random(size)
+    runs, first, end = [], 0, (size - singles) // PAGE
+    while first < end:
+        runs.append((first, min(dice.randint(16, 256), end - first)))
+        first += runs[-1][1]
+    runs += [(idx, 1) for idx in range(end, size // PAGE)]
+    return dice.sample(runs, len(runs))
+
+
+def attribute(backup: Path, name: str) -> int:
+    return int(os.getxattr(backup, f"user.ttmfs.{name}"))
+
+
+def status(pid: int, name: str) -> int:
+    """A row of a process' status, in bytes."""
+    rows = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(rows[name].split()[0]) * 1024
+
+
+def major_faults(pid: int) -> int:
+    """How often a process has waited for memory of its own."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[9])
+
+
+def test_c8_four_times_the_memory_goes_in_and_comes_out_bit_for_bit(mountpoint: Path, tmp_path: Path) -> None:
+    with (
+        swap(tmp_path, SWAP),
+        ControlGroup(LIMIT) as group,
+        Mount(mountpoint, "size=4g", preexec_fn=group.join) as mount,
+    ):
+        backup = mountpoint / "a"
+        backup.mkdir()
+        few = [(0, 256), (256, 1)]  # so that the daemon has touched all that it needs
+        for verb in "store", "fetch":
+            all_at_once(verb, backup, few)
+        waited = major_faults(mount.pid)
+
+        runs = cut(SWAP, singles=16 * MIB)
+        for hand in all_at_once("store", backup, runs):
+            assert all(answer == [run[1], 0] for run, answer in hand)
+        assert attribute(backup, "pages") == SWAP // PAGE
+        assert attribute(backup, "swapped") * PAGE >= SWAP - LIMIT, "the store can be swapped"
+        assert status(mount.pid, "VmSwap") == 0, "and what serves it is not"
+
+        random.Random(0).shuffle(runs)
+        for hand in all_at_once("fetch", backup, runs):
+            assert [run for run, right in hand if not right] == []
+        assert attribute(backup, "swapped") * PAGE >= SWAP - LIMIT
+        assert status(mount.pid, "VmSwap") == 0
+        assert status(mount.pid, "VmLck") >= status(mount.pid, "VmRSS") // 2
+        assert major_faults(mount.pid) - waited < 10, "the daemon waits for no memory of its own"
+        assert group.oom_kills() == 0
+
+
+def test_pages_read_again_and_again_do_not_bring_the_oom_killer(mountpoint: Path, tmp_path: Path) -> None:
+    """What was read twice of late the kernel takes to be needed; in a small group that is soon all there is."""
+    with (
+        swap(tmp_path, SWAP),
+        ControlGroup(LIMIT // 4) as group,
+        Mount(mountpoint, "size=4g", preexec_fn=group.join),
+    ):
+        backup = mountpoint / "a"
+        backup.mkdir()
+        runs = cut(LIMIT)
+        for hand in all_at_once("store", backup, runs):
+            assert all(answer == [run[1], 0] for run, answer in hand)
+        hands = [runs[first : first + PROCESSES] for first in range(0, len(runs), PROCESSES)]
+        again_and_again = [run for hand in hands for run in 2 * hand] * 2  # each process reads what it is dealt twice
+        for hand in all_at_once("fetch", backup, again_and_again):
+            assert [run for run, right in hand if not right] == []
+        assert group.oom_kills() == 0
+
+
+class Bound(NamedTuple):
+    """What ends the room of a control group before its budget does."""
+
+    room: int
+    """Bytes that fit into its memory and into what it may swap."""
+    swap: Callable[[Path], contextlib.AbstractContextManager[None]]
+    group: Callable[[], ControlGroup]
+    clients_inside: bool = False
+
+
+def group_of(swap: int) -> ControlGroup:
+    """A group that can swap so much: as much as the test's own swap takes, or, if there is another, by a limit."""
+    return ControlGroup(LIMIT, swap if meminfo("SwapTotal") > SWAP else None)
+
+
+LITTLE = 192 * MIB
+BOUNDS = {
+    "the swap is full": Bound(LIMIT + SWAP, lambda path: swap(path, SWAP), lambda: group_of(SWAP)),
+    "the group may swap no more": Bound(
+        LIMIT + LITTLE, lambda path: swap(path, SWAP), lambda: ControlGroup(LIMIT, LITTLE), clients_inside=True
+    ),
+    "the group may not swap": Bound(LIMIT, lambda path: swap(path, SWAP), lambda: ControlGroup(LIMIT, swaps=False)),
+}
+if ZRAM.is_dir():
+    BOUNDS["the memory behind the swap is full"] = Bound(
+        LIMIT + LITTLE, lambda path: swap(path, SWAP, takes=LITTLE), lambda: group_of(LITTLE)
+    )
+
+
+@pytest.mark.parametrize("bound", BOUNDS.values(), ids=BOUNDS)
+def test_c6_no_room_is_said_before_the_oom_killer_comes(mountpoint: Path, tmp_path: Path, bound: Bound) -> None:
+    with (
+        bound.swap(tmp_path),
+        bound.group() as group,
+        Mount(mountpoint, "size=4g", preexec_fn=group.join),
+    ):
+        backup = mountpoint / "a"
+        backup.mkdir()
+        inside = {"preexec_fn": group.join} if bound.clients_inside else {}
+        answers = all_at_once("store", backup, cut(2 * bound.room, singles=2 * MIB), **inside)
+        for hand in answers:
+            assert errno.ENOSPC in {number for _, (_, number) in hand}, "every process was told"
+        stored = [(first, pages) for hand in answers for (first, _), (pages, _) in hand if pages]
+        size = sum(pages for _, pages in stored) * PAGE
+        assert attribute(backup, "pages") * PAGE == size, "nothing of what was refused was stored"
+        assert size < bound.room - RESERVE
+        assert size > bound.room - RESERVE - OTHERS, "nor was there much room that was not given"
+
+        random.Random(0).shuffle(stored)
+        for hand in all_at_once("fetch", backup, stored, **inside):
+            assert [run for run, right in hand if not right] == []
+        assert group.oom_kills() == 0
