@@ -101,7 +101,7 @@ class Backup:
     async def _store_pages(self, idx: int, data: memoryview, writeback: bool) -> int:
         """Store whole pages from an index on; gives how many."""
         offset = idx * self._page_size
-        await self.bring_in(offset, len(data), to_write=True)
+        await self.bring_in(offset, len(data), to_write=True, abandon=False)
         stored = self.write(offset, data)
         if writeback:
             await self.push_out(offset, stored)
@@ -362,10 +362,10 @@ class Backup:
         except OSError as error:
             raise from_os_error(error, "asking what is in memory") from error
 
-    async def bring_in(self, offset: int, length: int, *, to_write: bool = False, abandon: bool = False) -> None:
+    async def bring_in(self, offset: int, length: int, *, to_write: bool = False, abandon: bool = True) -> None:
         """Have the pages of a range in memory, waiting for swap or disk in a thread. It waits for nothing else.
 
-        With `abandon` a cancellation ends the wait.
+        A cancellation ends the wait, unless `abandon` is false.
         """
         for _ in range(BRING_IN_TRIES):
             if not self.is_out(offset, length, to_write=to_write):
@@ -373,7 +373,10 @@ class Backup:
             if to_write:
                 offset, length = self._needed_to_write(offset, length)
             self._store.swap.page_in_begins()
-            file = linux.Duplicate(self._store.descriptor(self._id))  # the store may close its own meanwhile
+            try:
+                file = linux.Duplicate(self._store.descriptor(self._id))  # the store may close its own meanwhile
+            except OSError as error:
+                raise from_os_error(error, "bringing pages in") from error
             await trio.to_thread.run_sync(_touch, file, offset, length, abandon_on_cancel=abandon)
 
     def _needed_to_write(self, offset: int, length: int) -> tuple[int, int]:

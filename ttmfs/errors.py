@@ -22,6 +22,7 @@ __all__ = [
     "PageAbsent",
     "PageDropped",
     "ReadOnlyEntry",
+    "StoreBusy",
     "StoreFailed",
     "TooLong",
     "TtmfsError",
@@ -103,6 +104,10 @@ class NotSupported(TtmfsError):
     """This system, kernel or daemon cannot do it."""
 
 
+class StoreBusy(TtmfsError):
+    """The directory is another mount's or pool's store at the moment."""
+
+
 class StoreFailed(TtmfsError):
     """The store below failed; ``__cause__`` is its OSError."""
 
@@ -125,6 +130,7 @@ ERRNO: dict[type[TtmfsError], int] = {
     NameTooLong: errno.ENAMETOOLONG,
     TooLong: errno.E2BIG,
     NotSupported: errno.EOPNOTSUPP,
+    StoreBusy: errno.EBUSY,  # only while a store is opened, so no caller at a mount ever sees it
     StoreFailed: errno.EIO,
 }
 

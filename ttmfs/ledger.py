@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/.ttmfs    JSON: format, page_size, grain, tag, next_id. Locked (flock) as long as a mount uses DIR.
+    DIR/.ttmfs    JSON: format, page_size, grain, tag, next_id. As DIR itself locked (flock) while a mount uses DIR.
     DIR/a         a backup. Its extended attribute user.ttmfs.id is "TAG ID INODE".
 
 An id must not be given out twice, but most filesystems use an inode number again at once. So the ids are ours, counted
@@ -16,6 +16,7 @@ Concurrency: one thread.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -25,7 +26,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from . import linux
-from .errors import InvalidArgument, NotSupported
+from .errors import InvalidArgument, NotSupported, StoreBusy
+from .options import format_size
 
 __all__ = ["FILE", "Ledger", "page_runs"]
 
@@ -48,21 +50,23 @@ class _Counted(NamedTuple):
 class Ledger:
     """The lock, the ids and the counts of the backups in one directory. Owns the descriptor of .ttmfs."""
 
-    def __init__(self, directory: int, page_size: int) -> None:
-        """Raises InvalidArgument if another mount uses the directory, or its pages have another size."""
+    def __init__(self, directory: int, page_size: int, *, read_only: bool = False) -> None:
+        """Raises StoreBusy if another mount uses the directory, InvalidArgument if its pages have another size."""
         self._directory = directory
         self._page_size = page_size
+        self._read_only = read_only
         self._in_memory = linux.is_tmpfs(directory)
         self._counted: dict[int, _Counted] = {}
+        self._holders: dict[int, int] = {}  # inode numbers by id: a mark can be forged, or doubled by a loss of power
+        self._settled = False
         self._unmarked: dict[int, int] = {}  # ids by inode number, of files that take no mark: good for this mount
         self.stored = 0  # pages, of the backups counted
         self._fd = self._open()
         try:
             kept = self._read()
             if kept["page_size"] != page_size:
-                raise InvalidArgument(
-                    f"the store holds pages of {kept['page_size']} bytes: mount it with page_size={kept['page_size']}"
-                )
+                size = format_size(kept["page_size"])
+                raise InvalidArgument(f"its pages are of {size}: mount it with page_size={size}")
             self._tag: str = kept["tag"]
             self._next_id = self._last_id = int(kept["next_id"])
             self.grain: int | None = kept.get("grain")
@@ -80,30 +84,40 @@ class Ledger:
 
     def _open(self) -> int:
         """Open and lock the file; make it, locked from the beginning, if there is none."""
+        access = os.O_RDONLY if self._read_only else os.O_RDWR
         for _ in range(2):
-            with contextlib.suppress(FileNotFoundError):
-                return self._lock(os.open(FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory))
-            made = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
             try:
-                self._lock(made)
-                self._write(made, next_id=FIRST_ID, tag=secrets.token_hex(8), grain=None)
-                os.fsync(made)  # a crash must not leave it without its content
-                os.link(f"/proc/self/fd/{made}", FILE, dst_dir_fd=self._directory, follow_symlinks=True)
-                return made
+                fd = os.open(FILE, access | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+                made = False
+            except FileNotFoundError:
+                if self._read_only:
+                    raise InvalidArgument("there is no store in it that could be mounted read-only") from None
+                fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
+                made = True
+            try:
+                self._lock(fd)
+                if made:
+                    self._write(fd, next_id=FIRST_ID, tag=secrets.token_hex(8), grain=None)
+                    os.fsync(fd)  # a crash must not leave it without its content
+                    os.link(f"/proc/self/fd/{fd}", FILE, dst_dir_fd=self._directory, follow_symlinks=True)
+                return fd
             except FileExistsError:  # another mount was quicker
-                os.close(made)
+                os.close(fd)
             except BaseException:
-                os.close(made)
+                os.close(fd)
                 raise
-        raise InvalidArgument("the store comes and goes; is another mount just ending?")
+        raise StoreBusy("the store comes and goes; is another mount just ending?")
 
-    def _lock(self, fd: int) -> int:
+    def _lock(self, fd: int) -> None:
+        """Lock the file, and the directory lest someone removes the file."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(fd)
-            raise InvalidArgument("the store is in use by another mount") from None
-        return fd
+            raise StoreBusy(
+                "the store is in use by another mount, or one that was unmounted with files open; "
+                "findmnt -t fuse.ttmfs lists mounts, and the .config of each tells its store"
+            ) from None
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -113,7 +127,7 @@ class Ledger:
         except (ValueError, KeyError, TypeError):
             pass
         raise NotSupported(
-            f"the store's {FILE} is none that this version of ttmfs understands; if no other one made it, "
+            f"its {FILE} is none that this version of ttmfs understands; if no other version made it, "
             "move it away: the backups stay"
         )
 
@@ -123,8 +137,9 @@ class Ledger:
 
     def keep_grain(self, grain: int) -> None:
         """Keep what was found out of the filesystem, which cannot be found out again while it is full."""
-        if grain != self.grain:
+        if grain != self.grain and not self._read_only:
             self._write(self._fd, next_id=self._last_id, tag=self._tag, grain=grain)
+            os.fsync(self._fd)
             self.grain = grain
 
     # --- ids ---
@@ -134,18 +149,29 @@ class Ledger:
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
             return None
         path = f"/proc/self/fd/{self._directory}/{name}"  # there is no getxattrat(2) before Linux 6.13
-        if (id := self._unmarked.get(found.st_ino)) or (id := self._marked(path, found.st_ino)):
+        if (id := self._unmarked.get(found.st_ino)) or (id := self._held(path, found.st_ino)):
             return id
         if not found.st_size or found.st_size % self._page_size:
             return None
-        if not os.access(name, os.R_OK | os.W_OK, dir_fd=self._directory, effective_ids=True, follow_symlinks=False):
+        access = os.R_OK if self._read_only else os.R_OK | os.W_OK
+        if not os.access(name, access, dir_fd=self._directory, effective_ids=True, follow_symlinks=False):
             return None
         return self.mark(path, found.st_ino)
+
+    def settle(self) -> None:
+        """From here on no mark counts but those of files that were seen: every backup has been."""
+        self._settled = True
+
+    def _held(self, path: str, ino: int) -> int | None:
+        """The id that a file is marked with, if it is no other file's."""
+        if (id := self._marked(path, ino)) and not self._settled:
+            self._holders.setdefault(id, ino)
+        return id if id and self._holders.get(id) == ino else None
 
     def _marked(self, where: str | int, ino: int) -> int | None:
         try:
             tag, id, of = os.getxattr(where, MARK, follow_symlinks=isinstance(where, int)).decode("ascii").split(" ")
-            if tag == self._tag and int(of) == ino and FIRST_ID <= int(id) < self._last_id:
+            if tag == self._tag and int(of) == ino and FIRST_ID <= int(id) < self._next_id:
                 return int(id)
         except (OSError, ValueError):
             pass
@@ -153,25 +179,30 @@ class Ledger:
 
     def mark(self, where: str | int, ino: int) -> int:
         """Give a file, by path or descriptor, an id of its own. Where no mark can be set, it is good for this mount."""
-        if self._next_id == self._last_id:
+        if self._next_id == self._last_id and not self._read_only:
+            self._write(self._fd, next_id=self._last_id + IDS_AT_ONCE, tag=self._tag, grain=self.grain)
+            os.fsync(self._fd)  # before a backup that bears one of them can be on the disk
             self._last_id += IDS_AT_ONCE
-            self._write(self._fd, next_id=self._last_id, tag=self._tag, grain=self.grain)
         id, self._next_id = self._next_id, self._next_id + 1
         try:
+            if self._read_only:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
             os.setxattr(where, MARK, f"{self._tag} {id} {ino}".encode(), follow_symlinks=isinstance(where, int))
         except OSError:
             self._unmarked[ino] = id
+        self._holders[id] = ino
         return id
 
     def is_marked(self, fd: int, id: int) -> bool:
         """Whether an open file is the backup of an id."""
         ino = os.fstat(fd).st_ino
-        return id in (self._unmarked.get(ino), self._marked(fd, ino))
+        return self._holders.get(id) == ino and id in (self._unmarked.get(ino), self._marked(fd, ino))
 
     def forget(self, id: int) -> None:
         """Leave a backup out that was ended."""
         self.stored -= self._counted.pop(id, _Counted(0, 0)).pages
-        self._unmarked = {ino: known for ino, known in self._unmarked.items() if known != id}
+        if self._unmarked.get(ino := self._holders.pop(id, 0)) == id:
+            del self._unmarked[ino]
 
     # --- counts ---
 

@@ -310,4 +310,4 @@ options (in brackets the default):
 exit status:
 {codes}
 
-SIGTERM, SIGINT, umount(8) and "fusermount3 -u" end the mount and release every page."""
+SIGTERM, SIGINT, umount(8) and "fusermount3 -u" end the mount and release every page, but for those in store=DIR."""

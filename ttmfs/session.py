@@ -70,10 +70,10 @@ def serve(source: str, mountpoint: str, options: Options, ready: Callable[[], No
     `ready` is called once requests are answered. Raises MountError. All pages are released on return.
     """
     mountpoint = _checked_mountpoint(mountpoint)
-    if (
-        options.store and Path(options.store).resolve() in Path(mountpoint).parents
-    ):  # it would ask itself for the names there
+    if options.store and _lies_in(mountpoint, options.store):  # it would ask itself for the names there
         raise MountError(f"{mountpoint} lies within the store {options.store}; mount it elsewhere")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         pool = Pool(Store.of(options), options)
     except TtmfsError as error:
@@ -127,6 +127,14 @@ class _Ending:
         while not self.asked:
             await came.wait()
         return self.asked
+
+
+def _lies_in(path: str, directory: str) -> bool:
+    """Whether a path lies below a directory, by whatever names and mounts."""
+    with contextlib.suppress(OSError):
+        store = os.stat(directory)
+        return any(os.path.samestat(os.stat(parent), store) for parent in Path(path).parents)
+    return False
 
 
 def _checked_mountpoint(path: str) -> str:
@@ -251,9 +259,9 @@ class _Session:
 
     async def _main(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._end_on_signal)
+            nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
             nursery.start_soon(self._say_ready)
-            await pyfuse3.main(max_tasks=MOST_WAITING)
+            await pyfuse3.main(max_tasks=_most_waiting())
             nursery.cancel_scope.cancel()
 
     async def _say_ready(self) -> None:
@@ -270,13 +278,20 @@ class _Session:
         """Whether it is what is seen at the mountpoint: no one has unmounted it, or mounted over it."""
         return _device_at(self._mountpoint) == self._device
 
-    async def _end_on_signal(self) -> None:
+    async def _end_on_signal(self, serving: trio.CancelScope) -> None:
         number = await self._ending.wait()
         log.info("%s: unmounting %s", number.name, self._mountpoint)
         if self.mounted:
-            await trio.to_thread.run_sync(_unmount, self._mountpoint)
+            await trio.to_thread.run_sync(_unmount, self._mountpoint, limiter=trio.CapacityLimiter(1))
         await trio.sleep(LINGER_SECONDS)  # the loop ends by itself unless a client still has files open
         pyfuse3.terminate()
+        serving.cancel()  # those who wait for swap or a disk
+
+
+def _most_waiting() -> int:
+    """How many requests may wait at once: each holds up to two descriptors, and the store has half of all."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(MOST_WAITING, limit // 4 - 32))
 
 
 def _lock_memory() -> None:
@@ -304,7 +319,7 @@ def _without_atomic_o_trunc(init: bytes) -> bytes:
 def _config(options: Options, pool: Pool) -> bytes:
     """The options in force, as JSON. The budget can have been changed since."""
     room = pool.room()
-    now = {"size": room.size, "nr_inodes": room.files, "store": pool.store.directory}
+    now = {"size": room.size, "backup_size": pool.backup_size, "nr_inodes": room.files, "store": pool.store.directory}
     return json.dumps(options.as_dict() | now, indent=2).encode() + b"\n"
 
 

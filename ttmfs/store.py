@@ -33,6 +33,7 @@ from .errors import (
     NoRoom,
     NotPermitted,
     NotSupported,
+    StoreBusy,
     StoreFailed,
     TtmfsError,
     from_os_error,
@@ -51,6 +52,11 @@ RECOUNT_SECONDS = 1.0
 
 TEMPORARY = "ttmfs-"
 """How the names of directories begin that serve those who may make no tmpfs."""
+
+_SUITED = "use a directory on tmpfs, ext4, xfs or btrfs"
+
+TEMPORARY_MARK = "removed-by-the-next-mount"
+"""A file in each of them: a store=DIR that someone named alike has none."""
 
 
 @contextlib.contextmanager
@@ -73,16 +79,20 @@ def _give(fd: int, uid: int, gid: int) -> None:
 
 def _opened(name: str, directory: int) -> int:
     """Open a backup's file to read and write, also if its mode shuts out its owner, which a user's daemon is."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # not to wait for someone's lease of the file
     try:
         return os.open(name, flags, dir_fd=directory)
-    except PermissionError:
+    except OSError as error:
+        if error.errno == errno.EROFS:  # the filesystem has become read-only: what is there can be copied out
+            return os.open(name, flags & ~os.O_RDWR | os.O_RDONLY, dir_fd=directory)
+        if not isinstance(error, PermissionError):
+            raise
         file = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
         path, mode = f"/proc/self/fd/{file}", stat.S_IMODE(os.fstat(file).st_mode)
         os.chmod(path, mode | 0o600)
         try:
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         finally:
             os.chmod(path, mode)
     finally:
@@ -115,6 +125,7 @@ class Store:
         self._budget = options.size  # bytes, kept with the ledger; 0: all that the filesystem has
         self._nr_inodes = options.nr_inodes
         self._temporary = temporary
+        self._read_only = options.ro and ledger is not None and temporary is None
         self._recount_at = 0.0
         self._failed: set[int] = set()
         self._open: OrderedDict[int, int] = OrderedDict()  # id: descriptor, the one used last at the end
@@ -124,6 +135,8 @@ class Store:
         try:
             self.grain = self._known_grain()
             self.scan()
+            if self._ledger:
+                self._ledger.settle()
         except BaseException:
             self.close()
             raise
@@ -174,21 +187,24 @@ class Store:
         try:
             directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise InvalidArgument(f"store={path}: {error.strerror}; give an existing directory") from None
+            absent = error.errno in (errno.ENOENT, errno.ENOTDIR)
+            hint = "give an existing directory" if absent else "whoever mounts must be able to read and write it"
+            raise InvalidArgument(f"store={path}: {error.strerror}; {hint}") from None
         try:
-            kept = Ledger(directory, options.page_size)
+            kept = Ledger(directory, options.page_size, read_only=options.ro and temporary is None)
         except OSError as error:
             os.close(directory)
-            if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
-                raise NotSupported(f"store={path}: its filesystem has no O_TMPFILE") from error
-            raise InvalidArgument(f"store={path} cannot be written: {error.strerror}") from error
-        except (InvalidArgument, NotSupported) as error:
+            if error.errno == errno.EOPNOTSUPP:
+                raise NotSupported(f"store={path}: its filesystem has no O_TMPFILE; {_SUITED}") from error
+            hint = "; if backups are there, mount it with ro" if error.errno == errno.EROFS else ""
+            raise InvalidArgument(f"store={path}: {FILE} cannot be written there: {error.strerror}{hint}") from error
+        except (InvalidArgument, NotSupported, StoreBusy) as error:
             os.close(directory)
             raise type(error)(f"store={path}: {error}") from None
         try:
             return cls(directory, options, ledger=kept, temporary=temporary)
         except NotSupported as error:
-            raise NotSupported(f"store={path}: {error}") from error.__cause__
+            raise NotSupported(f"store={path}: {error}; {_SUITED}") from error.__cause__
 
     @classmethod
     def in_temporary_directory(cls, options: Options, why: NotSupported) -> Self:
@@ -207,6 +223,7 @@ class Store:
                 _remove_abandoned(place)
                 outer = tempfile.mkdtemp(prefix=TEMPORARY, dir=place)
                 try:
+                    Path(outer, TEMPORARY_MARK).touch()
                     inner = os.path.join(outer, "store")  # the mode and owner of the root are the mount's business
                     os.mkdir(inner)
                     os.chown(
@@ -217,7 +234,7 @@ class Store:
                     if store.in_memory:
                         return store
                     store.close()
-                except (OSError, NotSupported, InvalidArgument):
+                except (OSError, TtmfsError):
                     shutil.rmtree(outer, ignore_errors=True)
         raise why
 
@@ -237,6 +254,8 @@ class Store:
         self._names, self._ids = {}, []
 
     def _known_grain(self) -> int:
+        if self._read_only and self._ledger:  # nothing of it is changed, not even for a moment
+            return self._ledger.grain or self.page_size
         try:
             grain = self._probe()
         except NoRoom:
@@ -286,7 +305,7 @@ class Store:
                 names = {}
                 for entry in entries:
                     if entry.name[0] != "." and entry.is_file(follow_symlinks=False):
-                        with contextlib.suppress(FileNotFoundError):
+                        with contextlib.suppress(OSError):  # it went meanwhile, or the disk fails just there
                             found = os.stat(entry.name, dir_fd=self._directory, follow_symlinks=False)
                             if id := self._ledger.identify(entry.name, found):
                                 names[id] = entry.name
@@ -358,8 +377,13 @@ class Store:
                     _give(fd, uid, gid)
                 os.ftruncate(fd, size)
                 id = self._ledger.mark(fd, made.st_ino) if self._ledger else made.st_ino
-                os.fchmod(fd, mode)  # last: without the owner's right to write it could not be marked
-                os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=self._directory, follow_symlinks=True)
+                os.fchmod(fd, self._file_mode(mode))  # last: without the owner's right to write it could not be marked
+                try:
+                    os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=self._directory, follow_symlinks=True)
+                except BaseException:
+                    if self._ledger:
+                        self._ledger.forget(id)
+                    raise
             except BaseException:
                 os.close(fd)
                 raise
@@ -438,6 +462,14 @@ class Store:
         if len(self._open) > self._most_open:
             os.close(self._open.popitem(last=False)[1])
 
+    def stat_by_name(self, id: int) -> os.stat_result:
+        """The stat of a backup's file without opening it, which can fail where this does not."""
+        with _failures_of("looking at a backup"):
+            try:
+                return os.stat(self.name_of(id), dir_fd=self._directory, follow_symlinks=False)
+            except FileNotFoundError:
+                raise BackupEnded("the backup was ended") from None
+
     def path(self, name: str) -> str:
         """Where another process finds a backup's file as long as this one lives (root and this process' user only)."""
         return f"/proc/{os.getpid()}/fd/{self._directory}/{name}"
@@ -457,9 +489,13 @@ class Store:
             if (uid, gid) != (-1, -1):
                 os.fchown(fd, uid, gid)  # first: it clears set-id bits that mode may set
             if mode is not None:
-                os.fchmod(fd, mode)
+                os.fchmod(fd, mode if id is None else self._file_mode(mode))
             if times is not None:
                 os.utime(fd, ns=times)
+
+    def _file_mode(self, mode: int) -> int:
+        """The mode of a backup's file. In a directory that others can reach it must not be a set-id program."""
+        return mode & ~(stat.S_ISUID | stat.S_ISGID) if self._ledger else mode
 
     # --- room ---
 
@@ -556,9 +592,9 @@ class Store:
         """
         if id in self._failed:
             raise StoreFailed("syncing a backup: it failed before, so pages may be lost; copy out what is there")
-        names, of = self._directory, self._directory if id is None else self.descriptor(id)
-        files = [linux.Duplicate(fd) for fd in (of, names)]
+        of = self._directory if id is None else self.descriptor(id)
         try:
+            files = [linux.Duplicate(fd) for fd in (of, self._directory)]
             await trio.to_thread.run_sync(_sync, files)
         except OSError as error:
             if id is not None:
@@ -574,8 +610,8 @@ def _sync(files: list[linux.Duplicate]) -> None:
 def _remove_abandoned(place: str) -> None:
     """Remove the directories in `place` that killed daemons of this user left: ours, and locked by no one."""
     for outer in Path(place).glob(TEMPORARY + "*"):
-        with contextlib.suppress(OSError, InvalidArgument, NotSupported):
-            if outer.stat(follow_symlinks=False).st_uid == os.geteuid():
+        with contextlib.suppress(OSError):
+            if outer.stat(follow_symlinks=False).st_uid == os.geteuid() and (outer / TEMPORARY_MARK).exists():
                 fd = os.open(outer / "store" / FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,6 +34,7 @@ from typing import Generic, NamedTuple, TypeVar
 from .backup import Backup
 from .errors import (
     BackupAbsent,
+    BackupEnded,
     BackupExists,
     InvalidArgument,
     NoRoom,
@@ -46,7 +47,6 @@ from .errors import (
     PageDropped,
     ReadOnlyEntry,
     TooLong,
-    TtmfsError,
     WrongParent,
 )
 from .handles import format_ranges, page_name, parse_page_name, parse_ranges
@@ -417,8 +417,8 @@ class Tree:
             self.pool.store.scan()
         for id in self.pool.store.ids_after(start - 2):
             try:
-                found = self.pool.backup(id).stat()
-            except TtmfsError:  # it went meanwhile
+                found = self.pool.store.stat_by_name(id)
+            except BackupEnded:  # it went meanwhile
                 continue
             yield Entry(os.fsencode(self.pool.store.name_of(id)), inode(id, 0), _directory(found), 2 + id)
 

@@ -9,8 +9,9 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from errno import EEXIST, EIO, ENOENT, ENOSPC, ENOTEMPTY, ESTALE
+from errno import EEXIST, EIO, ENOENT, ENOSPC, ENOTEMPTY, EROFS, ESTALE
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ import trio
 import stores
 import ttmfs
 from harness import MOUNT_PY, Mount, opened, raises_errno, run, wait_until
-from ttmfs.options import ExitCode
+from ttmfs.errors import NotSupported
+from ttmfs.options import ExitCode, Options
+from ttmfs.store import Store
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
@@ -136,7 +139,7 @@ def test_the_api_keeps_backups_there_too(directory: Path) -> None:
             await backup.copy_page(got, 4)
             assert (got == page).all()
             assert (backup.pages, backup.resident, backup.swapped) == (1, 1, 0)
-            with pytest.raises(ttmfs.InvalidArgument, match="in use by another mount"):
+            with pytest.raises(ttmfs.StoreBusy, match="in use by another mount"):
                 async with ttmfs.open_pool(store=str(directory)):
                     pass
         async with ttmfs.open_pool(store=str(directory)) as pool:
@@ -171,6 +174,8 @@ def test_two_mounts_of_one_directory_are_refused(directory: Path, mountpoint: Pa
         for path in directory, link:
             assert "in use by another mount" in refused(32, other, f"store={path}")
         (mountpoint / "a/1").write_bytes(content(1))
+        (directory / ".ttmfs").unlink()  # as one who tidies up might
+        assert "in use by another mount" in refused(32, other, f"store={directory}")
     with Mount(other, f"store={link}"):
         assert (other / "a/1").read_bytes() == content(1)
 
@@ -179,7 +184,7 @@ def test_another_page_size_is_refused_with_the_right_one(directory: Path, mountp
     with Mount(mountpoint, f"store={directory},page_size=64k,backup_size=1m"):
         (mountpoint / "a").mkdir()
         (mountpoint / "a/2").write_bytes(b"x")
-    assert "mount it with page_size=65536" in refused(32, mountpoint, f"store={directory}")
+    assert "mount it with page_size=64k" in refused(32, mountpoint, f"store={directory}")
     with Mount(mountpoint, f"store={directory},page_size=65536"):
         assert os.listdir(mountpoint / "a") == ["2"]
 
@@ -249,6 +254,113 @@ def test_a_store_can_be_mounted_over_itself(directory: Path) -> None:
         (directory / "a/1").write_bytes(content(1))
         assert os.listdir(directory) == ["a"]
     assert (directory / "a").is_file()
+
+
+# --- read-only ---
+
+
+def test_a_store_mounted_read_only_is_not_changed(directory: Path, below: Path, mountpoint: Path) -> None:
+    """Also where its filesystem cannot be written at all."""
+    assert "no store in it that could be mounted read-only" in refused(32, mountpoint, f"store={directory},ro")
+    with Mount(mountpoint, f"store={directory}"):
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/3").write_bytes(content(3))
+    (directory / "foreign").write_bytes(content(1))
+    before = [(p.name, p.stat().st_mtime_ns, p.stat().st_ctime_ns, os.listxattr(p)) for p in directory.iterdir()]
+
+    def look() -> None:
+        with Mount(mountpoint, f"store={directory},ro"):
+            assert sorted(os.listdir(mountpoint)) == ["a", "foreign"]
+            assert os.listdir(mountpoint / "a") == ["3"]
+            assert (mountpoint / "a/3").read_bytes() == content(3)
+            assert (mountpoint / "foreign/1").read_bytes() == content(1)
+            with raises_errno(EROFS):
+                (mountpoint / "b").mkdir()
+            with raises_errno(EROFS):
+                (mountpoint / "a/3").unlink()
+            assert "in use by another mount" in refused(32, below, f"store={directory},ro")
+
+    look()
+    assert [
+        (p.name, p.stat().st_mtime_ns, p.stat().st_ctime_ns, os.listxattr(p)) for p in directory.iterdir()
+    ] == before
+    run(f"mount -o remount,ro {below}")
+    look()
+    assert "mount it with ro" in refused(32, mountpoint, f"store={directory}")
+
+
+def test_what_is_there_can_be_copied_out_when_the_disk_has_become_read_only(mountpoint: Path, tmp_path: Path) -> None:
+    disk = Disk(tmp_path, "ext4")
+    run(f"tune2fs -e remount-ro {tmp_path}/image")
+    with disk.mounted() as below:
+        store = below / "store"
+        store.mkdir()
+        device = Path(run(f"findmnt -n -o SOURCE {below}").strip()).name
+        with Mount(mountpoint, f"store={store},backup_size=64k") as mount:
+            mount.expect_log("get EIO")
+            for number in range(300):  # more than stay open
+                (mountpoint / f"b{number}").mkdir()
+                (mountpoint / f"b{number}/1").write_bytes(b"%03d" % number)
+            Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("boom")
+            run(f"cp -r {mountpoint} {tmp_path}/copy")
+            assert len(os.listdir(tmp_path / "copy")) == 300
+            assert (tmp_path / "copy/b7/1").read_bytes()[:3] == b"007"
+            with raises_errno(EIO):
+                (mountpoint / "new").mkdir()
+
+
+# --- others who can reach the directory ---
+
+
+def test_a_lease_of_a_file_in_it_stops_no_one_else(directory: Path, mountpoint: Path) -> None:
+    """Whoever owns a file can hold a lease of it, for which opening it waits up to /proc/sys/fs/lease-break-time."""
+    with Mount(mountpoint, f"store={directory}") as mount:
+        mount.expect_log("get EIO")
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/1").write_bytes(content(1))
+        (directory / "held").write_bytes(content(2))
+        before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+        try:
+            with opened(directory / "held") as fd:
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+                begun = time.monotonic()
+                os.listdir(mountpoint)
+                with contextlib.suppress(OSError):
+                    os.listdir(mountpoint / "held")
+                assert (mountpoint / "a/1").read_bytes() == content(1)
+                assert time.monotonic() - begun < 5
+        finally:
+            signal.signal(signal.SIGIO, before)
+        assert (mountpoint / "held/1").read_bytes() == content(2), "once it is given up"
+
+
+def test_no_file_in_it_is_a_set_id_program(directory: Path, mountpoint: Path) -> None:
+    directory.chmod(0o3777)
+    with Mount(mountpoint, f"store={directory}"):
+        (mountpoint / "a").mkdir()
+        (mountpoint / "b").mkdir()
+        (mountpoint / "b").chmod(0o6755)
+        assert [stat.S_IMODE((directory / name).stat().st_mode) & 0o6000 for name in ("a", "b")] == [0, 0]
+
+
+def test_its_own_directories_may_be_named_as_temporary_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fall-back's directories those are removed that a killed daemon left, and no others."""
+    with stores.mounted(tmp_path / "runtime", "tmpfs", "size=100t") as runtime:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        kept = runtime / "ttmfs-models/store"
+        kept.mkdir(parents=True)
+        Store.in_directory(str(kept), Options(store=str(kept))).close()
+        why = NotSupported("no namespaces")
+        live = Store.in_temporary_directory(Options(size=MIB), why)
+        left = Store.in_temporary_directory(Options(size=MIB), why)
+        path = Path(left.directory or "").parent
+        left._temporary = None  # as if it had been killed
+        left.close()
+        assert path.exists()
+        Store.in_temporary_directory(Options(size=MIB), why).close()
+        assert sorted(runtime.iterdir()) == sorted([Path(live.directory or "").parent, kept.parent])
+        live.close()
+        assert list(runtime.iterdir()) == [kept.parent]
 
 
 # --- files of others' ---

@@ -424,6 +424,34 @@ def test_many_that_wait_for_swap_hold_no_one_up(backup: Path, mount: Mount, tmp_
     assert held_up <= 3, "a machine that does something else for a while may do that"
 
 
+def test_a_signal_ends_the_mount_though_clients_wait_for_swap(mountpoint: Path, tmp_path: Path) -> None:
+    """They are cut off, and being locked in memory the daemon does not wait for pages of its own."""
+    with Mount(mountpoint, "size=64m") as mount, stores.slow_swap(mount.pid, tmp_path, reads_a_second=5) as slow:
+        (mountpoint / "a").mkdir()
+        fill(mountpoint / "a", 64 * 60)
+        slow.push_out()
+        status = Path(f"/proc/{mount.pid}/status").read_text()
+        assert "VmSwap:\t       0 kB" in status
+        readers = [
+            subprocess.Popen(["cat", mountpoint / "a" / str(1 + number * 64)], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+            for number in range(50)
+        ]  # fmt: skip
+        time.sleep(0.5)
+        begun = time.monotonic()
+        mount.process.terminate()
+        try:
+            codes = [reader.wait(15) for reader in readers]
+            took = time.monotonic() - begun
+        finally:
+            for reader in readers:
+                reader.kill()
+                reader.wait()
+        assert took < 5, "they were cut off"
+        assert codes.count(1) >= 30, "with an error"
+        assert mount.wait() == 0
+
+
 def test_a_page_that_is_dropped_during_its_swap_in_stays_dropped(backup: Path, slow: stores.SlowSwap) -> None:
     """Its reader is told so, and nothing comes back."""
     fill(backup, 64)

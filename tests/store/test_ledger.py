@@ -13,7 +13,7 @@ import stores
 import ttmfs
 from harness import descriptors
 from ttmfs import store
-from ttmfs.errors import BackupEnded, InvalidArgument, NoRoom, NotSupported
+from ttmfs.errors import BackupEnded, InvalidArgument, NoRoom, NotSupported, StoreBusy
 from ttmfs.ledger import FILE, IDS_AT_ONCE, page_runs
 from ttmfs.options import Options
 from ttmfs.pool import Pool
@@ -102,6 +102,25 @@ def test_ids_are_never_used_twice_also_by_the_next_mount(directory: Path) -> Non
     assert (directory / FILE).stat().st_size == 256
 
 
+def test_an_old_ledger_gives_no_two_backups_one_id(directory: Path) -> None:
+    """As after a loss of power: the marks of files are on the disk, and what counts them is not."""
+    pool = opened(directory)
+    old = (directory / FILE).read_bytes()
+    for number in range(6):
+        create(pool, str(number)).write(0, b"I am %d" % number)
+    pool.close()
+    (directory / FILE).write_bytes(old)
+    pool = opened(directory)
+    try:
+        create(pool, "6").write(0, b"I am 6")
+        assert sorted(trio.run(pool.names)) == list("0123456")
+        assert len({pool.store.find(name) for name in "0123456"}) == 7
+        for name in "0123456":
+            assert pool.backup(pool.store.find(name)).read(0, 6) == f"I am {name}".encode()
+    finally:
+        pool.close()
+
+
 def test_ids_last_with_their_backups(directory: Path) -> None:
     pool = opened(directory)
     create(pool, "a"), create(pool, "b")
@@ -133,12 +152,12 @@ def test_a_file_that_took_a_backups_name_is_left_alone(directory: Path) -> None:
 def test_it_is_released_for_the_next(directory: Path) -> None:
     before = descriptors(os.getpid())
     pool = opened(directory)
-    with pytest.raises(InvalidArgument, match="in use by another mount"):
+    with pytest.raises(StoreBusy, match="in use by another mount"):
         opened(directory)
     pool.close()
     assert descriptors(os.getpid()) == before
     opened(directory).close()
-    with pytest.raises(InvalidArgument, match=f"mount it with page_size={PAGE}"):
+    with pytest.raises(InvalidArgument, match="mount it with page_size=4k"):
         opened(directory, page_size=4 * PAGE)
     assert descriptors(os.getpid()) == before
 
@@ -161,15 +180,17 @@ def test_a_forged_mark_is_none(directory: Path) -> None:
         (directory / "b").write_bytes(bytes(PAGE))
         tag, _, ino = mark.decode().split()
         own = (directory / "b").stat().st_ino
-        for forged in (
+        forgeries = (
             mark,
             b"",
             b"\xff",
             b"1",
-            f"{tag} 99999 {own}".encode(),
-            f"{tag} 0 {own}".encode(),
-            f"x {id} {ino}".encode(),
-        ):
+            *(
+                f"{words}".encode()
+                for words in (f"{tag} {id} {own}", f"{tag} 99999 {own}", f"{tag} 0 {own}", f"x {id} {ino}")
+            ),
+        )
+        for forged in forgeries:
             os.setxattr(directory / "b", "user.ttmfs.id", forged)
             assert pool.store.find("b") not in (id, 0, 99999)
     finally:
