@@ -309,8 +309,11 @@ def _loop(directory: Path, size: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def swap(directory: Path, size: int = 256 << 20) -> Iterator[None]:
-    """Swap of one's own: a new zram device if the kernel has zram, else a file in a directory."""
+def swap(directory: Path, size: int = 256 << 20, *, takes: int = 0) -> Iterator[None]:
+    """Swap of one's own: a new zram device if the kernel has zram, else a file in a directory.
+
+    `takes` is the most memory that zram may use for it, 0 for no limit.
+    """
     if not ZRAM.is_dir():
         with _loop(directory, size) as device, _swapping(device):
             yield
@@ -318,16 +321,66 @@ def swap(directory: Path, size: int = 256 << 20) -> Iterator[None]:
     number = (ZRAM / "hot_add").read_text().strip()
 
     def removed() -> bool:
-        with contextlib.suppress(OSError):  # EBUSY while someone looks at it
+        with contextlib.suppress(OSError):  # someone is looking at it just now
             (ZRAM / "hot_remove").write_text(number)
         return not Path(f"/sys/block/zram{number}").exists()
 
     try:
         Path(f"/sys/block/zram{number}/disksize").write_text(str(size))
+        Path(f"/sys/block/zram{number}/mem_limit").write_text(str(takes))
         with _swapping(f"/dev/zram{number}"):
             yield
     finally:
         wait_until(removed, "zram to go")
+
+
+class ControlGroup:
+    """A memory control group, of either version, for the time of a ``with``. May be entered by processes as they start.
+
+    `swap` is what it may swap, None for all there is. `swaps` false: the kernel is to leave its memory where it is.
+    """
+
+    ROOTS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+
+    def __init__(self, limit: int, swap: int | None = None, *, swaps: bool = True) -> None:
+        self._old = self.ROOTS[0].is_dir()
+        self.path = self.ROOTS[not self._old] / f"ttmfs-pressure-{os.getpid()}"
+        self._limits: dict[str, int] = {"memory.limit_in_bytes" if self._old else "memory.max": limit}
+        if swap is not None and self._old:
+            self._limits["memory.memsw.limit_in_bytes"] = limit + swap  # of both together
+        elif swap is not None:
+            self._limits["memory.swap.max"] = swap
+        self._swappiness = self.path / "memory.swappiness" if self._old else Path("/proc/sys/vm/swappiness")
+        self._swaps = swaps
+
+    def __enter__(self) -> "ControlGroup":
+        if not self._old:
+            (self.path.parent / "cgroup.subtree_control").write_text("+memory")
+        self.path.mkdir()
+        for name, limit in self._limits.items():
+            (self.path / name).write_text(str(limit))
+        self._was = self._swappiness.read_text()
+        if not self._swaps:
+            self._swappiness.write_text("0")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._swaps:
+            self._swappiness.write_text(self._was)
+
+        def remove() -> bool:
+            with contextlib.suppress(OSError):  # EBUSY until the last member is gone
+                self.path.rmdir()
+            return not self.path.exists()
+
+        wait_until(remove, "the control group to go")
+
+    def join(self) -> None:
+        (self.path / "cgroup.procs").write_text(str(os.getpid()))
+
+    def oom_kills(self) -> int:
+        text = (self.path / ("memory.oom_control" if self._old else "memory.events")).read_text()
+        return int(dict(line.split() for line in text.splitlines())["oom_kill"])
 
 
 class _Groups:

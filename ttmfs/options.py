@@ -10,7 +10,7 @@ import grp
 import os
 import pwd
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ __all__ = [
     "format_size",
     "help_text",
     "parse_size",
+    "unknown",
 ]
 
 BASE_PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
@@ -254,7 +255,7 @@ class Options:
                 kernel.pop(OPPOSITES[word], None)
                 kernel[word] = None
             elif word not in IGNORED and not word.startswith(IGNORED_PREFIXES):
-                raise OptionError(f"unknown option {word!r}{_near(name)}")
+                raise unknown(word, (*TABLE, "rw", *OPPOSITES, *IGNORED))
         return cls(**values, kernel=tuple(kernel))
 
     def show(self) -> str:
@@ -289,10 +290,10 @@ def _split(text: str) -> list[str]:
     return [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|[^,\\]|\\$)+", text, re.DOTALL)]
 
 
-def _near(name: str) -> str:
-    known = [*TABLE, "rw", *OPPOSITES, *IGNORED]
-    match = difflib.get_close_matches(name, known, 1)
-    return f", perhaps {match[0]!r}" if match else ""
+def unknown(word: str, known: Iterable[str]) -> OptionError:
+    """The error for an option, with or without a value, that there is not; it names the nearest that there is."""
+    match = difflib.get_close_matches(word.partition("=")[0], known, 1)
+    return OptionError(f"unknown option {word!r}" + (f", perhaps {match[0]!r}" if match else ""))
 
 
 def help_text() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from . import memory
 from .backup import Backup
 from .errors import BackupAbsent, BackupNotEmpty, InvalidArgument, NameTooLong
-from .options import OptionError, Options
+from .options import TABLE, OptionError, Options, unknown
 from .store import Store
 
 __all__ = ["Pool", "Room", "bytes_avail", "open_pool"]
@@ -129,15 +129,19 @@ class Pool:
 async def open_pool(**options: Any) -> AsyncIterator[Pool]:
     """A pool on a private tmpfs, or (``store=``) in a directory, for the time of the context.
 
-    `options` are fields of :class:`ttmfs.options.Options`.
+    `options` are those of ``mount.py``, by name (``python mount.py --help``): size, backup_size, page_size, reserve in
+    bytes, store as a path, and so on. Raises InvalidArgument, NotSupported and StoreBusy.
 
     >>> async with ttmfs.open_pool(size=1 << 30) as pool:
     ...     backup = await pool.create("a", size=64 << 20)
     ...     handle = await backup.backup_page(page, 0)
     """
     try:
+        for name in options:
+            if name not in TABLE:
+                raise unknown(name, TABLE)
         checked = Options(**options)
-    except (OptionError, TypeError) as error:
+    except OptionError as error:
         raise InvalidArgument(str(error)) from None
     pool = Pool(Store.of(checked), checked)
     try:

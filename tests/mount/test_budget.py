@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import stores
 from harness import Mount, meminfo, opened, raises_errno, run, wait_until
 
 PAGE = mmap.PAGESIZE
@@ -304,45 +305,12 @@ def test_c6_c15_a_reserve_of_more_than_there_is_lets_nothing_in(mountpoint: Path
         assert (a / "1").read_bytes() == page_of(3, PAGE // 2) + bytes(PAGE // 2)
 
 
-class ControlGroup:
-    """A memory control group, of either version, that lives as long as a test. It has a limit and may not swap."""
-
-    ROOTS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    LIMITS = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"), ("memory.max", "memory.swap.max")
-    EVENTS = "memory.oom_control", "memory.events"
-
-    def __init__(self, limit: int) -> None:
-        self._version = 0 if self.ROOTS[0].is_dir() else 1
-        self.path = self.ROOTS[self._version] / f"ttmfs-test-{os.getpid()}"
-        self._limits = (limit, 0 if self._version else limit)  # the second is of both together in version 1
-
-    def __enter__(self) -> "ControlGroup":
-        if self._version:
-            (self.path.parent / "cgroup.subtree_control").write_text("+memory")
-        self.path.mkdir()
-        for name, limit in zip(self.LIMITS[self._version], self._limits, strict=True):
-            (self.path / name).write_text(str(limit))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        def remove() -> bool:
-            with contextlib.suppress(OSError):  # EBUSY until the last member is gone
-                self.path.rmdir()
-            return not self.path.exists()
-
-        wait_until(remove, "the control group to go")
-
-    def join(self) -> None:
-        (self.path / "cgroup.procs").write_text(str(os.getpid()))
-
-    def oom_kills(self) -> int:
-        rows = dict(line.split() for line in (self.path / self.EVENTS[self._version]).read_text().splitlines())
-        return int(rows["oom_kill"])
-
-
 def test_the_reserve_comes_before_the_oom_killer_of_a_control_group(mountpoint: Path) -> None:
     limit, reserve = 192 * MIB, 32 * MIB
-    with ControlGroup(limit) as group, Mount(mountpoint, f"size=4g,reserve={reserve}", preexec_fn=group.join) as mount:
+    with (
+        stores.ControlGroup(limit, 0) as group,
+        Mount(mountpoint, f"size=4g,reserve={reserve}", preexec_fn=group.join) as mount,
+    ):
         mnt = mount.path
         a = new_backup(mnt, "a")
         assert os.statvfs(mnt).f_bavail * PAGE < limit - reserve, "df shows what the group leaves"

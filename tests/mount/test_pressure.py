@@ -12,13 +12,14 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from harness import Mount, meminfo, run, wait_until
+from harness import Mount, meminfo
+from stores import ZRAM, ControlGroup, swap
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
@@ -28,88 +29,9 @@ OTHERS = 160 * MIB
 """More than the daemon, the kernel, and clients if they are inside, take of a group."""
 
 PROCESSES = 8
-ZRAM = Path("/sys/class/zram-control")
 
 Run = tuple[int, int]
 """Pages that are stored or fetched at once: the first's index, and how many."""
-
-
-@contextlib.contextmanager
-def swap(directory: Path, size: int, *, takes: int = 0) -> Iterator[None]:
-    """A swap that the kernel uses before any other: zram if there is such a thing, else a file in a directory.
-
-    `takes` is the most memory that zram may use for it, 0 for no limit.
-    """
-    with contextlib.ExitStack() as stack:
-        path = directory / "swap"
-        if ZRAM.is_dir():
-            number = (ZRAM / "hot_add").read_text().strip()
-            stack.callback(wait_until, lambda: removed(number), "zram to go")
-            path = Path(f"/dev/zram{number}")
-            Path(f"/sys/block/zram{number}/disksize").write_text(str(size))
-            Path(f"/sys/block/zram{number}/mem_limit").write_text(str(takes))
-        else:
-            stack.callback(path.unlink, missing_ok=True)
-            run(f"fallocate -l {size} '{path}' && chmod 600 '{path}'")
-        run(f"mkswap '{path}' && swapon -p 32767 '{path}'")
-        stack.callback(run, f"swapoff '{path}'")
-        yield
-
-
-def removed(number: str) -> bool:
-    """Remove a zram device, unless someone is looking at it just now."""
-    with contextlib.suppress(OSError):
-        (ZRAM / "hot_remove").write_text(number)
-    return not Path(f"/sys/block/zram{number}").exists()
-
-
-class ControlGroup:
-    """A memory control group, of either version, for the time of a ``with``. May be entered by processes as they start.
-
-    `swap` is what it may swap, None for all there is. `swaps` false: the kernel is to leave its memory where it is.
-    """
-
-    ROOTS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-
-    def __init__(self, limit: int, swap: int | None = None, *, swaps: bool = True) -> None:
-        self._old = self.ROOTS[0].is_dir()
-        self.path = self.ROOTS[not self._old] / f"ttmfs-pressure-{os.getpid()}"
-        self._limits: dict[str, int] = {"memory.limit_in_bytes" if self._old else "memory.max": limit}
-        if swap is not None and self._old:
-            self._limits["memory.memsw.limit_in_bytes"] = limit + swap  # of both together
-        elif swap is not None:
-            self._limits["memory.swap.max"] = swap
-        self._swappiness = self.path / "memory.swappiness" if self._old else Path("/proc/sys/vm/swappiness")
-        self._swaps = swaps
-
-    def __enter__(self) -> "ControlGroup":
-        if not self._old:
-            (self.path.parent / "cgroup.subtree_control").write_text("+memory")
-        self.path.mkdir()
-        for name, limit in self._limits.items():
-            (self.path / name).write_text(str(limit))
-        self._was = self._swappiness.read_text()
-        if not self._swaps:
-            self._swappiness.write_text("0")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._swaps:
-            self._swappiness.write_text(self._was)
-
-        def remove() -> bool:
-            with contextlib.suppress(OSError):  # EBUSY until the last member is gone
-                self.path.rmdir()
-            return not self.path.exists()
-
-        wait_until(remove, "the control group to go")
-
-    def join(self) -> None:
-        (self.path / "cgroup.procs").write_text(str(os.getpid()))
-
-    def oom_kills(self) -> int:
-        text = (self.path / ("memory.oom_control" if self._old else "memory.events")).read_text()
-        return int(dict(line.split() for line in text.splitlines())["oom_kill"])
 
 
 def client() -> None:
@@ -284,7 +206,10 @@ LITTLE = 192 * MIB
 BOUNDS = {
     "the swap is full": Bound(LIMIT + SWAP, lambda path: swap(path, SWAP), lambda: group_of(SWAP)),
     "the group may swap no more": Bound(
-        LIMIT + LITTLE, lambda path: swap(path, SWAP), lambda: ControlGroup(LIMIT, LITTLE), clients_inside=True
+        LIMIT + LITTLE,
+        lambda path: swap(path, SWAP),
+        lambda: ControlGroup(LIMIT, LITTLE),
+        clients_inside=True,
     ),
     "the group may not swap": Bound(LIMIT, lambda path: swap(path, SWAP), lambda: ControlGroup(LIMIT, swaps=False)),
 }
