@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -436,6 +437,7 @@ class SlowSwap:
 
         wait_until(out, "the pages to be swapped out")  # those that were just used are passed over at first
         out()  # again, for those whose writing to the device is only now done
+        time.sleep(0.02)  # so late the daemon may notice that swap has come into use
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -405,12 +406,15 @@ class Backup:
                 start, offset = found
                 if offset > start:
                     # On the loop: no one drops a page between our seeing that it is there and its being mapped.
-                    address = linux.map_resident(fd, start, offset - start)
+                    address, size = linux.map_resident(fd, start, offset - start), offset - start
                     self._store.swap.page_out_begins()
                     try:
-                        await trio.to_thread.run_sync(linux.page_out, address, offset - start)
+                        await trio.to_thread.run_sync(linux.page_out, address, size)
+                        if linux.residency(self._store.descriptor(self._id), start, size)[0]:
+                            again = partial(linux.page_out, address, size, from_all_cpus=True)
+                            await trio.to_thread.run_sync(again)
                     finally:
-                        linux.unmap(address, offset - start)
+                        linux.unmap(address, size)
                 else:
                     await trio.lowlevel.checkpoint()
             except (OSError, BackupEnded):

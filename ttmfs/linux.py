@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+import platform
 import resource
 import socket
 import subprocess
@@ -49,6 +50,7 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _FSOPEN, _FSCONFIG, _FSMOUNT, _FSPICK, _CACHESTAT = 430, 431, 432, 433, 451
+_MOVE_PAGES, _GENERIC_MOVE_PAGES = {"x86_64": 279}, 239  # the one number here that is not the same everywhere
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
@@ -302,11 +304,17 @@ def map_resident(fd: int, offset: int, length: int) -> int:
     return address
 
 
-def page_out(address: int, length: int) -> None:
+def page_out(address: int, length: int, *, from_all_cpus: bool = False) -> None:
     """Push the pages of a mapping of :func:`map_resident` to swap, as far as that is possible.
 
     Pages that were dropped meanwhile stay so. Can take as long as the swap device does: call it in a thread.
+
+    A page just written waits in a list of the CPU that it was written on, where MADV_PAGEOUT on another does not find
+    it. `from_all_cpus` empties these lists first, as every move_pages(2) does, also one of no pages (64 us on 2 CPUs).
     """
+    if from_all_cpus:
+        number = _MOVE_PAGES.get(platform.machine(), _GENERIC_MOVE_PAGES)
+        _libc.syscall(ctypes.c_long(number), 0, ctypes.c_long(0), None, (ctypes.c_int * 1)(0), None, 0)
     _libc.madvise(address, length, _MADV_PAGEOUT)
 
 
