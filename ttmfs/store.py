@@ -53,10 +53,10 @@ RECOUNT_SECONDS = 1.0
 TEMPORARY = "ttmfs-"
 """How the names of directories begin that serve those who may make no tmpfs."""
 
-_SUITED = "use a directory on tmpfs, ext4, xfs or btrfs"
-
 TEMPORARY_MARK = "removed-by-the-next-mount"
 """A file in each of them: a store=DIR that someone named alike has none."""
+
+_SUITED = "use a directory on tmpfs, ext4, xfs or btrfs"
 
 
 @contextlib.contextmanager
@@ -286,10 +286,9 @@ class Store:
                     linux.punch_hole(fd, 512 * size, size)
                 except OSError as error:
                     raise NotSupported(f"the filesystem cannot punch holes: {error.strerror}") from error
-                if linux.next_data(fd, 0) or (left := os.fstat(fd).st_blocks):
-                    raise NotSupported(
-                        f"the filesystem does not free a page that is punched out: {left * 512} bytes stay"
-                    )
+                left = os.fstat(fd).st_blocks * 512
+                if left or linux.next_data(fd, 0):
+                    raise NotSupported(f"the filesystem does not free a page that is punched out: {left} bytes stay")
             finally:
                 os.close(fd)
         return end - start
