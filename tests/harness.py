@@ -35,6 +35,26 @@ def meminfo(name: str) -> int:
     return int(rows[name].split()[0]) * 1024
 
 
+def names(directory: Path) -> list[str]:
+    """What a directory lists, in its order."""
+    return [entry.name for entry in os.scandir(directory)]
+
+
+def attribute(path: Path, name: str) -> str:
+    """An extended attribute of ttmfs' own."""
+    return os.getxattr(path, f"user.ttmfs.{name}").decode()
+
+
+def count(path: Path, name: str) -> int:
+    """One that is a number."""
+    return int(attribute(path, name))
+
+
+def set_attribute(path: Path, name: str, value: object) -> None:
+    """Set one."""
+    os.setxattr(path, f"user.ttmfs.{name}", str(value).encode())
+
+
 @contextlib.contextmanager
 def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
     """A descriptor of a file, closed again."""

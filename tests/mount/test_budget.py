@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import stores
-from harness import Mount, meminfo, opened, raises_errno, run, wait_until
+from harness import Mount, attribute, meminfo, opened, raises_errno, run, wait_until
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
@@ -28,10 +28,6 @@ def stored(mnt: Path) -> int:
 
 def free_pages(mnt: Path) -> int:
     return os.statvfs(mnt).f_bfree
-
-
-def attribute(path: Path, name: str) -> str:
-    return os.getxattr(path, f"user.ttmfs.{name}").decode()
 
 
 def page_of(byte: int, size: int = PAGE) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import Mount, meminfo, opened, raises_errno, wait_until
+from harness import Mount, attribute, meminfo, opened, raises_errno, set_attribute, wait_until
 from stores import Site
 
 PAGE = mmap.PAGESIZE
@@ -95,14 +95,6 @@ def stored(mnt: Path) -> int:
     """Pages that are stored, as df counts them."""
     room = os.statvfs(mnt)
     return room.f_blocks - room.f_bfree
-
-
-def attribute(path: Path, name: str) -> str:
-    return os.getxattr(path, f"user.ttmfs.{name}").decode()
-
-
-def set_attribute(path: Path, name: str, value: object) -> None:
-    os.setxattr(path, f"user.ttmfs.{name}", str(value).encode())
 
 
 # --- handles ---

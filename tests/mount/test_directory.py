@@ -20,7 +20,7 @@ import trio
 
 import stores
 import ttmfs
-from harness import MOUNT_PY, Mount, opened, raises_errno, run, wait_until
+from harness import MOUNT_PY, Mount, count, opened, raises_errno, run, wait_until
 from ttmfs.errors import NotSupported
 from ttmfs.options import ExitCode, Options
 from ttmfs.store import Store
@@ -46,10 +46,6 @@ def directory(below: Path) -> Path:
     path = below / "store"
     path.mkdir()
     return path
-
-
-def attribute(path: Path, name: str) -> int:
-    return int(os.getxattr(path, f"user.ttmfs.{name}"))
 
 
 def content(seed: int, pages: int = 1) -> bytes:
@@ -108,8 +104,8 @@ def test_backups_are_there_again_after_unmount_and_mount(directory: Path, mountp
         for handle in 1, 2, 7, 256:
             assert (mountpoint / "renamed" / str(handle)).read_bytes() == content(handle)
         assert (mountpoint / "renamed/3").read_bytes() == bytes(PAGE)
-        assert attribute(mountpoint / "empty", "size") == 2 * MIB
-        assert attribute(mountpoint / "renamed", "pages") == 5
+        assert count(mountpoint / "empty", "size") == 2 * MIB
+        assert count(mountpoint / "renamed", "pages") == 5
         run("rm -r *", cwd=mountpoint)
     assert os.listdir(directory) == [".ttmfs"]
 
@@ -229,7 +225,7 @@ def test_a_coarse_grain_will_do_for_pages_as_large(mountpoint: Path, tmp_path: P
         (mountpoint / "a/2").write_bytes(b"x")
         assert os.listdir(mountpoint / "a") == ["2"]
         (mountpoint / "a/2").unlink()
-        assert attribute(mountpoint / "a", "pages") == 0
+        assert count(mountpoint / "a", "pages") == 0
 
 
 def test_what_is_no_directory_to_write_to_is_refused(mountpoint: Path, tmp_path: Path) -> None:
@@ -404,11 +400,7 @@ def test_foreign_files_are_left_alone_and_not_shown(directory: Path, mountpoint:
                     os.rename(mountpoint / "a", mountpoint / name)
                 with raises_errno(ENOENT):
                     (mountpoint / name).rmdir()
-        assert (
-            attribute(mountpoint / "a", "pages")
-            == os.statvfs(mountpoint).f_blocks - os.statvfs(mountpoint).f_bfree
-            == 1
-        )
+        assert count(mountpoint / "a", "pages") == os.statvfs(mountpoint).f_blocks - os.statvfs(mountpoint).f_bfree == 1
         run("rm -r *", cwd=mountpoint)
     assert everything() == before
 
@@ -518,10 +510,10 @@ def test_what_comes_through_shmem_is_counted(directory: Path, mountpoint: Path) 
         (mountpoint / "a").mkdir()
         run(f"dd if=/dev/urandom of=a/.shmem bs={PAGE} count=10 seek=5 conv=notrunc", cwd=mountpoint)
         assert len(os.listdir(mountpoint / "a")) == 10
-        assert attribute(mountpoint / "a", "pages") == 10
+        assert count(mountpoint / "a", "pages") == 10
         wait_until(lambda: os.statvfs(mountpoint).f_bfree == 246, "df to see it")
         run(f"fallocate -p -o {6 * PAGE} -l {3 * PAGE} a/.shmem", cwd=mountpoint)
-        assert attribute(mountpoint / "a", "pages") == 7
+        assert count(mountpoint / "a", "pages") == 7
         wait_until(lambda: os.statvfs(mountpoint).f_bfree == 249, "df to see it")
         assert int(run("du -s --block-size=1 a", cwd=mountpoint).split()[0]) == 7 * PAGE
 
@@ -562,7 +554,7 @@ def test_a_full_disk_is_enospc_and_loses_nothing(mountpoint: Path, tmp_path: Pat
                 with contextlib.suppress(OSError):  # btrfs may notice only now
                     os.fsync(fd)
             assert len(stored) > 8 * MIB // page_size
-            assert attribute(mountpoint / "a", "pages") == len(stored)
+            assert count(mountpoint / "a", "pages") == len(stored)
             with raises_errno(ENOSPC):
                 for handle in range(60 * MIB // page_size, 64 * MIB // page_size):
                     (mountpoint / "a" / str(handle)).write_bytes(content(handle, page_size // PAGE))

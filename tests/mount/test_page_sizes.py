@@ -23,7 +23,7 @@ import pytest
 import trio
 
 import ttmfs
-from harness import MOUNT_PY, Mount, meminfo, mounts, opened, raises_errno, run
+from harness import MOUNT_PY, Mount, attribute, meminfo, mounts, names, opened, raises_errno, run, set_attribute
 from stores import filesystem
 from ttmfs.handles import parse_ranges
 
@@ -113,18 +113,6 @@ def get(path: Path, offset: int, length: int) -> bytes:
 def fallocate(path: Path, mode: int, offset: int, length: int) -> None:
     with opened(path) as fd:
         assert _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) == 0
-
-
-def names(backup: Path) -> list[str]:
-    return [entry.name for entry in os.scandir(backup)]
-
-
-def attribute(path: Path, name: str) -> str:
-    return os.getxattr(path, f"user.ttmfs.{name}").decode()
-
-
-def set_attribute(path: Path, name: str, value: object) -> None:
-    os.setxattr(path, f"user.ttmfs.{name}", str(value).encode())
 
 
 def stored(root: Path) -> int:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from harness import Mount, meminfo
+from harness import Mount, count, meminfo
 from stores import ZRAM, ControlGroup, swap
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -123,10 +123,6 @@ def cut(size: int, singles: int = 0) -> list[Run]:
     return dice.sample(runs, len(runs))
 
 
-def attribute(backup: Path, name: str) -> int:
-    return int(os.getxattr(backup, f"user.ttmfs.{name}"))
-
-
 def status(pid: int, name: str) -> int:
     """A row of a process' status, in bytes."""
     rows = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
@@ -154,14 +150,14 @@ def test_c8_four_times_the_memory_goes_in_and_comes_out_bit_for_bit(mountpoint: 
         runs = cut(SWAP, singles=16 * MIB)
         for hand in all_at_once("store", backup, runs):
             assert all(answer == [run[1], 0] for run, answer in hand)
-        assert attribute(backup, "pages") == SWAP // PAGE
-        assert attribute(backup, "swapped") * PAGE >= SWAP - LIMIT, "the store can be swapped"
+        assert count(backup, "pages") == SWAP // PAGE
+        assert count(backup, "swapped") * PAGE >= SWAP - LIMIT, "the store can be swapped"
         assert status(mount.pid, "VmSwap") == 0, "and what serves it is not"
 
         random.Random(0).shuffle(runs)
         for hand in all_at_once("fetch", backup, runs):
             assert [run for run, right in hand if not right] == []
-        assert attribute(backup, "swapped") * PAGE >= SWAP - LIMIT
+        assert count(backup, "swapped") * PAGE >= SWAP - LIMIT
         assert status(mount.pid, "VmSwap") == 0
         assert status(mount.pid, "VmLck") >= status(mount.pid, "VmRSS") // 2
         assert major_faults(mount.pid) - waited < 10, "the daemon waits for no memory of its own"
@@ -234,7 +230,7 @@ def test_c6_no_room_is_said_before_the_oom_killer_comes(mountpoint: Path, tmp_pa
             assert errno.ENOSPC in {number for _, (_, number) in hand}, "every process was told"
         stored = [(first, pages) for hand in answers for (first, _), (pages, _) in hand if pages]
         size = sum(pages for _, pages in stored) * PAGE
-        assert attribute(backup, "pages") * PAGE == size, "nothing of what was refused was stored"
+        assert count(backup, "pages") * PAGE == size, "nothing of what was refused was stored"
         assert size < bound.room - RESERVE
         assert size > bound.room - RESERVE - OTHERS, "nor was there much room that was not given"
 

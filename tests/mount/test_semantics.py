@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import Mount, opened, raises_errno, run, wait_until
+from harness import Mount, attribute, names, opened, raises_errno, run, set_attribute, wait_until
 
 PAGE = mmap.PAGESIZE
 SIZE = 64 << 20  # of the mounts of the fixtures, and so of their backups
@@ -35,18 +35,6 @@ def store(backup: Path, *handles: int) -> None:
     """Store pages that are full of the low byte of their handle."""
     for handle in handles:
         (backup / str(handle)).write_bytes(bytes([handle % 256]) * PAGE)
-
-
-def names(backup: Path) -> list[str]:
-    return [entry.name for entry in os.scandir(backup)]
-
-
-def attribute(path: Path, name: str) -> str:
-    return os.getxattr(path, f"user.ttmfs.{name}").decode()
-
-
-def set_attribute(path: Path, name: str, value: object) -> None:
-    os.setxattr(path, f"user.ttmfs.{name}", str(value).encode())
 
 
 # --- pages ---

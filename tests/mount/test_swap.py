@@ -17,7 +17,7 @@ import trio
 
 import stores
 import ttmfs
-from harness import Mount, meminfo, opened, run, wait_until
+from harness import Mount, count, meminfo, opened, run, wait_until
 from ttmfs import linux
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -30,10 +30,6 @@ MIB = 1 << 20
 def swap(tmp_path: Path) -> Iterator[None]:
     with stores.swap(tmp_path):
         yield
-
-
-def attribute(path: Path, name: str) -> int:
-    return int(os.getxattr(path, f"user.ttmfs.{name}"))
 
 
 def push_out(backup: Path) -> None:
@@ -50,16 +46,16 @@ def content(backup: Path) -> bytes:
     data = np.random.default_rng(1).bytes(PAGES * PAGE)
     subprocess.run(["dd", f"of={backup}/.image", "bs=1M", "conv=notrunc", "status=none"], input=data, check=True)
     push_out(backup)
-    assert attribute(backup, "swapped") > PAGES // 2
+    assert count(backup, "swapped") > PAGES // 2
     return data
 
 
 @pytest.mark.usefixtures("swap", "content")
 def test_residency_tells_the_truth(backup: Path) -> None:
-    swapped = attribute(backup, "swapped")
-    assert attribute(backup, "resident") + swapped == attribute(backup, "pages") == PAGES
+    swapped = count(backup, "swapped")
+    assert count(backup, "resident") + swapped == count(backup, "pages") == PAGES
     assert swapped * PAGE <= meminfo("SwapTotal") - meminfo("SwapFree")
-    assert attribute(backup, "swapped") == swapped, "asking has brought nothing back"
+    assert count(backup, "swapped") == swapped, "asking has brought nothing back"
 
 
 @pytest.mark.usefixtures("swap")
@@ -68,26 +64,26 @@ def test_c8_swapped_out_pages_are_listed_and_come_back_bit_for_bit(backup: Path,
     assert (backup / "7").read_bytes() == content[6 * PAGE : 7 * PAGE]
     with opened(backup / ".image") as fd:
         assert b"".join(os.pread(fd, 1 << 20, offset) for offset in range(0, len(content), 1 << 20)) == content
-    assert attribute(backup, "swapped") == 0
+    assert count(backup, "swapped") == 0
 
 
 @pytest.mark.parametrize("way", ["rm a/*", "truncate -s 0 a/.image", f"setfattr -n user.ttmfs.drop -v 1-{PAGES} a"])
 @pytest.mark.usefixtures("swap", "content")
 def test_c12_dropping_gives_swap_back_too(backup: Path, way: str) -> None:
     full = meminfo("SwapFree")
-    held = attribute(backup, "swapped") * PAGE
+    held = count(backup, "swapped") * PAGE
     run(way, cwd=backup.parent)
-    assert attribute(backup, "pages") == 0
+    assert count(backup, "pages") == 0
     wait_until(lambda: meminfo("SwapFree") >= full + held * 9 // 10, "the swap to be given back")
     backup.rmdir()
 
 
 def test_c15_bytes_avail_follows_the_swap(backup: Path, request: pytest.FixtureRequest) -> None:
-    before = attribute(backup.parent, "bytes_avail")
+    before = count(backup.parent, "bytes_avail")
     assert before == meminfo("SwapFree")
     (backup / "1").write_bytes(b"backing up works at 0 too")
     request.getfixturevalue("swap")
-    assert attribute(backup.parent, "bytes_avail") == meminfo("SwapFree") > before
+    assert count(backup.parent, "bytes_avail") == meminfo("SwapFree") > before
 
 
 def swap_used() -> int:
@@ -145,9 +141,9 @@ def test_c5_writeback_pushes_a_page_to_swap_at_once(backup: Path, store: Callabl
         assert linux.residency(fd, 8 * PAGE, PAGE) == (0, 1), "it is evicted"
         assert linux.residency(fd, 0, 20 * PAGE) == (19, 1), "and no other"
     assert swap_used() >= before + PAGE
-    assert (attribute(backup, "resident"), attribute(backup, "swapped")) == (19, 1)
+    assert (count(backup, "resident"), count(backup, "swapped")) == (19, 1)
     assert (backup / "9").read_bytes() == data
-    assert attribute(backup, "swapped") == 0
+    assert count(backup, "swapped") == 0
     assert (backup / "8").read_bytes() == others[7 * PAGE : 8 * PAGE]
 
 
@@ -157,15 +153,15 @@ def test_c5_fsync_of_the_image_takes_the_whole_backup(backup: Path) -> None:
     for handle in range(1, 100, 7):
         (backup / str(handle)).unlink()
         data = data[: (handle - 1) * PAGE] + bytes(PAGE) + data[handle * PAGE :]
-    pages, used = attribute(backup, "pages"), swap_used()
+    pages, used = count(backup, "pages"), swap_used()
     with opened(backup / ".image") as fd:
         os.fsync(fd)
-        assert attribute(backup, "pages") == pages, "it made none"
-        assert attribute(backup, "swapped") >= pages - 2  # one that was just being looked at may stay
+        assert count(backup, "pages") == pages, "it made none"
+        assert count(backup, "swapped") >= pages - 2  # one that was just being looked at may stay
         assert swap_used() - used >= (pages - 2) * PAGE
         (backup / "2").read_bytes()
         os.fsync(fd)  # of what is partly out already
-        assert attribute(backup, "swapped") >= pages - 2
+        assert count(backup, "swapped") >= pages - 2
         assert b"".join(os.pread(fd, MIB, offset) for offset in range(0, len(data), MIB)) == data
 
 
@@ -180,13 +176,13 @@ def test_large_pages_are_pushed_out_whole(mountpoint: Path, size: str) -> None:
             (backup / str(handle)).write_bytes(data)
         with opened(backup / "2") as fd:
             os.fsync(fd)
-        assert (attribute(backup, "resident"), attribute(backup, "swapped")) == (2, 1)
+        assert (count(backup, "resident"), count(backup, "swapped")) == (2, 1)
         assert (backup / "2").read_bytes() == data
         (backup / "5").touch()  # of which a base page is data, and all others only allocated
         with opened(backup / ".image") as fd:
             os.pwrite(fd, b"x", 6 * page_size - 10000)
             os.fsync(fd)
-        assert (attribute(backup, "resident"), attribute(backup, "swapped")) == (0, 5)
+        assert (count(backup, "resident"), count(backup, "swapped")) == (0, 5)
         assert os.listdir(backup) == ["1", "2", "4", "5", "6"]
         assert (backup / "4").read_bytes() == data
         assert (backup / "5").read_bytes() == bytes(page_size)
@@ -268,7 +264,7 @@ def test_c5_without_swap_writeback_does_nothing_and_succeeds(backup: Path) -> No
     with opened(backup / ".image") as fd:
         os.fsync(fd)
     if not meminfo("SwapTotal"):  # a machine's own swap is not ours to switch off
-        assert (attribute(backup, "resident"), attribute(backup, "swapped")) == (2, 0)
+        assert (count(backup, "resident"), count(backup, "swapped")) == (2, 0)
     assert (backup / "1").read_bytes() == b"x" * PAGE
 
 
@@ -297,12 +293,12 @@ def test_c12_writeback_brings_no_page_back_that_is_dropped(backup: Path) -> None
             for handle in range(1, 17):
                 os.unlink(backup / str(handle))
                 assert not (backup / str(handle)).exists()
-            assert attribute(backup, "pages") == 0
+            assert count(backup, "pages") == 0
     finally:
         stop.set()
         for client in clients:
             client.join()
-    assert (attribute(backup, "pages"), os.listdir(backup)) == (0, [])
+    assert (count(backup, "pages"), os.listdir(backup)) == (0, [])
 
 
 @pytest.mark.usefixtures("swap")
@@ -320,7 +316,7 @@ def test_others_are_served_while_a_whole_backup_is_pushed_out(backup: Path, mnt:
             times.append(time.monotonic() - start)
         pusher.join()
     took = time.monotonic() - begun
-    assert attribute(backup, "resident") <= 2
+    assert count(backup, "resident") <= 2
     assert max(times) < took / 3, f"of {took:.3f} s one read waited {max(times):.3f} s, {len(times)} were served"
 
 
@@ -359,7 +355,7 @@ def test_a_swap_in_holds_no_one_else_up(backup: Path, slow: stores.SlowSwap, way
     content = fill(backup, 256)
     (backup / "300").write_bytes(b"r" * PAGE)
     slow.push_out()
-    assert attribute(backup, "swapped") >= 256
+    assert count(backup, "swapped") >= 256
     with opened(backup / "300") as fd:
         os.pread(fd, PAGE, 0)  # resident from here on
 
@@ -498,7 +494,7 @@ def test_a_page_that_is_dropped_during_its_swap_in_stays_dropped(backup: Path, s
     for client in clients:
         client.join()
     assert ESTALE in answers, "at least one was under way"
-    assert attribute(backup, "pages") == 0
+    assert count(backup, "pages") == 0
     assert os.listdir(backup) == []
     with pytest.raises(OSError, match=os.strerror(ENOENT)):
         (backup / "3").read_bytes()
