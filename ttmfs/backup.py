@@ -368,11 +368,11 @@ class Backup:
 
         A cancellation ends the wait, unless `abandon` is false.
         """
+        if to_write:
+            offset, length = self._needed_to_write(offset, length)
         for _ in range(BRING_IN_TRIES):
-            if not self.is_out(offset, length, to_write=to_write):
+            if not self.is_out(offset, length):
                 return
-            if to_write:
-                offset, length = self._needed_to_write(offset, length)
             self._store.swap.page_in_begins()
             try:
                 file = linux.Duplicate(self._store.descriptor(self._id))  # the store may close its own meanwhile

@@ -16,7 +16,6 @@ Concurrency: one thread.
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -184,14 +183,17 @@ class Ledger:
             os.fsync(self._fd)  # before a backup that bears one of them can be on the disk
             self._last_id += IDS_AT_ONCE
         id, self._next_id = self._next_id, self._next_id + 1
-        try:
-            if self._read_only:
-                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-            os.setxattr(where, MARK, f"{self._tag} {id} {ino}".encode(), follow_symlinks=isinstance(where, int))
-        except OSError:
+        if self._read_only or not self._set_mark(where, id, ino):
             self._unmarked[ino] = id
         self._holders[id] = ino
         return id
+
+    def _set_mark(self, where: str | int, id: int, ino: int) -> bool:
+        try:
+            os.setxattr(where, MARK, f"{self._tag} {id} {ino}".encode(), follow_symlinks=isinstance(where, int))
+        except OSError:
+            return False
+        return True
 
     def is_marked(self, fd: int, id: int) -> bool:
         """Whether an open file is the backup of an id."""

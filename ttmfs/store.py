@@ -447,9 +447,8 @@ class Store:
                 self._forget(id)
                 raise BackupEnded("the backup was ended") from None
             raise from_os_error(error, f"opening {name!r}") from error
-        if not (
-            self._ledger.is_marked(fd, id) if self._ledger else os.fstat(fd).st_ino == id
-        ):  # another file was put in its place
+        same = self._ledger.is_marked(fd, id) if self._ledger else os.fstat(fd).st_ino == id
+        if not same:  # another file was put in its place
             os.close(fd)
             self._forget(id)
             raise BackupEnded("the backup was ended")
@@ -510,14 +509,11 @@ class Store:
             return min(pages, max(0, self._budget // self.page_size - self._ledger.stored))
         return pages
 
-    @contextlib.contextmanager
-    def changing(self, id: int, first: int, past: int) -> Iterator[None]:
-        """Around whatever makes pages between two indices of a backup come or go: needed if `keeps_count`."""
+    def changing(self, id: int, first: int, past: int) -> contextlib.AbstractContextManager[None]:
+        """Around whatever makes pages between two indices of a backup come or go."""
         if self._ledger:
-            with self._ledger.changing(id, self.descriptor(id), first, past):
-                yield
-        else:
-            yield
+            return self._ledger.changing(id, self.descriptor(id), first, past)
+        return contextlib.nullcontext()
 
     def pages(self, id: int) -> int:
         """How many pages a backup holds."""
