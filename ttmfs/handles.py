@@ -34,7 +34,6 @@ Uint64Array = NDArray[np.uint64]
 IntOrArray = TypeVar("IntOrArray", int, Uint64Array)
 
 _UINT64_MAX = 2**64 - 1
-_CANONICAL = re.compile(rb"[1-9][0-9]*", re.ASCII)
 _RANGE = re.compile(r"([1-9][0-9]{0,18})(?:-([1-9][0-9]{0,18}))?", re.ASCII)
 
 
@@ -97,7 +96,7 @@ def page_name(handle: int) -> bytes:
 
 def parse_page_name(name: bytes) -> int | None:
     """The handle that a file name stands for; None if it is not one in canonical decimal (no sign, no leading zero)."""
-    return int(name) if _CANONICAL.fullmatch(name) else None
+    return int(name) if name.isdigit() and name[:1] != b"0" else None
 
 
 def parse_ranges(text: str) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ Counters are incremented by the face; gauges are asked for when the text is made
 """
 
 import errno
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,12 +13,19 @@ from .pool import Pool, bytes_avail
 __all__ = ["Metrics"]
 
 
+@dataclass(slots=True)
+class Timing:
+    """How many requests of a kind were carried out, and how long that took in all."""
+
+    count: int = 0
+    nanoseconds: int = 0
+
+
 @dataclass
 class Metrics:
-    """The counters of one daemon."""
+    """The counters of one daemon, by operation."""
 
-    operations: Counter[str] = field(default_factory=Counter)
-    nanoseconds: Counter[str] = field(default_factory=Counter)
+    operations: defaultdict[str, Timing] = field(default_factory=lambda: defaultdict(Timing))
     errors: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     def text(self, pool: Pool) -> bytes:
@@ -30,9 +37,9 @@ class Metrics:
             lines.extend(f"{name}{labels} {value}" for labels, value in samples.items())
 
         operations = sorted(self.operations)
-        counts = {_labels(operation=o): self.operations[o] for o in operations}
+        counts = {_labels(operation=o): self.operations[o].count for o in operations}
         family("ttmfs_operations_total", "counter", "Requests carried out.", counts)
-        seconds = {_labels(operation=o): self.nanoseconds[o] / 1e9 for o in operations}
+        seconds = {_labels(operation=o): self.operations[o].nanoseconds / 1e9 for o in operations}
         family("ttmfs_operation_seconds_total", "counter", "Time spent carrying out requests.", seconds)
         errors = {_labels(operation=o, errno=errno.errorcode[n]): self.errors[o, n] for o, n in sorted(self.errors)}
         family("ttmfs_operation_errors_total", "counter", "Requests answered with an error.", errors)

@@ -6,13 +6,14 @@ handler would end pyfuse3's loop and with it the mount.)
 """
 
 import errno
+import inspect
 import logging
 import stat
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import closing
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
@@ -26,21 +27,28 @@ __all__ = ["Operations"]
 
 log = logging.getLogger(__name__)
 
-Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
+P = ParamSpec("P")
+T = TypeVar("T")
+Handler: TypeAlias = Callable[Concatenate["Operations", P], T]
 
 LIFETIME = 1.0
 """Seconds for which the kernel may keep a name and its attributes: so late may it learn what .shmem changed."""
 
 
-def guarded(handler: Handler) -> Handler:
-    """The wrapper round every operation."""
-    name = handler.__name__
+@overload
+def guarded(handler: "Handler[P, Coroutine[Any, Any, T]]") -> "Handler[P, Coroutine[Any, Any, T]]": ...
+@overload
+def guarded(handler: "Handler[P, T]") -> "Handler[P, Coroutine[Any, Any, T]]": ...
+def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, Any]]":
+    """The wrapper round every operation. Handlers that are plain functions wait for nothing, by their being that."""
+    name, waits, clock = handler.__name__, inspect.iscoroutinefunction(handler), time.perf_counter_ns
 
     @wraps(handler)
     async def operation(self: "Operations", *arguments: Any) -> Any:
-        start = time.perf_counter_ns()
+        start = clock()
         try:
-            answer = await handler(self, *arguments)
+            answer = handler(self, *arguments)
+            return await answer if waits else answer
         except FUSEError:
             raise
         except TtmfsError as error:
@@ -49,13 +57,13 @@ def guarded(handler: Handler) -> Handler:
             self.burst(name, error, arguments)
             raise FUSEError(errno.EIO) from None
         finally:
-            self.metrics.operations[name] += 1
-            self.metrics.nanoseconds[name] += time.perf_counter_ns() - start
+            timing = self.metrics.operations[name]
+            timing.count += 1
+            timing.nanoseconds += clock() - start
             if self.debug:
                 log.debug("%s%s", name, _brief(name, arguments))
-        return answer
 
-    return operation  # type: ignore[return-value]
+    return operation
 
 
 def _brief(operation: str, arguments: tuple[Any, ...]) -> str:
@@ -88,6 +96,12 @@ class Operations(pyfuse3.Operations):
         self._init = init
         self.lifetime = lifetime
         self._logged: set[tuple[str, object]] = set()
+        # Used for every answer: pyfuse3 copies what it needs before anything else runs.
+        self._answer = EntryAttributes()
+        self._answered: Attributes | None = None
+        self._absent = EntryAttributes()  # inode 0: there is none
+        self._absent.entry_timeout = self._absent.attr_timeout = 0.0
+        self._file = FileInfo(direct_io=True, keep_cache=False)  # every read reaches the store, nothing is kept twice
 
     def init(self) -> None:
         self._init()
@@ -118,10 +132,16 @@ class Operations(pyfuse3.Operations):
             )
 
     def _entry(self, ino: int, attributes: Attributes) -> EntryAttributes:
-        entry = EntryAttributes()
-        self._fill(entry, attributes)
+        entry = self._answer
+        if attributes != self._answered:
+            self._fill(entry, attributes)
+            self._answered = attributes
         entry.st_ino = ino
         return entry
+
+    def _opened(self, fh: int) -> FileInfo:
+        self._file.fh = fh
+        return self._file
 
     def _fill(self, entry: EntryAttributes, attributes: Attributes) -> None:
         entry.st_mode, entry.st_nlink, entry.st_size, entry.st_blocks = attributes[:4]
@@ -133,11 +153,12 @@ class Operations(pyfuse3.Operations):
     # --- names ---
 
     @guarded
-    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(*await self.tree.lookup(parent_inode, name))  # ENOENT, not inode 0: it has no lifetime
+    def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        found = self.tree.lookup(parent_inode, name)
+        return self._entry(*found) if found else self._absent
 
     @guarded
-    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+    def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         return self._entry(inode, self.tree.attributes(inode))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -160,7 +181,7 @@ class Operations(pyfuse3.Operations):
         return self._entry(inode, self.tree.attributes(inode))
 
     @guarded
-    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+    def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         return self.tree.target(inode)
 
     # --- making and removing ---
@@ -186,36 +207,36 @@ class Operations(pyfuse3.Operations):
         await self.tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
 
     @guarded
-    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+    def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         self.tree.drop_page(parent_inode, name)
 
     @guarded
-    async def create(
+    def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         fh, ino, attributes = self.tree.create_page(parent_inode, name, flags)
-        return _file(fh), self._entry(ino, attributes)
+        return self._opened(fh), self._entry(ino, attributes)
 
     @guarded
-    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+    def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         if not stat.S_ISREG(mode):
             raise NotPermitted("a backup holds pages, no devices, pipes or sockets")
         _, ino, attributes = self.tree.create_page(parent_inode, name, 0)
         return self._entry(ino, attributes)
 
     @guarded
-    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+    def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         raise NotPermitted("no links can be made here")
 
     @guarded
-    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+    def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         raise NotPermitted("no links can be made here")
 
     # --- files ---
 
     @guarded
-    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return _file(self.tree.open(inode, flags))
+    def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return self._opened(self.tree.open(inode, flags))
 
     @guarded
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -226,7 +247,7 @@ class Operations(pyfuse3.Operations):
         return await self.tree.write(fh, off, buf)
 
     @guarded
-    async def flush(self, fh: int) -> None:
+    def flush(self, fh: int) -> None:
         raise FUSEError(errno.ENOSYS)  # the kernel asks no more: a close is a round trip less
 
     @guarded
@@ -234,29 +255,29 @@ class Operations(pyfuse3.Operations):
         await self.tree.sync(fh)
 
     @guarded
-    async def release(self, fh: int) -> None:
+    def release(self, fh: int) -> None:
         self.tree.close(fh)
 
     # --- directories ---
 
     @guarded
-    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+    def opendir(self, inode: int, ctx: RequestContext) -> int:
         return self.tree.open_directory(inode)
 
     @guarded
-    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        filled, last = EntryAttributes(), None
+    def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        filled, last, reply = EntryAttributes(), None, pyfuse3.readdir_reply
         with closing(self.tree.listing(fh, start_id)) as entries:
             for name, ino, attributes, next_id in entries:
                 if attributes is not last:
                     self._fill(filled, attributes)
                     last = attributes
                 filled.st_ino = ino
-                if not pyfuse3.readdir_reply(token, name, filled, next_id):
+                if not reply(token, name, filled, next_id):
                     return
 
     @guarded
-    async def releasedir(self, fh: int) -> None:
+    def releasedir(self, fh: int) -> None:
         self.tree.close_directory(fh)
 
     @guarded
@@ -266,7 +287,7 @@ class Operations(pyfuse3.Operations):
     # --- the whole, and extended attributes ---
 
     @guarded
-    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+    def statfs(self, ctx: RequestContext) -> StatvfsData:
         room, page_size = self.pool.room(), self.pool.page_size
         answer = StatvfsData()
         answer.f_bsize = answer.f_frsize = page_size
@@ -279,22 +300,17 @@ class Operations(pyfuse3.Operations):
         return answer
 
     @guarded
-    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+    def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         return self.tree.get_attribute(inode, name)
 
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        self.tree.set_attribute(inode, name, value, ctx.uid)
+        await self.tree.set_attribute(inode, name, value, ctx.uid)
 
     @guarded
-    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+    def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         return ()  # hidden, as CephFS' virtual ones are: a tool that copies all it finds would fail at them
 
     @guarded
-    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+    def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         self.tree.remove_attribute(inode, name)
-
-
-def _file(fh: int) -> FileInfo:
-    """An open file: direct I/O, so that every read reaches the store and nothing is kept twice."""
-    return FileInfo(fh=fh, direct_io=True, keep_cache=False)

@@ -36,6 +36,9 @@ _SIZE = re.compile(r"([0-9]{1,19})([kmgt]?)", re.IGNORECASE | re.ASCII)
 _PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # what a file offset can reach
 
+AUTO_POLL, LONGEST_POLL = 200, 10_000  # us
+_BUSY_POLLS = {"auto": AUTO_POLL, "off": 0}
+
 OPPOSITES = {
     "suid": "nosuid",
     "nosuid": "suid",
@@ -145,6 +148,18 @@ def _parse_gid(text: str) -> int:
     return _parse_id(text, "group", lambda name: grp.getgrnam(name).gr_gid)
 
 
+def _parse_busy_poll(text: str) -> int:
+    if text in _BUSY_POLLS:
+        return _BUSY_POLLS[text]
+    if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) <= LONGEST_POLL:
+        raise OptionError(f"{text!r} is no time to poll: write auto, off, or microseconds from 1 to {LONGEST_POLL}")
+    return int(text)
+
+
+def _format_busy_poll(longest: int) -> str:
+    return next((text for text, known in _BUSY_POLLS.items() if known == longest), str(longest))
+
+
 @dataclass(frozen=True)
 class Option:
     """One row of the table: an option of ttmfs' own."""
@@ -177,6 +192,7 @@ TABLE = {
         Option("backup_size", "SIZE", _parse_positive_size, format_size, "size of a backup that mkdir makes (size)"),
         Option("page_size", "SIZE", parse_size, format_size, "bytes a page, a power of two up to 2m (the system's)"),
         Option("reserve", "SIZE", parse_size, format_size, "memory and swap that storing leaves free (64m)"),
+        Option("busy_poll", "auto|off|US", _parse_busy_poll, _format_busy_poll, "how long to poll for requests (auto)"),
         _flag("allow_other", "let other users in, as far as the mode bits allow"),
         _flag("ro", "mount read-only"),
         _flag("debug", "log every operation"),
@@ -198,6 +214,7 @@ class Options:
     backup_size: int = 0  # 0: the same as size
     page_size: int = BASE_PAGE_SIZE
     reserve: int = 64 << 20
+    busy_poll: int = AUTO_POLL  # us at most; 0: off
     allow_other: bool = False
     ro: bool = False
     debug: bool = False
@@ -205,7 +222,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Fill in the defaults that follow from others, and check what no single value shows."""
-        for name in "size", "nr_inodes", "backup_size", "page_size", "reserve":
+        for name in "size", "nr_inodes", "backup_size", "page_size", "reserve", "busy_poll":
             value = getattr(self, name)
             if not isinstance(value, int) and not (name == "nr_inodes" and value is None):
                 raise OptionError(f"{name}: a number is needed here, not {value!r}")
@@ -271,9 +288,10 @@ class Options:
         return ",".join((*words, *self.kernel))
 
     def as_dict(self) -> dict[str, Any]:
-        """Every option and its value in force, for ``.config``. Modes are octal text, as they are written."""
+        """Every option and its value in force, for ``.config``. Modes and busy_poll are text, as they are written."""
         mode = None if self.mode is None else TABLE["mode"].show(self.mode)
-        return {**asdict(self), "mode": mode, "kernel": list(self.kernel)}
+        polling = TABLE["busy_poll"].show(self.busy_poll)
+        return {**asdict(self), "mode": mode, "busy_poll": polling, "kernel": list(self.kernel)}
 
 
 def _directory(path: str | os.PathLike[str]) -> str:

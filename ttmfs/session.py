@@ -10,6 +10,7 @@ The daemon never touches the mount itself, nor holds a descriptor of it: it woul
 import contextlib
 import errno
 import functools
+import inspect
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import signal
 import socket
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ import pyfuse3
 import trio
 
 from . import linux
+from .busy_poll import BusyPoll
 from .errors import NotSupported, TtmfsError
 from .inodes import CONFIG, STATS
 from .metrics import Metrics
@@ -48,6 +50,10 @@ NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 8, 0)
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The signals that ask for the end."""
+
+WAIT = "_wait_fuse_readable"
+"""The function in which pyfuse3's loop waits for the next request, found anew at each. The one private thing that is
+replaced, as pyfuse3's own asyncio support replaces others."""
 
 MOST_WAITING = 1000
 """So many requests may wait for swap or a disk at once before the next is not read."""
@@ -210,6 +216,8 @@ class _Session:
         self._initialized = trio.Event()
         self.served = False
         self._session_fd = -1
+        self._longest_poll = options.busy_poll * 1000
+        self._busy_poll: BusyPoll | None = None
         metrics = Metrics()
         texts = {STATS: lambda: metrics.text(pool), CONFIG: lambda: _config(options, pool)}
         tree = Tree(pool, texts, self._forget_names, self._forget_attributes)
@@ -261,11 +269,34 @@ class _Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
             nursery.start_soon(self._say_ready)
-            await pyfuse3.main(max_tasks=_most_waiting())
+            with self._busy_polling():
+                await pyfuse3.main(max_tasks=_most_waiting())
             nursery.cancel_scope.cancel()
+
+    @contextlib.contextmanager
+    def _busy_polling(self) -> Iterator[None]:
+        """Have pyfuse3's loop wait for requests by polling, if that is asked for and this pyfuse3 lets us."""
+        asleep = getattr(pyfuse3, WAIT, None)
+        if not self._longest_poll:
+            yield
+        elif not inspect.iscoroutinefunction(asleep) or inspect.signature(asleep).parameters:
+            log.warning("pyfuse3 %s has no %s() as it is known here: no busy polling", pyfuse3.__version__, WAIT)
+            yield
+        else:
+            self._busy_poll = BusyPoll(self._session_fd, asleep, self._longest_poll)
+            before = signal.signal(signal.SIGALRM, lambda *_: None)
+            setattr(pyfuse3, WAIT, self._busy_poll.wait)
+            try:
+                yield
+            finally:
+                setattr(pyfuse3, WAIT, asleep)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
 
     async def _say_ready(self) -> None:
         await self._initialized.wait()
+        if self._busy_poll and not self._busy_poll.calls:
+            log.warning("pyfuse3 %s does not call its %s(): no busy polling", pyfuse3.__version__, WAIT)
         if self._ending.asked:
             return
         _lock_memory()

@@ -510,10 +510,9 @@ class Store:
         return pages
 
     def changing(self, id: int, first: int, past: int) -> contextlib.AbstractContextManager[None]:
-        """Around whatever makes pages between two indices of a backup come or go."""
-        if self._ledger:
-            return self._ledger.changing(id, self.descriptor(id), first, past)
-        return contextlib.nullcontext()
+        """Around whatever makes pages between two indices of a backup come or go, where `keeps_count`."""
+        assert self._ledger
+        return self._ledger.changing(id, self.descriptor(id), first, past)
 
     def pages(self, id: int) -> int:
         """How many pages a backup holds."""

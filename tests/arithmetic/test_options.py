@@ -15,6 +15,7 @@ from ttmfs.options import (
     BASE_PAGE_SIZE,
     IGNORED,
     LARGEST_PAGE_SIZE,
+    LONGEST_POLL,
     OPPOSITES,
     TABLE,
     ExitCode,
@@ -37,6 +38,7 @@ common: dict[str, st.SearchStrategy[Any]] = {
     "backup_size": st.just(0) | sizes,
     "page_size": st.sampled_from(PAGE_SIZES),
     "reserve": st.just(0) | sizes,
+    "busy_poll": st.just(0) | st.integers(1, LONGEST_POLL),
     "allow_other": st.booleans(),
     "ro": st.booleans(),
     "debug": st.booleans(),
@@ -55,6 +57,7 @@ valid_words = st.one_of(
     st.tuples(st.just("nr_inodes"), st.just("0") | st.integers(2, 2**40).map(str)),
     st.tuples(st.sampled_from(["uid", "gid"]), st.integers(0, 2**32 - 2).map(str)),
     st.tuples(st.just("mode"), st.integers(0, 0o7777).map("{:o}".format)),
+    st.tuples(st.just("busy_poll"), st.sampled_from(["auto", "off"]) | st.integers(1, LONGEST_POLL).map(str)),
     st.tuples(st.just("page_size"), st.sampled_from(PAGE_SIZES).map(str)),
 )
 words = st.builds("{}{}{}".format, names | st.text(max_size=8), st.sampled_from(["", "=", "=="]), values | st.just(""))
@@ -98,6 +101,9 @@ def test_what_is_not_given_is_half_of_the_ram_and_backups_as_large() -> None:
         ("page_size=2m", "page_size", 2 << 20),
         ("reserve=0", "reserve", 0),
         ("reserve=1g", "reserve", 1 << 30),
+        ("busy_poll=auto", "busy_poll", 200),
+        ("busy_poll=off", "busy_poll", 0),
+        ("busy_poll=50", "busy_poll", 50),
         ("allow_other", "allow_other", True),
         ("debug", "debug", True),
         ("ro", "ro", True),
@@ -188,6 +194,11 @@ def test_of_opposite_flags_the_last_counts(one: str, other: str) -> None:
         ("page_size=2k", r"page_size=2k: must be"),
         ("page_size=4m", r"page_size=4m: must be"),
         ("page_size=0", r"page_size=0: must be"),
+        ("busy_poll", r"busy_poll needs a value"),
+        ("busy_poll=on", r"busy_poll: 'on' is no time to poll: write auto, off, or microseconds from 1 to 10000"),
+        ("busy_poll=0", r"busy_poll: '0' is no time to poll: write auto, off"),
+        ("busy_poll=10001", r"busy_poll: '10001' is no time to poll"),
+        ("busy_poll=1.5", r"busy_poll: '1.5' is no time to poll"),
         ("ro=1", r"ro is a flag and takes no value"),
         ("debug=", r"debug is a flag and takes no value"),
         ("size=1m,ro,siez=1m", r"unknown option 'siez=1m'"),
@@ -252,6 +263,7 @@ def test_config_has_every_option_with_its_value(options: Options) -> None:
     mode = shown.pop("mode")
     assert (mode if mode is None else int(mode, 8)) == options.mode
     assert shown.pop("kernel") == list(options.kernel)
+    assert Options.parse(f"busy_poll={shown.pop('busy_poll')}").busy_poll == options.busy_poll
     assert shown == {name: getattr(options, name) for name in shown}
 
 

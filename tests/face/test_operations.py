@@ -219,7 +219,8 @@ def test_flush_is_answered_so_that_it_is_not_asked_again(face: Face, a: int) -> 
 def test_names_and_attributes_that_exist_have_a_lifetime_and_others_none(face: Face, a: int) -> None:
     entry = face.lookup(a, b"1", CTX)
     assert (entry.entry_timeout, entry.attr_timeout) == (1.0, 1.0)
-    assert refusal(face.lookup, a, b"2", CTX) == "ENOENT"  # and not inode 0, which the kernel would remember
+    absent = face.lookup(a, b"2", CTX)
+    assert (absent.st_ino, absent.entry_timeout, absent.attr_timeout) == (0, 0.0, 0.0), "inode 0: there is none"
 
 
 def test_every_open_file_has_direct_io(face: Face, a: int) -> None:
@@ -353,8 +354,10 @@ def test_statfs_speaks_in_pages(face: Face) -> None:
 
 
 def test_metrics_count_operations_and_errors(face: Face, a: int) -> None:
-    refusal(face.lookup, a, b"7", CTX)
+    face.lookup(a, b"7", CTX)
+    refusal(face.getattr, a + 7, CTX)
     text = face.metrics.text(face.operations.pool).decode()
     assert 'ttmfs_operations_total{operation="lookup"} 1\n' in text
-    assert 'ttmfs_operation_errors_total{operation="lookup",errno="ENOENT"} 1\n' in text
+    assert 'ttmfs_operation_errors_total{operation="getattr",errno="ESTALE"} 1\n' in text
+    assert 'operation="lookup",errno' not in text, "to find no page is no error"
     assert "ttmfs_stored_pages 1\n" in text

@@ -10,7 +10,8 @@ from harness import REPOSITORY
 PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
-    "handles errors options linux memory ledger store backup pool inodes tree metrics operations session background"
+    "handles errors options linux memory ledger store backup pool inodes tree metrics operations "
+    "busy_poll session background"
 ).split()
 
 

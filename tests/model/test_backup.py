@@ -396,17 +396,17 @@ async def test_truncating_drops_what_lies_past_and_zeroes_the_rest(page_size: in
     async with ttmfs.open_pool(size=8 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a")
         await backup.backup_pages(np.full((8, page_size), 255, np.uint8), 0)
-        backup.truncate(5 * page_size + 7)
+        await backup.truncate(5 * page_size + 7)
         assert list(backup.extents()) == [(0, 6)]
         assert backup.read(5 * page_size, page_size) == b"\xff" * 7 + bytes(page_size - 7)
         assert backup.stat().st_blocks * 512 == 6 * page_size
         await backup.drop(2)
-        backup.truncate(page_size + 7)
+        await backup.truncate(page_size + 7)
         assert list(backup.extents()) == [(0, 1)], "the page that it ends in is made by no truncation"
-        backup.truncate(0)
+        await backup.truncate(0)
         assert (backup.pages, backup.size) == (0, 8 * page_size)
         with pytest.raises(OutOfBounds):
-            backup.truncate(8 * page_size + 1)
+            await backup.truncate(8 * page_size + 1)
 
 
 @in_trio

@@ -216,7 +216,7 @@ class Layer:
 
     def truncate(self, name: str, size: int) -> None:
         async def truncate() -> None:
-            (await self.pool.open(name)).truncate(size)
+            await (await self.pool.open(name)).truncate(size)
 
         self.do(truncate)
 

@@ -1,0 +1,269 @@
+"""Waiting for requests by polling, on a pipe in place of the kernel: when it polls, when it sleeps, who has a turn."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import trio
+
+from ttmfs.busy_poll import FIRST_WINDOW, TURN, BusyPoll
+
+LONGEST = 5_000_000  # ns; longer than any wait of the machine for its processors is likely to be
+
+
+class Loop:
+    """A pipe, and a reading loop that sleeps as pyfuse3's does: one task waits for the pipe, the others for it."""
+
+    def __init__(self) -> None:
+        self.reads, self.writes = os.pipe()
+        self.sleeps = 0
+        self.ends = False
+
+    async def asleep(self) -> bool:
+        if not hasattr(self, "lock"):
+            self.lock = trio.Lock()
+        self.sleeps += 1
+        async with self.lock:
+            await trio.lowlevel.wait_readable(self.reads)
+        return not self.ends
+
+    def request(self) -> None:
+        os.write(self.writes, b".")
+
+    def request_in(self, seconds: float) -> None:
+        threading.Timer(seconds, self.request).start()
+
+    def read(self) -> None:
+        assert os.read(self.reads, 1) == b"."
+
+    def run(self, main: Callable[[BusyPoll], object], longest: int = LONGEST) -> None:
+        async def run() -> None:
+            with trio.fail_after(10):
+                await main(BusyPoll(self.reads, self.asleep, longest))  # type: ignore[misc]
+
+        trio.run(run)
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    handler = signal.signal(signal.SIGALRM, lambda *_: None)
+    yield loop
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, handler)
+    os.close(loop.reads)
+    os.close(loop.writes)
+
+
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    yield
+    os.sched_setaffinity(0, allowed)
+
+
+async def grown(loop: Loop, poll: BusyPoll) -> None:
+    """Have requests that come soon after each other, until they are polled for."""
+    while poll._window < LONGEST:
+        loop.request_in(0.0005)
+        assert await poll.wait()
+        loop.read()
+
+
+async def thread_at_work() -> None:
+    while not trio.to_thread.current_default_thread_limiter().borrowed_tokens:
+        await trio.lowlevel.checkpoint()
+
+
+def test_what_is_there_is_found_without_sleeping(loop: Loop) -> None:
+    async def main(poll: BusyPoll) -> None:
+        for _ in range(100):
+            loop.request()
+            assert await poll.wait()
+            loop.read()
+        assert loop.sleeps == 0
+
+    loop.run(main)
+
+
+def test_the_first_request_is_waited_for_asleep(loop: Loop) -> None:
+    async def main(poll: BusyPoll) -> None:
+        loop.request_in(0.01)
+        before = time.thread_time()
+        assert await poll.wait()
+        assert loop.sleeps == 1
+        assert time.thread_time() - before < 0.005
+
+    loop.run(main)
+
+
+def test_requests_that_come_soon_are_polled_for(loop: Loop) -> None:
+    async def main(poll: BusyPoll) -> None:
+        await grown(loop, poll)
+        before = loop.sleeps
+        for _ in range(20):
+            loop.request_in(0.0005)
+            assert await poll.wait()
+            loop.read()
+        assert loop.sleeps - before < 10, "most are found awake"
+
+    loop.run(main)
+
+
+def test_the_window_falls_to_nothing_when_nothing_comes(loop: Loop) -> None:
+    async def main(poll: BusyPoll) -> None:
+        await grown(loop, poll)
+        loop.request_in(0.05)
+        before = time.thread_time()
+        assert await poll.wait()
+        loop.read()
+        assert time.thread_time() - before < 0.02, "it was polled for no longer than the longest window"
+        assert poll._window == 0
+        loop.request_in(0.05)
+        before = time.thread_time()
+        assert await poll.wait()
+        assert time.thread_time() - before < 0.005, "and not at all after that"
+
+    loop.run(main)
+
+
+def test_the_window_is_never_longer_than_was_asked_for(loop: Loop) -> None:
+    async def main(poll: BusyPoll) -> None:
+        for _ in range(20):
+            loop.request_in(0.00001)
+            await poll.wait()
+            loop.read()
+            assert poll._window <= FIRST_WINDOW // 2
+
+    loop.run(main, longest=FIRST_WINDOW // 2)
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_on_one_cpu_nothing_is_polled_for(loop: Loop) -> None:
+    async def main(poll: BusyPoll) -> None:
+        for _ in range(20):
+            loop.request_in(0.0005)
+            assert await poll.wait()
+            loop.read()
+            assert poll._window == 0
+
+    loop.run(main)
+
+
+def test_a_request_that_another_has_read_is_not_announced(loop: Loop) -> None:
+    """Two tasks wait. Whoever is announced a request reads it at once, and would block for ever if it were gone."""
+    found: list[int] = []
+
+    async def serve(poll: BusyPoll, number: int) -> None:
+        while await poll.wait():
+            os.set_blocking(loop.reads, False)
+            loop.read()
+            found.append(number)
+            if number == 1:
+                await trio.sleep(0.001)  # a slow request: the other reads meanwhile
+
+    async def main(poll: BusyPoll) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, poll, 1)
+            nursery.start_soon(serve, poll, 2)
+            for _ in range(300):
+                loop.request()
+                await trio.lowlevel.checkpoint()
+            while len(found) < 300:
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        assert set(found) == {1, 2}
+
+    loop.run(main)
+
+
+def test_trios_other_tasks_have_turns_while_requests_never_end(loop: Loop) -> None:
+    turns: list[int] = []
+
+    async def other() -> None:
+        while True:
+            turns.append(time.perf_counter_ns())
+            await trio.lowlevel.checkpoint()
+
+    async def main(poll: BusyPoll) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            await trio.lowlevel.checkpoint()
+            end = time.perf_counter_ns() + 20 * TURN
+            while time.perf_counter_ns() < end:
+                loop.request()
+                assert await poll.wait()
+                loop.read()
+            nursery.cancel_scope.cancel()
+        assert loop.sleeps == 0
+        assert len(turns) > 10
+
+    loop.run(main)
+
+
+def test_threads_are_not_kept_waiting(loop: Loop) -> None:
+    """While one works it is slept, not polled; and its end is seen although requests never do."""
+
+    async def main(poll: BusyPoll) -> None:
+        await grown(loop, poll)
+        ended = False
+
+        async def work() -> None:
+            nonlocal ended
+            await trio.to_thread.run_sync(time.sleep, 0.05)
+            ended = True
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work)
+            await thread_at_work()
+            before, sleeps = time.thread_time(), loop.sleeps
+            loop.request_in(0.02)
+            assert await poll.wait()
+            loop.read()
+            assert loop.sleeps == sleeps + 1
+            assert time.thread_time() - before < LONGEST / 1e9 / 2
+            start = time.perf_counter()
+            while not ended:
+                loop.request()
+                assert await poll.wait()
+                loop.read()
+                assert time.perf_counter() < start + 1
+
+    loop.run(main)
+
+
+def test_a_read_that_finds_nothing_ends_while_a_thread_works(loop: Loop) -> None:
+    """The request was announced and then taken back: the blocked read is interrupted."""
+    interrupted: list[int] = []
+    signal.signal(signal.SIGALRM, lambda number, _: interrupted.append(number))
+
+    async def main(poll: BusyPoll) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, time.sleep, 0.1)
+            await thread_at_work()
+            loop.request()
+            assert await poll.wait()
+            loop.read()
+            loop.request_in(0.09)
+            loop.read()  # as pyfuse3 does: blocked in a system call, until a signal or a request comes
+            assert interrupted
+        loop.request()
+        assert await poll.wait()
+        interrupted.clear()
+        await trio.sleep(0.05)
+        assert not interrupted, "and no signal comes when no thread works"
+
+    loop.run(main)
+
+
+def test_the_end_is_handed_on(loop: Loop) -> None:
+    async def main(poll: BusyPoll) -> None:
+        loop.ends = True
+        loop.request_in(0.005)
+        assert not await poll.wait()
+
+    loop.run(main)

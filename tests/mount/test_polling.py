@@ -1,0 +1,156 @@
+"""Busy polling on real mounts: nothing when idle, the same answers without it, and pyfuse3s that it does not know."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import MOUNT_PY, Mount, count, opened, wait_until
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+BURST = 2000
+MARGIN = 0.001  # s of processor time that a second of doing nothing may take: a page fault, a tick of the kernel's
+
+
+def processor_time(pid: int) -> float:
+    """Seconds of processor time that a process has taken, all its threads together."""
+    times = [(task / "schedstat").read_text().split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(map(int, times)) / 1e9
+
+
+def work(backup: Path, pages: int = BURST) -> None:
+    with opened(backup / "1", os.O_RDWR | os.O_CREAT) as fd:
+        for number in range(pages):
+            data = number.to_bytes(4, "little") * (PAGE // 4)
+            assert os.pwrite(fd, data, 0) == PAGE
+            assert os.pread(fd, PAGE, 0) == data
+
+
+def command_after(script: str) -> tuple[str, ...]:
+    """mount.py, run when a script has changed what it is to find."""
+    prelude = f"import runpy, sys\nsys.argv[0] = {str(MOUNT_PY)!r}\nsys.path.insert(0, {str(MOUNT_PY.parent)!r})\n"
+    end = f"\nrunpy.run_path({str(MOUNT_PY)!r}, run_name='__main__')\n"
+    return sys.executable, "-W", "error", "-c", prelude + textwrap.dedent(script) + end
+
+
+@pytest.mark.parametrize("option", ["auto", "10000"])
+def test_an_idle_mount_takes_no_processor_time(mountpoint: Path, option: str) -> None:
+    with Mount(mountpoint, f"size=1m,busy_poll={option}") as mount:
+        (mountpoint / "a").mkdir()
+        work(mountpoint / "a")
+        time.sleep(0.1)
+        before = processor_time(mount.pid)
+        time.sleep(1)
+        assert processor_time(mount.pid) - before < MARGIN
+
+
+def test_polling_stops_within_10_ms_after_a_burst(mountpoint: Path) -> None:
+    with Mount(mountpoint, "size=1m") as mount:
+        (mountpoint / "a").mkdir()
+        late = []
+        for _ in range(10):
+            work(mountpoint / "a", 200)
+            time.sleep(0.01)
+            before = processor_time(mount.pid)
+            time.sleep(0.1)
+            late.append(processor_time(mount.pid) - before)
+        assert sorted(late)[5] < MARGIN / 10, late
+
+
+def test_polling_is_quicker_and_switched_off_it_is_not_there(mountpoint: Path) -> None:
+    """The two in turns, on one machine at the same time; what takes longest now and then is left out."""
+    other = mountpoint.parent / "other"
+    other.mkdir()
+    with Mount(mountpoint, "size=1m") as polling, Mount(other, "size=1m,busy_poll=off") as asleep:
+        times: dict[Path, list[float]] = {polling.path: [], asleep.path: []}
+        for mnt in times:
+            (mnt / "a").mkdir()
+            work(mnt / "a")
+        for _ in range(9):
+            for mnt, took in times.items():
+                start = time.perf_counter()
+                work(mnt / "a", 300)
+                took.append(time.perf_counter() - start)
+        medians = [sorted(took)[4] for took in times.values()]
+        assert medians[0] < 0.8 * medians[1], medians
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (
+            "import pyfuse3\nwait = pyfuse3._wait_fuse_readable\npyfuse3._wait_fuse_readable = lambda: wait()",
+            r"pyfuse3 [0-9.]+ has no _wait_fuse_readable\(\) as it is known here: no busy polling$",
+        ),
+        (
+            "import pyfuse3\nwait, main = pyfuse3._wait_fuse_readable, pyfuse3.main\n"
+            "def keep(**more):\n    pyfuse3._wait_fuse_readable = wait\n    return main(**more)\n"
+            "pyfuse3.main = keep",
+            r"pyfuse3 [0-9.]+ does not call its _wait_fuse_readable\(\): no busy polling$",
+        ),
+    ],
+    ids=["of another shape", "not called"],
+)
+def test_a_pyfuse3_that_is_not_as_known_serves_as_it_does_by_itself(
+    mountpoint: Path, script: str, expected: str
+) -> None:
+    with Mount(mountpoint, "size=1m", command=command_after(script)) as mount:
+        mount.expect_log(expected)
+        (mountpoint / "a").mkdir()
+        work(mountpoint / "a")
+        assert len([line for line in mount.log if "no busy polling" in line]) == 1
+
+
+def test_off_says_nothing_of_a_pyfuse3_that_is_not_as_known(mountpoint: Path) -> None:
+    script = "import pyfuse3\nwait = pyfuse3._wait_fuse_readable\npyfuse3._wait_fuse_readable = lambda: wait()"
+    with Mount(mountpoint, "size=1m,busy_poll=off", command=command_after(script)):
+        (mountpoint / "a").mkdir()
+        work(mountpoint / "a")
+
+
+def test_a_client_killed_between_polling_and_reading_holds_no_one_up(mountpoint: Path) -> None:
+    """Its request is taken back, and the daemon reads nothing; what waits for a thread goes on nevertheless."""
+    flag = mountpoint.parent / "flag"
+    script = f"""
+        import os, time, trio
+        from ttmfs import busy_poll, tree
+        found = busy_poll.BusyPoll._found
+        def slowly(self):
+            if (there := found(self)) and os.path.exists({str(flag)!r}):
+                os.rename({str(flag)!r}, {str(flag) + ".found"!r})
+                time.sleep(0.5)
+            return there
+        busy_poll.BusyPoll._found = slowly
+        async def sync(self, fh):
+            await trio.to_thread.run_sync(time.sleep, 1.0)
+        tree.Tree.sync = sync
+    """
+    with Mount(mountpoint, "size=1m", command=command_after(script)):
+        backup = mountpoint / "a"
+        backup.mkdir()
+        (backup / "1").write_bytes(b"x")
+        with _client(f"import os; fd = os.open({str(backup / '1')!r}, os.O_RDWR); os.fsync(fd); print()") as slow:
+            time.sleep(0.3)  # it waits in a thread
+            flag.touch()
+            with _client(f"import os; os.stat({str(backup / '2')!r})") as killed:
+                wait_until(lambda: Path(f"{flag}.found").exists(), "the request to be seen")
+                killed.send_signal(signal.SIGKILL)
+                killed.wait(5)
+            assert slow.wait(5) == 0
+        assert count(backup, "pages") == 1
+
+
+@contextlib.contextmanager
+def _client(script: str) -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
