@@ -19,6 +19,7 @@ import sys
 from typing import Any
 
 __all__ = [
+    "CAP_SYS_RESOURCE",
     "Duplicate",
     "is_data",
     "is_tmpfs",
@@ -31,6 +32,7 @@ __all__ = [
     "page_out",
     "punch_hole",
     "rename",
+    "renounce",
     "reserve_range",
     "residency",
     "resize_tmpfs",
@@ -61,6 +63,8 @@ _RENAME_NOREPLACE = 1
 _TMPFS_MAGIC = 0x01021994
 _MADV_PAGEOUT, _MADV_POPULATE_READ = 21, 22
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_CAPABILITY_VERSION_3 = 0x20080522
+CAP_SYS_RESOURCE = 24
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
 
@@ -356,6 +360,25 @@ def lock_memory(limit: int) -> None:
             mmap.mmap(-1, limit + _PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ).close()
         except OSError:
             _checked(_libc.mlockall(_MCL_CURRENT | _MCL_ONFAULT), "mlockall")
+
+
+# --- rights ---
+
+
+class _CapabilityHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapabilitySets(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable"))
+
+
+def renounce(capability: int) -> None:
+    """Do without one of the first 32 capabilities, in this thread and those that it starts. capset(2)."""
+    header, sets = _CapabilityHeader(_CAPABILITY_VERSION_3, 0), (_CapabilitySets * 2)()
+    _checked(_libc.capget(ctypes.byref(header), sets), "capget")
+    sets[0].effective &= ~(1 << capability)
+    _checked(_libc.capset(ctypes.byref(header), sets), "capset")
 
 
 if __name__ == "__main__":

@@ -249,6 +249,9 @@ class _Session:
 
     def run(self) -> None:
         """Serve until unmounted."""
+        # With it libfuse gets a pipe large enough to splice(2) every request through: two system calls, not one, which is
+        # 2.6 of 17 us of a page operation. What that spares is one of three copies of a write by 1 MiB.
+        linux.renounce(linux.CAP_SYS_RESOURCE)
         first = _without_atomic_o_trunc(os.read(self._connection, FUSE_MIN_READ_BUFFER))
         feeder, session_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._session_fd = session_end.detach()

@@ -49,7 +49,7 @@ from .errors import (
     TooLong,
     WrongParent,
 )
-from .handles import format_ranges, page_name, parse_page_name, parse_ranges
+from .handles import format_ranges, parse_page_name, parse_ranges
 from .inodes import (
     CONFIG,
     IMAGE,
@@ -436,12 +436,13 @@ class Tree:
                 if (run := backup.extent(idx)) is None:
                     return
                 (idx, end), found_at = run, time.monotonic()
+            handle = idx + 1
             try:
-                for idx in range(idx, min(end, limit)):  # noqa: B020
-                    yield page_name(idx + 1), base | idx + 1, page, idx + 3
-                idx = end
-            finally:  # also when the caller wants no more: then the entry at idx was not taken
-                position = idx
+                for handle in range(idx + 1, min(end, limit) + 1):
+                    yield b"%d" % handle, base | handle, page, handle + 2
+                handle = end + 1
+            finally:  # also when the caller wants no more: then the entry of this handle was not taken
+                position = idx = handle - 1
                 self._extents[fh] = position, end, found_at
 
     def close_directory(self, fh: int) -> None:
