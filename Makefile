@@ -1,12 +1,13 @@
 # make demo   the main job on real input, every command shown
 # make test   lint and all tests
 # make lint   types, linter, formatter
+# make bench  what it costs beside tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
 # Both install what is missing (Debian, Ubuntu), as root or through sudo.
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test lint format figures setup clean
+.PHONY: demo test lint format bench bench-quick setup clean
 
 demo: setup
 	$(SUDO) env PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
@@ -23,8 +24,11 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-figures: setup
-	$(SUDO) $(BIN)/python benchmarks/figures.py
+bench: setup
+	$(SUDO) $(BIN)/python benchmarks/bench.py
+
+bench-quick: setup
+	$(SUDO) $(BIN)/python benchmarks/bench.py --quick
 
 setup: .venv/ready
 

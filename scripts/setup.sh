@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what ttmfs needs and what its demo and tests use: Debian packages where a program is missing, then .venv.
-# As root or through sudo. Asks nothing; a second run does nothing that is done already.
+# Installs what ttmfs needs and what its demo, tests and benchmarks use: Debian packages where a program is missing, then
+# .venv. As root or through sudo. Asks nothing; a second run does nothing that is done already.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -15,6 +15,7 @@ need xxd xxd
 need getfattr attr
 need fio fio
 need rsync rsync
+need bindfs bindfs
 need ps procps
 [ -e /usr/include/fuse3/fuse.h ] || packages="$packages libfuse3-dev"
 
@@ -41,5 +42,5 @@ fi
 
 # Made anew where it was left half made, or its Python has gone or become another version.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
-.venv/bin/python -m pip install -q --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev]'
+.venv/bin/python -m pip install -q --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev,bench]'
 touch .venv/ready

@@ -2,8 +2,11 @@
 
 To be put to sleep and woken up takes longer than a page operation. So after each request the connection is polled
 without sleeping, for no longer than `window`, which adapts as KVM's halt polling does: it grows when a request came
-soon after all, and falls to nothing when none did, so that an idle daemon does nothing. Where all that may run here has
-one CPU, polling would keep it from whoever is to send the next request: then there is none.
+soon after all, and falls to nothing when none did, so that an idle daemon does nothing. Between two looks whoever else
+waits for this CPU may have it, above all a client that was put here when it was answered.
+
+There is no polling where all that may run here has one CPU, while a thread works for a slow request, nor for a while
+after another process has kept the CPU: who has used up his share by polling would wait longest for the next turn.
 
 Concurrency: one thread, several tasks that wait here. One of them polls, the others sleep; if it is held up by a slow
 request, the next request wakes one of those. Between finding the connection readable and returning nothing is awaited,
@@ -22,61 +25,74 @@ __all__ = ["BusyPoll"]
 
 FIRST_WINDOW = 50_000  # ns
 
-TURN, SHORT_TURN = 10_000_000, 500_000
-"""After so many ns of requests without a pause trio's other tasks have their turn; sooner if any waits for a thread."""
+LOST, PAUSE, LONGEST_PAUSE = 300_000, 5_000_000, 160_000_000
+"""A look that comes so many ns later than it should means that another had the CPU, and so long nothing is polled then,
+twice as long each time that it comes again soon: in a virtual machine a lost moment now and then means nothing."""
 
-BLOCKED_SECONDS = 0.02
-"""So late goes on what waits for a thread, if a request was taken back after it was announced, and none follows it."""
+TURN, SHORT_TURN = 10_000_000, 500_000
+"""After so many ns of requests without a pause trio's other tasks have their turn; sooner if a request is under way."""
+
+BLOCKED_SECONDS, LONGEST_ALARM_SECONDS = 0.02, 1.0
+"""So late goes on what is under way, if a request was taken back after it was announced, and none follows it."""
 
 
 class BusyPoll:
     """Waits for a connection to become readable. Times are ns.
 
-    `asleep` waits for that asleep; it gives False if the loop is to end. `longest` bounds the window. SIGALRM must have
-    a handler.
+    `asleep` waits for that asleep; it gives False if the loop is to end. `longest` bounds the window. `under_way`
+    tells how many requests wait for a thread or for their turn. SIGALRM must be handled by `alarm`.
     """
 
-    def __init__(self, connection: int, asleep: Callable[[], Awaitable[bool]], longest: int) -> None:
+    def __init__(
+        self, connection: int, asleep: Callable[[], Awaitable[bool]], longest: int, under_way: Callable[[], int]
+    ) -> None:
         self._asleep = asleep
         self._longest = longest
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
-        self._threads = trio.to_thread.current_default_thread_limiter()
+        self._under_way = under_way
         self._window = 0
-        self._turn_began = self._idle_since = 0
+        self._turn_began = self._idle_since = self._paused_until = self._paused_for = 0
         self._polled = False  # whether a task is polling
-        self._alarmed = False  # whether the timer runs
+        self._alarm_in = 0.0  # seconds for which the timer was set; 0: it is not
         self.calls = 0
 
     async def wait(self) -> bool:
         """Until a request can be read: True. False if the loop is to end."""
         self.calls += 1
         readable, clock = self._readable.poll, time.perf_counter_ns
-        now, threads = clock(), self._threads.borrowed_tokens
-        if self._alarmed and not threads:
-            self._alarmed = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        now, others = clock(), self._under_way()
         if not self._polled:
-            if now > self._turn_began + (SHORT_TURN if threads else TURN):
+            if now > self._turn_began + (SHORT_TURN if others else TURN):
                 await self._give_way()
                 now = clock()
             self._idle_since = now
-            if threads:  # they need the interpreter, so it is not kept busy
+            if others:  # they need the interpreter, or their turn
                 if self._found():
                     return True
             else:
-                end = now + self._window
+                end = now + (self._window if now > self._paused_until else 0)
                 while True:
-                    if readable(0):
+                    found, now = readable(0), clock()
+                    if now > end + LOST:
+                        self._pause(now)
+                    if found:
                         return True
-                    if clock() >= end:
+                    if now >= end:
                         break
+                    os.sched_yield()
         while await self._asleep():
             if self._found():  # else another task has read it already
                 self._turn_began = clock()
                 self._adapt(self._turn_began - self._idle_since)
                 return True
         return False
+
+    def _pause(self, now: int) -> None:
+        """Poll no more for a while."""
+        again = now < self._paused_until + self._paused_for
+        self._paused_for = min(2 * self._paused_for, LONGEST_PAUSE) if again else PAUSE
+        self._paused_until = now + self._paused_for
 
     async def _give_way(self) -> None:
         """Let trio's other tasks run once."""
@@ -91,10 +107,15 @@ class BusyPoll:
         """Whether there is a request. Who reads it is not left blocked for long if it is taken back just then."""
         if not self._readable.poll(0):
             return False
-        if self._threads.borrowed_tokens and not self._alarmed:
-            self._alarmed = True
-            signal.setitimer(signal.ITIMER_REAL, BLOCKED_SECONDS, BLOCKED_SECONDS)  # each signal ends a read(2)
+        if self._under_way() and not self._alarm_in:
+            self._alarm_in = BLOCKED_SECONDS
+            signal.setitimer(signal.ITIMER_REAL, self._alarm_in)  # the signal ends a read(2)
         return True
+
+    def alarm(self, *_: object) -> None:
+        """Handle SIGALRM: once more, later, as long as anything is under way. (What it interrupts must get on.)"""
+        self._alarm_in = min(2 * self._alarm_in, LONGEST_ALARM_SECONDS) if self._under_way() else 0.0
+        signal.setitimer(signal.ITIMER_REAL, self._alarm_in)
 
     def _adapt(self, waited: int) -> None:
         """Set the window after a request that came later than it."""

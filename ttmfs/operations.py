@@ -47,8 +47,13 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
     async def operation(self: "Operations", *arguments: Any) -> Any:
         start = clock()
         try:
-            answer = handler(self, *arguments)
-            return await answer if waits else answer
+            if not waits:
+                return handler(self, *arguments)
+            self.under_way += 1
+            try:
+                return await handler(self, *arguments)
+            finally:
+                self.under_way -= 1
         except FUSEError:
             raise
         except TtmfsError as error:
@@ -93,6 +98,7 @@ class Operations(pyfuse3.Operations):
         self.pool = pool
         self.metrics = metrics
         self.debug = debug
+        self.under_way = 0  # handlers that wait for something
         self._init = init
         self.lifetime = lifetime
         self._logged: set[tuple[str, object]] = set()

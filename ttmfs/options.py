@@ -228,6 +228,8 @@ class Options:
                 raise OptionError(f"{name}: a number is needed here, not {value!r}")
             if value is not None and not 0 <= value <= _LARGEST_SIZE:
                 raise OptionError(f"{name}: {value} does not lie between 0 and {_LARGEST_SIZE}")
+        if self.busy_poll > LONGEST_POLL:
+            raise OptionError(f"busy_poll: {self.busy_poll} is more than {LONGEST_POLL} microseconds")
         if self.store is not None:
             object.__setattr__(self, "store", _directory(self.store))
         if self.nr_inodes == 1:

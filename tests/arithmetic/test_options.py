@@ -315,3 +315,8 @@ def test_help_has_a_line_for_every_option_and_exit_code() -> None:
         assert re.search(rf"^  {shown} +\S.*$", text, re.MULTILINE), name
     for code in ExitCode:
         assert re.search(rf"^  {code.value} +\S.*$", text, re.MULTILINE), code
+
+
+def test_a_program_that_names_the_options_is_held_to_the_same_bounds() -> None:
+    with pytest.raises(OptionError, match="busy_poll: 10001 is more than 10000 microseconds"):
+        Options(busy_poll=LONGEST_POLL + 1)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import trio
 
-from ttmfs.busy_poll import FIRST_WINDOW, TURN, BusyPoll
+from ttmfs.busy_poll import FIRST_WINDOW, LONGEST_PAUSE, PAUSE, TURN, BusyPoll
 
 LONGEST = 5_000_000  # ns; longer than any wait of the machine for its processors is likely to be
 
@@ -42,7 +44,10 @@ class Loop:
     def run(self, main: Callable[[BusyPoll], object], longest: int = LONGEST) -> None:
         async def run() -> None:
             with trio.fail_after(10):
-                await main(BusyPoll(self.reads, self.asleep, longest))  # type: ignore[misc]
+                threads = trio.to_thread.current_default_thread_limiter()
+                poll = BusyPoll(self.reads, self.asleep, longest, lambda: threads.borrowed_tokens)
+                signal.signal(signal.SIGALRM, poll.alarm)
+                await main(poll)  # type: ignore[misc]
 
         trio.run(run)
 
@@ -239,9 +244,13 @@ def test_threads_are_not_kept_waiting(loop: Loop) -> None:
 def test_a_read_that_finds_nothing_ends_while_a_thread_works(loop: Loop) -> None:
     """The request was announced and then taken back: the blocked read is interrupted."""
     interrupted: list[int] = []
-    signal.signal(signal.SIGALRM, lambda number, _: interrupted.append(number))
 
     async def main(poll: BusyPoll) -> None:
+        def alarm(number: int, _: object) -> None:
+            interrupted.append(number)
+            poll.alarm()
+
+        signal.signal(signal.SIGALRM, alarm)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, time.sleep, 0.1)
             await thread_at_work()
@@ -251,8 +260,7 @@ def test_a_read_that_finds_nothing_ends_while_a_thread_works(loop: Loop) -> None
             loop.request_in(0.09)
             loop.read()  # as pyfuse3 does: blocked in a system call, until a signal or a request comes
             assert interrupted
-        loop.request()
-        assert await poll.wait()
+        await trio.sleep(0.05)  # and nothing comes: no one waits anew
         interrupted.clear()
         await trio.sleep(0.05)
         assert not interrupted, "and no signal comes when no thread works"
@@ -265,5 +273,40 @@ def test_the_end_is_handed_on(loop: Loop) -> None:
         loop.ends = True
         loop.request_in(0.005)
         assert not await poll.wait()
+
+    loop.run(main)
+
+
+def test_where_others_want_the_cpus_polling_pauses(loop: Loop) -> None:
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+
+    async def main(poll: BusyPoll) -> None:
+        end = time.perf_counter() + 3
+        while not poll._paused_until:
+            assert time.perf_counter() < end
+            poll._window = LONGEST
+            loop.request_in(0.01)
+            assert await poll.wait()
+            loop.read()
+        assert poll._paused_for >= PAUSE
+
+    try:
+        loop.run(main)
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+
+
+def test_a_pause_lasts_the_longer_the_sooner_it_comes_again(loop: Loop) -> None:
+    async def main(poll: BusyPoll) -> None:
+        lengths, now = [], 10**9
+        for _ in range(7):
+            poll._pause(now)
+            lengths.append(poll._paused_for)
+            now = poll._paused_until + PAUSE // 2
+        assert lengths == [PAUSE << doublings for doublings in (0, 1, 2, 3, 4, 5, 5)]
+        poll._pause(poll._paused_until + LONGEST_PAUSE)
+        assert poll._paused_for == PAUSE
 
     loop.run(main)

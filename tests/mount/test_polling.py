@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,25 @@ def test_an_idle_mount_takes_no_processor_time(mountpoint: Path, option: str) ->
     with Mount(mountpoint, f"size=1m,busy_poll={option}") as mount:
         (mountpoint / "a").mkdir()
         work(mountpoint / "a")
+        time.sleep(0.1)
+        before = processor_time(mount.pid)
+        time.sleep(1)
+        assert processor_time(mount.pid) - before < MARGIN
+
+
+def test_nothing_goes_on_after_requests_that_waited_together(tmp_path: Path, mountpoint: Path) -> None:
+    """Whoever of those that wait for a disk is done last may not come back to the loop."""
+    store = tmp_path / "store"
+    store.mkdir()
+    with Mount(mountpoint, f"store={store},size=1m") as mount, contextlib.ExitStack() as stack:
+        (mountpoint / "a").mkdir()
+        files = [stack.enter_context(opened(mountpoint / "a" / str(n), os.O_RDWR | os.O_CREAT)) for n in range(1, 5)]
+        for _ in range(5):
+            threads = [threading.Thread(target=os.fsync, args=(fd,)) for fd in files]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         time.sleep(0.1)
         before = processor_time(mount.pid)
         time.sleep(1)
@@ -115,8 +135,9 @@ def test_off_says_nothing_of_a_pyfuse3_that_is_not_as_known(mountpoint: Path) ->
         work(mountpoint / "a")
 
 
-def test_a_client_killed_between_polling_and_reading_holds_no_one_up(mountpoint: Path) -> None:
-    """Its request is taken back, and the daemon reads nothing; what waits for a thread goes on nevertheless."""
+@pytest.mark.parametrize("wait", ["trio.to_thread.run_sync(time.sleep, 1.0)", "trio.sleep(1.0)"])
+def test_a_client_killed_between_polling_and_reading_holds_no_one_up(mountpoint: Path, wait: str) -> None:
+    """Its request is taken back and nothing is read. What waits, for a thread or not, goes on all the same."""
     flag = mountpoint.parent / "flag"
     script = f"""
         import os, time, trio
@@ -129,7 +150,7 @@ def test_a_client_killed_between_polling_and_reading_holds_no_one_up(mountpoint:
             return there
         busy_poll.BusyPoll._found = slowly
         async def sync(self, fh):
-            await trio.to_thread.run_sync(time.sleep, 1.0)
+            await {wait}
         tree.Tree.sync = sync
     """
     with Mount(mountpoint, "size=1m", command=command_after(script)):

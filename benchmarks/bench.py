@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""The benchmarks of ttmfs: what it costs, beside tmpfs, bindfs and pyfuse3's example, on real mounts in one run.
+
+Prints tables, and writes results.json and SVG plots. Nothing is left mounted. Needs root.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import bandwidth
+import clients
+import idle
+import latency
+import listing
+import machine
+import memory
+import operations
+from plan import FULL, QUICK, TINY, Plan
+from report import targets_table
+
+GROUPS = {
+    "operations": operations,
+    "clients": clients,
+    "bandwidth": bandwidth,
+    "latency": latency,
+    "listing": listing,
+    "memory": memory,
+    "idle": idle,
+}
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def log(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="plan", action="store_const", const=QUICK, default=FULL, help="under a minute")
+    size.add_argument("--tiny", dest="plan", action="store_const", const=TINY, help="to see that it works, no more")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="NAME", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--rounds", type=int, help="rounds that count, after one to warm up")
+    parser.add_argument("--json", type=Path, default=RESULTS / "results.json", metavar="FILE", help="(%(default)s)")
+    parser.add_argument("--plots", type=Path, default=RESULTS, metavar="DIR", help="where the SVG go (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed or was not measured")
+    arguments = parser.parse_args()
+    if os.geteuid():
+        parser.error("needs root, to mount a tmpfs and to drop the kernel's caches")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: ended by SIGTERM"))
+    try:
+        import plots  # an extra; better said now than after the measuring
+    except ImportError as error:
+        parser.error(f"{error}: pip install '.[bench]'")
+    plan = replace(arguments.plan, rounds=arguments.rounds or arguments.plan.rounds)
+    found: dict[str, Any] = {"machine": machine.record(), "plan": asdict(plan), "groups": {}, "failed": {}}
+    said = machine.describe(found["machine"])
+    print(f"{said}\n\nA {plan.name} run; {plan.rounds} rounds.", flush=True)
+    targets, seconds = [], {}
+    for name in arguments.only or GROUPS:
+        start = time.monotonic()
+        try:
+            result = measure(name, plan)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            found["failed"][name] = repr(error)  # the others' figures are worth having
+            print(f"\n## {name}\n\nFAILED: {error!r}", flush=True)
+            log(f"{name} failed: {error!r}")
+            continue
+        seconds[name] = round(time.monotonic() - start, 1)
+        log(f"{name}: {seconds[name]} s")
+        found["groups"][name] = result
+        targets += GROUPS[name].targets(result)
+        print(f"\n## {name}\n\n{GROUPS[name].report(result)}", flush=True)
+    print(f"\n## targets\n\n{targets_table(targets)}")
+    found |= {"targets": [target.as_dict() for target in targets], "seconds": seconds}
+    found["machine"]["load_average_after"] = os.getloadavg()[0]
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    written = [arguments.json, *plots.draw(found["groups"], said, arguments.plots)]
+    log(f"{sum(seconds.values()):.0f} s; wrote {', '.join(map(str, written))}")
+    missed = arguments.check and not all(target.met for target in targets)
+    return int(bool(found["failed"]) or missed)
+
+
+def measure(name: str, plan: Plan) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="ttmfs-bench.") as temporary:
+        directory = Path(temporary)
+        result: dict[str, Any] = GROUPS[name].run(plan, directory)
+        for left in directory.iterdir():
+            left.rmdir()  # fails, rather than empties it, if something is mounted still
+        return result
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("bench: interrupted")

@@ -1,0 +1,136 @@
+"""The machine: what it is, for the record, and what of its memory is in use."""
+
+import ctypes
+import os
+import platform
+import re
+import statistics
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["SETTLED", "SLAB", "Slab", "anonymous", "available", "describe", "record"]
+
+SLAB = ("SUnreclaim", "SReclaimable")
+HALT_POLL = Path("/sys/module/haltpoll/parameters/guest_halt_poll_ns")
+WAKE_UPS = 2000
+SETTLED = 64 << 10  # bytes by which slab may still change between two looks
+QUIET_SECONDS, LOOK_SECONDS = 10.0, 0.1  # spent on slab that moves; between two looks
+
+
+def record() -> dict[str, Any]:
+    models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    libfuse = ctypes.CDLL("libfuse3.so.3")
+    libfuse.fuse_pkgversion.restype = ctypes.c_char_p
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "processor": models[0] if models else "",
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "page_size": os.sysconf("SC_PAGE_SIZE"),
+        "python": platform.python_version(),
+        "libfuse": libfuse.fuse_pkgversion().decode(),
+        "pyfuse3": version("pyfuse3"),
+        "guest_halt_poll_ns": _number(HALT_POLL),
+        "wake_up_microseconds": _wake_up(),
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def _number(path: Path) -> int | None:
+    return int(path.read_text()) if path.exists() else None
+
+
+def _wake_up() -> float | None:
+    """Microseconds from waking a process on another CPU to its running: half a round through two pipes. The median.
+
+    A page operation of a filesystem in user space has two of them, unless someone polls. None: there is one CPU.
+    """
+    here, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        return None
+    (asked, ask), (answered, answer) = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        os.sched_setaffinity(0, {others[0]})
+        os.close(ask)
+        while byte := os.read(asked, 1):
+            os.write(answer, byte)
+        os._exit(0)
+    os.sched_setaffinity(0, {here})
+    rounds = []
+    for _ in range(WAKE_UPS):
+        start = time.perf_counter_ns()
+        os.write(ask, b".")
+        os.read(answered, 1)
+        rounds.append(time.perf_counter_ns() - start)
+    os.sched_setaffinity(0, {here, *others})
+    for fd in asked, ask, answered, answer:
+        os.close(fd)
+    os.waitpid(child, 0)
+    return round(statistics.median(rounds) / 2000, 1)
+
+
+def describe(found: dict[str, Any]) -> str:
+    return (
+        f"Linux {found['kernel']} {found['architecture']}, {found['cores']} cores ({found['processor']}), "
+        f"{found['memory_bytes'] >> 20} MiB, Python {found['python']}, libfuse {found['libfuse']}, "
+        f"pyfuse3 {found['pyfuse3']}; waking a process on another CPU takes {found['wake_up_microseconds']} us, "
+        f"guest_halt_poll_ns {found['guest_halt_poll_ns']}; load before: {found['load_average_before']:.2f}"
+    )
+
+
+def _meminfo() -> dict[str, int]:
+    rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return {row[0][:-1]: int(row[1]) * 1024 for row in rows}
+
+
+def available() -> int:
+    """Bytes that can be had without swapping."""
+    return _meminfo()["MemAvailable"]
+
+
+class Slab:
+    """SUnreclaim and SReclaimable in bytes, looked at when they hold still: the kernel frees much of it with a delay.
+
+    Where others keep the machine busy they never do. All waiting together has an end; then `at_rest` is False.
+    """
+
+    def __init__(self) -> None:
+        self.at_rest = True
+        self._left = QUIET_SECONDS
+
+    def look(self) -> dict[str, int]:
+        now = self._read()
+        while self.at_rest:
+            time.sleep(LOOK_SECONDS)
+            before, now = now, self._read()
+            if all(abs(now[name] - before[name]) <= SETTLED for name in SLAB):
+                break
+            self._left -= LOOK_SECONDS
+            self.at_rest = self._left > 0
+        return now
+
+    def forget(self) -> dict[str, int]:
+        """Let the kernel drop every dentry and inode that it can, until no more goes: it spares what was just used."""
+        os.sync()
+        now = self.look()
+        while True:
+            Path("/proc/sys/vm/drop_caches").write_text("2\n")
+            before, now = now, self.look()
+            if not self.at_rest or sum(before.values()) - sum(now.values()) <= SETTLED:
+                return now
+
+    def _read(self) -> dict[str, int]:
+        Path("/proc/sys/vm/stat_refresh").read_bytes()  # what each CPU has counted for itself goes into the sums
+        rows = _meminfo()
+        return {name: rows[name] for name in SLAB}
+
+
+def anonymous(pid: int) -> int:
+    """A process' own memory in bytes."""
+    return int(re.findall(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]) * 1024

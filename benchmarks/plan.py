@@ -1,0 +1,95 @@
+"""How much is measured: the full run, the quick one, and the least that still goes everywhere, for tests."""
+
+from dataclasses import dataclass
+
+__all__ = ["FULL", "QUICK", "TINY", "Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one run. The issue's targets hold at those of FULL; a table says where a run is smaller."""
+
+    name: str
+    rounds: int  # counted ones; one more before them warms up
+    operations: int  # page operations a round, kind and system
+    held: int  # pages that are held open
+    clients: int  # processes at once
+    client_seconds: float
+    bulk_bytes: int  # present pages for requests of 1 MiB
+    request_sizes: tuple[int, ...]
+    sweep_bytes: int  # at most so much a request size
+    sweep_requests: int  # and so many requests
+    many_pages: int  # listing, dropping at once, kernel memory
+    most_pages: int  # the daemon's memory
+    page_counts: tuple[int, ...]  # latency against pages
+    latency_operations: int  # a round, kind and number
+    example_pages: int  # the most that the example is given: it slows down
+    bindfs_pages: int  # the most that bindfs is given: it is filled file by file
+    backup_counts: tuple[int, ...]
+    stream_seconds: float
+    idle_seconds: float
+
+
+FULL = Plan(
+    name="full",
+    rounds=7,
+    operations=1000,
+    held=64,
+    clients=16,
+    client_seconds=0.5,
+    bulk_bytes=256 << 20,
+    request_sizes=(4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20),
+    sweep_bytes=64 << 20,
+    sweep_requests=2048,
+    many_pages=1_000_000,
+    most_pages=4_000_000,
+    page_counts=(1, 10, 100, 1000, 10_000, 100_000, 1_000_000),
+    latency_operations=300,
+    example_pages=1000,
+    bindfs_pages=10_000,
+    backup_counts=(1, 1000, 10_000),
+    stream_seconds=2.0,
+    idle_seconds=10.0,
+)
+QUICK = Plan(
+    name="quick",
+    rounds=5,
+    operations=100,
+    held=16,
+    clients=16,
+    client_seconds=0.1,
+    bulk_bytes=64 << 20,
+    request_sizes=(4 << 10, 64 << 10, 1 << 20),
+    sweep_bytes=8 << 20,
+    sweep_requests=128,
+    many_pages=20_000,
+    most_pages=100_000,
+    page_counts=(1, 1000, 20_000),
+    latency_operations=60,
+    example_pages=100,
+    bindfs_pages=1000,
+    backup_counts=(1, 100, 1000),
+    stream_seconds=0.2,
+    idle_seconds=1.0,
+)
+TINY = Plan(
+    name="tiny",
+    rounds=1,
+    operations=5,
+    held=2,
+    clients=2,
+    client_seconds=0.05,
+    bulk_bytes=2 << 20,
+    request_sizes=(4 << 10, 1 << 20),
+    sweep_bytes=2 << 20,
+    sweep_requests=2,
+    many_pages=500,
+    most_pages=1000,
+    page_counts=(1, 500),
+    latency_operations=5,
+    example_pages=10,
+    bindfs_pages=500,
+    backup_counts=(1, 20),
+    stream_seconds=0.1,
+    idle_seconds=0.1,
+)

@@ -1,0 +1,309 @@
+"""The filesystems that run side by side: each mounted for real by its own program, and taken away again.
+
+All of a group's systems are mounted at once, so that they can take turns. ``tmpfs.py`` is the example in the source
+package of the pyfuse3 that is installed; pip fetches it once, and it is kept in the user's cache directory.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from processes import uninterrupted
+
+__all__ = [
+    "BINDFS",
+    "EXAMPLE",
+    "OFF",
+    "SIDE_BY_SIDE",
+    "TMPFS",
+    "TTMFS",
+    "Bindfs",
+    "Example",
+    "System",
+    "Tmpfs",
+    "Ttmfs",
+    "Unavailable",
+    "mounted",
+    "side_by_side",
+    "wait_until",
+]
+
+TTMFS, OFF, EXAMPLE, BINDFS, TMPFS = SIDE_BY_SIDE = ("ttmfs", "ttmfs busy_poll=off", "tmpfs.py", "bindfs", "tmpfs")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WAIT_SECONDS, FETCH_SECONDS = 30.0, 120.0
+STATS_BYTES = 1 << 16
+
+
+class Unavailable(Exception):
+    """A system that cannot be had here. The text says what to do."""
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> None:
+    """Wait for a condition, but not for ever."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {seconds:.0f} s for {what}")
+        time.sleep(0.01)
+
+
+class System(ABC):
+    """A mount, and the process that serves it, if one does."""
+
+    page_size = os.sysconf("SC_PAGE_SIZE")
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.size = size
+        self.path = Path()
+        self.process: subprocess.Popen[str] | None = None
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin to mount at ``path``, an empty directory."""
+
+    def wait(self) -> None:  # noqa: B027 (nothing to wait for, unless a daemon serves)
+        """Return once the mount answers."""
+
+    def ask_to_end(self) -> None:  # noqa: B027
+        """Begin to unmount, where that takes time."""
+
+    @abstractmethod
+    def end(self) -> list[str]:
+        """Unmount; on return nothing is left, and whoever served has ended. What there is to complain of."""
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def cpu(self) -> int:
+        """CPU time that the daemon has used, in ns: its whole process' clock, as clock_getcpuclockid(3) makes it."""
+        return int(time.clock_gettime_ns(~self.pid << 3 | 2)) if self.process else 0
+
+    def new(self, name: str) -> Path:
+        """A new directory for pages."""
+        directory = self.path / name
+        directory.mkdir()
+        return directory
+
+
+class _Daemon(System):
+    """A system whose daemon is a child of ours, in the foreground. It has a session of its own, lest Ctrl-C reach it
+    before we have let go of its files.
+    """
+
+    command: Sequence[str]
+
+    def start(self) -> None:
+        self._before = self.path.stat().st_dev
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by end)
+        self.process = subprocess.Popen(
+            [*self.command, str(self.path)],
+            stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        process = self.process
+        assert process is not None
+        wait_until(
+            lambda: process.poll() is not None or self.path.stat().st_dev != self._before, f"{self.name} to mount"
+        )
+        if process.poll() is not None:
+            raise RuntimeError(f"{self.name} did not mount: {self._said()}")
+
+    def ask_to_end(self) -> None:
+        if self.process and os.path.ismount(self.path):
+            subprocess.run(["fusermount3", "-u", str(self.path)], check=False, stderr=subprocess.DEVNULL)
+        elif self.process:
+            self.process.terminate()
+
+    def end(self) -> list[str]:
+        if self.process is None:
+            return []
+        try:
+            code = self.process.wait(WAIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        finally:
+            if os.path.ismount(self.path):
+                subprocess.run(["fusermount3", "-u", "-z", str(self.path)], check=False)
+        with self._log:
+            return [f"{self.name} ended with {code}: {self._said()}"] if code else []
+
+    def _said(self) -> str:
+        self._log.seek(0)
+        return self._log.read().strip()
+
+
+class Ttmfs(_Daemon):
+    """A ttmfs on a private tmpfs."""
+
+    def __init__(self, name: str, size: int, *options: str, page_size: int = System.page_size) -> None:
+        super().__init__(name, size)
+        self.page_size = page_size
+        self._asked = -1
+        words = ",".join((f"size={size}", f"page_size={page_size}", *options))
+        self.command = [sys.executable, str(REPOSITORY / "mount.py"), "-f", "-o", words]
+
+    def ask_to_end(self) -> None:
+        if self.process:
+            self.process.terminate()
+
+    def requests(self) -> Counter[str]:
+        """How many requests of each kind were carried out, but for those that reading ``.stats`` itself makes.
+
+        The text is made when the file is opened: it knows of the openings and readings before this one.
+        """
+        fd = os.open(self.path / ".stats", os.O_RDONLY)
+        try:
+            text = os.read(fd, STATS_BYTES).decode()
+        finally:
+            os.close(fd)
+        rows = re.findall(r'^ttmfs_operations_total\{operation="(\w+)"\} (\d+)$', text, re.MULTILINE)
+        found = Counter({name: int(count) for name, count in rows})
+        self._asked += 1
+        found.subtract({"open": self._asked, "read": self._asked})
+        return found
+
+    def stored_pages(self) -> int:
+        found = os.statvfs(self.path)
+        return (found.f_blocks - found.f_bfree) * found.f_frsize // self.page_size
+
+
+class Tmpfs(System):
+    """A tmpfs of the kernel, with a file a page: what ttmfs is instead of."""
+
+    def start(self) -> None:
+        options = f"size={self.size},nr_inodes=0"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "ttmfs-bench", str(self.path)], check=True)
+
+    def end(self) -> list[str]:
+        if os.path.ismount(self.path):
+            subprocess.run(["umount", str(self.path)], check=True)
+        return []
+
+
+class Bindfs(_Daemon):
+    """bindfs, a passthrough filesystem in C, over a tmpfs of its own."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__(name, size)
+        if not shutil.which("bindfs"):
+            raise Unavailable("there is no bindfs: apt-get install bindfs")
+        self._below = Tmpfs(f"{name} below", size)
+
+    def start(self) -> None:
+        self._below.path = self.path.with_suffix(".below")
+        self._below.path.mkdir()
+        self._below.start()
+        self.command = ["bindfs", "-f", "-o", "direct_io", str(self._below.path)]
+        super().start()
+
+    def end(self) -> list[str]:
+        try:
+            return super().end()
+        finally:
+            if self._below.path.name:
+                self._below.end()
+                self._below.path.rmdir()
+
+
+class Example(_Daemon):
+    """The filesystem ``examples/tmpfs.py`` of pyfuse3."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__(name, size)
+        self.command = [sys.executable, str(_example())]
+
+
+def _example() -> Path:
+    """The path of tmpfs.py, fetched if it is not there yet."""
+    release = version("pyfuse3")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttmfs-bench"
+    path = cache / f"tmpfs-{release}.py"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
+        command += ["--no-binary", "pyfuse3", "-d", temporary, f"pyfuse3=={release}"]
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=FETCH_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"pip took too long to fetch the source package of pyfuse3 {release}") from None
+        archives = list(Path(temporary).glob("*.tar.gz"))
+        if done.returncode or not archives:
+            said = done.stderr.strip().splitlines() or ["pip gave no source package"]
+            raise Unavailable(f"pip cannot fetch the source package of pyfuse3 {release}: {said[-1]}")
+        with tarfile.open(archives[0]) as archive:
+            names = [name for name in archive.getnames() if name.endswith("/examples/tmpfs.py")]
+            member = archive.extractfile(names[0]) if names else None
+            if member is None:
+                raise Unavailable(f"the source package of pyfuse3 {release} has no examples/tmpfs.py")
+            text = io.TextIOWrapper(member, "utf-8").read()
+    cache.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def side_by_side(size: int, names: Sequence[str] = SIDE_BY_SIDE) -> tuple[list[System], dict[str, str]]:
+    """The systems of these names, and of those that cannot be had, why."""
+    make: dict[str, Callable[[], System]] = {
+        TTMFS: lambda: Ttmfs(TTMFS, size),
+        OFF: lambda: Ttmfs(OFF, size, "busy_poll=off"),
+        EXAMPLE: lambda: Example(EXAMPLE, size),
+        BINDFS: lambda: Bindfs(BINDFS, size),
+        TMPFS: lambda: Tmpfs(TMPFS, size),
+    }
+    found, missing = [], {}
+    for name in names:
+        try:
+            found.append(make[name]())
+        except Unavailable as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+@contextlib.contextmanager
+def mounted(directory: Path, systems: Sequence[System]) -> Iterator[None]:
+    """Mount systems below a directory, all at once, for the time of a ``with``."""
+    begun: list[System] = []
+    complaints: list[str] = []
+
+    def end(system: System) -> None:
+        complaints.extend(system.end())
+
+    try:
+        for number, system in enumerate(systems):
+            system.path = directory / f"{number}"
+            system.path.mkdir()
+            begun.append(system)
+            with uninterrupted():
+                system.start()
+        for system in systems:
+            system.wait()
+        yield
+    finally:
+        with uninterrupted(), contextlib.ExitStack() as stack:  # each is ended, whatever becomes of the others
+            for system in begun:
+                stack.callback(system.path.rmdir)  # fails, rather than empties it, if something is mounted still
+                stack.callback(end, system)
+            for system in begun:
+                stack.callback(system.ask_to_end)
+    if complaints:  # after an error these would only hide it
+        raise RuntimeError("; ".join(complaints))

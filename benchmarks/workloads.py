@@ -1,0 +1,262 @@
+"""What a client does to page files, in loops that cost as little as they can, and what it took.
+
+Paths are made before, functions are local names. What is read is looked at in passes of their own, which are not timed.
+"""
+
+import contextlib
+import ctypes
+import errno
+import itertools
+import mmap
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from systems import System
+
+__all__ = [
+    "EXPECTED",
+    "OPERATIONS",
+    "REQUEST_BYTES",
+    "UNKNOWN",
+    "Cost",
+    "Pages",
+    "Transfer",
+    "buffer",
+    "check",
+    "check_requests",
+    "create",
+    "forget_names",
+    "know_names",
+    "measure",
+    "pause",
+    "read_image",
+    "store",
+    "transfer",
+    "write_image",
+]
+
+PAUSE_SECONDS = 0.005
+FORGET_TIMES = 3
+REQUEST_BYTES = 1 << 20
+UNKNOWN = "open+read+close, name unknown"
+AT_EMPTY_PATH, AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, STATX_BYTES = 0x1000, 0x2000, 0x7FF, 256
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass
+class Pages:
+    """The page files that one system's client works on."""
+
+    paths: list[str]
+    size: int
+    content: bytes
+    held: list[int] = field(default_factory=list)  # a descriptor an operation, few of them different
+
+    @classmethod
+    def of(cls, directory: Path, count: int, size: int) -> Self:
+        """The first so many pages of a directory."""
+        return cls([f"{directory}/{handle}" for handle in range(1, count + 1)], size, b"")
+
+    def some(self, count: int) -> list[str]:
+        """So many of the paths, spread evenly."""
+        return self.paths[:: max(1, len(self.paths) // max(1, count))][:count]
+
+    @contextlib.contextmanager
+    def holding(self, different: int) -> Iterator[None]:
+        """Keep so many pages open."""
+        descriptors = [os.open(path, os.O_RDWR) for path in self.some(different)]
+        self.held = list(itertools.islice(itertools.cycle(descriptors), len(self.paths)))
+        try:
+            yield
+        finally:
+            self.held = []
+            for fd in descriptors:
+                os.close(fd)
+
+
+def create(pages: Pages) -> None:
+    open_, write, close, content = os.open, os.write, os.close, pages.content
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    for path in pages.paths:
+        fd = open_(path, flags, 0o644)
+        write(fd, content)
+        close(fd)
+
+
+def open_read(pages: Pages) -> None:
+    open_, read, close, size, flags = os.open, os.read, os.close, pages.size, os.O_RDONLY
+    for path in pages.paths:
+        fd = open_(path, flags)
+        read(fd, size)
+        close(fd)
+
+
+def open_write(pages: Pages) -> None:
+    open_, write, close, content, flags = os.open, os.write, os.close, pages.content, os.O_WRONLY
+    for path in pages.paths:
+        fd = open_(path, flags)
+        write(fd, content)
+        close(fd)
+
+
+def unlink(pages: Pages) -> None:
+    remove = os.unlink
+    for path in pages.paths:
+        remove(path)
+
+
+def stat_uncached(pages: Pages) -> None:
+    """statx(2) that asks the filesystem, whatever the kernel remembers."""
+    statx, answer, flags = _libc.statx, ctypes.create_string_buffer(STATX_BYTES), AT_EMPTY_PATH | AT_STATX_FORCE_SYNC
+    for fd in pages.held:
+        if statx(fd, b"", flags, STATX_BASIC_STATS, answer):
+            raise OSError(ctypes.get_errno(), "statx")
+
+
+def pread(pages: Pages) -> None:
+    read, size = os.pread, pages.size
+    for fd in pages.held:
+        read(fd, size, 0)
+
+
+def pwrite(pages: Pages) -> None:
+    write, content = os.pwrite, pages.content
+    for fd in pages.held:
+        write(fd, content, 0)
+
+
+OPERATIONS: dict[str, Callable[[Pages], None]] = {
+    "create+write+close": create,
+    "stat uncached": stat_uncached,
+    "pread": pread,
+    "pwrite": pwrite,
+    "open+read+close": open_read,
+    "open+write+close": open_write,
+    UNKNOWN: open_read,
+    "unlink": unlink,
+}
+"""In an order in which each finds what the one before it left."""
+
+EXPECTED = {
+    "create+write+close": {"create", "write"},
+    "stat uncached": {"getattr"},
+    "pread": {"read"},
+    "pwrite": {"write"},
+    "open+read+close": {"open", "read"},
+    "open+write+close": {"open", "write"},
+    UNKNOWN: {"lookup", "open", "read"},
+    "unlink": {"unlink"},
+}
+"""The requests of which ttmfs must have seen exactly one an operation; else a cache has answered, or was asked."""
+
+
+WALKS = 3
+"""Requests that walking the path of ``.stats`` may add: its name and attributes last for a second."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one operation, in microseconds: how long it took, and the CPU time of the daemon and of the client."""
+
+    latency: float
+    daemon: float
+    client: float
+
+
+def know_names(pages: Pages) -> None:
+    """Have the kernel look every name up, so that what comes within a second needs no request for that."""
+    for path in pages.paths:
+        os.stat(path)
+
+
+def forget_names() -> None:
+    """Have the kernel forget all names and attributes that it can, of whatever system. It spares what was just used."""
+    for _ in range(FORGET_TIMES):
+        Path("/proc/sys/vm/drop_caches").write_text("2\n")
+
+
+def pause() -> None:
+    """Let whoever polls stop, and let the kernel hand over the releases that no close waits for."""
+    time.sleep(PAUSE_SECONDS)
+
+
+def measure(system: System, operation: str, pages: Pages) -> Cost:
+    """Do an operation to each page."""
+    act, count = OPERATIONS[operation], len(pages.paths)
+    pause()
+    daemon, client = system.cpu(), time.process_time_ns()
+    start = time.perf_counter_ns()
+    act(pages)
+    elapsed = time.perf_counter_ns() - start
+    client = time.process_time_ns() - client
+    pause()
+    return Cost(*(ns / count / 1000 for ns in (elapsed, system.cpu() - daemon, client)))
+
+
+def check(pages: Pages, paths: Sequence[str]) -> None:
+    """See that these of the pages are there and hold what was written."""
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            if file.read(pages.size) != pages.content:
+                raise RuntimeError(f"{path} does not hold what was written")
+
+
+def check_requests(operation: str, seen: Counter[str], count: int) -> None:
+    for request in EXPECTED[operation]:
+        stray = WALKS if request in ("getattr", "lookup") else 0
+        if not count <= seen[request] <= count + stray:
+            raise RuntimeError(f"{count} times {operation}: the daemon saw {seen[request]} requests {request}")
+
+
+# --- many pages at once ---
+
+Transfer = Callable[[int, int, mmap.mmap, int], None]
+
+
+def buffer(size: int) -> mmap.mmap:
+    """A buffer that begins at a page of memory, as direct I/O likes it, with something other than zeros in it."""
+    found = mmap.mmap(-1, size)
+    for start in range(0, size, REQUEST_BYTES):
+        found[start : start + REQUEST_BYTES] = os.urandom(min(REQUEST_BYTES, size - start))
+    return found
+
+
+def write_image(fd: int, size: int, request: mmap.mmap, start: int = 0) -> None:
+    """Write so many bytes of a file, a buffer at a time."""
+    write, length = os.pwrite, len(request)
+    for offset in range(start, start + size, length):
+        if (wrote := write(fd, request, offset)) != length:
+            raise OSError(errno.EIO, f"wrote {wrote} of {length} bytes")
+
+
+def read_image(fd: int, size: int, request: mmap.mmap, start: int = 0) -> None:
+    read, buffers, length = os.preadv, [request], len(request)
+    for offset in range(start, start + size, length):
+        if (got := read(fd, buffers, offset)) != length:
+            raise OSError(errno.EIO, f"read {got} of {length} bytes")
+
+
+def transfer(act: Transfer, fd: int, size: int, request: mmap.mmap, start: int = 0) -> float:
+    """Seconds that it takes to write or to read."""
+    begin = time.perf_counter_ns()
+    act(fd, size, request, start)
+    return (time.perf_counter_ns() - begin) / 1e9
+
+
+def store(backup: Path, pages: int, page_size: int) -> None:
+    """Store the first so many pages of a backup, by requests of 1 MiB through its image."""
+    size = pages * page_size
+    whole = size // REQUEST_BYTES * REQUEST_BYTES
+    fd = os.open(backup / ".image", os.O_WRONLY)
+    try:
+        write_image(fd, whole, request := buffer(min(size, REQUEST_BYTES)))
+        if size > whole and os.pwrite(fd, request[: size - whole], whole) != size - whole:
+            raise OSError(errno.EIO, "a short write")
+    finally:
+        os.close(fd)

@@ -1,0 +1,116 @@
+"""The benchmarks measure what they say, and their tables, JSON and plots agree."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import REPOSITORY, children, mounts_below, wait_until
+
+BENCH = REPOSITORY / "benchmarks/bench.py"
+GROUPS = "operations clients bandwidth latency listing memory idle".split()
+BESIDE = "tmpfs.py", "bindfs"  # Debian's package and pip bring them; where they cannot be had, that is said
+pytest.importorskip("matplotlib", reason="the extra bench is not installed")
+
+
+def start(directory: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(BENCH), "--tiny", "--json", str(directory / "found.json"), "--plots", str(directory)]
+    return subprocess.Popen(
+        [*command, *arguments],
+        env={**os.environ, "TMPDIR": str(directory)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(bench: "subprocess.Popen[str]", seconds: float = 60) -> tuple[str, str]:
+    """What it said. One that hangs is asked to end, so that it unmounts."""
+    try:
+        return bench.communicate(timeout=seconds)
+    finally:
+        if bench.poll() is None:
+            bench.terminate()
+            bench.communicate(timeout=40)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """A directory with what one tiny run of everything wrote, its JSON, and its tables."""
+    directory = tmp_path_factory.mktemp("bench")
+    bench = start(directory, "--check")
+    said, log = finish(bench)
+    assert (directory / "found.json").exists(), said + log
+    found = json.loads((directory / "found.json").read_text())
+    assert bench.returncode == any(target["verdict"] != "met" for target in found["targets"]), said + log
+    assert not mounts_below(directory)
+    return directory, found, said
+
+
+def test_every_part_has_figures_and_a_table(run: tuple[Path, dict[str, Any], str]) -> None:
+    _, found, said = run
+    assert list(found["groups"]) == GROUPS
+    assert not found["failed"]
+    for name in GROUPS:
+        assert f"\n## {name}\n" in said
+    assert found["machine"]["cores"] == len(os.sched_getaffinity(0))
+
+
+def test_the_table_shows_the_median_of_the_rounds(run: tuple[Path, dict[str, Any], str]) -> None:
+    _, found, said = run
+    for operation, row in found["groups"]["operations"]["microseconds"].items():
+        line = re.search(rf"^\| {re.escape(operation)} +\| .*$", said, re.MULTILINE)
+        assert line
+        cells = [cell.strip() for cell in line[0].split("|")[2:-1]]
+        for name, cell in zip(found["groups"]["operations"]["systems"], cells, strict=True):
+            assert cell.startswith(f"{statistics.median(row[name]):.1f} ("), operation
+            assert len(row[name]) == found["plan"]["rounds"]
+
+
+def test_what_could_not_be_measured_is_said(run: tuple[Path, dict[str, Any], str]) -> None:
+    _, found, said = run
+    group = found["groups"]["operations"]
+    for name in BESIDE:
+        assert (name in group["systems"]) != (name in group["missing"])
+        if name in group["missing"]:
+            assert f"NOT MEASURED: {name}: " in said
+
+
+def test_every_target_has_its_verdict(run: tuple[Path, dict[str, Any], str]) -> None:
+    _, found, _ = run
+    assert len(found["targets"]) > 30
+    for target in found["targets"]:
+        measured, bound = target["measured"], target["bound"]
+        if measured is None:
+            assert target["verdict"] == "not measured"
+        else:
+            met = measured <= bound if target["at_most"] else measured >= bound
+            assert target["verdict"] == ("met" if met else "MISSED"), target
+
+
+def test_plots_are_drawn_of_what_was_measured(run: tuple[Path, dict[str, Any], str]) -> None:
+    directory, found, _ = run
+    for name in "operations", "latency", "bandwidth":
+        text = (directory / f"{name}.svg").read_text()
+        assert xml.etree.ElementTree.fromstring(text).tag.endswith("svg")
+        assert found["machine"]["kernel"] in text
+        assert "ttmfs" in text
+
+
+def test_nothing_is_left_when_it_is_interrupted(tmp_path: Path) -> None:
+    bench = start(tmp_path, "--only", "operations", "--rounds", "1000")
+    try:
+        wait_until(lambda: mounts_below(tmp_path), "a mount", 20)
+        bench.send_signal(signal.SIGINT)
+    finally:
+        finish(bench)
+    assert bench.returncode != 0
+    assert not mounts_below(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert not children(os.getpid()) - {bench.pid}
