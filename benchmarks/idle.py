@@ -37,6 +37,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
         finally:
             for fd in pages.values():
                 os.close(fd)
+        time.sleep(WATCH_SECONDS)  # to close them was a burst, too
         before = {system.name: _ticks(system) for system in systems}
         time.sleep(plan.idle_seconds)
         ticks = {system.name: _ticks(system) - before[system.name] for system in systems}

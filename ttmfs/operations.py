@@ -8,6 +8,7 @@ handler would end pyfuse3's loop and with it the mount.)
 import errno
 import inspect
 import logging
+import os
 import stat
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -185,6 +186,11 @@ class Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
         return self._entry(inode, self.tree.attributes(inode))
+
+    @guarded
+    def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """Asked where the kernel does not look at mode bits itself: of root, who may do all but run what no one may."""
+        return not mode & os.X_OK or stat.S_ISDIR(self.tree.attributes(inode).mode)
 
     @guarded
     def readlink(self, inode: int, ctx: RequestContext) -> bytes:

@@ -160,7 +160,9 @@ def _checked_mountpoint(path: str) -> str:
 
 def _mount(source: str, mountpoint: str, options: Options) -> int:
     """Let fusermount3 mount, and take the connection from it. It passes it over the socket of _FUSE_COMMFD."""
-    words = [f"fsname={escaped(source or 'none')}", "subtype=ttmfs", "default_permissions"]
+    words = [f"fsname={escaped(source or 'none')}", "subtype=ttmfs"]
+    if options.allow_other or os.geteuid():  # else root alone is let in, whom no mode bits hold up (Operations.access)
+        words.append("default_permissions")  # costs a round trip for a directory's attributes after each change of it
     words += ["allow_other"] * options.allow_other + ["ro"] * options.ro + [*options.kernel]
     here, there = socket.socketpair()
     with here:

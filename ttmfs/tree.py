@@ -9,7 +9,8 @@
     /a/.image         IMAGE   every page at its place
     /a/.shmem         SHMEM   a link to the backup's file in the store
 
-Permissions by mode bits are the kernel's (default_permissions); what is refused here is refused to everyone.
+Permissions by mode bits are the kernel's (default_permissions, unless root alone is let in); what is refused here is
+refused to everyone.
 
 As if once: a request may be carried out twice, by two daemons, if the first died before its answer was read. The VFS
 looks names up under the parent's lock before it asks for a change, so a true EEXIST or ENOENT is its own answer; here

@@ -431,7 +431,7 @@ def test_the_source_is_shown_as_it_was_given(mountpoint: Path, source: str) -> N
     with Daemon(mountpoint, source):
         (shown,) = json.loads(run(f"findmnt --json -M {mountpoint}"))["filesystems"]
         assert (shown["source"], shown["fstype"]) == (source, "fuse.ttmfs")
-        assert {"rw", "nosuid", "nodev", "default_permissions", "user_id=0"} <= set(shown["options"].split(","))
+        assert {"rw", "nosuid", "nodev", "user_id=0"} <= set(shown["options"].split(","))
         assert run(f"df --output=source,fstype {mountpoint}").split()[-1] == "fuse.ttmfs"
 
 
@@ -491,7 +491,21 @@ def test_without_options_it_takes_half_of_the_ram(mountpoint: Path) -> None:
         assert (mountpoint / "a/.image").stat().st_size == config.size
         root = mountpoint.stat()
         assert (root.st_uid, root.st_gid, stat.S_IMODE(root.st_mode)) == (os.getuid(), os.getgid(), 0o755)
-        assert mount_options(mountpoint) >= {"rw", "nosuid", "nodev", "default_permissions"}
+        assert mount_options(mountpoint) >= {"rw", "nosuid", "nodev"}
+
+
+def test_mode_bits_are_the_kernels_business_wherever_anyone_but_root_is_let_in(mountpoint: Path) -> None:
+    for options in "allow_other", "":
+        with Mount(mountpoint, options):
+            assert ("default_permissions" in mount_options(mountpoint)) == bool(options)
+            page = mountpoint / "a/1"
+            page.parent.mkdir(mode=0o000)
+            page.write_bytes(b"#!/bin/sh\n")
+            assert os.access(page, os.R_OK | os.W_OK)
+            assert not os.access(page, os.X_OK), "no mode lets a page be run"
+            assert os.access(page.parent, os.R_OK | os.W_OK | os.X_OK)
+            with raises_errno(errno.EACCES):
+                os.execv(page, ["1"])
 
 
 @pytest.mark.parametrize("options", ["size=8m", "size=1g,size=8m", "size=8388607"])

@@ -95,7 +95,8 @@ def test_a_users_mount_is_closed_to_root_and_to_others(place: Place, home: Path)
         run(f"ls {home}", **as_user(ALICE))
         (row,) = json.loads(run(f"findmnt --json -M {home}"))["filesystems"]
         assert row["fstype"] == "fuse.ttmfs"
-        assert {f"user_id={ALICE}", f"group_id={ALICE}", "nosuid", "nodev"} <= set(row["options"].split(","))
+        shown = set(row["options"].split(","))
+        assert {f"user_id={ALICE}", f"group_id={ALICE}", "nosuid", "nodev", "default_permissions"} <= shown
 
 
 def test_a_user_changes_his_budget(place: Place, home: Path) -> None:
