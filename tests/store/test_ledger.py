@@ -40,8 +40,9 @@ def create(pool: Pool, name: str) -> ttmfs.Backup:
     return trio.run(main)
 
 
-def test_a_write_reaches_its_backup_however_many_there_are(directory: Path) -> None:
+def test_a_write_reaches_its_backup_however_many_there_are(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting anew opens every file, and closes those used longest ago: the one written to may be among them."""
+    monkeypatch.setattr(store, "OPEN_FILES", 256)
     pool = opened(directory, size=64 << 20)
     try:
         backups = [create(pool, str(number)) for number in range(store.OPEN_FILES + 50)]

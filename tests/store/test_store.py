@@ -174,6 +174,13 @@ def test_a_rename_keeps_the_id(store: Store) -> None:
         store.descriptor(other)
 
 
+@pytest.fixture
+def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores made from here on keep few files open."""
+    monkeypatch.setattr(store_module, "OPEN_FILES", 64)
+
+
+@pytest.mark.usefixtures("few_files")
 def test_files_used_last_stay_open_and_no_more(store: Store) -> None:
     before = len(descriptors(os.getpid()))
     ids = [create(store, str(number)) for number in range(store_module.OPEN_FILES + 20)]
@@ -193,6 +200,7 @@ def test_what_was_done_behind_its_back_is_seen(store: Store) -> None:
     assert [store.name_of(id) for id in ids] == ["renamed", "c", "new"], "in the order of their making"
 
 
+@pytest.mark.usefixtures("few_files")
 def test_a_file_put_in_a_backups_place_is_not_taken_for_it(store: Store) -> None:
     id = create(store, "a")
     for number in range(store_module.OPEN_FILES):  # so that it is not open any more
