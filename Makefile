@@ -2,7 +2,7 @@
 # make test   lint and all tests
 # make lint   types, linter, formatter
 # make bench  what it costs beside tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
-# Both install what is missing (Debian, Ubuntu), as root or through sudo.
+# They install what is missing (Debian, Ubuntu), as root or through sudo.
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin

@@ -80,13 +80,16 @@ class Pages:
                 os.close(fd)
 
 
-def create(pages: Pages) -> None:
+def _open_each_and_write(pages: Pages, flags: int) -> None:
     open_, write, close, content = os.open, os.write, os.close, pages.content
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     for path in pages.paths:
         fd = open_(path, flags, 0o644)
         write(fd, content)
         close(fd)
+
+
+def create(pages: Pages) -> None:
+    _open_each_and_write(pages, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
 
 def open_read(pages: Pages) -> None:
@@ -98,11 +101,7 @@ def open_read(pages: Pages) -> None:
 
 
 def open_write(pages: Pages) -> None:
-    open_, write, close, content, flags = os.open, os.write, os.close, pages.content, os.O_WRONLY
-    for path in pages.paths:
-        fd = open_(path, flags)
-        write(fd, content)
-        close(fd)
+    _open_each_and_write(pages, os.O_WRONLY)
 
 
 def unlink(pages: Pages) -> None:

@@ -5,8 +5,8 @@ without sleeping, for no longer than `window`, which adapts as KVM's halt pollin
 soon after all, and falls to nothing when none did, so that an idle daemon does nothing. Between two looks whoever else
 waits for this CPU may have it, above all a client that was put here when it was answered.
 
-There is no polling where all that may run here has one CPU, while a thread works for a slow request, nor for a while
-after another process has kept the CPU: who has used up his share by polling would wait longest for the next turn.
+There is no polling where all that may run here has one CPU, while a slow request is under way, nor for a while after
+another process has kept the CPU: who has used up his share by polling would wait longest for the next turn.
 
 Concurrency: one thread, several tasks that wait here. One of them polls, the others sleep; if it is held up by a slow
 request, the next request wakes one of those. Between finding the connection readable and returning nothing is awaited,
@@ -53,7 +53,7 @@ class BusyPoll:
         self._under_way = under_way
         self._window = 0
         self._turn_began = self._idle_since = self._paused_until = self._paused_for = 0
-        self._polled = False  # whether a task is polling
+        self._polled = False  # whether a task that polls gives way just now
         self._alarm_in = 0.0  # seconds for which the timer was set; 0: it is not
         self.calls = 0
 

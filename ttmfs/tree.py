@@ -440,6 +440,7 @@ class Tree:
             handle = idx + 1
             try:
                 for handle in range(idx + 1, min(end, limit) + 1):
+                    # page_name(), but for the call: a million entries are listed here
                     yield b"%d" % handle, base | handle, page, handle + 2
                 handle = end + 1
             finally:  # also when the caller wants no more: then the entry of this handle was not taken
