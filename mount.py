@@ -7,8 +7,9 @@ import sys
 from typing import NoReturn
 
 try:
-    from ttmfs import __version__, background, session
+    from ttmfs import background, session
     from ttmfs.options import ExitCode, OptionError, Options, help_text
+    from ttmfs.version import __version__
 except ImportError as error:
     sys.stderr.write(f"mount.py: {error}. Run make once, then .venv/bin/python mount.py; or pip install . elsewhere\n")
     sys.exit(2)
@@ -42,8 +43,9 @@ def main() -> int:
         parser.error(str(error))
     background.prepare("DEBUG" if options.debug else "INFO" if arguments.foreground else "WARNING")
     try:
-        ready = (lambda: None) if arguments.foreground else background.detach(arguments.mountpoint)
-        session.serve(arguments.source, arguments.mountpoint, options, ready)
+        mountpoint, source = arguments.mountpoint, arguments.source
+        process = background.begin(source, mountpoint, options, foreground=arguments.foreground)
+        session.serve(source, mountpoint, options, process)
     except session.MountError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return error.code

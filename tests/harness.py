@@ -110,6 +110,7 @@ class Mount:
     """
 
     NORMAL = (r"serving /", r"SIGTERM: unmounting /")
+    RESTARTED = (r"the daemon \d+ of /\S+ (was killed|ended)", r"taking over /")
 
     def __init__(
         self,
@@ -131,7 +132,21 @@ class Mount:
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        """The daemon's process id. The process started is its keeper, unless without or made by the daemon."""
+        return next(iter(children(self.process.pid)), self.process.pid)
+
+    def expect_restarts(self) -> None:
+        """Let the keeper say that daemons die, and others that they take over."""
+        self._expected += [re.compile(pattern) for pattern in self.RESTARTED]
+
+    def restarts(self) -> int:
+        """How many daemons have taken over. Waits for one that answers."""
+        text = (self.path / ".stats").read_text()
+        return int(next(line.split()[1] for line in text.splitlines() if line.startswith("ttmfs_restarts_total")))
+
+    def kill(self) -> None:
+        """SIGKILL to the daemon."""
+        os.kill(self.pid, signal.SIGKILL)
 
     def expect_log(self, pattern: str) -> None:
         """Let the daemon log lines in which `pattern` is found."""
@@ -186,9 +201,11 @@ class Mount:
         """End a daemon that hangs: first its stacks, then the kill, after which every client gets an error."""
         self.log.append(f"watchdog: killed after {WATCHDOG_SECONDS} s")
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGUSR2)
+            daemon = self.pid
+            os.kill(daemon, signal.SIGUSR2)
             time.sleep(0.5)
-            self.process.kill()
+            self.process.kill()  # the keeper first: it would start another
+            os.kill(daemon, signal.SIGKILL)
 
     def _finish(self) -> int:
         try:

@@ -12,8 +12,6 @@ A backup keeps pages that had to leave a device, in kernel shmem, by index. In a
 ``ttmfs.handles`` is the arithmetic of handles and tagged pointers; ``mount.py`` shows a pool as a filesystem.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from . import handles
 from .backup import Backup
 from .errors import (
@@ -31,6 +29,7 @@ from .errors import (
     TtmfsError,
 )
 from .pool import Pool, Room, bytes_avail, open_pool
+from .version import __version__
 
 __all__ = [
     "Backup",
@@ -48,12 +47,8 @@ __all__ = [
     "StoreBusy",
     "StoreFailed",
     "TtmfsError",
+    "__version__",
     "bytes_avail",
     "handles",
     "open_pool",
 ]
-
-try:
-    __version__ = version("ttmfs")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "unknown"

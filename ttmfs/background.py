@@ -1,4 +1,4 @@
-"""Going to the background once the mount answers, and not before."""
+"""Becoming the daemon: behind a keeper, and in the background once the mount answers, and not before."""
 
 import contextlib
 import faulthandler
@@ -7,15 +7,16 @@ import logging.handlers
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from .options import ExitCode
+from . import keeper
+from .keeper import Keeper
+from .options import ExitCode, Options
 from .session import ENDING
 
-__all__ = ["detach", "prepare"]
+__all__ = ["Process", "begin", "prepare"]
 
-ANSWER_SECONDS = 10.0
 SYSLOG = "/dev/log"
 
 
@@ -26,6 +27,7 @@ def prepare(level: str) -> None:
     faulthandler.register(signal.SIGUSR2)  # where does it hang? kill -USR2 shows
     for number in ENDING:  # until the session waits for them
         signal.signal(number, signal.default_int_handler)
+    signal.signal(keeper.RESTART, signal.SIG_IGN)
 
 
 def _open_standard_streams() -> None:
@@ -37,19 +39,71 @@ def _open_standard_streams() -> None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 # it is kept
 
 
-def detach(mountpoint: str) -> Callable[[], None]:
-    """Fork. The parent waits until the mount answers and exits; the child gets what it must call when it serves.
+@dataclass
+class Process:
+    """This process: what a daemon before left it, who keeps its descriptors, and what is to be done once it serves."""
 
-    The parent exits with 0 if and only if it has opened a file of the mount. If the child ends before that, the parent
-    exits with the child's status; the child has said why on standard error, which it keeps until then.
+    held: dict[str, int]
+    keeper: Keeper | None
+    ready: Callable[[], None]
+    another_keeper: Callable[[], Keeper]
+
+
+def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -> Process:
+    """Become what serves: in the background unless in the foreground, and kept by a keeper unless without.
+
+    The process that called exits with 0 if and only if the mount answers; else with the status of the one that serves,
+    which has said why on standard error. In the foreground, with a keeper of our own, it becomes that. A process that a
+    keeper or a service manager with a store of descriptors has started stays what it is.
     """
-    mountpoint = os.path.abspath(mountpoint)  # "." would go on meaning the directory that is covered
+    held, kept_by = keeper.inherited(), Keeper.of_environment()
+    log_to = "stderr" if foreground else "syslog"
+    place = mountpoint if held else os.path.realpath(mountpoint)  # of a mount that is there it would ask: of ourselves
+    command = _command(source, place, options, foreground)
+    about = options.restart_tries, float(options.restart_seconds), log_to, place, command
+    if held and not foreground:
+        _log_to_syslog()
+    told = -1
+    if not kept_by:
+        if not foreground:
+            told = _detach()
+        if options.keeper:
+            keeper.become(*about, ready=told)
+            kept_by, told = Keeper.of_environment(), -1
+
+    def ready() -> None:
+        if not foreground and not held:
+            _leave_terminal()
+        if told >= 0:
+            with contextlib.suppress(BrokenPipeError):  # whoever waited was killed; the mount is no worse for it
+                os.write(told, b"\1")
+            os.close(told)
+
+    return Process(held, kept_by, ready, lambda: keeper.another(*about))
+
+
+def _command(source: str, mountpoint: str, options: Options, foreground: bool) -> list[str]:
+    """The command that takes this mount over, whatever its working directory."""
+    program = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    program[0] = sys.executable
+    if len(program) == 1 or program[-2] not in ("-c", "-m"):
+        program[-1] = os.path.abspath(program[-1])
+    words = ["-f"] * foreground + (["-o", shown] if (shown := options.show()) else [])
+    return [*program, *words, "--", source, mountpoint]
+
+
+def _detach() -> int:
+    """Fork. The parent exits once it is told that the mount answers; the child gets the pipe to tell it by."""
     answer, question = os.pipe()
     child = os.fork()
     if child:
         os.close(question)
         try:
-            code = _wait_for(child, answer, mountpoint)
+            if os.read(answer, 1):
+                code = int(ExitCode.OK)
+            else:
+                _, status = os.waitpid(child, 0)
+                code = os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else ExitCode.BUG
         except KeyboardInterrupt:
             _end(child)
             code = ExitCode.INTERRUPTED
@@ -57,45 +111,16 @@ def detach(mountpoint: str) -> Callable[[], None]:
         os._exit(code)
     os.close(answer)
     os.setsid()
-
-    def ready() -> None:
-        os.chdir("/")
-        _log_to_syslog()
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in 0, 1, 2:
-            os.dup2(null, stream)
-        os.close(null)
-        with contextlib.suppress(BrokenPipeError):  # whoever waited was killed; the mount is no worse for it
-            os.write(question, b"\1")
-        os.close(question)
-
-    return ready
+    return question
 
 
-def _wait_for(child: int, answer: int, mountpoint: str) -> int:
-    if not os.read(answer, 1):
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else ExitCode.BUG
-    tried, why = threading.Event(), ["no answer"]
-
-    def open_and_close() -> None:
-        # The close matters too: it tells the kernel that there is nothing to flush, and that no later close need ask.
-        try:
-            os.close(os.open(os.path.join(mountpoint, ".stats"), os.O_RDONLY))
-            why.clear()
-        except PermissionError:  # an answer as well
-            why.clear()
-        except OSError as error:
-            why[:] = [error.strerror or str(error)]
-        tried.set()
-
-    threading.Thread(target=open_and_close, daemon=True).start()
-    tried.wait(ANSWER_SECONDS)
-    if not why:
-        return ExitCode.OK
-    sys.stderr.write(f"mount.py: {mountpoint} was mounted, but cannot be used: {why[0]}\n")
-    _end(child)
-    return ExitCode.FAILED
+def _leave_terminal() -> None:
+    os.chdir("/")
+    _log_to_syslog()
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in 0, 1, 2:
+        os.dup2(null, stream)
+    os.close(null)
 
 
 def _end(child: int) -> None:

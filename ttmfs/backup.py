@@ -9,26 +9,30 @@ for swap waits in a thread, which touches pages that are there and changes nothi
 the loop looks again, and copies.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
 import trio
-from numpy.typing import NDArray
 
 from . import linux
 from .errors import BackupEnded, InvalidArgument, NoRoom, OutOfBounds, PageAbsent, TtmfsError, from_os_error
 from .handles import IntOrArray, Uint64Array, handle_to_index, index_to_handle
 from .ledger import page_runs
 from .options import BASE_PAGE_SIZE
-from .store import Store
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
     from typing_extensions import Buffer
+
+    from .store import Store
 
     PageBuffer = Buffer | NDArray[np.uint8]
 
@@ -69,7 +73,7 @@ class Backup:
 
     # --- the six verbs, and their plural forms ---
 
-    async def backup_page(self, page: "PageBuffer", idx: int, writeback: bool = False) -> int:
+    async def backup_page(self, page: PageBuffer, idx: int, writeback: bool = False) -> int:
         """Copy a page into the backup and give its handle, which is ``idx + 1``. ``ttm_backup_backup_page()``.
 
         `page` is any contiguous buffer of page_size bytes, and the caller's again on return. A page that is there is
@@ -90,6 +94,8 @@ class Backup:
 
         If room ends part way, the handles of the pages that were stored; NoRoom if none was.
         """
+        import numpy as np  # a daemon does without it
+
         if pages.dtype != np.uint8 or pages.ndim != 2 or pages.shape[1] != self._page_size:
             raise InvalidArgument(
                 f"pages must be an array of uint8 of shape (n, {self._page_size}), not {pages.dtype} of {pages.shape}"
@@ -110,7 +116,7 @@ class Backup:
             await self.push_out(offset, stored)
         return stored // self._page_size
 
-    async def copy_page(self, dst: "PageBuffer", handle: int, intr: bool = False) -> None:
+    async def copy_page(self, dst: PageBuffer, handle: int, intr: bool = False) -> None:
         """Copy a page back into `dst`, a writable buffer of page_size bytes. ``ttm_backup_copy_page()``.
 
         The page stays. With `intr` a cancellation may end the call; nothing is lost and it can be repeated. Raises
@@ -133,7 +139,7 @@ class Backup:
 
         Raises PageAbsent if any of them holds nothing; `dst` may have been written to in part by then.
         """
-        if dst.dtype != np.uint8 or dst.shape != (len(handles), self._page_size) or not dst.flags.c_contiguous:
+        if dst.dtype != "uint8" or dst.shape != (len(handles), self._page_size) or not dst.flags.c_contiguous:
             raise InvalidArgument(
                 f"the destination must be a contiguous array of uint8 of shape ({len(handles)}, {self._page_size})"
             )
@@ -265,7 +271,7 @@ class Backup:
         except OSError as error:
             raise from_os_error(error, "reading pages") from error
 
-    def write(self, offset: int, data: "bytes | memoryview") -> int:
+    def write(self, offset: int, data: bytes | memoryview) -> int:
         """Store bytes, which makes every page that they touch exist. Gives how many were stored.
 
         That is fewer than given where the backup or the room ends. Raises OutOfBounds past the end and NoRoom if
@@ -300,7 +306,7 @@ class Backup:
                 break
         return position - offset
 
-    def _write(self, offset: int, data: "bytes | memoryview") -> int:
+    def _write(self, offset: int, data: bytes | memoryview) -> int:
         """Store bytes, at most a STEP, as far as the filesystem has room."""
         fd, end = self._store.descriptor(self._id), offset + len(data)
         try:
@@ -467,6 +473,8 @@ class Backup:
 
     def _runs(self, handles: Uint64Array) -> list[tuple[int, int]]:
         """The runs of consecutive handles in an array, as (first index, index past the last)."""
+        import numpy as np
+
         if not isinstance(handles, np.ndarray) or handles.ndim != 1:
             raise InvalidArgument("handles must be an array of uint64 of one dimension")
         indices = _valid(handle_to_index, handles)
@@ -508,7 +516,7 @@ class Backup:
             idx = found[1]
         return None
 
-    def _write_whole_pages(self, fd: int, offset: int, data: "bytes | memoryview") -> int:
+    def _write_whole_pages(self, fd: int, offset: int, data: bytes | memoryview) -> int:
         """As pwrite(2), but a page that was absent is stored with all that is given of it, or stays absent.
 
         A tmpfs sees to that itself. On a full disk ext4 leaves pages of zeros where it refuses to write, and others may
@@ -600,7 +608,7 @@ def _valid(convert: Callable[[IntOrArray], IntOrArray], value: IntOrArray) -> In
         raise InvalidArgument(str(error)) from None
 
 
-def _flat(buffer: "PageBuffer") -> memoryview:
+def _flat(buffer: PageBuffer) -> memoryview:
     """The bytes of a contiguous buffer."""
     try:
         return memoryview(cast("Buffer", buffer)).cast("B")

@@ -7,13 +7,18 @@ never is one. While a page is backed up its slot in the caller's page array hold
 
 Those functions take an int or a numpy array of uint64 and answer in kind. A value that cannot be what it is said to be
 raises ValueError: nothing is converted silently.
+
+numpy is imported where an array comes in, by whose maker it was before: a daemon, which sees none, does without it.
 """
 
-import re
-from typing import Any, TypeVar, overload
+from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+import re
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "IntOrArray",
@@ -29,9 +34,9 @@ __all__ = [
     "parse_ranges",
 ]
 
-Uint64Array = NDArray[np.uint64]
+Uint64Array: TypeAlias = "NDArray[np.uint64]"
 
-IntOrArray = TypeVar("IntOrArray", int, Uint64Array)
+IntOrArray = TypeVar("IntOrArray", int, "Uint64Array")
 
 _UINT64_MAX = 2**64 - 1
 _RANGE = re.compile(r"([1-9][0-9]{0,18})(?:-([1-9][0-9]{0,18}))?", re.ASCII)
@@ -39,6 +44,12 @@ _RANGE = re.compile(r"([1-9][0-9]{0,18})(?:-([1-9][0-9]{0,18}))?", re.ASCII)
 
 def _checked(value: Any, what: str, low: int, high: int) -> Any:
     """Give `value` back if it is an int or a uint64 array within low … high."""
+    if type(value) is int:
+        if not low <= value <= high:
+            raise ValueError(f"{what}: {value} does not lie between {low} and {high}")
+        return value
+    import numpy as np
+
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint64:
             raise ValueError(f"{what}: an array must be of dtype uint64, not {value.dtype}")
@@ -83,7 +94,8 @@ def page_ptr_is_handle(ptr: int | Uint64Array) -> bool | NDArray[np.bool_]:
 
 def page_ptr_to_handle(ptr: IntOrArray) -> IntOrArray:
     """The handle in a tagged pointer. A pointer without the tag is refused: it is a page's address."""
-    if not np.all(page_ptr_is_handle(ptr)):
+    tagged = page_ptr_is_handle(ptr)
+    if not (tagged if isinstance(tagged, bool) else tagged.all()):
         raise ValueError("page pointer: bit 0 is clear, so this is the address of a page and no handle")
     handle: IntOrArray = _checked(ptr, "page pointer", 1, _UINT64_MAX) >> 1
     return handle

@@ -20,6 +20,7 @@ Ids are never used twice, so 2**33 of them must do for a mount's life: 99 days a
 
 __all__ = [
     "CONFIG",
+    "HANDLE_BITS",
     "IMAGE",
     "MAX_BACKUP_ID",
     "MAX_HANDLE",

@@ -49,8 +49,11 @@ class _Counted(NamedTuple):
 class Ledger:
     """The lock, the ids and the counts of the backups in one directory. Owns the descriptor of .ttmfs."""
 
-    def __init__(self, directory: int, page_size: int, *, read_only: bool = False) -> None:
-        """Raises StoreBusy if another mount uses the directory, InvalidArgument if its pages have another size."""
+    def __init__(self, directory: int, page_size: int, *, read_only: bool = False, fd: int | None = None) -> None:
+        """Raises StoreBusy if another mount uses the directory, InvalidArgument if its pages have another size.
+
+        With `fd`, .ttmfs as :attr:`fd` had it in a daemon before, both are locked still.
+        """
         self._directory = directory
         self._page_size = page_size
         self._read_only = read_only
@@ -60,7 +63,7 @@ class Ledger:
         self._settled = False
         self._unmarked: dict[int, int] = {}  # ids by inode number, of files that take no mark: good for this mount
         self.stored = 0  # pages, of the backups counted
-        self._fd = self._open()
+        self._fd = self._open() if fd is None else fd
         try:
             kept = self._read()
             if kept["page_size"] != page_size:
@@ -78,6 +81,11 @@ class Ledger:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of .ttmfs. As long as it or the directory's is open somewhere, both are locked."""
+        return self._fd
 
     # --- the file ---
 

@@ -4,29 +4,40 @@ Counters are incremented by the face; gauges are asked for when the text is made
 """
 
 import errno
-from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from .pool import Pool, bytes_avail
+from .state import State
 
 __all__ = ["Metrics"]
 
 
-@dataclass(slots=True)
-class Timing:
-    """How many requests of a kind were carried out, and how long that took in all."""
+class _Places(dict[str, int]):
+    """Where in the state's values the count of an operation is, and behind it the nanoseconds that it took in all."""
 
-    count: int = 0
-    nanoseconds: int = 0
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def __missing__(self, operation: str) -> int:
+        self[operation] = place = self._state.at(f"operation {operation}")
+        return place
 
 
-@dataclass
 class Metrics:
-    """The counters of one daemon, by operation."""
+    """The counters of one mount, by operation. They are kept in its state, and go on from one daemon to the next."""
 
-    operations: defaultdict[str, Timing] = field(default_factory=lambda: defaultdict(Timing))
-    errors: Counter[tuple[str, int]] = field(default_factory=Counter)
+    def __init__(self, state: State) -> None:
+        self.values = state.values
+        self.places = _Places(state)
+        self._state = state
+
+    def count_error(self, operation: str, number: int) -> None:
+        """Count an answer that was an errno."""
+        self.values[self._state.at(f"error {operation} {errno.errorcode[number]}")] += 1
+
+    def errors(self, operation: str, number: int) -> int:
+        """How often an operation was answered with an errno."""
+        return self._state.get(f"error {operation} {errno.errorcode[number]}")
 
     def text(self, pool: Pool) -> bytes:
         """All metrics, with the gauges of a pool as of now."""
@@ -36,13 +47,18 @@ class Metrics:
             lines.extend((f"# HELP {name} {help_}", f"# TYPE {name} {kind}"))
             lines.extend(f"{name}{labels} {value}" for labels, value in samples.items())
 
-        operations = sorted(self.operations)
-        counts = {_labels(operation=o): self.operations[o].count for o in operations}
+        operations = self._state.keys("operation")
+        counts = {_labels(operation=o): self.values[self.places[o]] for o in operations}
         family("ttmfs_operations_total", "counter", "Requests carried out.", counts)
-        seconds = {_labels(operation=o): self.operations[o].nanoseconds / 1e9 for o in operations}
+        seconds = {_labels(operation=o): self.values[self.places[o] + 1] / 1e9 for o in operations}
         family("ttmfs_operation_seconds_total", "counter", "Time spent carrying out requests.", seconds)
-        errors = {_labels(operation=o, errno=errno.errorcode[n]): self.errors[o, n] for o, n in sorted(self.errors)}
+        errors = {}
+        for key in self._state.keys("error"):
+            operation, _, name = key.partition(" ")
+            errors[_labels(operation=operation, errno=name)] = self._state.get(f"error {key}")
         family("ttmfs_operation_errors_total", "counter", "Requests answered with an error.", errors)
+        restarts = self._state.get("restarts")
+        family("ttmfs_restarts_total", "counter", "Daemons that took the mount over from one before.", {"": restarts})
         room = pool.room()
         family("ttmfs_backups", "gauge", "Backups there are.", {"": room.backups})
         family("ttmfs_stored_bytes", "gauge", "Bytes of the pages stored.", {"": room.stored})

@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import time
+import zlib
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import closing
 from functools import wraps
@@ -22,6 +23,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from .errors import NotPermitted, StoreFailed, TtmfsError, errno_of
 from .metrics import Metrics
 from .pool import NAME_MAX, Pool
+from .state import POINTS, State, identity
 from .tree import Attributes, Tree
 
 __all__ = ["Operations"]
@@ -36,6 +38,14 @@ LIFETIME = 1.0
 """Seconds for which the kernel may keep a name and its attributes: so late may it learn what .shmem changed."""
 
 
+CONDEMNED = 4
+"""Points against a request (see the state) with which it is not carried out again: two daemons died of it by a fault or
+for want of memory, or four were killed, which may have been no fault of its."""
+
+SUSPECT_SECONDS = 10.0
+"""So long after its start a daemon thinks of what the one before may have died of."""
+
+
 @overload
 def guarded(handler: "Handler[P, Coroutine[Any, Any, T]]") -> "Handler[P, Coroutine[Any, Any, T]]": ...
 @overload
@@ -43,17 +53,29 @@ def guarded(handler: "Handler[P, T]") -> "Handler[P, Coroutine[Any, Any, T]]": .
 def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, Any]]":
     """The wrapper round every operation. Handlers that are plain functions wait for nothing, by their being that."""
     name, waits, clock = handler.__name__, inspect.iscoroutinefunction(handler), time.perf_counter_ns
+    kind, telling = zlib.crc32(name.encode()), len(inspect.signature(handler).parameters) > 2
 
     @wraps(handler)
     async def operation(self: "Operations", *arguments: Any) -> Any:
-        start = clock()
+        start, notes = clock(), self._notes
+        note = identity(kind, arguments[0], arguments[1]) if telling else kind << POINTS.bit_length()
         try:
+            if self._suspects:
+                note = self._admitted(name, note)
             if not waits:
-                return handler(self, *arguments)
+                notes[0] = note  # no other handler runs meanwhile
+                try:
+                    return handler(self, *arguments)
+                finally:
+                    notes[0] = 0
             self.under_way += 1
+            slot = self._slots.pop()
+            notes[slot] = note
             try:
                 return await handler(self, *arguments)
             finally:
+                notes[slot] = 0
+                self._slots.append(slot)
                 self.under_way -= 1
         except FUSEError:
             raise
@@ -63,9 +85,9 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
             self.burst(name, error, arguments)
             raise FUSEError(errno.EIO) from None
         finally:
-            timing = self.metrics.operations[name]
-            timing.count += 1
-            timing.nanoseconds += clock() - start
+            values, place = self.metrics.values, self.metrics.places[name]
+            values[place] += 1
+            values[place + 1] += clock() - start
             if self.debug:
                 log.debug("%s%s", name, _brief(name, arguments))
 
@@ -92,7 +114,16 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
 
     def __init__(
-        self, tree: Tree, pool: Pool, metrics: Metrics, *, init: Callable[[], None], lifetime: float, debug: bool
+        self,
+        tree: Tree,
+        pool: Pool,
+        metrics: Metrics,
+        state: State,
+        *,
+        init: Callable[[], None],
+        lifetime: float,
+        debug: bool,
+        suspects: dict[int, int],
     ) -> None:
         super().__init__()
         self.tree = tree
@@ -100,6 +131,10 @@ class Operations(pyfuse3.Operations):
         self.metrics = metrics
         self.debug = debug
         self.under_way = 0  # handlers that wait for something
+        self._notes = state.notes  # what is being carried out: slot 0 for plain functions
+        self._slots = list(range(1, len(self._notes)))
+        self._suspects = suspects  # requests that daemons died of, perhaps
+        self._suspected_until = time.monotonic() + SUSPECT_SECONDS
         self._init = init
         self.lifetime = lifetime
         self._logged: set[tuple[str, object]] = set()
@@ -116,7 +151,7 @@ class Operations(pyfuse3.Operations):
     def refused(self, operation: str, error: TtmfsError) -> int:
         """The errno for an error of the model, counted, and logged if someone should look at it."""
         number = errno_of(error)
-        self.metrics.errors[operation, number] += 1
+        self.metrics.count_error(operation, number)
         cause = operation, getattr(error.__cause__, "errno", None)  # not the text: names in it are the caller's choice
         if isinstance(error, StoreFailed) and cause not in self._logged:
             self._logged.add(cause)
@@ -127,7 +162,7 @@ class Operations(pyfuse3.Operations):
 
     def burst(self, operation: str, error: Exception, arguments: tuple[Any, ...]) -> None:
         """Log an exception that nobody foresaw, once for each place that it comes from, lest a caller fill the log."""
-        self.metrics.errors[operation, errno.EIO] += 1
+        self.metrics.count_error(operation, errno.EIO)
         trace = error.__traceback__
         while trace and trace.tb_next:
             trace = trace.tb_next
@@ -137,6 +172,19 @@ class Operations(pyfuse3.Operations):
             log.exception(
                 "%s%s failed unforeseen; callers get EIO (said once)", operation, _brief(operation, arguments)
             )
+
+    def _admitted(self, operation: str, request: int) -> int:
+        """The note of a request with what speaks against it. FUSEError(EIO) for one that daemons have died of."""
+        if time.monotonic() > self._suspected_until:
+            self._suspects.clear()
+        points = self._suspects.get(request, 0)
+        if points >= CONDEMNED:
+            self.metrics.count_error(operation, errno.EIO)
+            log.error(
+                "a request for %s is refused: the daemons died that carried it out. Its caller gets EIO", operation
+            )
+            raise FUSEError(errno.EIO)
+        return request | points
 
     def _entry(self, ino: int, attributes: Attributes) -> EntryAttributes:
         entry = self._answer

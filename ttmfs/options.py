@@ -37,6 +37,8 @@ _PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # what a file offset can reach
 
 AUTO_POLL, LONGEST_POLL = 200, 10_000  # us
+RESTART_TRIES, MOST_TRIES = 5, 1000
+RESTART_SECONDS, LONGEST_RESTART = 10, 86_400
 _BUSY_POLLS = {"auto": AUTO_POLL, "off": 0}
 
 OPPOSITES = {
@@ -156,6 +158,28 @@ def _parse_busy_poll(text: str) -> int:
     return int(text)
 
 
+def _parse_switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise OptionError(f"{text!r} is neither on nor off")
+    return text == "on"
+
+
+def _format_switch(on: object) -> str:
+    return "on" if on else "off"
+
+
+def _parse_tries(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) or not 1 <= int(text) <= MOST_TRIES:
+        raise OptionError(f"{text!r} is no number of starts: write one from 1 to {MOST_TRIES}")
+    return int(text)
+
+
+def _parse_seconds(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or not 1 <= int(text) <= LONGEST_RESTART:
+        raise OptionError(f"{text!r} is no time to wait: write whole seconds from 1 to {LONGEST_RESTART}")
+    return int(text)
+
+
 def _format_busy_poll(longest: int) -> str:
     return next((text for text, known in _BUSY_POLLS.items() if known == longest), str(longest))
 
@@ -193,6 +217,18 @@ TABLE = {
         Option("page_size", "SIZE", parse_size, format_size, "bytes a page, a power of two up to 2m (the system's)"),
         Option("reserve", "SIZE", parse_size, format_size, "memory and swap that storing leaves free (64m)"),
         Option("busy_poll", "auto|off|US", _parse_busy_poll, _format_busy_poll, "how long to poll for requests (auto)"),
+        Option(
+            "keeper", "on|off", _parse_switch, _format_switch, "survive the daemon's death: a process keeps all (on)"
+        ),
+        Option("restart_tries", "N", _parse_tries, str, "failed starts of a daemon until the keeper gives up (5)"),
+        Option("restart_seconds", "S", _parse_seconds, str, "seconds without an answer until it gives up (10)"),
+        Option(
+            "resend",
+            "on|off",
+            _parse_switch,
+            _format_switch,
+            "off: mount anew after a death, as before Linux 6.9 (on)",
+        ),
         _flag("allow_other", "let other users in, as far as the mode bits allow"),
         _flag("ro", "mount read-only"),
         _flag("debug", "log every operation"),
@@ -215,6 +251,10 @@ class Options:
     page_size: int = BASE_PAGE_SIZE
     reserve: int = 64 << 20
     busy_poll: int = AUTO_POLL  # us at most; 0: off
+    keeper: bool = True
+    restart_tries: int = RESTART_TRIES
+    restart_seconds: int = RESTART_SECONDS
+    resend: bool = True
     allow_other: bool = False
     ro: bool = False
     debug: bool = False
@@ -222,7 +262,17 @@ class Options:
 
     def __post_init__(self) -> None:
         """Fill in the defaults that follow from others, and check what no single value shows."""
-        for name in "size", "nr_inodes", "backup_size", "page_size", "reserve", "busy_poll":
+        numbers = (
+            "size",
+            "nr_inodes",
+            "backup_size",
+            "page_size",
+            "reserve",
+            "busy_poll",
+            "restart_tries",
+            "restart_seconds",
+        )
+        for name in numbers:
             value = getattr(self, name)
             if not isinstance(value, int) and not (name == "nr_inodes" and value is None):
                 raise OptionError(f"{name}: a number is needed here, not {value!r}")
@@ -290,10 +340,10 @@ class Options:
         return ",".join((*words, *self.kernel))
 
     def as_dict(self) -> dict[str, Any]:
-        """Every option and its value in force, for ``.config``. Modes and busy_poll are text, as they are written."""
+        """Every option and its value in force, for ``.config``. Some values are text, as they are written."""
         mode = None if self.mode is None else TABLE["mode"].show(self.mode)
-        polling = TABLE["busy_poll"].show(self.busy_poll)
-        return {**asdict(self), "mode": mode, "busy_poll": polling, "kernel": list(self.kernel)}
+        shown = {name: TABLE[name].show(getattr(self, name)) for name in ("busy_poll", "keeper", "resend")}
+        return {**asdict(self), "mode": mode, **shown, "kernel": list(self.kernel)}
 
 
 def _directory(path: str | os.PathLike[str]) -> str:

@@ -42,10 +42,11 @@ class Room:
 class Pool:
     """Backups by name. :func:`open_pool` makes one of its own; a mount has one too."""
 
-    def __init__(self, store: Store, options: Options) -> None:
+    def __init__(self, store: Store, options: Options, backup_size: int = 0) -> None:
         self.page_size = options.page_size
         self.store = store
-        self.backup_size = options.backup_size or self.whole_pages(store.room().f_blocks * self.page_size)
+        asked = backup_size or options.backup_size
+        self.backup_size = asked or self.whole_pages(store.room().f_blocks * self.page_size)
 
     # --- backups ---
 
@@ -120,9 +121,9 @@ class Pool:
         """Change the budget, in bytes. Raises InvalidArgument if more than that is stored."""
         self.store.resize(self.whole_pages(size))
 
-    def close(self) -> None:
-        """Give up the store. On a tmpfs of its own that releases every page."""
-        self.store.close()
+    def close(self, *, leave: bool = False) -> None:
+        """Give up the store. On a tmpfs of its own that releases every page, unless another process has it too."""
+        self.store.close(leave=leave)
 
 
 @contextlib.asynccontextmanager

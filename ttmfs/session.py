@@ -2,12 +2,18 @@
 
 libfuse does not mount. fusermount3 does, for root and users alike, and hands the connection over; libfuse is given one
 end of a socket pair with the kernel's first message, FUSE_INIT, in it, and when it has read that, the connection is put
-in the socket's place. So the same code can later serve a connection whose FUSE_INIT was read by another process.
+in the socket's place. So the same code serves a connection whose FUSE_INIT was read by another process.
 
-The daemon never touches the mount itself, nor holds a descriptor of it: it would wait for itself, unkillable.
+That is how a daemon takes over from one that died: the keeper has the connection, the store and the state. Before it
+reads, it has the kernel send every request again that was not answered (FUSE_NOTIFY_RESEND, Linux 6.9). Where the
+kernel cannot, the connection is not kept: it ends with the daemon, and the next one mounts anew over the same store.
+
+The daemon never touches the mount itself, nor holds a descriptor of it: it would wait for itself, unkillable. Above all
+not one that takes over, whose mount is there and answers no one yet.
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import inspect
@@ -21,8 +27,9 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import pyfuse3
 import trio
@@ -31,25 +38,32 @@ from . import linux
 from .busy_poll import BusyPoll
 from .errors import NotSupported, TtmfsError
 from .inodes import CONFIG, STATS
+from .keeper import CONNECTION, RESTART, STATE, Keeper
 from .metrics import Metrics
 from .operations import LIFETIME, Operations
 from .options import ExitCode, Options, escaped
 from .pool import Pool
+from .state import State
 from .store import Store
 from .tree import Tree
+from .version import __version__
 
-__all__ = ["MountError", "serve"]
+__all__ = ["MountError", "Process", "serve"]
 
 log = logging.getLogger(__name__)
 
 FUSERMOUNT = "fusermount3"
 FUSE_MIN_READ_BUFFER = 8192
 INIT_FLAGS_OFFSET, ATOMIC_O_TRUNC = 40 + 12, 1 << 3
+INIT_VERSION_OFFSET, RESEND_SINCE = 40, (7, 40)
+NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)
+"""fuse_out_header of the notification that makes the kernel send every unanswered request again. (Linux 6.9)"""
+
 NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 8, 0)
 """fuse_out_header of the notification that makes the kernel forget every name it was given (seen on Linux 6.18)."""
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""The signals that ask for the end."""
+"""The signals that ask for the end. RESTART asks for another daemon in this one's place."""
 
 WAIT = "_wait_fuse_readable"
 """The function in which pyfuse3's loop waits for the next request, found anew at each. The one private thing that is
@@ -58,6 +72,8 @@ replaced, as pyfuse3's own asyncio support replaces others."""
 MOST_WAITING = 1000
 """So many requests may wait for swap or a disk at once before the next is not read."""
 
+ANSWER_SECONDS = 10.0
+KEEPER_RETRY_SECONDS = 5.0
 UNMOUNT_SECONDS = 10.0
 LINGER_SECONDS = 1.0
 
@@ -70,39 +86,132 @@ class MountError(Exception):
         self.code = code
 
 
-def serve(source: str, mountpoint: str, options: Options, ready: Callable[[], None]) -> None:
-    """Mount a new pool at a directory and serve it until it is unmounted or a signal asks for the end.
+class Process(Protocol):
+    """How the process stands that serves: what it was given, and whom it tells."""
 
-    `ready` is called once requests are answered. Raises MountError. All pages are released on return.
+    held: dict[str, int]
+    """Descriptors of a daemon before, by the keeper's names."""
+    keeper: Keeper | None
+
+    def ready(self) -> None:
+        """Called once requests are answered."""
+
+    def another_keeper(self) -> Keeper:
+        """In place of one of our own that died. Raises OSError."""
+
+
+@dataclass
+class _Mount:
+    """What a mount consists of."""
+
+    mountpoint: str
+    connection: int
+    pool: Pool
+    state: State
+    begun: bool  # the kernel has been served by a daemon before
+
+
+def serve(source: str, mountpoint: str, options: Options, process: Process) -> None:
+    """Serve a mount until it is unmounted or a signal asks for the end; on RESTART leave it to another daemon.
+
+    The mount is a new one, or that of a daemon before, if its keeper has passed it to this process. Raises MountError.
+    On return all pages are released, but after RESTART.
     """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with _Ending() as ending:
+        try:
+            if resumed := STATE in process.held:
+                mount = _take_over(source, mountpoint, options, process.held)
+            else:
+                mount = _make(source, mountpoint, options)
+        except TtmfsError as error:
+            code = ExitCode.SYSTEM if isinstance(error, NotSupported) else ExitCode.FAILED
+            raise MountError(str(error), code) from error
+        leave, session = resumed, None
+        try:
+            session = _Session(mount, options, ending, process)
+            session.run()
+            leave = session.leaving
+        except BaseException:
+            leave = resumed or (process.keeper is not None and session is not None and session.served)
+            raise
+        finally:
+            if not leave and process.keeper:
+                with contextlib.suppress(OSError):
+                    process.keeper.tell("STOPPING=1")
+            os.close(mount.connection)
+            if not resumed and (session is None or (session.mounted and not session.served)):
+                _unmount(mount.mountpoint)  # a start that failed leaves no mount behind
+            mount.pool.close(leave=leave)
+            mount.state.close()
+    if session.failure:
+        raise session.failure
+    if not session.served and not resumed:
+        if ending.asked:
+            raise KeyboardInterrupt
+        raise MountError(f"{mount.mountpoint} was unmounted before it could answer")
+
+
+def _make(source: str, mountpoint: str, options: Options) -> _Mount:
+    """A new mount of a new pool."""
     mountpoint = _checked_mountpoint(mountpoint)
     if options.store and _lies_in(mountpoint, options.store):  # it would ask itself for the names there
         raise MountError(f"{mountpoint} lies within the store {options.store}; mount it elsewhere")
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.ExitStack() as undo:
+        store = Store.of(options)
+        undo.callback(store.close)
+        pool = Pool(store, options)
+        kept = {"page_size": pool.page_size, "backup_size": pool.backup_size, "temporary": store.temporary}
+        state = State.new(version=__version__, **kept)
+        undo.callback(state.close)
+        connection = _connected(source, mountpoint, options, state)
+        undo.pop_all()
+    return _Mount(mountpoint, connection, pool, state, begun=False)
+
+
+def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, int]) -> _Mount:
+    """The mount of a daemon before, from what its keeper holds. Touches nothing below the mount point."""
+    state = State(held[STATE])
+    if (size := state.header["page_size"]) != options.page_size:
+        raise MountError(
+            f"the running mount has pages of {size} bytes, not of {options.page_size}: give page_size={size}"
+        )
+    if size := state.get("size"):  # of a directory it was changed since
+        options = dataclasses.replace(options, size=size)
+    failed = [int(id) for id in state.keys("unsynced")]
+    store = Store.resumed(held, options, temporary=state.header["temporary"], failed=failed)
+    pool = Pool(store, options, state.header["backup_size"])
+    state.set("restarts", state.get("restarts") + 1)
+    if words := state.take_last_words():
+        log.error("the daemon before died: %s", words)
+    if CONNECTION in held:
+        log.info("taking over %s: no page and no open file is lost", mountpoint)
+        return _Mount(mountpoint, held[CONNECTION], pool, state, begun=True)
+    if (device := _device_at(mountpoint)) and device == state.header["device"]:
+        _unmount(mountpoint)
+    connection = _connected(source, mountpoint, options, state)
+    log.warning("mounted %s anew over the pages that were kept: none is lost, files that were open are", mountpoint)
+    return _Mount(mountpoint, connection, pool, state, begun=False)
+
+
+def _connected(source: str, mountpoint: str, options: Options, state: State) -> int:
+    """Mount, and note in the state what the kernel says first. Gives the connection."""
+    connection = _mount(source, mountpoint, options)
     try:
-        pool = Pool(Store.of(options), options)
-    except TtmfsError as error:
-        code = ExitCode.SYSTEM if isinstance(error, NotSupported) else ExitCode.FAILED
-        raise MountError(str(error), code) from error
-    with _Ending() as ending, contextlib.closing(pool):
-        connection = _mount(source, mountpoint, options)
-        session = None
-        try:
-            session = _Session(connection, mountpoint, pool, options, ending, ready)
-            session.run()
-        finally:
-            os.close(connection)
-            if session is None or (session.mounted and not session.served):
-                _unmount(mountpoint)  # a start that failed leaves no mount behind
-    if not session.served:
-        if ending.asked:
-            raise KeyboardInterrupt
-        raise MountError(f"{mountpoint} was unmounted before it could answer")
+        first = os.read(connection, FUSE_MIN_READ_BUFFER)
+        state.update(init=first.hex(), device=_device_at(mountpoint))
+    except BaseException as error:
+        _unmount(mountpoint)
+        os.close(connection)
+        if isinstance(error, OSError):
+            raise MountError(f"{mountpoint} was unmounted before it could answer") from error
+        raise
+    return connection
 
 
 class _Ending:
-    """Waits for the signals that ask for the end.
+    """Waits for the signals that ask for the end, or for a restart.
 
     They are noted from the beginning, not raised: an exception between mounting and serving could come when no one
     knows yet whether there is a mount, or within trio. The first counts, further ones change nothing.
@@ -114,7 +223,7 @@ class _Ending:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._handlers = {number: signal.signal(number, self._note) for number in ENDING}
+        self._handlers = {number: signal.signal(number, self._note) for number in (*ENDING, RESTART)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,7 +231,8 @@ class _Ending:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        self.asked = self.asked or signal.Signals(number)
+        if self.asked in (None, RESTART):
+            self.asked = signal.Signals(number)
         with contextlib.suppress(trio.RunFinishedError):  # it has ended already
             self._wake()
 
@@ -152,8 +262,12 @@ def _checked_mountpoint(path: str) -> str:
     except FileNotFoundError:
         raise MountError(f"{path} does not exist; make it first: mkdir {path}") from None
     except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            raise MountError(f"a dead mount is in the way at {path}; remove it: {FUSERMOUNT} -u {path}") from None
+        if error.errno == errno.ENOTCONN and (what := _mounted_at(os.path.abspath(path))):
+            if what[1] != "fuse.ttmfs":
+                raise MountError(f"a dead mount is in the way at {path}; remove it: {FUSERMOUNT} -u {path}") from None
+            log.warning("removing the dead ttmfs at %s", path)
+            _unmount(os.path.abspath(path))
+            return _checked_mountpoint(path)
         raise MountError(f"{path}: {error.strerror}") from None
     return os.path.realpath(path)
 
@@ -196,37 +310,41 @@ def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess
 
 def _device_at(mountpoint: str) -> str | None:
     """The device number of what is mounted topmost at a path, without touching it; None if nothing is."""
-    device = None
+    return found[0] if (found := _mounted_at(mountpoint)) else None
+
+
+def _mounted_at(mountpoint: str) -> tuple[str, str] | None:
+    """Device number and type of what is mounted topmost at a path."""
+    found = None
     for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
         fields = line.split(b" ")
         if re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), fields[4]) == os.fsencode(mountpoint):
-            device = fields[2].decode()
-    return device
+            found = fields[2].decode(), fields[fields.index(b"-") + 1].decode()
+    return found
 
 
 class _Session:
     """The serving of one connection. There is one a process: pyfuse3 keeps its session in globals."""
 
-    def __init__(
-        self, connection: int, mountpoint: str, pool: Pool, options: Options, ending: _Ending, ready: Callable[[], None]
-    ) -> None:
-        self._connection = connection
-        self._mountpoint = mountpoint
-        self._device = _device_at(mountpoint)
-        self._ready = ready
-        self._ending = ending
+    def __init__(self, mount: _Mount, options: Options, ending: _Ending, process: Process) -> None:
+        self._mount, self._process, self._ending = mount, process, ending
+        self._connection, self._mountpoint, pool, state = mount.connection, mount.mountpoint, mount.pool, mount.state
         self._initialized = trio.Event()
-        self.served = False
+        self.served = self.leaving = False  # whether requests were answered; whether another daemon is to go on
+        self.failure: MountError | None = None
+        self._init = bytes.fromhex(state.header["init"])
+        self._resends = options.resend and struct.unpack_from("<II", self._init, INIT_VERSION_OFFSET) >= RESEND_SINCE
         self._session_fd = -1
         self._longest_poll = options.busy_poll * 1000
         self._busy_poll: BusyPoll | None = None
-        metrics = Metrics()
-        texts = {STATS: lambda: metrics.text(pool), CONFIG: lambda: _config(options, pool)}
+        metrics = Metrics(state)
+        texts = {STATS: lambda: metrics.text(pool), CONFIG: lambda: _config(options, pool, process)}
         tree = Tree(pool, texts, self._forget_names, self._forget_attributes)
         self._operations = Operations(
-            tree, pool, metrics, init=self._connect,
-            lifetime=LIFETIME if self._forget_names() else 0.0, debug=options.debug,
+            tree, pool, metrics, state, init=self._connect,
+            lifetime=LIFETIME if self._forget_names() else 0.0, debug=options.debug, suspects=state.suspects(),
         )  # fmt: skip
+        pool.store.remember = state.set
         if not self._operations.lifetime:
             log.info("this kernel cannot be told to forget names, so it is asked to keep none")
 
@@ -254,7 +372,12 @@ class _Session:
         # With it libfuse gets a pipe large enough to splice(2) every request through: two system calls in place of one,
         # 2.6 of 17 us of a page operation. What that spares is one of three copies of a write by 1 MiB.
         linux.renounce(linux.CAP_SYS_RESOURCE)
-        first = _without_atomic_o_trunc(os.read(self._connection, FUSE_MIN_READ_BUFFER))
+        first = _without_atomic_o_trunc(self._init)
+        if self._process.keeper:
+            self._mount.state.keep_last_words()
+        if self._mount.begun:  # before anything is read: else a request could be carried out by two at once
+            with contextlib.suppress(OSError):  # unmounted meanwhile, which the first read tells as well
+                os.write(self._connection, NOTIFY_RESEND)
         feeder, session_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._session_fd = session_end.detach()
         with feeder:
@@ -273,7 +396,7 @@ class _Session:
     async def _main(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
-            nursery.start_soon(self._say_ready)
+            nursery.start_soon(self._say_ready, nursery.cancel_scope)
             with self._busy_polling():
                 await pyfuse3.main(max_tasks=_most_waiting())
             nursery.cancel_scope.cancel()
@@ -301,24 +424,101 @@ class _Session:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, before)
 
-    async def _say_ready(self) -> None:
+    async def _say_ready(self, serving: trio.CancelScope) -> None:
         await self._initialized.wait()
         if self._busy_poll and not self._busy_poll.calls:
             log.warning("pyfuse3 %s does not call its %s(): no busy polling", pyfuse3.__version__, WAIT)
         if self._ending.asked:
             return
-        _lock_memory()
+        if not self._mount.begun:
+            _lock_memory()
+            self.failure = await self._unanswered()
+            if self._ending.asked:
+                return
+            if self.failure:
+                serving.cancel()
+                return
         self.served = True
         log.info("serving %s", self._mountpoint)
-        self._ready()
+        if self._process.keeper:
+            self._hand_over(self._process.keeper, besides=self._process.held)
+        self._process.ready()
+        if self._mount.begun:
+            _lock_memory()  # which others need not wait for
+        if self._process.keeper:
+            await self._watch_keeper()
+
+    async def _unanswered(self) -> MountError | None:
+        """Have another process open a file of the mount and close it; what is wrong, if anything.
+
+        The close matters too: it tells the kernel that there is nothing to flush, and that no later close need ask.
+        Else closing a file would wait for a daemon that is dead.
+        """
+        command, why = ["head", "-c", "0", "--", os.path.join(self._mountpoint, ".stats")], "no answer"
+        with trio.move_on_after(ANSWER_SECONDS):
+            try:
+                done = await trio.run_process(
+                    command, stdin=subprocess.DEVNULL, capture_stdout=True, capture_stderr=True, check=False,
+                    env={**os.environ, "LC_ALL": "C"}, cwd="/",
+                )  # fmt: skip
+            except OSError as error:
+                return MountError(f"head: {error.strerror}; install the package coreutils", ExitCode.SYSTEM)
+            if not done.returncode or b"Permission denied" in done.stderr:  # an answer as well
+                return None
+            why = done.stderr.decode(errors="replace").strip().rpartition(": ")[2]
+        return MountError(f"{self._mountpoint} was mounted, but cannot be used: {why}")
+
+    def _hand_over(self, keeper: Keeper, besides: dict[str, int]) -> None:
+        """Have a keeper hold what the next daemon needs, but for what it holds, and know that this one serves."""
+        store, state = self._mount.pool.store, self._mount.state
+        kept = {**store.descriptors(), STATE: state.fd}
+        if self._resends:
+            kept[CONNECTION] = self._connection
+        try:
+            keeper.keep({name: fd for name, fd in kept.items() if besides.get(name) != fd})
+            keeper.tell("READY=1")
+            if keeper.pid:
+                store.is_held_by(keeper.pid)
+        except OSError as error:
+            log.warning("the keeper does not hear: %s", error)
+
+    async def _watch_keeper(self) -> None:
+        """Have another keeper in place of one of our own that dies."""
+        keeper = self._process.keeper
+        while keeper and keeper.death is not None:
+            if keeper.death >= 0:
+                await trio.lowlevel.wait_readable(keeper.death)
+            keeper.close()
+            try:
+                keeper = self._process.keeper = self._process.another_keeper()
+            except OSError as error:
+                log.error("no keeper: the pages are lost if this process dies now: %s", error.strerror)
+                await trio.sleep(KEEPER_RETRY_SECONDS)
+                continue
+            log.warning("the keeper was killed: %s is another", keeper.pid)
+            self._hand_over(keeper, besides={})
 
     @property
     def mounted(self) -> bool:
         """Whether it is what is seen at the mountpoint: no one has unmounted it, or mounted over it."""
-        return _device_at(self._mountpoint) == self._device
+        device: str | None = self._mount.state.header["device"]
+        return _device_at(self._mountpoint) == device
 
     async def _end_on_signal(self, serving: trio.CancelScope) -> None:
         number = await self._ending.wait()
+        while number == RESTART:
+            if self._process.keeper and self.served:
+                log.info("%s: leaving %s to another daemon", number.name, self._mountpoint)
+                self.leaving = True
+                pyfuse3.terminate()
+                serving.cancel()
+                return
+            log.warning("%s: there is no keeper to start another daemon", number.name)
+            self._ending.asked = None
+            number = await self._ending.wait()
+        if self._process.keeper:
+            with contextlib.suppress(OSError):
+                self._process.keeper.tell("STOPPING=1")
         log.info("%s: unmounting %s", number.name, self._mountpoint)
         if self.mounted:
             await trio.to_thread.run_sync(_unmount, self._mountpoint, limiter=trio.CapacityLimiter(1))
@@ -355,11 +555,12 @@ def _without_atomic_o_trunc(init: bytes) -> bytes:
     return bytes(message)
 
 
-def _config(options: Options, pool: Pool) -> bytes:
-    """The options in force, as JSON. The budget can have been changed since."""
+def _config(options: Options, pool: Pool, process: Process) -> bytes:
+    """The options in force, as JSON, and who serves. The budget can have been changed since."""
     room = pool.room()
     now = {"size": room.size, "backup_size": pool.backup_size, "nr_inodes": room.files, "store": pool.store.directory}
-    return json.dumps(options.as_dict() | now, indent=2).encode() + b"\n"
+    who = {"daemon_pid": os.getpid(), "keeper_pid": process.keeper.pid if process.keeper else None}
+    return json.dumps(options.as_dict() | now | who, indent=2).encode() + b"\n"
 
 
 def _unmount(mountpoint: str) -> None:

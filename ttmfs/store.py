@@ -19,9 +19,9 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import trio
 
@@ -38,6 +38,7 @@ from .errors import (
     TtmfsError,
     from_os_error,
 )
+from .keeper import LEDGER, NAMESPACE, STORE
 from .ledger import FILE, Ledger
 from .memory import Reserve, Swap
 from .options import Options, format_size
@@ -114,6 +115,7 @@ class Store:
         user_namespace: int | None = None,
         ledger: Ledger | None = None,
         temporary: str | None = None,
+        failed: Iterable[int] = (),
     ) -> None:
         self.page_size = options.page_size
         self.in_memory = linux.is_tmpfs(directory)
@@ -126,9 +128,11 @@ class Store:
         self._budget = options.size  # bytes, kept with the ledger; 0: all that the filesystem has
         self._nr_inodes = options.nr_inodes
         self._temporary = temporary
+        self._place: str | None = None  # a path of the directory that outlasts this process
         self._read_only = options.ro and ledger is not None and temporary is None
         self._recount_at = 0.0
-        self._failed: set[int] = set()
+        self._failed = set(failed)
+        self.remember: Callable[[str, int], object] = lambda _, __: None  # what the next daemon must know, by a key
         self._open: OrderedDict[int, int] = OrderedDict()  # id: descriptor, the one used last at the end
         self._most_open = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._names: dict[int, str] = {}
@@ -239,11 +243,34 @@ class Store:
                     shutil.rmtree(outer, ignore_errors=True)
         raise why
 
-    def close(self) -> None:
-        """Give up every descriptor, and what is not meant to stay."""
+    @classmethod
+    def resumed(cls, descriptors: dict[str, int], options: Options, **kept: Any) -> Self:
+        """The store of a daemon before, from its :meth:`descriptors`, and what else was kept: `temporary`, `failed`."""
+        directory, ledger = descriptors[STORE], None
+        if LEDGER in descriptors:
+            read_only = options.ro and kept.get("temporary") is None
+            ledger = Ledger(directory, options.page_size, read_only=read_only, fd=descriptors[LEDGER])
+        return cls(directory, options, user_namespace=descriptors.get(NAMESPACE), ledger=ledger, **kept)
+
+    def descriptors(self) -> dict[str, int]:
+        """What the store is made from, for another process to go on with, by the names that a keeper knows."""
+        found = {STORE: self._directory}
+        if self._user_namespace is not None:
+            found[NAMESPACE] = self._user_namespace
+        if self._ledger:
+            found[LEDGER] = self._ledger.fd
+        return found
+
+    @property
+    def temporary(self) -> str | None:
+        """The directory to remove at the end, if there is one."""
+        return self._temporary
+
+    def close(self, *, leave: bool = False) -> None:
+        """Give up every descriptor, and what is not meant to stay; with `leave` it stays for the next daemon."""
         while self._open:
             os.close(self._open.popitem()[1])
-        if self._temporary is not None:
+        if self._temporary is not None and not leave:
             os.fchmod(self._directory, 0o700)  # chmod of the mount's root can have left us no right to empty it
             shutil.rmtree(self._temporary, ignore_errors=True)
         if self._ledger:
@@ -470,8 +497,17 @@ class Store:
                 raise BackupEnded("the backup was ended") from None
 
     def path(self, name: str) -> str:
-        """Where another process finds a backup's file as long as this one lives (root and this process' user only)."""
-        return f"/proc/{os.getpid()}/fd/{self._directory}/{name}"
+        """Where another process finds a backup's file as long as the store lives (root and this process' user only)."""
+        return f"{self._place or f'/proc/{os.getpid()}/fd/{self._directory}'}/{name}"
+
+    def is_held_by(self, pid: int) -> None:
+        """Have :meth:`path` lead through a process that holds the directory open too, and may outlive this one."""
+        ours, self._place = os.fstat(self._directory), None
+        for fd in sorted(os.listdir(f"/proc/{pid}/fd"), key=int):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), ours):
+                    self._place = f"/proc/{pid}/fd/{fd}"
+                    return
 
     # --- the whole ---
 
@@ -566,6 +602,7 @@ class Store:
             if size < self._ledger.stored * self.page_size:
                 raise too_small
             self._budget = size
+            self.remember("size", size)
             return
         try:
             if self._user_namespace is None:
@@ -594,6 +631,7 @@ class Store:
         except OSError as error:
             if id is not None:
                 self._failed.add(id)
+                self.remember(f"unsynced {id}", 1)
             raise from_os_error(error, "syncing a backup") from error
 
 

@@ -27,6 +27,7 @@ any time without harm.
 import contextlib
 import itertools
 import os
+import secrets
 import stat
 import time
 from collections import OrderedDict
@@ -53,6 +54,7 @@ from .errors import (
 from .handles import format_ranges, parse_page_name, parse_ranges
 from .inodes import (
     CONFIG,
+    HANDLE_BITS,
     IMAGE,
     MAX_BACKUP_ID,
     MAX_HANDLE,
@@ -136,7 +138,8 @@ class Tree:
         self._texts = texts
         self._names_dropped = names_dropped
         self._attributes_changed = attributes_changed
-        self._serial = itertools.count()
+        # Directories that a daemon before opened are open still: two of one handle would share what is kept of them.
+        self._serial = itertools.count(secrets.randbits(HANDLE_BITS))
         self._read_texts: _Kept[bytes] = _Kept()
         # Of open directories: index to go on from, end of the run of pages that it is in, and when that was looked up.
         self._extents: _Kept[tuple[int, int, float]] = _Kept()

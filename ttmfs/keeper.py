@@ -1,0 +1,407 @@
+"""Both sides of a store of descriptors, which keeps a mount alive while its daemon is dead.
+
+A keeper holds the connection to the kernel, the store's directory and the mount's state. While it does, the daemon can
+be killed at any instant: clients wait, the keeper starts another daemon, and that one takes over. A service manager
+with a store of descriptors is a keeper; without one, this file is: run as a program, by its path, it is one of our own.
+
+The protocol is sd_notify(3)'s. The daemon sends datagrams of lines to ``NOTIFY_SOCKET``: ``FDSTORE=1`` and ``FDNAME=``
+with descriptors, ``READY=1`` when it serves, ``STOPPING=1`` when it ends on purpose, ``BARRIER=1`` with a pipe that is
+closed when all before it was heard. A daemon started anew finds the descriptors from 3 on (``LISTEN_PID``,
+``LISTEN_FDS``, ``LISTEN_FDNAMES``). Whoever has a store says so by ``FDSTORE`` in the environment, as systemd does from
+version 254 on.
+
+The program::
+
+    keeper.py CHANNEL PID READY TRIES SECONDS LOG MOUNTPOINT COMMAND...
+
+CHANNEL is its bound socket, PID the daemon that runs already, READY a pipe to write a byte to when it first serves (-1:
+none), TRIES and SECONDS when to give up, LOG stderr or syslog. It imports next to nothing and touches no page. It
+
+- starts the next daemon when one has died, at once; after a start that failed by itself a little later each time;
+- gives up after TRIES such starts in a row, or SECONDS without a daemon that serves: it closes the connection, of which
+  the kernel makes errors for all who wait, and goes on holding the pages;
+- hands SIGTERM, SIGINT and SIGHUP on (end), and SIGUSR1 (restart; having given up, try again);
+- ends with the daemon that said STOPPING, or that died before it left anything here.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+__all__ = ["CONNECTION", "LEDGER", "NAMESPACE", "RESTART", "STATE", "STORE", "Keeper", "become", "inherited"]
+
+CONNECTION, STORE, STATE, NAMESPACE, LEDGER = "fuse", "store", "state", "namespace", "ledger"
+"""The names of what is kept; the last two only where there is one."""
+
+RESTART = signal.SIGUSR1
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+LONGEST_MESSAGE = 4096
+MOST_DESCRIPTORS = 16
+BARRIER_SECONDS = 5.0
+RETRY_SECONDS = 0.2
+KEEPER_PID = "TTMFS_KEEPER_PID"
+
+
+# --- the daemon's side ---
+
+
+def inherited() -> "dict[str, int]":
+    """The descriptors that a keeper passed to this process, by name. To be asked once."""
+    kept = os.environ.get("LISTEN_FDS", "0"), os.environ.get("LISTEN_FDNAMES", "").split(":")
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    for name in "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES":
+        os.environ.pop(name, None)
+    if not ours:
+        return {}
+    found = {}
+    for fd, name in zip(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(kept[0])), kept[1], strict=True):
+        os.set_inheritable(fd, False)
+        found[name] = fd
+    return found
+
+
+class Keeper:
+    """The keeper of this process: a service manager, or (with a `pid`) one of our own."""
+
+    def __init__(self, address: str, pid: "int | None") -> None:
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self.pid = pid
+        self._pidfd = -1
+        if pid is not None:
+            try:
+                self._pidfd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self.pid = 0  # it is dead already
+
+    @classmethod
+    def of_environment(cls) -> "Keeper | None":
+        """Who keeps this process' descriptors, if anyone says that he does."""
+        address, room, pid = (os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "FDSTORE", KEEPER_PID))
+        if not address or not room.isdigit() or room == "0":
+            return None
+        return cls(address, int(pid) if pid else None)
+
+    @property
+    def death(self) -> "int | None":
+        """A descriptor that becomes readable when it dies; None if that need not be watched. -1: it is dead."""
+        return None if self.pid is None else self._pidfd
+
+    def close(self) -> None:
+        """Give up the descriptor, and if it is a child of ours and dead, bury it."""
+        if self.pid:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, os.WNOHANG)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        self._pidfd = -1
+
+    def tell(self, *lines: str, descriptors: "tuple[int, ...]" = ()) -> None:
+        """Send a message. Raises OSError if there is no one to hear it."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.settimeout(BARRIER_SECONDS)
+            channel.connect(self._address)
+            if descriptors:
+                socket.send_fds(channel, ["\n".join(lines).encode()], list(descriptors))
+            else:
+                channel.send("\n".join(lines).encode())
+
+    def keep(self, descriptors: "dict[str, int]") -> None:
+        """Give it descriptors to hold, and wait until it does. Raises OSError."""
+        for name, fd in descriptors.items():
+            self.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptors=(fd,))
+        heard, barrier = os.pipe()
+        try:
+            try:
+                self.tell("BARRIER=1", descriptors=(barrier,))
+            finally:
+                os.close(barrier)
+            if not select.select([heard], [], [], BARRIER_SECONDS)[0]:
+                raise TimeoutError("the keeper does not answer")
+        finally:
+            os.close(heard)
+
+
+def become(tries: int, seconds: float, log: str, mountpoint: str, command: "list[str]", ready: int) -> None:
+    """Fork. The child returns, to be the daemon; this process becomes its keeper, a program that does nothing else."""
+    channel, environment = _channel(os.getpid())
+    signals = {*ENDING, RESTART}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until the keeper's handlers are there
+    child = os.fork()
+    if not child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        channel.close()
+        if ready >= 0:
+            os.close(ready)
+        os.environ.update(environment)
+        return
+    try:
+        for fd in channel.fileno(), ready:
+            if fd >= 0:
+                os.set_inheritable(fd, True)
+        words = _command_line(channel.fileno(), child, ready, tries, seconds, log, mountpoint, command)
+        os.execv(words[0], words)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os._exit(4)
+
+
+def another(tries: int, seconds: float, log: str, mountpoint: str, command: "list[str]") -> Keeper:
+    """Start a keeper for this process, which had one that died. Raises OSError."""
+    channel, environment = _channel(None)
+    with channel:
+        words = _command_line(channel.fileno(), os.getpid(), -1, tries, seconds, log, mountpoint, command)
+        channel.set_inheritable(True)
+        pid = os.posix_spawn(words[0], words, os.environ)
+    os.environ.update(environment, **{KEEPER_PID: str(pid)})
+    keeper = Keeper.of_environment()
+    assert keeper
+    return keeper
+
+
+def _channel(pid: "int | None") -> "tuple[socket.socket, dict[str, str]]":
+    """A keeper's socket, and what a daemon's environment has of it. The kernel chooses its name, in no directory."""
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    channel.bind("")
+    address = channel.getsockname()
+    environment = {"NOTIFY_SOCKET": "@" + address[1:].decode(), "FDSTORE": str(MOST_DESCRIPTORS)}
+    return channel, environment | ({KEEPER_PID: str(pid)} if pid else {})
+
+
+def _command_line(channel: int, daemon: int, ready: int, tries: int, seconds: float, log: str, mountpoint: str,
+                  command: "list[str]") -> "list[str]":  # fmt: skip
+    numbers = [str(value) for value in (channel, daemon, ready, tries, seconds)]
+    return [sys.executable, "-I", "-S", __file__, *numbers, log, mountpoint, *command]
+
+
+# --- the keeper's side ---
+
+
+class _Program:
+    """The keeper. Times are of time.monotonic()."""
+
+    def __init__(self, channel: int, daemon: int, ready: int, tries: int, seconds: float, log: str, mountpoint: str,
+                 command: "list[str]") -> None:  # fmt: skip
+        self.channel = socket.socket(fileno=channel)
+        self.channel.setblocking(False)
+        self.channel.set_inheritable(False)
+        if ready >= 0:
+            os.set_inheritable(ready, False)
+        self.ready, self.tries, self.seconds, self.to_syslog = ready, tries, seconds, log == "syslog"
+        self.mountpoint, self.command = mountpoint, command
+        self.held: list[tuple[str, int]] = []
+        self.pid, self.pidfd = daemon, os.pidfd_open(daemon)
+        self.serving = self.stopping = self.asked_to_end = self.gave_up = False
+        self.failed = 0  # starts in a row
+        self.start_at = 0.0  # when there is no daemon
+        self.down_since: float | None = None  # None: a daemon serves, or the first has not yet
+
+    def run(self) -> int:
+        """Keep until there is nothing to keep; the exit status."""
+        wake, signals = os.pipe()
+        os.set_blocking(signals, False)
+        signal.set_wakeup_fd(signals)
+        for caught in (*ENDING, RESTART):
+            signal.signal(caught, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ENDING, RESTART})
+        while True:
+            events = select.poll()
+            for fd in self.channel.fileno(), wake, self.pidfd:
+                if fd >= 0:
+                    events.register(fd, select.POLLIN)
+            for fd, _ in events.poll(self.patience()):
+                if fd == wake:
+                    for number in os.read(wake, 64):
+                        self.obey(number)
+                elif fd == self.channel.fileno():
+                    while self.hear():
+                        pass
+                elif (code := self.bury()) is not None:
+                    return code
+            now = time.monotonic()
+            if self.gave_up:
+                if self.asked_to_end:
+                    return 32
+            elif self.down_since is not None and now >= self.down_since + self.seconds:
+                self.give_up(f"no daemon has answered for {self.seconds:g} s")
+            elif not self.pid and now >= self.start_at:
+                self.start()
+
+    def patience(self) -> "float | None":
+        """How many ms to wait for events."""
+        times = [] if self.gave_up else [self.start_at] * (not self.pid)
+        if self.down_since is not None:
+            times.append(self.down_since + self.seconds)
+        return max(0.0, (min(times) - time.monotonic()) * 1000 + 1) if times else None
+
+    def obey(self, number: int) -> None:
+        """Hand a signal on."""
+        if number in ENDING:
+            self.asked_to_end = True
+        elif self.gave_up:
+            self.say("trying again")
+            self.gave_up, self.failed, self.start_at, self.down_since = False, 0, 0.0, time.monotonic()
+        # A daemon that takes over is told when it serves: only then does it know all that there is to end.
+        if self.pid and (self.serving or (number in ENDING and not self.held)):
+            os.kill(self.pid, number)
+
+    def hear(self) -> bool:
+        """Take one message; False if there is none."""
+        space = socket.CMSG_SPACE(4 * MOST_DESCRIPTORS) + socket.CMSG_SPACE(12)
+        try:
+            message, ancillary, _, _ = self.channel.recvmsg(LONGEST_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return False
+        sender = 0
+        descriptors: list[int] = []
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
+            elif level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                sender = struct.unpack("iII", data)[0]
+        lines = message.decode(errors="replace").split("\n")
+        name = next((line[7:] for line in lines if line.startswith("FDNAME=")), "stored")
+        if sender == self.pid:  # anyone can send
+            if "FDSTOREREMOVE=1" in lines:
+                self.drop(name)
+            if "FDSTORE=1" in lines and len(self.held) + len(descriptors) <= MOST_DESCRIPTORS:
+                self.drop(name)
+                self.held += [(name, fd) for fd in descriptors]
+                descriptors = []
+            self.stopping |= "STOPPING=1" in lines
+            if "READY=1" in lines:
+                self.served()
+        for fd in descriptors:
+            os.close(fd)
+        return True
+
+    def served(self) -> None:
+        """The daemon serves."""
+        self.serving, self.failed, self.down_since = True, 0, None
+        if self.ready >= 0:
+            with contextlib.suppress(BrokenPipeError):  # whoever waited was killed; the mount is no worse for it
+                os.write(self.ready, b"\1")
+            os.close(self.ready)
+            self.ready = -1
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in 0, 1, 2:
+                os.dup2(null, stream)
+            os.close(null)
+        if self.asked_to_end:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def drop(self, name: str) -> None:
+        """Close what is held by a name."""
+        for fd in [fd for known, fd in self.held if known == name]:
+            os.close(fd)
+        self.held = [(known, fd) for known, fd in self.held if known != name]
+
+    def bury(self) -> "int | None":
+        """The daemon is dead: plan the next, or give the status to end with."""
+        while self.hear():  # what it said before
+            pass
+        try:
+            _, status = os.waitpid(self.pid, 0)
+            code: int | None = os.waitstatus_to_exitcode(status)
+        except ChildProcessError:
+            code = None  # it was no child of ours: it made us
+        os.close(self.pidfd)
+        was, self.pid, self.pidfd = self.pid, 0, -1
+        if self.stopping or not self.held:
+            return 0 if code is None else code if code >= 0 else 4
+        how = (
+            "is dead" if code is None else f"ended with status {code}" if code >= 0 else f"was killed by signal {-code}"
+        )
+        now = time.monotonic()
+        self.start_at = now
+        if self.gave_up:
+            return None
+        if self.serving:
+            self.down_since = now
+            self.say(f"the daemon {was} of {self.mountpoint} {how}: starting another")
+        elif code == -signal.SIGKILL:
+            self.say(f"the daemon {was} of {self.mountpoint} was killed before it served: starting another")
+        else:
+            self.failed += 1
+            self.say(f"the daemon {was} of {self.mountpoint} {how} before it served ({self.failed} of {self.tries})")
+            self.start_at = now + RETRY_SECONDS * 2 ** (self.failed - 1)
+            if self.failed >= self.tries:
+                self.give_up(f"{self.failed} daemons could not start")
+        self.serving = False
+        return None
+
+    def start(self) -> None:
+        """Start a daemon, which finds what is held from descriptor 3 on."""
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self.say(f"cannot start a daemon: {error.strerror}")
+            self.start_at = time.monotonic() + RETRY_SECONDS
+            return
+        if pid:
+            self.pid, self.pidfd = pid, os.pidfd_open(pid)
+            return
+        try:
+            signal.set_wakeup_fd(-1)
+            address = "@" + self.channel.getsockname()[1:].decode()
+            environment = {
+                **os.environ, "NOTIFY_SOCKET": address, "FDSTORE": str(MOST_DESCRIPTORS), KEEPER_PID: str(os.getppid()),
+                "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(self.held)),
+                "LISTEN_FDNAMES": ":".join(name for name, _ in self.held),
+            }  # fmt: skip
+            clear = FIRST_DESCRIPTOR + MOST_DESCRIPTORS + max([0, *(fd for _, fd in self.held)])
+            for number, (_, fd) in enumerate(self.held):  # by way of numbers that are no one's
+                os.dup2(fd, clear + number)
+            for number in range(len(self.held)):
+                os.dup2(clear + number, FIRST_DESCRIPTOR + number)
+            os.closerange(FIRST_DESCRIPTOR + len(self.held), clear + len(self.held))
+            os.execve(self.command[0], self.command, environment)
+        except OSError as error:
+            os.write(2, f"ttmfs: {self.command[0]}: {error.strerror}\n".encode())
+        finally:
+            os._exit(127)
+
+    def give_up(self, why: str) -> None:
+        """Make the mountpoint dead: an error for all who wait. The pages stay."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)  # it holds the connection too
+        self.drop(CONNECTION)
+        self.gave_up, self.down_since = True, None
+        me = os.getpid()
+        self.say(
+            f"gave up: {why}. {self.mountpoint} is dead, but its pages are safe as long as this process, {me}, lives. "
+            f"To get them out: ttmfs rescue {me} DIRECTORY. To try again: kill -USR1 {me}. To let them go: kill {me}"
+        )
+
+    def say(self, text: str) -> None:
+        """Log one line."""
+        try:
+            if self.to_syslog:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+                    log.connect("/dev/log")
+                    log.send(f"<28>ttmfs-keeper[{os.getpid()}]: {text}".encode(errors="replace"))
+            else:
+                os.write(2, f"ttmfs-keeper: {text}\n".encode(errors="replace"))
+        except OSError:
+            pass  # no one listens
+
+
+def _main(
+    channel: str, daemon: str, ready: str, tries: str, seconds: str, log: str, mountpoint: str, *command: str
+) -> int:
+    with open("/proc/self/comm", "w") as name:
+        name.write("ttmfs-keeper")
+    os.chdir("/")
+    return _Program(
+        int(channel), int(daemon), int(ready), int(tries), float(seconds), log, mountpoint, list(command)
+    ).run()
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))
