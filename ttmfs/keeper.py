@@ -41,10 +41,13 @@ CONNECTION, STORE, STATE, NAMESPACE, LEDGER = "fuse", "store", "state", "namespa
 RESTART = signal.SIGUSR1
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
-LONGEST_MESSAGE = 4096
+LONGEST_MESSAGE, MOST_MESSAGES = 4096, 1024
 MOST_DESCRIPTORS = 16
 BARRIER_SECONDS = 5.0
 RETRY_SECONDS = 0.2
+SHORT_LIFE, LONGEST_DELAY = 1.0, 0.5
+"""A daemon that died by itself so soon has the next one wait, longer each time, lest they use up the machine."""
+
 KEEPER_PID = "TTMFS_KEEPER_PID"
 
 
@@ -53,14 +56,14 @@ KEEPER_PID = "TTMFS_KEEPER_PID"
 
 def inherited() -> "dict[str, int]":
     """The descriptors that a keeper passed to this process, by name. To be asked once."""
-    kept = os.environ.get("LISTEN_FDS", "0"), os.environ.get("LISTEN_FDNAMES", "").split(":")
+    count, names = int(os.environ.get("LISTEN_FDS", "0")), os.environ.get("LISTEN_FDNAMES", "").split(":")
     ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     for name in "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES":
         os.environ.pop(name, None)
     if not ours:
         return {}
     found = {}
-    for fd, name in zip(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(kept[0])), kept[1], strict=True):
+    for fd, name in zip(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + count), names, strict=False):
         os.set_inheritable(fd, False)
         found[name] = fd
     return found
@@ -85,6 +88,8 @@ class Keeper:
         address, room, pid = (os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "FDSTORE", KEEPER_PID))
         if not address or not room.isdigit() or room == "0":
             return None
+        if not pid and os.environ.get("SYSTEMD_EXEC_PID", str(os.getpid())) != str(os.getpid()):
+            return None  # the manager's service is another process, of which this one has the environment alone
         return cls(address, int(pid) if pid else None)
 
     @property
@@ -199,6 +204,7 @@ class _Program:
         self.pid, self.pidfd = daemon, os.pidfd_open(daemon)
         self.serving = self.stopping = self.asked_to_end = self.gave_up = False
         self.failed = 0  # starts in a row
+        self.short_lived, self.served_since = 0, 0.0
         self.start_at = 0.0  # when there is no daemon
         self.down_since: float | None = None  # None: a daemon serves, or the first has not yet
 
@@ -220,8 +226,7 @@ class _Program:
                     for number in os.read(wake, 64):
                         self.obey(number)
                 elif fd == self.channel.fileno():
-                    while self.hear():
-                        pass
+                    self.hear_all()
                 elif (code := self.bury()) is not None:
                     return code
             now = time.monotonic()
@@ -251,6 +256,12 @@ class _Program:
         if self.pid and (self.serving or (number in ENDING and not self.held)):
             os.kill(self.pid, number)
 
+    def hear_all(self) -> None:
+        """Take what was sent by now, but not for ever: anyone can send."""
+        for _ in range(MOST_MESSAGES):
+            if not self.hear():
+                break
+
     def hear(self) -> bool:
         """Take one message; False if there is none."""
         space = socket.CMSG_SPACE(4 * MOST_DESCRIPTORS) + socket.CMSG_SPACE(12)
@@ -267,7 +278,7 @@ class _Program:
                 sender = struct.unpack("iII", data)[0]
         lines = message.decode(errors="replace").split("\n")
         name = next((line[7:] for line in lines if line.startswith("FDNAME=")), "stored")
-        if sender == self.pid:  # anyone can send
+        if sender == self.pid:
             if "FDSTOREREMOVE=1" in lines:
                 self.drop(name)
             if "FDSTORE=1" in lines and len(self.held) + len(descriptors) <= MOST_DESCRIPTORS:
@@ -283,7 +294,7 @@ class _Program:
 
     def served(self) -> None:
         """The daemon serves."""
-        self.serving, self.failed, self.down_since = True, 0, None
+        self.serving, self.failed, self.down_since, self.served_since = True, 0, None, time.monotonic()
         if self.ready >= 0:
             with contextlib.suppress(BrokenPipeError):  # whoever waited was killed; the mount is no worse for it
                 os.write(self.ready, b"\1")
@@ -304,8 +315,7 @@ class _Program:
 
     def bury(self) -> "int | None":
         """The daemon is dead: plan the next, or give the status to end with."""
-        while self.hear():  # what it said before
-            pass
+        self.hear_all()  # what it said before
         try:
             _, status = os.waitpid(self.pid, 0)
             code: int | None = os.waitstatus_to_exitcode(status)
@@ -322,8 +332,13 @@ class _Program:
         self.start_at = now
         if self.gave_up:
             return None
-        if self.serving:
+        if self.down_since is None:
             self.down_since = now
+        if self.serving:
+            soon = code != -signal.SIGKILL and now < self.served_since + SHORT_LIFE
+            self.short_lived = self.short_lived + 1 if soon else 0
+            if self.short_lived > 1:
+                self.start_at += min(LONGEST_DELAY, RETRY_SECONDS * (self.short_lived - 1) / 4)
             self.say(f"the daemon {was} of {self.mountpoint} {how}: starting another")
         elif code == -signal.SIGKILL:
             self.say(f"the daemon {was} of {self.mountpoint} was killed before it served: starting another")

@@ -381,4 +381,5 @@ options (in brackets the default):
 exit status:
 {codes}
 
-SIGTERM, SIGINT, umount(8) and "fusermount3 -u" end the mount and release every page, but for those in store=DIR."""
+SIGTERM, SIGINT, umount(8) and "fusermount3 -u" end the mount and release every page, but for those in store=DIR.
+If the daemon is killed nothing is lost: its keeper starts another. SIGUSR1 to the keeper restarts it, to upgrade."""

@@ -132,7 +132,7 @@ def serve(source: str, mountpoint: str, options: Options, process: Process) -> N
         try:
             session = _Session(mount, options, ending, process)
             session.run()
-            leave = session.leaving
+            leave = session.leaving or (resumed and session.failure is not None)
         except BaseException:
             leave = resumed or (process.keeper is not None and session is not None and session.served)
             raise
@@ -162,8 +162,13 @@ def _make(source: str, mountpoint: str, options: Options) -> _Mount:
         store = Store.of(options)
         undo.callback(store.close)
         pool = Pool(store, options)
-        kept = {"page_size": pool.page_size, "backup_size": pool.backup_size, "temporary": store.temporary}
-        state = State.new(version=__version__, **kept)
+        state = State.new(
+            version=__version__,
+            page_size=pool.page_size,
+            backup_size=pool.backup_size,
+            grain=store.grain,
+            temporary=store.temporary,
+        )
         undo.callback(state.close)
         connection = _connected(source, mountpoint, options, state)
         undo.pop_all()
@@ -180,7 +185,8 @@ def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, i
     if size := state.get("size"):  # of a directory it was changed since
         options = dataclasses.replace(options, size=size)
     failed = [int(id) for id in state.keys("unsynced")]
-    store = Store.resumed(held, options, temporary=state.header["temporary"], failed=failed)
+    kept = {name: state.header[name] for name in ("temporary", "grain")}
+    store = Store.resumed(held, options, failed=failed, **kept)
     pool = Pool(store, options, state.header["backup_size"])
     state.set("restarts", state.get("restarts") + 1)
     if words := state.take_last_words():
@@ -345,6 +351,8 @@ class _Session:
             lifetime=LIFETIME if self._forget_names() else 0.0, debug=options.debug, suspects=state.suspects(),
         )  # fmt: skip
         pool.store.remember = state.set
+        if process.held and process.keeper and process.keeper.pid:
+            pool.store.is_held_by(process.keeper.pid)
         if not self._operations.lifetime:
             log.info("this kernel cannot be told to forget names, so it is asked to keep none")
 
@@ -477,7 +485,7 @@ class _Session:
         try:
             keeper.keep({name: fd for name, fd in kept.items() if besides.get(name) != fd})
             keeper.tell("READY=1")
-            if keeper.pid:
+            if keeper.pid and not besides:
                 store.is_held_by(keeper.pid)
         except OSError as error:
             log.warning("the keeper does not hear: %s", error)

@@ -116,6 +116,7 @@ class Store:
         ledger: Ledger | None = None,
         temporary: str | None = None,
         failed: Iterable[int] = (),
+        grain: int = 0,
     ) -> None:
         self.page_size = options.page_size
         self.in_memory = linux.is_tmpfs(directory)
@@ -138,7 +139,7 @@ class Store:
         self._names: dict[int, str] = {}
         self._ids: list[int] = []  # the keys of _names, sorted
         try:
-            self.grain = self._known_grain()
+            self.grain = grain or self._known_grain()
             self.scan()
             if self._ledger:
                 self._ledger.settle()
@@ -245,7 +246,10 @@ class Store:
 
     @classmethod
     def resumed(cls, descriptors: dict[str, int], options: Options, **kept: Any) -> Self:
-        """The store of a daemon before, from its :meth:`descriptors`, and what else was kept: `temporary`, `failed`."""
+        """The store of a daemon before, from its :meth:`descriptors`, and what else was kept of it.
+
+        It is probed no more, for which there may be no room.
+        """
         directory, ledger = descriptors[STORE], None
         if LEDGER in descriptors:
             read_only = options.ro and kept.get("temporary") is None
@@ -503,8 +507,8 @@ class Store:
     def is_held_by(self, pid: int) -> None:
         """Have :meth:`path` lead through a process that holds the directory open too, and may outlive this one."""
         ours, self._place = os.fstat(self._directory), None
-        for fd in sorted(os.listdir(f"/proc/{pid}/fd"), key=int):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has just died, or may not be looked into
+            for fd in sorted(os.listdir(f"/proc/{pid}/fd"), key=int):
                 if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), ours):
                     self._place = f"/proc/{pid}/fd/{fd}"
                     return
