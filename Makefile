@@ -2,12 +2,15 @@
 # make test   lint and all tests
 # make lint   types, linter, formatter
 # make bench  what it costs beside tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
+# make soak   mixed load with kills, swap and budget changes, for SECONDS (600)
 # They install what is missing (Debian, Ubuntu), as root or through sudo.
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-quick setup clean
+.PHONY: demo test lint format bench bench-quick soak setup clean
+
+SECONDS := 600
 
 demo: setup
 	$(SUDO) env PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
@@ -29,6 +32,9 @@ bench: setup
 
 bench-quick: setup
 	$(SUDO) $(BIN)/python benchmarks/bench.py --quick
+
+soak: setup
+	$(SUDO) $(BIN)/python tests/soak.py --seconds $(SECONDS)
 
 setup: .venv/ready
 

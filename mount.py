@@ -27,10 +27,8 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> int:
     """From argv to a mount that is served until its end. Gives the exit status."""
-    parser = Parser(
-        prog="mount.py", description=__doc__, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = Parser("mount.py", description=__doc__, epilog=help_text(), allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", metavar="SOURCE", nargs="?", default="ttm", help="a name for df and findmnt")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
     parser.add_argument("-o", dest="options", metavar="option,...", action="append", default=[], help="see below")
@@ -43,9 +41,8 @@ def main() -> int:
         parser.error(str(error))
     background.prepare("DEBUG" if options.debug else "INFO" if arguments.foreground else "WARNING")
     try:
-        mountpoint, source = arguments.mountpoint, arguments.source
-        process = background.begin(source, mountpoint, options, foreground=arguments.foreground)
-        session.serve(source, mountpoint, options, process)
+        what = arguments.source, arguments.mountpoint, options
+        session.serve(*what, background.begin(*what, foreground=arguments.foreground))
     except session.MountError as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return error.code

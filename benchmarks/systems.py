@@ -9,6 +9,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -88,6 +89,7 @@ class System(ABC):
 
     @property
     def pid(self) -> int:
+        """The daemon's process id, once it was waited for."""
         assert self.process is not None
         return self.process.pid
 
@@ -103,8 +105,8 @@ class System(ABC):
 
 
 class _Daemon(System):
-    """A system whose daemon is a child of ours, in the foreground. It has a session of its own, lest Ctrl-C reach it
-    before we have let go of its files.
+    """A system whose daemon, or its keeper, is a child of ours, in the foreground. It has a session of its own, lest
+    Ctrl-C reach it before we have let go of its files.
     """
 
     command: Sequence[str]
@@ -138,7 +140,7 @@ class _Daemon(System):
         try:
             code = self.process.wait(WAIT_SECONDS)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
             code = self.process.wait()
         finally:
             if os.path.ismount(self.path):
@@ -158,8 +160,19 @@ class Ttmfs(_Daemon):
         super().__init__(name, size)
         self.page_size = page_size
         self._asked = -1
+        self._daemon = -1
         words = ",".join((f"size={size}", f"page_size={page_size}", *options))
         self.command = [sys.executable, str(REPOSITORY / "mount.py"), "-f", "-o", words]
+
+    def wait(self) -> None:
+        super().wait()
+        assert self.process is not None
+        keeper = self.process.pid
+        self._daemon = int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text())
+
+    @property
+    def pid(self) -> int:
+        return self._daemon
 
     def ask_to_end(self) -> None:
         if self.process:

@@ -430,7 +430,8 @@ class Backup:
                 await self._store.sync(self._id)
                 os.posix_fadvise(self._store.descriptor(self._id), offset, length, os.POSIX_FADV_DONTNEED)
             return
-        end = offset + length
+        end = -(-(offset + length) // BASE_PAGE_SIZE) * BASE_PAGE_SIZE
+        offset -= offset % BASE_PAGE_SIZE  # a write opened O_SYNC may begin anywhere
         while offset < end and linux.swap_space()[1]:
             try:
                 fd = self._store.descriptor(self._id)

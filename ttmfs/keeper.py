@@ -202,7 +202,7 @@ class _Program:
         self.mountpoint, self.command = mountpoint, command
         self.held: list[tuple[str, int]] = []
         self.pid, self.pidfd = daemon, os.pidfd_open(daemon)
-        self.serving = self.stopping = self.asked_to_end = self.gave_up = False
+        self.serving = self.stopping = self.asked_to_end = self.asked_to_restart = self.gave_up = False
         self.failed = 0  # starts in a row
         self.short_lived, self.served_since = 0, 0.0
         self.start_at = 0.0  # when there is no daemon
@@ -252,6 +252,8 @@ class _Program:
         elif self.gave_up:
             self.say("trying again")
             self.gave_up, self.failed, self.start_at, self.down_since = False, 0, 0.0, time.monotonic()
+        elif not self.serving:
+            self.asked_to_restart = bool(self.pid)  # what is started already may be the version before
         # A daemon that takes over is told when it serves: only then does it know all that there is to end.
         if self.pid and (self.serving or (number in ENDING and not self.held)):
             os.kill(self.pid, number)
@@ -306,6 +308,9 @@ class _Program:
             os.close(null)
         if self.asked_to_end:
             os.kill(self.pid, signal.SIGTERM)
+        elif self.asked_to_restart:
+            os.kill(self.pid, RESTART)
+        self.asked_to_restart = False
 
     def drop(self, name: str) -> None:
         """Close what is held by a name."""
@@ -353,6 +358,7 @@ class _Program:
 
     def start(self) -> None:
         """Start a daemon, which finds what is held from descriptor 3 on."""
+        self.asked_to_restart = False
         try:
             pid = os.fork()
         except OSError as error:
@@ -419,4 +425,4 @@ def _main(
 
 
 if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))
+    os._exit(_main(*sys.argv[1:]))  # at once: a signal no longer changes the status

@@ -68,6 +68,8 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
                     return handler(self, *arguments)
                 finally:
                     notes[0] = 0
+                    if self._suspects:
+                        self._suspects.pop(note & ~POINTS, None)
             self.under_way += 1
             slot = self._slots.pop()
             notes[slot] = note
@@ -77,6 +79,8 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
                 notes[slot] = 0
                 self._slots.append(slot)
                 self.under_way -= 1
+                if self._suspects:  # it was carried out, and no one died
+                    self._suspects.pop(note & ~POINTS, None)
         except FUSEError:
             raise
         except TtmfsError as error:
@@ -180,9 +184,11 @@ class Operations(pyfuse3.Operations):
         points = self._suspects.get(request, 0)
         if points >= CONDEMNED:
             self.metrics.count_error(operation, errno.EIO)
-            log.error(
-                "a request for %s is refused: the daemons died that carried it out. Its caller gets EIO", operation
-            )
+            if (operation, request) not in self._logged:
+                self._logged.add((operation, request))
+                log.error(
+                    "a request for %s is refused: the daemons died that carried it out. Its caller gets EIO", operation
+                )
             raise FUSEError(errno.EIO)
         return request | points
 

@@ -29,7 +29,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import pyfuse3
 import trio
@@ -138,8 +138,8 @@ def serve(source: str, mountpoint: str, options: Options, process: Process) -> N
             raise
         finally:
             if not leave and process.keeper:
-                with contextlib.suppress(OSError):
-                    process.keeper.tell("STOPPING=1")
+                with contextlib.suppress(OSError):  # it lets go of the connection too: that cuts off who waits still
+                    process.keeper.tell("STOPPING=1", "FDSTOREREMOVE=1", f"FDNAME={CONNECTION}")
             os.close(mount.connection)
             if not resumed and (session is None or (session.mounted and not session.served)):
                 _unmount(mount.mountpoint)  # a start that failed leaves no mount behind
@@ -220,21 +220,22 @@ class _Ending:
     """Waits for the signals that ask for the end, or for a restart.
 
     They are noted from the beginning, not raised: an exception between mounting and serving could come when no one
-    knows yet whether there is a mount, or within trio. The first counts, further ones change nothing.
+    knows yet whether there is a mount, or within trio. The first counts, further ones change nothing, up to the
+    process' end.
     """
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
         self._wake: Callable[[], object] = bool  # does nothing
-        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._handlers = {number: signal.signal(number, self._note) for number in (*ENDING, RESTART)}
+        for number in (*ENDING, RESTART):
+            signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        for number in (*ENDING, RESTART):
+            signal.signal(number, signal.SIG_IGN)  # an interpreter that ends would give back the system's handlers
 
     def _note(self, number: int, _: object) -> None:
         if self.asked in (None, RESTART):
@@ -312,6 +313,8 @@ def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess
         raise MountError(f"{FUSERMOUNT} is not installed; install the package fuse3", ExitCode.SYSTEM) from None
     except subprocess.TimeoutExpired:
         raise MountError(f"{FUSERMOUNT} did not answer within {UNMOUNT_SECONDS:.0f} s", ExitCode.SYSTEM) from None
+    except OSError as error:
+        raise MountError(f"{FUSERMOUNT} cannot be run: {error.strerror}", ExitCode.SYSTEM) from None
 
 
 def _device_at(mountpoint: str) -> str | None:

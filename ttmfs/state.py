@@ -68,10 +68,12 @@ class State:
         self.notes = whole[_NOTES_AT:_WORDS_AT].cast("Q")
         self._rows: dict[str, int] = {}
         for row in range(ROWS - 1):
-            if not (key := bytes(self._keys[row * KEY : (row + 1) * KEY]).rstrip(b"\0")):
+            key = bytes(self._keys[row * KEY : (row + 1) * KEY])
+            if not key[0]:
                 break
-            self._rows.setdefault(key.decode(errors="replace"), row)
+            self._rows.setdefault(key.rstrip(b"\0").decode(errors="replace"), row)
         self._words: int | None = None
+        self._faulted = os.fstat(fd).st_size > _WORDS_AT  # now: the words may be taken before anyone asks for suspects
 
     @classmethod
     def new(cls, **header: Any) -> "State":
@@ -94,13 +96,15 @@ class State:
                 self._words = None
             for view in self._keys, self.values, self.notes:
                 view.release()
+            self._map.close()  # it has a descriptor of its own
             os.close(self.fd)
         self.fd = -1
 
     def update(self, **header: Any) -> None:
         """Change entries of the header, all at once."""
-        self.header |= header
-        _write_header(self.fd, self.header)
+        changed = self.header | header
+        _write_header(self.fd, changed)
+        self.header = changed
 
     # --- counting ---
 
@@ -135,8 +139,8 @@ class State:
 
         Forgets them: who is killed while it starts has not carried them out again.
         """
-        killed, words = _killed_for_memory(), os.fstat(self.fd).st_size > _WORDS_AT
-        points = FAULT if words or killed > self.get("memory kills") else KILL
+        killed = _killed_for_memory()
+        points = FAULT if self._faulted or killed > self.get("memory kills") else KILL
         self.set("memory kills", killed)
         found: Counter[int] = Counter()
         for slot, note in enumerate(self.notes):
@@ -150,7 +154,8 @@ class State:
         text = os.pread(self.fd, 1 << 16, _WORDS_AT).decode(errors="replace")
         os.ftruncate(self.fd, _WORDS_AT)
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        frames = [line for line in lines if line.startswith("File ")]
+        here = next((number for number, line in enumerate(lines) if line.startswith("Current thread ")), 0)
+        frames = [line for line in lines[here:] if line.startswith("File ")]  # idle threads may come before it
         return " < ".join([*lines[:1], *frames[:5]])
 
     def keep_last_words(self) -> None:

@@ -502,6 +502,8 @@ class Store:
 
     def path(self, name: str) -> str:
         """Where another process finds a backup's file as long as the store lives (root and this process' user only)."""
+        if self._place and not os.path.exists(self._place):  # who held it was killed just now
+            self._place = None
         return f"{self._place or f'/proc/{os.getpid()}/fd/{self._directory}'}/{name}"
 
     def is_held_by(self, pid: int) -> None:

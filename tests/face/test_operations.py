@@ -22,6 +22,7 @@ from ttmfs.metrics import Metrics
 from ttmfs.operations import Operations
 from ttmfs.options import Options
 from ttmfs.pool import Pool
+from ttmfs.state import State
 from ttmfs.store import Store
 from ttmfs.tree import Tree
 
@@ -45,14 +46,17 @@ class Face:
     def __init__(self, pool: Pool) -> None:
         self.dropped = 0
         self.changed: list[int] = []  # inodes whose attributes the kernel was told to ask for again
-        self.metrics = Metrics()
+        self.state = State.new()
+        self.metrics = Metrics(self.state)
         self.tree = Tree(
             pool,
             {STATS: lambda: self.metrics.text(pool), CONFIG: lambda: b"{}"},
             self.names_dropped,
             self.changed.append,
         )
-        self.operations = Operations(self.tree, pool, self.metrics, init=lambda: None, lifetime=1.0, debug=False)
+        self.operations = Operations(
+            self.tree, pool, self.metrics, self.state, init=lambda: None, lifetime=1.0, debug=False, suspects={}
+        )
 
     def names_dropped(self) -> None:
         self.dropped += 1
@@ -70,7 +74,9 @@ class Face:
 def face() -> Iterator[Face]:
     options = Options.parse("size=1m,backup_size=64k")
     pool = Pool(Store.on_tmpfs(options), options)
-    yield Face(pool)
+    face = Face(pool)
+    yield face
+    face.state.close()
     pool.close()
 
 
@@ -119,9 +125,9 @@ def test_every_error_of_the_model_is_its_errno(face: Face, a: int, name: str) ->
         def refuse(*_: Any, kind: type[errors.TtmfsError] = kind, **__: Any) -> Any:
             raise kind("refused")
 
-        before = face.metrics.errors[name, errors.ERRNO[kind]]
+        before = face.metrics.errors(name, errors.ERRNO[kind])
         assert run_with_broken_model(face, a, name, refuse) == errno.errorcode[errors.ERRNO[kind]]
-        assert face.metrics.errors[name, errors.ERRNO[kind]] == before + 1
+        assert face.metrics.errors(name, errors.ERRNO[kind]) == before + 1
 
 
 def run_with_broken_model(face: Face, a: int, name: str, broken: Callable[..., Any]) -> str:
@@ -205,7 +211,7 @@ def test_a_failing_store_is_said_once(
     assert [r.getMessage() for r in caplog.records] == [
         "storing pages: Input/output error; callers of write get EIO (said once)"
     ]
-    assert face.metrics.errors["write", errno.EIO] == 3
+    assert face.metrics.errors("write", errno.EIO) == 3
 
 
 def test_forget_never_raises(face: Face) -> None:
@@ -214,7 +220,7 @@ def test_forget_never_raises(face: Face) -> None:
 
 def test_flush_is_answered_so_that_it_is_not_asked_again(face: Face, a: int) -> None:
     assert refusal(face.flush, a + 1) == "ENOSYS"
-    assert not face.metrics.errors
+    assert not face.state.keys("error")
 
 
 def test_names_and_attributes_that_exist_have_a_lifetime_and_others_none(face: Face, a: int) -> None:

@@ -73,6 +73,14 @@ def test_the_table_shows_the_median_of_the_rounds(run: tuple[Path, dict[str, Any
             assert len(row[name]) == found["plan"]["rounds"]
 
 
+def test_processor_time_and_memory_are_the_daemons(run: tuple[Path, dict[str, Any], str]) -> None:
+    """And not its keeper's, which does nothing meanwhile."""
+    groups = run[1]["groups"]
+    for row in groups["operations"]["daemon_cpu_microseconds"].values():
+        assert min(row["ttmfs"]) > 0
+    assert min(groups["memory"]["daemon_bytes_by_pages"]) > 10 << 20
+
+
 def test_what_could_not_be_measured_is_said(run: tuple[Path, dict[str, Any], str]) -> None:
     _, found, said = run
     group = found["groups"]["operations"]

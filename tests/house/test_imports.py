@@ -10,8 +10,8 @@ from harness import REPOSITORY
 PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
-    "handles errors options linux memory ledger store backup pool inodes tree metrics operations "
-    "busy_poll session background"
+    "handles errors version options linux state keeper memory ledger store backup pool inodes tree metrics operations "
+    "busy_poll session background rescue cli"
 ).split()
 
 
@@ -29,7 +29,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def test_every_module_has_its_place() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__", "__main__"}
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -284,7 +284,7 @@ def test_c9_a_wait_can_be_ended_and_leaves_the_page_as_it_was(large: Mount, back
         return "fuse" in where or "request_wait" in where
 
     store(backup, 1)
-    large.process.send_signal(signal.SIGSTOP)
+    os.kill(large.pid, signal.SIGSTOP)
     try:
         with subprocess.Popen(["cat", backup / "1"], stdout=subprocess.PIPE) as client:
             wait_until(lambda: waits(client), "the client to wait")
@@ -293,7 +293,7 @@ def test_c9_a_wait_can_be_ended_and_leaves_the_page_as_it_was(large: Mount, back
             assert client.stdout
             assert not client.stdout.read()
     finally:
-        large.process.send_signal(signal.SIGCONT)
+        os.kill(large.pid, signal.SIGCONT)
     holds(backup, 1)
 
 

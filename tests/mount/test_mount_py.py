@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from harness import (
     children,
     descriptors,
     meminfo,
+    mounts_below,
     raises_errno,
     run,
     wait_until,
@@ -34,7 +36,7 @@ from harness import (
 from ttmfs.options import TABLE, ExitCode, Options
 
 COMMAND = shlex.join([sys.executable, "-W", "error", str(MOUNT_PY)])
-ENDS_BY_SIGNAL = ["kill -TERM $PID", "kill -INT $PID", "kill -HUP $PID"]
+ENDS_BY_SIGNAL = ["kill -TERM $PID", "kill -INT $PID", "kill -HUP $PID", "kill -TERM $DAEMON"]
 ENDS_LAZILY = ['umount -l "$MNT"', 'fusermount3 -u -z "$MNT"']
 ENDS_AT_ONCE = ['umount "$MNT"', 'fusermount3 -u "$MNT"']
 GONE = {errno.ENOTCONN, errno.ECONNABORTED}
@@ -80,17 +82,21 @@ def mount_py(*arguments: str | Path, **more: Any) -> subprocess.CompletedProcess
 
 
 class Daemon:
-    """A ttmfs in the background, started by mount.py, for the time of a ``with``. It must end with status 0."""
+    """A ttmfs in the background, started by mount.py, for the time of a ``with``. It must end with status 0.
 
-    def __init__(self, path: Path, *arguments: str, **more: Any) -> None:
-        self.path, self._arguments, self._more = path, arguments, more
+    `pid` is its keeper, which orphans of ours are, `daemon` the keeper's child.
+    """
+
+    def __init__(self, path: Path, *arguments: str, says: str = "", **more: Any) -> None:
+        self.path, self._arguments, self._says, self._more = path, arguments, says, more
         self._status: int | None = None
 
     def __enter__(self) -> Self:
         before = children()
         done = mount_py(*self._arguments, self.path, **self._more)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", self._says)
         (self.pid,) = children() - before  # an orphan of ours
+        (self.daemon,) = children(self.pid)
         return self
 
     def __exit__(
@@ -107,7 +113,7 @@ class Daemon:
 
     def end(self, command: str) -> None:
         """End it as a user would."""
-        run(command, env={**os.environ, "PID": str(self.pid), "MNT": str(self.path)})
+        run(command, env={**os.environ, "PID": str(self.pid), "DAEMON": str(self.daemon), "MNT": str(self.path)})
 
     def ended(self) -> bool:
         if self._status is None:
@@ -193,22 +199,24 @@ def test_a_command_substitution_does_not_wait_for_the_daemon(mountpoint: Path) -
 
 
 def test_the_daemon_is_detached(mountpoint: Path, tmp_path: Path) -> None:
-    """It outlives the terminal that it was started from, holds nothing of it, and keeps no directory busy."""
+    """It and its keeper outlive the terminal they were started from, hold nothing of it, and keep no directory busy."""
     before = children()
     command = f"cd {tmp_path} && {COMMAND} mnt && test -e mnt/.stats && tty && echo mounted"
     assert re.fullmatch(r"/dev/pts/\d+\s+mounted\s+", run(f"script -qec {shlex.quote(command)} /dev/null"))
-    (pid,) = children() - before  # the terminal is gone
+    (keeper,) = children() - before  # the terminal is gone
     try:
         assert (mountpoint / ".stats").read_bytes()
-        assert os.getsid(pid) == os.getpgid(pid) == pid
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        assert fields[4] == "0"  # no controlling terminal
-        assert os.readlink(f"/proc/{pid}/cwd") == "/"
-        assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
-        assert not [name for name in descriptors(pid) if re.search(r"/(pts|tty)", name)]
+        for pid in keeper, *children(keeper):
+            assert os.getsid(pid) == os.getpgid(pid) == keeper
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            assert fields[4] == "0"  # no controlling terminal
+            assert os.readlink(f"/proc/{pid}/cwd") == "/"
+            assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
+            assert not [name for name in descriptors(pid) if re.search(r"/(pts|tty)", name)]
+        assert len(children(keeper)) == 1
     finally:
         run(f"umount {mountpoint}")
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1]) == 0
 
 
 def test_in_the_background_the_log_goes_to_syslog(mountpoint: Path, tmp_path: Path) -> None:
@@ -284,12 +292,15 @@ def test_what_goes_wrong_is_one_line_on_stderr_and_a_documented_status(
     assert not is_mounted(mountpoint)
 
 
-def test_a_dead_mount_in_the_way_is_named_with_what_removes_it(mountpoint: Path) -> None:
-    """SIGKILL leaves one: never an empty directory. Following the advice, one can mount again."""
-    with subprocess.Popen([sys.executable, MOUNT_PY, mountpoint, "-f"], stderr=subprocess.PIPE, text=True) as daemon:
-        assert daemon.stderr
-        assert "serving" in daemon.stderr.readline()
-        daemon.kill()
+def test_a_dead_mount_of_another_in_the_way_is_named_with_what_removes_it(mountpoint: Path) -> None:
+    """Following the advice, one can mount."""
+    here, there = socket.socketpair()
+    with here, there:
+        words = ["fusermount3", "-o", "fsname=none,subtype=other", "--", str(mountpoint)]
+        environment = {**os.environ, "_FUSE_COMMFD": str(there.fileno())}
+        subprocess.run(words, env=environment, pass_fds=[there.fileno()], check=True)
+        _, (connection,), _, _ = socket.recv_fds(here, 1, 1)
+    os.close(connection)
     with raises_errno(errno.ENOTCONN):
         mountpoint.stat()
     done = mount_py(mountpoint)
@@ -299,6 +310,20 @@ def test_a_dead_mount_in_the_way_is_named_with_what_removes_it(mountpoint: Path)
     run(match[1])
     with Daemon(mountpoint):
         (mountpoint / "a").mkdir()
+
+
+@pytest.mark.parametrize("options", ["keeper=on", "keeper=off"])
+def test_a_dead_mount_of_its_own_in_the_way_is_removed(mountpoint: Path, options: str) -> None:
+    """SIGKILL leaves one, to a daemon without a keeper or to both: never an empty directory."""
+    with Mount(mountpoint, options) as mount:
+        (mountpoint / "a").mkdir()
+        mount.kill_both()
+        mount.wait()
+        with raises_errno(errno.ENOTCONN):
+            mountpoint.stat()
+        with Daemon(mountpoint, says=f"mount.py: removing the dead ttmfs at {mountpoint}\n"):
+            assert os.listdir(mountpoint) == []
+            assert mounts_below(mountpoint) == [str(mountpoint)]
 
 
 def killing(tmp_path: Path, mountpoint: Path, command: str) -> dict[str, str]:
@@ -315,7 +340,8 @@ exit $code
 
 def test_the_mount_is_no_worse_for_the_death_of_who_waited_for_it(tmp_path: Path, mountpoint: Path) -> None:
     before = children()
-    done = mount_py(mountpoint, env=killing(tmp_path, mountpoint, "kill -KILL $(ps -o ppid= -p $PPID)"))
+    waits = "$(ps -o ppid= -p $(ps -o ppid= -p $PPID))"  # for the keeper, which is the daemon's parent
+    done = mount_py(mountpoint, env=killing(tmp_path, mountpoint, f"kill -KILL {waits}"))
     assert done.returncode == -signal.SIGKILL
     (pid,) = children() - before
     wait_until(lambda: os.statvfs(mountpoint).f_blocks, "an answer")
@@ -338,12 +364,13 @@ def test_without_its_packages_it_says_what_to_do(mountpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["INT", "TERM", "HUP"])
-@pytest.mark.parametrize("who", ["the command", "the daemon", "the foreground"])
+@pytest.mark.parametrize("who", ["the command", "the keeper", "the daemon", "the foreground"])
 def test_interrupted_between_mounting_and_serving_it_leaves_nothing(
     tmp_path: Path, mountpoint: Path, number: str, who: str
 ) -> None:
     """The signal comes at the worst instant, which a fusermount3 of the test's own sees to."""
-    whom = "$(ps -o ppid= -p $PPID)" if who == "the command" else "$PPID"
+    keeper = "$(ps -o ppid= -p $PPID)"
+    whom = {"the daemon": "$PPID", "the command": f"$(ps -o ppid= -p {keeper})"}.get(who, keeper)
     foreground = ["-f"] * (who == "the foreground")
     done = mount_py(mountpoint, *foreground, env=killing(tmp_path, mountpoint, f"kill -{number} {whom}"))
     assert done.returncode == ExitCode.INTERRUPTED
@@ -372,7 +399,7 @@ def test_a_signal_while_the_memory_is_released_changes_nothing(mountpoint: Path)
     with Daemon(mountpoint, "-o", "size=2g") as daemon:
         (mountpoint / "a").mkdir()
         run(f"dd if=/dev/zero of={mountpoint}/a/.shmem bs=1M count=1536 conv=notrunc")
-        daemon.end('umount "$MNT" && for i in 1 2 3 4 5; do kill -TERM $PID; sleep 0.02; done || :')
+        daemon.end('umount "$MNT" && for i in 1 2 3 4 5; do kill -TERM $PID $DAEMON; sleep 0.02; done || :')
         assert daemon.wait() == 0
 
 
@@ -646,12 +673,15 @@ def test_version_is_the_packages() -> None:
 
 def test_config_shows_the_options_in_force(mountpoint: Path) -> None:
     options = "size=16m,nr_inodes=100,mode=1777,backup_size=1m,page_size=64k,reserve=1m,allow_other,noexec"
-    with Mount(mountpoint, options):
-        assert json.loads((mountpoint / ".config").read_text()) == Options.parse(options).as_dict()
+    with Mount(mountpoint, options) as mount:
+        who = {"daemon_pid": mount.pid, "keeper_pid": mount.process.pid}
+        assert json.loads((mountpoint / ".config").read_text()) == Options.parse(options).as_dict() | who
         run(f"setfattr -n user.ttmfs.size -v 32m {mountpoint}")
-        assert json.loads((mountpoint / ".config").read_text()) == Options.parse(options, "size=32m").as_dict() | {
-            "backup_size": 1 << 20
-        }
+        now = Options.parse(options, "size=32m").as_dict() | {"backup_size": 1 << 20}
+        assert json.loads((mountpoint / ".config").read_text()) == now | who
+    with Mount(mountpoint, "keeper=off") as mount:
+        config = json.loads((mountpoint / ".config").read_text())
+        assert (config["keeper"], config["daemon_pid"], config["keeper_pid"]) == ("off", mount.process.pid, None)
 
 
 def metrics(text: str) -> dict[str, float]:

@@ -233,7 +233,7 @@ def test_c12_truncating_an_image_to_a_hole_makes_no_page(backup: Path) -> None:
 
 def test_shmem_is_the_backups_file(mount: Mount, backup: Path) -> None:
     link = os.readlink(backup / ".shmem")
-    assert link.startswith(f"/proc/{mount.pid}/fd/")
+    assert link.startswith(f"/proc/{mount.process.pid}/fd/"), "the keeper's, which outlives the daemon"
     assert (backup / ".shmem").lstat().st_size == len(link)
     assert stat.S_ISLNK((backup / ".shmem").lstat().st_mode)
     store(backup, 1, 3)

@@ -1,0 +1,707 @@
+"""The keeper: what becomes of a mount when it, the daemon, or both are killed, stopped, restarted, upgraded or ended.
+
+Where a version of ttmfs has to be another, it is a copy of the package that is changed while it serves.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from harness import (
+    MOUNT_COMMAND,
+    MOUNT_PY,
+    REPOSITORY,
+    Mount,
+    children,
+    count,
+    descriptors,
+    meminfo,
+    mounts,
+    opened,
+    opened_process,
+    raises_errno,
+    run,
+    set_attribute,
+    wait_until,
+)
+from load import Load
+from stores import ALICE, Place, UsersMount, acting_as
+
+COMMAND = shlex.join(MOUNT_COMMAND)
+PAGE = os.sysconf("SC_PAGE_SIZE")
+DEAD = {"ENOTCONN", "ECONNABORTED"}
+REPLACED = r"the keeper was killed: \d+ is another"
+LEFT = r"SIGUSR1: leaving /\S+ to another daemon", r"the daemon \d+ of /\S+ ended with status 0: starting another"
+FAILED = r"the daemon \d+ of /\S+ ended with status \d+ before it served \(\d+ of \d+\)"
+GAVE_UP = r"gave up: "
+
+
+def processes(path: Path) -> set[int]:
+    """Who has a path among his arguments: keeper and daemon of a mount there."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.fsencode(path) in (entry / "cmdline").read_bytes().split(b"\0"):
+                    found.add(int(entry.name))
+    return found
+
+
+def keeper_of(path: Path) -> int:
+    found: int = json.loads((path / ".config").read_text())["keeper_pid"]
+    return found
+
+
+class Kept(Mount):
+    """A mount whose keeper may be killed. It ends by SIGTERM to the last one."""
+
+    def config(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.path / ".config").read_text())
+        return found
+
+    @property
+    def keeper(self) -> int:
+        """The keeper's process id, whoever made it."""
+        return keeper_of(self.path)
+
+    @property
+    def daemon(self) -> int:
+        return int(self.config()["daemon_pid"])
+
+    def kill_daemon(self) -> None:
+        """Kill it, when it has been answering."""
+        os.kill(self.daemon, signal.SIGKILL)
+
+    def kill_keeper(self, *, wait: bool = True) -> None:
+        """Kill it, and wait for another."""
+        self.expect_log(REPLACED)
+        self.expect_log("the keeper does not hear: .*Connection refused")  # killed while it was told something
+        self.expect_log(r"the daemon \d+ of /\S+ is dead: starting another")  # no child of the new one
+        before = self.keeper
+        os.kill(before, signal.SIGKILL)
+        if wait:
+            wait_until(lambda: self.keeper != before, "another keeper")
+        if before == self.process.pid:
+            self.process.wait(5)
+
+    def restart(self) -> None:
+        """Restart it on purpose, and wait until it is."""
+        for pattern in LEFT:
+            self.expect_log(pattern)
+        self.expect_restarts()
+        before = self.daemon
+        os.kill(self.keeper, signal.SIGUSR1)
+        wait_until(lambda: self.daemon != before, "another daemon")
+
+    def said(self, pattern: str) -> list[str]:
+        return [line for line in self.log if re.search(pattern, line)]
+
+    def wait_for_log(self, pattern: str) -> None:
+        self.expect_log(pattern)
+        wait_until(lambda: self.said(pattern), f"{pattern!r} in the log")
+
+    def give_up(self) -> None:
+        """Kill the daemon, of which no other can be started, and wait until the keeper has given up."""
+        self.expect_restarts()
+        self.expect_log(FAILED)
+        self.kill_daemon()
+        self.wait_for_log(GAVE_UP)
+
+    def try_again(self, keeper: int) -> None:
+        """Have a keeper that gave up try again, and wait until there is a mount."""
+        self.expect_log("anew over the pages that were kept")
+        served = len(self.said("serving /"))
+        os.kill(keeper, signal.SIGUSR1)
+        self.wait_for_log("trying again")
+        wait_until(lambda: len(self.said("serving /")) > served, "the mount")
+
+    def ends_with(self, code: int) -> None:
+        """See keeper and daemon end by themselves."""
+        assert self.process.wait(10) == code
+        self._ends_with = code
+        wait_until(lambda: not processes(self.path), "every process to end")
+
+    def _finish(self) -> int:
+        if self.process.poll() is None or not processes(self.path):
+            code = super()._finish()
+        else:  # its keeper was killed: another is there, a child of this process when the daemon has ended
+            keeper, statuses = self.keeper, dict[int, int]()
+            os.kill(keeper, signal.SIGTERM)
+
+            def ended() -> bool:
+                with contextlib.suppress(ChildProcessError):
+                    for orphan in children():
+                        pid, status = os.waitpid(orphan, os.WNOHANG)
+                        statuses[pid] = os.waitstatus_to_exitcode(status)
+                return keeper in statuses and not processes(self.path)
+
+            wait_until(ended, "keeper and daemon to end")
+            super()._finish()
+            code = statuses[keeper]
+        assert not processes(self.path), "a process is left"
+        return code
+
+    def _bite(self) -> None:
+        self.log.append("watchdog: killed")
+        for pid in processes(self.path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+CALLER = """
+import errno, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+print("open", flush=True)
+while sys.stdin.readline():
+    try:
+        print("read" if os.pread(fd, 4096, 0) else "nothing", flush=True)
+    except OSError as error:
+        print(errno.errorcode[error.errno], flush=True)
+"""
+
+
+class Caller:
+    """Another process, which has a file open and reads from it when asked to. It may have to wait."""
+
+    def __init__(self, path: Path) -> None:
+        command = [sys.executable, "-I", "-c", CALLER, str(path)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def __enter__(self) -> Self:
+        assert self._said() == "open"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate(timeout=5)
+
+    def ask(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.write("read\n")
+
+    def asks_and_waits(self) -> None:
+        """Ask, and see that it waits in the kernel."""
+        self.ask()
+        wait_until(lambda: "fuse" in Path(f"/proc/{self._process.pid}/stack").read_text(), "the caller to wait")
+
+    def answer(self) -> str:
+        """What was read, or an error's name. Within 10 s."""
+        return self._said()
+
+    def waits(self) -> bool:
+        return not self._readable(0)
+
+    def _said(self) -> str:
+        assert self._readable(10), "the caller hangs"
+        assert self._process.stdout
+        line: str = self._process.stdout.readline()
+        return line.rstrip("\n")
+
+    def _readable(self, seconds: float) -> bool:
+        assert self._process.stdout
+        return bool(select.select([self._process.stdout], [], [], seconds)[0])
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A backup with pages of all kinds and descriptors open on it, which must be what they were at the end."""
+    a = path / "a"
+    a.mkdir()
+    content = {handle: os.urandom(PAGE) for handle in (1, 2, 3, 1000)}
+    for handle, data in content.items():
+        (a / str(handle)).write_bytes(data)
+    with (
+        os.scandir(a) as names,
+        opened(a / "2") as page,
+        opened(a / ".image") as image,
+        opened(a / ".shmem") as memory,
+    ):
+        listed = [next(names).name]
+        yield
+        content[2] = os.urandom(PAGE)
+        assert os.pwrite(page, content[2], 0) == PAGE
+        assert os.pread(image, PAGE, PAGE) == content[2]
+        assert os.pread(memory, PAGE, PAGE) == content[2]
+        with opened(a / ".shmem") as again:
+            assert os.path.sameopenfile(memory, again)
+        assert listed + [entry.name for entry in names] == ["1", "2", "3", "1000"]
+        for handle, data in content.items():
+            assert (a / str(handle)).read_bytes() == data
+    shutil.rmtree(a)
+
+
+def kinds(pid: int) -> Counter[str]:
+    """How many sockets, pipes, devices and so on a process has open; not files of backups, which come and go."""
+    return Counter(
+        name.partition(":")[0] for name in descriptors(pid) if not name.startswith("/") or name.startswith("/dev")
+    )
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of ttmfs, to be changed."""
+    copy = tmp_path / "package"
+    shutil.copytree(REPOSITORY / "ttmfs", copy / "ttmfs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(MOUNT_PY, copy)
+    return copy
+
+
+def of_package(package: Path) -> tuple[str, ...]:
+    return *MOUNT_COMMAND[:-1], str(package / MOUNT_PY.name)
+
+
+@contextlib.contextmanager
+def changed(file: Path, old: str, new: str) -> Iterator[None]:
+    """A file with other words in it, for a while."""
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    try:
+        yield
+    finally:
+        file.write_text(text)
+
+
+# --- kills of the keeper ---
+
+
+def test_c22_a_killed_keeper_is_replaced_unnoticed_and_the_new_one_restarts_a_killed_daemon(mountpoint: Path) -> None:
+    with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
+        mount.expect_restarts()
+        daemon = mount.daemon
+        mount.kill_keeper()
+        assert mount.daemon == daemon
+        assert mount.restarts() == 0
+        mount.kill_daemon()
+        assert mount.restarts() == 1
+        assert mount.keeper in processes(mountpoint)
+        assert children(mount.keeper) == {mount.daemon}
+
+
+def test_c22_a_keeper_is_replaced_however_often_it_is_killed(mountpoint: Path) -> None:
+    with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
+        mount.expect_restarts()
+        before = kinds(mount.daemon)
+        for turn in range(12):
+            mount.kill_keeper()
+            assert len(processes(mountpoint)) == 2
+            if turn % 4 == 3:
+                mount.kill_daemon()
+        assert mount.restarts() == 3
+        assert kinds(mount.daemon) == before
+
+
+def test_the_link_to_the_memory_leads_there_as_soon_as_the_keeper_it_led_through_is_dead(mountpoint: Path) -> None:
+    with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
+        for _ in range(5):
+            with opened_process(mount.keeper) as dead:
+                mount.kill_keeper(wait=False)
+                assert select.select([dead], [], [], 10)[0]
+            with opened(mountpoint / "a/.shmem") as memory:
+                assert os.pread(memory, PAGE, 0) == (mountpoint / "a/1").read_bytes()
+
+
+def test_c22_kills_of_either_are_not_noticed_under_load(mountpoint: Path) -> None:
+    """Who is just following `.shmem` when the keeper is killed that it leads through finds nothing: it is left out."""
+    with Kept(mountpoint, "size=128m") as mount, Load(mountpoint, clients=3, shmem=False) as load:
+        mount.expect_restarts()
+        for _ in range(6):
+            load.wait_for_steps(50)
+            mount.kill_keeper()
+            load.wait_for_steps(50)
+            mount.kill_daemon()
+
+
+def test_both_killed_at_once_leave_a_dead_mountpoint_that_the_next_mount_removes(mountpoint: Path) -> None:
+    before = meminfo("Shmem")
+    with Kept(mountpoint, "size=128m") as mount:
+        a = mountpoint / "a"
+        a.mkdir()
+        (a / ".image").write_bytes(bytes(64 << 20))
+        with Caller(a / "1") as caller:
+            os.kill(mount.pid, signal.SIGSTOP)
+            caller.asks_and_waits()
+            mount.kill_both()
+            assert caller.answer() in DEAD
+        with raises_errno(errno.ENOTCONN):
+            os.listdir(mountpoint)
+        wait_until(lambda: meminfo("Shmem") < before + (32 << 20), "the pages' memory to be released")
+        with Kept(mountpoint, "size=16m") as another:
+            another.expect_log("removing the dead ttmfs at")
+            assert os.listdir(mountpoint) == []
+
+
+# --- stopped, restarted ---
+
+
+def test_c22_callers_of_a_stopped_daemon_wait_until_it_goes_on(mountpoint: Path) -> None:
+    """The keeper does not take it for dead, however long it takes."""
+    with Kept(mountpoint, "size=16m,restart_seconds=1") as mount, held(mountpoint):
+        with Caller(mountpoint / "a/1") as caller:
+            daemon = mount.daemon
+            os.kill(daemon, signal.SIGSTOP)
+            caller.asks_and_waits()
+            time.sleep(1.5)  # longer than the keeper waits for one that was killed
+            assert caller.waits()
+            os.kill(daemon, signal.SIGCONT)
+            assert caller.answer() == "read"
+            os.kill(daemon, signal.SIGSTOP)
+            caller.asks_and_waits()
+            mount.expect_restarts()
+            os.kill(daemon, signal.SIGKILL)
+            assert caller.answer() == "read"
+        assert mount.restarts() == 1
+
+
+def test_a_restart_on_purpose_keeps_pages_descriptors_and_counters(mountpoint: Path) -> None:
+    def counters() -> dict[str, float]:
+        rows = (row.split() for row in (mountpoint / ".stats").read_text().splitlines() if "_total" in row)
+        return {name: float(value) for name, value, *rest in rows if not rest}
+
+    with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
+        with raises_errno(errno.EINVAL):
+            (mountpoint / "a/0").touch()
+        before, keeper = counters(), mount.keeper
+        for _ in range(3):
+            mount.restart()
+        after = counters()
+        assert mount.keeper == keeper
+        assert after.pop("ttmfs_restarts_total") == 3
+        assert before.pop("ttmfs_restarts_total") == 0
+        assert all(after[name] >= value for name, value in before.items()), "a counter fell"
+        assert {name for name in before if "errno" in name} == {name for name in after if "errno" in name}
+
+
+def test_c22_restarts_on_purpose_are_not_noticed_under_load(mountpoint: Path) -> None:
+    with Kept(mountpoint, "size=128m") as mount, Load(mountpoint, clients=4) as load:
+        for _ in range(8):
+            load.wait_for_steps(50)
+            mount.restart()
+
+
+# --- giving up ---
+
+
+def test_c22_a_daemon_that_cannot_start_leaves_a_dead_mountpoint_and_every_page(
+    mountpoint: Path, package: Path
+) -> None:
+    """Those who wait get an error; when the code is mended a signal brings all back."""
+    broken = package / "ttmfs/session.py"
+    with Kept(mountpoint, "size=16m,restart_tries=3", command=of_package(package)) as mount:
+        a = mountpoint / "a"
+        a.mkdir()
+        content = os.urandom(1 << 20)
+        (a / ".image").write_bytes(content)
+        with changed(broken, "import pyfuse3", "import pyfuse3 pyfuse3"), Caller(a / "1") as caller:
+            keeper, daemon = mount.keeper, mount.daemon
+            mount.expect_restarts()
+            mount.expect_log(FAILED)
+            mount.expect_log(r"^ |SyntaxError|^Traceback")
+            os.kill(daemon, signal.SIGKILL)
+            caller.asks_and_waits()
+            mount.wait_for_log(GAVE_UP)
+            assert caller.answer() in DEAD
+            with raises_errno(errno.ENOTCONN):
+                os.listdir(mountpoint)
+            (line,) = mount.said(GAVE_UP)
+            assert f"ttmfs rescue {keeper} " in line
+            assert f"kill -USR1 {keeper}" in line
+            assert len(mount.said(FAILED)) == 3
+        mount.try_again(keeper)
+        assert (a / ".image").read_bytes()[: 1 << 20] == content
+        assert mount.keeper == keeper
+        (a / "1").unlink()
+
+
+def test_c22_a_state_of_another_format_is_refused_and_nothing_is_lost(mountpoint: Path, package: Path) -> None:
+    """A newer version, which knows another format alone: the old one finds all as it was."""
+    with Kept(mountpoint, "size=16m,restart_tries=2", command=of_package(package)) as mount:
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/1").write_bytes(b"x" * PAGE)
+        keeper = mount.keeper
+        mount.expect_log("format 1, and this version knows format 2 alone; its pages are safe with the keeper")
+        with changed(package / "ttmfs/state.py", "\nFORMAT = 1\n", "\nFORMAT = 2\n"):
+            mount.give_up()
+            with raises_errno(errno.ENOTCONN):
+                os.listdir(mountpoint)
+        assert len(mount.said("left by ttmfs .* in format 1")) == 2
+        mount.try_again(keeper)
+        assert (mountpoint / "a/1").read_bytes() == b"x" * PAGE
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+def test_restart_tries_is_how_many_starts_may_fail(mountpoint: Path, package: Path, tries: int) -> None:
+    with Kept(mountpoint, f"size=16m,restart_tries={tries}", command=of_package(package)) as mount:
+        keeper = mount.keeper
+        mount.expect_log("no such luck")
+        with changed(package / "mount.py", "import argparse\n", "raise SystemExit('no such luck')\n"):
+            mount.give_up()
+        assert len(mount.said(FAILED)) == len(mount.said("no such luck")) == tries
+        assert f"{tries} daemons could not start" in mount.said(GAVE_UP)[0]
+        mount.try_again(keeper)
+
+
+def test_restart_seconds_is_how_long_a_start_may_take(mountpoint: Path, package: Path) -> None:
+    """A daemon that hangs as it starts is killed: it holds the connection, on which others wait."""
+    with Kept(mountpoint, "size=16m,restart_seconds=2", command=of_package(package)) as mount:
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/1").touch()
+        keeper = mount.keeper
+        with Caller(mountpoint / "a/1") as caller:
+            start = time.monotonic()
+            with changed(package / "mount.py", "import argparse\n", "__import__('time').sleep(60)\n"):
+                mount.give_up()
+            assert 2 <= time.monotonic() - start < 6
+            assert "no daemon has answered for 2 s" in mount.said(GAVE_UP)[0]
+            caller.ask()
+            assert caller.answer() in DEAD
+        wait_until(lambda: processes(mountpoint) == {keeper}, "the daemon that hung to end")
+        mount.try_again(keeper)
+        assert os.listdir(mountpoint / "a") == ["1"]
+
+
+def test_a_keeper_that_gave_up_ends_when_asked_to_and_its_pages_with_it(mountpoint: Path, package: Path) -> None:
+    with Kept(mountpoint, "size=16m,restart_tries=1", command=of_package(package)) as mount:
+        mount.expect_log("no such luck")
+        with changed(package / "mount.py", "import argparse\n", "raise SystemExit('no such luck')\n"):
+            mount.give_up()
+        mount.process.send_signal(signal.SIGTERM)
+        mount.ends_with(32)
+
+
+# --- without a keeper, without resending ---
+
+
+def test_without_a_keeper_there_is_one_process_and_a_kill_leaves_a_dead_mountpoint(mountpoint: Path) -> None:
+    with Kept(mountpoint, "size=16m,keeper=off") as mount:
+        assert mount.config()["keeper_pid"] is None
+        assert mount.daemon == mount.process.pid
+        assert processes(mountpoint) == {mount.process.pid}
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/1").touch()
+        with Caller(mountpoint / "a/1") as caller:
+            mount.process.send_signal(signal.SIGSTOP)
+            caller.asks_and_waits()
+            mount.process.send_signal(signal.SIGKILL)
+            assert caller.answer() in DEAD
+        with raises_errno(errno.ENOTCONN):
+            os.listdir(mountpoint)
+        mount.ends_with(-signal.SIGKILL)
+
+
+def test_without_resending_the_next_daemon_mounts_anew_with_every_page(mountpoint: Path) -> None:
+    """Which of the two ways it was is in the log."""
+    with Kept(mountpoint, "size=16m,resend=off") as mount:
+        mount.expect_restarts()
+        content = {handle: os.urandom(PAGE) for handle in (1, 7, 4096)}
+        for turn in range(3):
+            if not turn:
+                (mountpoint / "a").mkdir()
+                for handle, data in content.items():
+                    (mountpoint / f"a/{handle}").write_bytes(data)
+            with opened(mountpoint / "a/7") as page, Caller(mountpoint / "a/1") as caller:
+                daemon = mount.daemon
+                os.kill(daemon, signal.SIGSTOP)
+                caller.asks_and_waits()
+                os.kill(daemon, signal.SIGKILL)
+                assert caller.answer() in DEAD
+                wait_until(lambda: len(mount.said("serving /")) == turn + 2, "the mount")  # noqa: B023
+                with raises_errno(errno.ENOTCONN):
+                    os.pread(page, PAGE, 0)
+            assert {int(file.name): file.read_bytes() for file in (mountpoint / "a").iterdir()} == content
+            assert mount.restarts() == turn + 1
+        mount.wait_for_log(r"mounted /\S+ anew over the pages that were kept: none is lost, files that were open are")
+        assert len(mount.said("anew over the pages")) == 3
+        assert not mount.said("no open file is lost")
+
+
+# --- the end ---
+
+
+@pytest.mark.parametrize("end", ["umount {mnt}", "fusermount3 -u {mnt}", "umount -l {mnt}", "kill {daemon}"])
+def test_the_end_of_the_mount_is_the_end_of_keeper_and_daemon(mountpoint: Path, end: str) -> None:
+    with Kept(mountpoint, "size=16m") as mount:
+        (mountpoint / "a").mkdir()
+        run(end.format(mnt=mountpoint, daemon=mount.daemon))
+        mount.ends_with(0)
+
+
+@pytest.mark.parametrize("end", ["umount {mnt}", "umount -l {mnt}", "kill {keeper}", "kill -INT {keeper}"])
+@pytest.mark.parametrize("delay", [0.0, 0.15, 0.3])
+def test_c22_what_ends_the_mount_ends_it_also_while_the_daemon_is_dead(
+    mountpoint: Path, end: str, delay: float
+) -> None:
+    """Also while the next one starts, and just when it serves."""
+    with Kept(mountpoint, "size=16m") as mount:
+        mount.expect_restarts()
+        (mountpoint / "a").mkdir()
+        keeper = mount.keeper
+        mount.kill_daemon()
+        time.sleep(delay)
+        run(end.format(mnt=mountpoint, keeper=keeper))
+        mount.ends_with(0)
+
+
+def test_c22_a_mount_in_the_background_survives_kills_and_leaves_no_process(mountpoint: Path) -> None:
+    run(f"{COMMAND} {mountpoint} -o size=16m")
+    try:
+        with held(mountpoint):
+            for turn in range(3):
+                config = json.loads((mountpoint / ".config").read_text())
+                assert processes(mountpoint) == {config["keeper_pid"], config["daemon_pid"]}
+                os.kill(config["daemon_pid"] if turn < 2 else config["keeper_pid"], signal.SIGKILL)
+            wait_until(lambda: keeper_of(mountpoint) != config["keeper_pid"], "another keeper")
+        os.kill(keeper_of(mountpoint), signal.SIGTERM)
+        wait_until(lambda: not processes(mountpoint), "every process to end")
+        assert str(mountpoint) not in mounts()
+    finally:
+        for pid in processes(mountpoint):
+            os.kill(pid, signal.SIGKILL)
+        if str(mountpoint) in mounts():
+            run(f"fusermount3 -u -z {mountpoint}")
+
+
+# --- what is kept ---
+
+
+def test_c22_a_store_in_a_directory_survives_with_its_ids_its_budget_and_its_lock(
+    tmp_path: Path, mountpoint: Path, package: Path
+) -> None:
+    store, second = tmp_path / "store", tmp_path / "second"
+    store.mkdir()
+    second.mkdir()
+
+    def refused() -> bool:
+        said = run(f"{COMMAND} {second} -o store={store}", code=32)
+        return "the store is in use by another mount" in said
+
+    options = f"size=16m,backup_size=5m,restart_tries=1,store={store}"
+    with Kept(mountpoint, options, command=of_package(package)) as mount, held(mountpoint):
+        mount.expect_restarts()
+        set_attribute(mountpoint, "size", 8 << 20)
+        set_attribute(mountpoint / "a", "size", 6 << 20)
+        before = (mountpoint / "a").stat().st_ino
+        for turn in range(2):
+            mount.kill_daemon()
+            assert mount.restarts() == turn + 1
+            assert count(mountpoint, "size") == 8 << 20
+            assert count(mountpoint / "a", "size") == 6 << 20
+            assert (mountpoint / "a").stat().st_ino == before
+            assert refused()
+        (mountpoint / "b").mkdir()
+        assert (mountpoint / "b").stat().st_ino not in (before, mountpoint.stat().st_ino)
+        (mountpoint / "b").rmdir()
+
+
+def test_the_store_is_locked_as_long_as_a_keeper_holds_it_that_gave_up(
+    tmp_path: Path, mountpoint: Path, package: Path
+) -> None:
+    store, second = tmp_path / "store", tmp_path / "second"
+    store.mkdir()
+    second.mkdir()
+    with Kept(mountpoint, f"restart_tries=1,store={store}", command=of_package(package)) as mount:
+        keeper = mount.keeper
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/1").write_bytes(b"x" * PAGE)
+        mount.expect_log("no such luck")
+        with changed(package / "mount.py", "import argparse\n", "raise SystemExit('no such luck')\n"):
+            mount.give_up()
+        run(f"{COMMAND} {second} -o store={store} 2>&1 | grep -q 'in use by another mount'")
+        mount.try_again(keeper)
+        assert (mountpoint / "a/1").read_bytes() == b"x" * PAGE
+
+
+def test_c22_a_users_mount_survives(place: Place) -> None:
+    with place.directory("home", ALICE) as home, UsersMount(place, home, "size=64m") as mount, acting_as(ALICE):
+        mount.expect_restarts()
+        with held(home):
+            for turn in range(3):
+                daemon = json.loads((home / ".config").read_text())["daemon_pid"]
+                os.kill(daemon, signal.SIGKILL)
+                assert mount.restarts() == turn + 1
+
+
+def test_c22_large_pages_survive_under_load(mountpoint: Path) -> None:
+    with Kept(mountpoint, "size=256m,page_size=64k") as mount, Load(mountpoint, clients=4) as load:
+        mount.expect_restarts()
+        for _ in range(8):
+            load.wait_for_steps(20)
+            mount.kill_daemon()
+
+
+@pytest.mark.parametrize("how", ["killed", "asked"])
+def test_c22_a_new_version_takes_the_running_mount_over(mountpoint: Path, package: Path, how: str) -> None:
+    old, new = "# HELP ttmfs_backups Backups there are.", "# HELP ttmfs_backups What the new version counts."
+    with Kept(mountpoint, "size=16m", command=of_package(package)) as mount, held(mountpoint):
+        mount.expect_restarts()
+        assert old in (mountpoint / ".stats").read_text()
+        with changed(package / "ttmfs/metrics.py", "Backups there are.", "What the new version counts."):
+            if how == "killed":
+                mount.kill_daemon()
+            else:
+                mount.restart()
+            assert new in (mountpoint / ".stats").read_text()
+        assert mount.restarts() == 1
+
+
+# --- the keeper itself ---
+
+
+def test_the_keeper_is_small_and_holds_connection_store_and_state_but_no_page(mountpoint: Path) -> None:
+    def resident(pid: int) -> int:
+        row = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        assert row
+        return int(row[1]) << 10
+
+    with Kept(mountpoint, "size=256m") as mount:
+        mount.expect_restarts()
+        (mountpoint / "a").mkdir()
+        before = resident(mount.keeper)
+        (mountpoint / "a/.image").write_bytes(os.urandom(1 << 20) * 128)
+        mount.kill_daemon()
+        assert mount.restarts() == 1
+        assert resident(mount.keeper) < 16 << 20
+        assert resident(mount.keeper) - before < 1 << 20
+        held_there = descriptors(mount.keeper)
+        assert held_there.count("/dev/fuse") == 1
+        assert held_there.count("/memfd:ttmfs-state (deleted)") == 1
+        store = os.stat((mountpoint / "a/.shmem").readlink().parent)
+        found = [os.stat(fd) for fd in Path(f"/proc/{mount.keeper}/fd").iterdir() if not fd.name.startswith("/dev")]
+        assert sum(os.path.samestat(store, other) for other in found) == 1
+
+
+def test_nothing_grows_with_restarts(mountpoint: Path) -> None:
+    """Neither what keeper and daemon have open, nor how many processes there are, nor what memory is in use."""
+    with Kept(mountpoint, "size=64m") as mount, held(mountpoint):
+        mount.expect_restarts()
+        mount.kill_daemon()
+        assert mount.restarts() == 1
+        keeper, shmem = mount.keeper, meminfo("Shmem")
+        before = kinds(keeper), kinds(mount.daemon), os.statvfs(mountpoint).f_bfree
+        (mountpoint / "b").mkdir()
+        for turn in range(20):
+            with opened(mountpoint / "b/.image") as image:
+                os.pwrite(image, bytes(8 << 20), 0)
+                mount.kill_daemon()
+                os.ftruncate(image, 0)
+            assert mount.restarts() == turn + 2
+            assert processes(mountpoint) == {keeper, mount.daemon}
+            assert children(keeper) == {mount.daemon}
+        (mountpoint / "b").rmdir()
+        assert (kinds(keeper), kinds(mount.daemon), os.statvfs(mountpoint).f_bfree) == before
+        wait_until(lambda: meminfo("Shmem") < shmem + (64 << 20), "memory to be released")

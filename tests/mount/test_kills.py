@@ -1,0 +1,84 @@
+"""SIGKILL to the daemon at random instants under mixed load (C22): nothing lost, no error, no one hangs.
+
+Each client of the load knows what must be there and what each call must answer (tests/load.py). A kill comes some time
+after the daemon before has answered, or before it does.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import Mount, children, wait_until
+from load import Load
+
+SEED = int(os.environ.get("KILLS_SEED", time.time_ns() % 10**6))
+"""Another in each run. It is printed when a test fails."""
+
+OPTIONS = "size=256m,restart_seconds=30"
+"""On a busy machine, too, the keeper is not to give up."""
+
+
+class Killer:
+    """Kills the daemons of a mount, each once."""
+
+    def __init__(self, mount: Mount) -> None:
+        self.kills = 0
+        self._keeper, self._killed = mount.process.pid, set[int]()
+
+    def kill(self) -> None:
+        """Kill the next daemon, as soon as there is one."""
+        wait_until(lambda: children(self._keeper) - self._killed, "another daemon")
+        (pid,) = children(self._keeper) - self._killed
+        os.kill(pid, signal.SIGKILL)
+        self._killed.add(pid)
+        self.kills += 1
+
+
+@contextlib.contextmanager
+def under_load(mountpoint: Path, options: str, seed: int) -> Iterator[tuple[Load, Killer]]:
+    """A mount with eight clients under way, and who kills its daemons."""
+    print(f"KILLS_SEED={SEED}")
+    with Mount(mountpoint, options) as mount:
+        mount.expect_restarts()
+        try:
+            with Load(mountpoint, seed=seed) as load:
+                load.wait_for_steps(100)
+                yield load, Killer(mount)
+                load.wait_for_steps(100)
+        finally:
+            print("\n".join(mount.log))
+        print(load.result)
+        assert load.result.races, "no race was run"
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_c22_no_kill_is_noticed_by_anyone(mountpoint: Path, part: int) -> None:
+    """50 kills in each part, of which a third come before the daemon answers."""
+    chance = random.Random(SEED + part)
+    with under_load(mountpoint, OPTIONS, SEED + part) as (load, killer):
+        while killer.kills < 50:
+            if chance.random() < 0.35:
+                time.sleep(chance.uniform(0, 0.3))
+            else:
+                load.wait_for_steps(chance.choice((1, 1, 10, 100)))
+                time.sleep(chance.choice((0, chance.uniform(0, 0.01), chance.uniform(0, 0.15))))
+            killer.kill()
+            load.check()
+
+
+def test_c22_kills_in_bursts_are_no_failures_to_start(mountpoint: Path) -> None:
+    """The keeper does not count them, although restart_tries=1 lets no start fail by itself."""
+    chance = random.Random(SEED)
+    with under_load(mountpoint, f"{OPTIONS},restart_tries=1", SEED) as (load, killer):
+        for _ in range(3):
+            load.wait_for_steps(100)
+            for _ in range(20):
+                killer.kill()
+                time.sleep(chance.uniform(0, 0.25))
+            load.check()

@@ -1,0 +1,412 @@
+"""What outlasts the daemon: a memfd with a layout that a later daemon, and a later version, reads as it was written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import REPOSITORY, wait_until
+from ttmfs.errors import NotSupported
+from ttmfs.state import FAULT, HEADER, KEY, KILL, NOTES, POINTS, ROWS, State, identity
+
+WHOLE = HEADER + ROWS * (KEY + 16) + NOTES * 8
+
+
+@pytest.fixture
+def state() -> Iterator[State]:
+    made = State.new(version="1", page_size=4096)
+    yield made
+    made.close()
+
+
+def again(state: State) -> State:
+    """Of the next daemon, who starts now."""
+    return State(os.dup(state.fd))
+
+
+def python(script: str, **environment: str) -> "subprocess.Popen[str]":
+    """Another process that knows ttmfs. It gets every descriptor that can be inherited."""
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{script}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, close_fds=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def output(script: str, code: int = 0, **environment: str) -> str:
+    with python(script, **environment) as process:
+        out, error = process.communicate(timeout=20)
+    assert process.returncode == code, error
+    return out
+
+
+# --- the layout ---
+
+
+def test_its_size_is_the_layouts_and_nothing_of_it_is_set_at_first(state: State) -> None:
+    assert os.fstat(state.fd).st_size == WHOLE
+    assert os.pread(state.fd, WHOLE, HEADER) == bytes(WHOLE - HEADER)
+    assert (len(state.values), len(state.notes)) == (2 * ROWS, NOTES)
+    assert state.suspects() == {}
+    assert state.take_last_words() == ""
+
+
+def test_what_one_writes_the_next_reads(state: State) -> None:
+    state.update(init="abcd", device="0:77")
+    state.values[state.at("operation read")] = 2**64 - 1
+    state.values[state.at("operation read") + 1] = 5
+    state.set("restarts", 3)
+    state.notes[NOTES - 1] = 2**64 - 16
+    found = again(state)
+    assert found.header == state.header
+    assert (found.header["version"], found.header["page_size"], found.header["init"]) == ("1", 4096, "abcd")
+    place = found.at("operation read")
+    assert (found.values[place], found.values[place + 1], found.get("restarts")) == (2**64 - 1, 5, 3)
+    assert found.notes[NOTES - 1] == 2**64 - 16
+    found.close()
+
+
+def test_counting_is_seen_by_another_mapping_without_anything_being_written_out(state: State) -> None:
+    """So a SIGKILL right after it loses nothing."""
+    place = state.at("operation write")
+    found = again(state)
+    state.values[place] += 1
+    state.notes[0] = 16
+    assert (found.values[place], found.notes[0]) == (1, 16)
+    found.close()
+
+
+def test_what_a_process_counted_is_there_after_its_sigkill(state: State) -> None:
+    os.set_inheritable(state.fd, True)
+    output(
+        f"""
+import os, signal
+from ttmfs.state import State
+state = State({state.fd})
+for number in range(100):
+    state.values[state.at(f"error read E{{number}}")] += number
+state.notes[7] = 1 << 40
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        code=-signal.SIGKILL,
+    )
+    found = again(state)
+    assert [found.get(f"error read E{number}") for number in range(100)] == list(range(100))
+    assert found.notes[7] == 1 << 40
+    found.close()
+
+
+# --- rows ---
+
+
+def test_rows_are_found_by_key_whatever_the_order_they_are_asked_for_in(state: State) -> None:
+    keys = [f"operation {name}" for name in ("read", "write", "lookup", "open")]
+    for count, key in enumerate(keys, 1):
+        state.set(key, count)
+    found = again(state)
+    found.set("error read EIO", 9)  # of a newer version, which asks for it first
+    assert {key: found.get(key) for key in reversed(keys)} == {key: count for count, key in enumerate(keys, 1)}
+    older = again(state)
+    assert older.get("error read EIO") == 9
+    assert older.keys("operation") == ["lookup", "open", "read", "write"]
+    assert older.keys("error") == ["read EIO"]
+    for other in found, older:
+        other.close()
+
+
+def test_a_key_of_the_longest_length_and_one_that_begins_with_another(state: State) -> None:
+    keys = ["k" * KEY, "k" * (KEY - 1), "k", "é" * (KEY // 2)]
+    for count, key in enumerate(keys, 1):
+        state.set(key, count)
+    found = again(state)
+    for count, key in enumerate(keys, 1):
+        assert found.get(key) == count
+        assert found.at(key) == 2 * (count - 1), "no second row"
+    found.close()
+
+
+def test_reading_a_count_that_was_never_set_makes_no_row(state: State) -> None:
+    assert state.get("restarts") == 0
+    assert state.keys("restarts") == []
+    assert os.pread(state.fd, KEY, HEADER) == bytes(KEY)
+
+
+def test_a_row_whose_key_was_not_written_to_its_end_is_none_and_is_taken_by_the_next(state: State) -> None:
+    """The daemon was killed while it added it: the first byte is written last."""
+    state.set("one", 1)
+    os.pwrite(state.fd, b"rror read EIO", HEADER + KEY + 1)
+    found = again(state)
+    assert (found.keys("error"), found.get("error read EIO")) == ([], 0)
+    found.set("two", 2)
+    assert found.at("two") == 2
+    third = again(state)
+    assert (third.get("one"), third.get("two")) == (1, 2)
+    assert bytes(os.pread(third.fd, KEY, HEADER + KEY)) == b"two".ljust(KEY, b"\0")
+    for other in found, third:
+        other.close()
+
+
+def test_what_there_is_no_row_for_is_counted_in_the_last_and_every_other_row_stays(state: State) -> None:
+    for number in range(ROWS - 1):
+        state.set(f"key {number}", number + 1)
+    spill = 2 * (ROWS - 1)
+    assert state.at("key 1022") == spill - 2, "all rows but the last are given out"
+    for late in "late", "later":
+        assert state.at(late) == spill
+        state.values[state.at(late)] += 1
+    assert state.values[spill] == 2
+    found = again(state)
+    assert [found.get(f"key {number}") for number in range(ROWS - 1)] == list(range(1, ROWS))
+    assert (found.at("late"), found.at("key 0")) == (spill, 0)
+    found.values[found.at("late")] += 1
+    assert state.values[spill] == 3
+    assert found.keys("late") == []
+    assert list(found.notes) == [0] * NOTES, "nothing lies past the rows"
+    found.close()
+
+
+# --- the header ---
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        (b'{"format": 2, "version": "9.9"}', r"ttmfs 9\.9 in format 2, and this version knows format 1"),
+        (b'{"format": 0, "version": "0.1"}', r"ttmfs 0\.1 in format 0"),
+        (b'{"version": "1"}', "no state of ttmfs"),
+        (b"[1]", "no state of ttmfs"),
+        (b"", "no state of ttmfs"),
+        (b"\x7fELF", "no state of ttmfs"),
+        (b"\xff\xfe\xfd", "no state of ttmfs"),
+        (b'{"format": 1', "no state of ttmfs"),
+    ],
+)
+def test_what_this_version_does_not_know_is_refused_and_left_as_it_was(state: State, header: bytes, says: str) -> None:
+    os.pwrite(state.fd, header.ljust(HEADER, b"\0"), 0)
+    before = os.pread(state.fd, WHOLE, 0)
+    with pytest.raises(NotSupported, match=says):
+        State(state.fd)
+    assert os.pread(state.fd, WHOLE, 0) == before
+
+
+def test_a_descriptor_of_something_else_is_refused(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(NotSupported, match="no state of ttmfs"):
+            State(fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_header_that_does_not_fit_is_refused_and_the_one_before_stands(state: State) -> None:
+    with pytest.raises(NotSupported, match="does not fit"):
+        state.update(init="x" * HEADER)
+    found = again(state)
+    assert found.header == {"format": 1, "version": "1", "page_size": 4096}
+    found.close()
+    state.update(device="0:1")
+    assert state.header["device"] == "0:1"
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(NotSupported, match="does not fit"):
+        State.new(init="x" * HEADER)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_header_fills_its_page_to_the_last_byte(state: State) -> None:
+    state.update(init="")
+    room = HEADER - len(json.dumps(state.header))
+    state.update(init="x" * room)
+    found = again(state)
+    assert found.header["init"] == "x" * room
+    found.close()
+
+
+def test_a_header_is_there_whole_or_as_it_was_before_when_its_writer_is_killed(state: State) -> None:
+    """Two that differ in every part of the page, and a SIGKILL somewhere among thousands of changes."""
+    state.update(init="a" * 3000, device="a")
+    os.set_inheritable(state.fd, True)
+    script = f"""
+from ttmfs.state import State
+state = State({state.fd})
+state.set("began", 1)
+while True:
+    for letter in "ba":
+        state.update(init=letter * 3000, device=letter)
+    state.values[state.at("rounds")] += 1
+"""
+
+    def rounds() -> int:
+        found = again(state)
+        try:
+            return found.get("rounds")
+        finally:
+            found.close()
+
+    for _ in range(5):
+        with python(script) as process:
+            enough = rounds() + 20
+            wait_until(lambda enough=enough: rounds() > enough, "changes", 20)  # type: ignore[misc]
+            process.kill()
+            process.communicate(timeout=10)
+        found = again(state)
+        found.close()
+        assert found.header["device"] in ("a", "b")
+        assert found.header["init"] == found.header["device"] * 3000
+
+
+# --- suspects ---
+
+
+def oom_kills() -> int:
+    rows = Path("/proc/vmstat").read_text().split("\n")
+    return int(next(row.split()[1] for row in rows if row.startswith("oom_kill ")))
+
+
+@pytest.fixture
+def quiet(state: State) -> int:
+    """The state once it knows how many processes the machine has killed for want of memory."""
+    state.suspects()
+    return oom_kills()
+
+
+REQUESTS = [identity(1, 2, 3), identity(1, 2, 4), identity(9, 2, b"a")]
+
+
+def note(state: State, *points: int) -> None:
+    for slot, (request, known) in enumerate(zip(REQUESTS, points, strict=False)):
+        state.notes[slot * 700] = request | known
+
+
+def test_a_kill_is_one_point_against_each_request_that_was_under_way(state: State, quiet: int) -> None:
+    note(state, 0, 1, 3)
+    assert state.suspects() == {REQUESTS[0]: KILL, REQUESTS[1]: KILL + 1, REQUESTS[2]: KILL + 3}
+    assert state.suspects() == {}, "they are forgotten"
+    assert oom_kills() == quiet, "this machine killed something meanwhile"
+
+
+@pytest.mark.usefixtures("quiet")
+def test_points_do_not_run_over_into_the_request(state: State) -> None:
+    note(state, POINTS, POINTS - 1)
+    assert state.suspects() == {REQUESTS[0]: POINTS, REQUESTS[1]: POINTS}
+
+
+@pytest.mark.usefixtures("quiet")
+def test_of_the_same_request_twice_the_more_points_count(state: State) -> None:
+    state.notes[3], state.notes[2000] = REQUESTS[0] | 2, REQUESTS[0]
+    assert state.suspects() == {REQUESTS[0]: 3}
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("said_before", [False, True], ids=["suspects first", "last words first"])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("import ctypes; ctypes.string_at(0)", "Segmentation fault"),
+        ("import os; os.abort()", "Aborted"),
+    ],
+    ids=["SIGSEGV", "SIGABRT"],
+)
+def test_a_fault_is_two_points_and_leaves_one_line(state: State, fault: str, says: str, said_before: bool) -> None:
+    """Whichever of the two the next daemon asks for first."""
+    os.set_inheritable(state.fd, True)
+    script = f"""
+from ttmfs.state import State
+import threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+def main():
+    state = State({state.fd})
+    state.keep_last_words()
+    state.notes[5] = {REQUESTS[0] | 1}
+    {fault}
+main()
+"""
+    with python(script) as process:
+        process.communicate(timeout=20)
+    assert process.returncode in (-signal.SIGSEGV, -signal.SIGABRT)
+    with_words = again(state)
+    if said_before:
+        words, suspects = with_words.take_last_words(), with_words.suspects()
+    else:
+        suspects, words = with_words.suspects(), with_words.take_last_words()
+    assert suspects == {REQUESTS[0]: FAULT + 1}
+    assert words.startswith(f"Fatal Python error: {says} < ")
+    assert "in main" in words
+    assert "threading.py" not in words, "it was another thread"
+    assert "\n" not in words
+    assert with_words.take_last_words() == "", "said once"
+    assert os.fstat(state.fd).st_size == WHOLE
+    note(with_words, 0)
+    with_words.close()
+    later = again(state)
+    assert later.take_last_words() == ""
+    assert later.suspects() == {REQUESTS[0]: KILL}, "the fault was the one's before"
+    later.close()
+
+
+def test_an_oom_kill_is_two_points(state: State, quiet: int) -> None:
+    note(state, 0)
+    state.set("memory kills", oom_kills() - 1)  # as it was when that daemon started
+    assert state.suspects() == {REQUESTS[0]: FAULT}
+    note(state, 0)
+    assert state.suspects() == {REQUESTS[0]: KILL}
+    assert oom_kills() == quiet, "this machine killed something meanwhile"
+
+
+@pytest.mark.usefixtures("quiet")
+def test_who_was_killed_while_it_started_has_added_no_points(state: State) -> None:
+    note(state, 0)
+    first = again(state)
+    assert first.suspects() == {REQUESTS[0]: KILL}
+    first.close()
+    second = again(state)
+    assert second.suspects() == {}
+    second.close()
+
+
+# --- identity ---
+
+ASKED = [(1, 1, b"a"), (1, 1, b"\xff" * 255), (2**32 - 1, 2**64 - 1, 2**63), (0, 0, 0), (7, 2**60, None), (7, 5, -1)]
+
+
+def test_a_request_has_the_same_identity_in_every_process() -> None:
+    script = f"from ttmfs.state import identity\nprint([identity(*asked) for asked in {ASKED!r}])"
+    here = [identity(*asked) for asked in ASKED]
+    for seed in "0", "1", "4294967295", "random":
+        assert json.loads(output(script, PYTHONHASHSEED=seed)) == here
+
+
+def test_an_identity_leaves_the_points_free_and_fits_into_a_note(state: State) -> None:
+    identities = [identity(*asked) for asked in ASKED]
+    assert len(set(identities)) == len(ASKED)
+    for found in identities:
+        assert found & POINTS == 0
+        assert found > POINTS, "0 would be no note"
+        state.notes[0] = found | POINTS
+        assert state.notes[0] == found + POINTS
+
+
+def test_different_requests_are_told_apart() -> None:
+    identities = {
+        identity(operation, first, second)
+        for operation in range(4)
+        for first in range(1, 40)
+        for second in (*range(0, 40 * 4096, 4096), *(b"%d" % handle for handle in range(40)))
+    }
+    assert len(identities) == 4 * 39 * 80
+
+
+# --- its end ---
+
+
+def test_it_can_be_closed_twice_and_its_memory_is_the_systems_again() -> None:
+    before = os.listdir("/proc/self/fd")
+    made = State.new()
+    made.keep_last_words()
+    made.close()
+    made.close()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert "ttmfs-state" not in Path("/proc/self/maps").read_text()

@@ -1,0 +1,287 @@
+"""Getting backups out of a keeper that gave up, or out of any directory of backups: sparse files with checksums.
+
+Standard library alone, and nothing of the package: it must work when the rest of it does not. So it can be run by its
+path too. It changes nothing of what it reads.
+
+The checksum of a backup is the SHA-256 over what is in it, in ascending order: of each piece of 4096 bytes that is not
+all zeros, its number (8 bytes, little-endian) and its content. So it depends neither on the page size nor on how a
+filesystem places holes, and takes no time for them. DIRECTORY/CHECKSUMS has a line for each: checksum, pieces, size in
+bytes, and the name as JSON.
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "run"]
+
+DESCRIPTION = "Get backups out of a keeper that gave up, or of any directory of backups: sparse files with checksums."
+EXAMPLES = """\
+examples:
+  ttmfs rescue 4711 /var/tmp/pages             of the keeper that the log names
+  ttmfs rescue /mnt/ttm /var/tmp/pages         of the keeper of a dead mount point
+  ttmfs rescue /proc/1/fd/57 /var/tmp/pages    of a service manager's descriptor
+  ttmfs rescue --check /var/tmp/pages          whether the copies are as they were
+
+A backup becomes a file of its name, page i at byte i * page_size; to bring one back: mkdir MNT/a, then
+cp --sparse=always FILE MNT/a/.image."""
+
+PIECE = 4096
+ZEROS = bytes(PIECE)
+CHECKSUMS = "CHECKSUMS"
+PARTIAL = ".partial"
+KEEPER = "ttmfs-keeper"
+MOUNTPOINT_AT = 10
+"""Which word of a keeper's command line is the mount point: python -I -S keeper.py and six arguments go before."""
+
+BLOCK = 1 << 20
+
+
+class RescueError(Exception):
+    """What stands in the way, and what to do about it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``ttmfs rescue``."""
+    parser.add_argument(
+        "source", nargs="?", metavar="SOURCE",
+        help="the keeper's process id, the mount point, or the path of a directory or descriptor (/proc/PID/fd/N)",
+    )  # fmt: skip
+    parser.add_argument("directory", metavar="DIRECTORY", help="where to write; nothing there is overwritten")
+    parser.add_argument("--check", action="store_true", help="compare the copies in DIRECTORY with their checksums")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Rescue, or check. The exit status: 0; 1 if a backup failed; 2 if nothing could be done."""
+    target = Path(arguments.directory)
+    try:
+        if arguments.check:
+            if arguments.source:
+                raise RescueError("--check takes a DIRECTORY alone")
+            return check(target)
+        if not arguments.source:
+            raise RescueError("give a SOURCE: a keeper's process id, a mount point, or /proc/PID/fd/N")
+        source = find(arguments.source)
+        try:
+            return rescue(source, target)
+        finally:
+            os.close(source)
+    except RescueError as error:
+        sys.stderr.write(f"ttmfs rescue: {error}\n")
+        return 2
+
+
+# --- where the backups are ---
+
+
+def find(source: str) -> int:
+    """A descriptor of the directory that a keeper's process id, a mount point or a path stands for."""
+    if source.isdigit():
+        return _open_directory(_store_of(int(source)))
+    for pid, mountpoint in keepers():
+        if mountpoint == os.path.abspath(source):  # not touched: it may be dead
+            return _open_directory(_store_of(pid))
+    return _open_directory(source)
+
+
+def keepers() -> Iterator[tuple[int, str]]:
+    """The process id and the mount point of every keeper that may be looked at."""
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if (process / "comm").read_text().strip() == KEEPER and len(words) > MOUNTPOINT_AT:
+                    yield int(process.name), os.fsdecode(words[MOUNTPOINT_AT])
+
+
+def _store_of(pid: int) -> str:
+    """The path of the store that a keeper or daemon has open: its only directory, but for its working directory."""
+    try:
+        here = os.stat(f"/proc/{pid}/cwd")
+        found = [
+            path
+            for fd in sorted(os.listdir(f"/proc/{pid}/fd"), key=int)
+            if stat.S_ISDIR((what := os.stat(path := f"/proc/{pid}/fd/{fd}")).st_mode)
+            and not os.path.samestat(what, here)
+        ]
+    except FileNotFoundError:
+        raise RescueError(f"there is no process {pid}; pgrep {KEEPER} lists the keepers that there are") from None
+    except PermissionError:
+        raise RescueError(f"process {pid} cannot be looked into: be root, or who mounted") from None
+    if len(found) != 1:
+        raise RescueError(f"process {pid} holds {len(found) or 'no'} directories: give /proc/{pid}/fd/N of the one")
+    return found[0]
+
+
+def _open_directory(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        hint = "; its keeper is gone, or is another user's" if error.errno in (errno.ENOTCONN, errno.EACCES) else ""
+        raise RescueError(f"{path}: {error.strerror}{hint}") from None
+
+
+# --- copying ---
+
+
+def rescue(source: int, target: Path) -> int:
+    """Copy every backup of a directory."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RescueError(f"{target}: {error.strerror}; give a directory that can be made or written to") from None
+    names = sorted(e.name for e in os.scandir(source) if e.name[0] != "." and e.is_file(follow_symlinks=False))
+    taken = [name for name in (*names, CHECKSUMS) if os.path.lexists(target / name)]
+    if taken:
+        raise RescueError(f"{target} has a {taken[0]!r} already, and nothing is overwritten: give an empty directory")
+    if CHECKSUMS in names:
+        raise RescueError(f"a backup is named {CHECKSUMS}, as the file of checksums: rename it in the source first")
+    failed = 0
+    with open(target / CHECKSUMS, "x", encoding="ascii") as sums:
+        for name in names:
+            try:
+                line = _copied(source, name, target)
+            except OSError as error:
+                failed += 1
+                sys.stderr.write(f"ttmfs rescue: {name!r}: {error.strerror or error}; the others go on\n")
+                continue
+            sums.write(line + "\n")
+            sums.flush()
+            sys.stdout.write(_told(line))
+            sys.stdout.flush()
+        os.fsync(sums.fileno())
+    sys.stdout.write(f"{len(names) - failed} of {len(names)} backups are in {target}\n")
+    return 1 if failed else 0
+
+
+def _copied(source: int, name: str, target: Path) -> str:
+    """Copy one backup, whole or not at all. Gives its line of the checksums."""
+    partial = target / (name[:200] + PARTIAL)
+    there = _opened(name, source)
+    try:
+        found = os.fstat(there)
+        here = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(here, found.st_size)
+            before = _summed(there, copy_to=here)
+            os.fsync(here)
+            if _summed(here) != before:
+                raise OSError(errno.EIO, "the copy is not what was read; is the disk sound, and does no one write?")
+            if os.geteuid() == 0:
+                os.fchown(here, found.st_uid, found.st_gid)
+            os.fchmod(here, stat.S_IMODE(found.st_mode) & 0o777)
+            os.utime(here, ns=(found.st_atime_ns, found.st_mtime_ns))
+            os.rename(partial, target / name)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(here)
+    finally:
+        os.close(there)
+    return f"{before[0]} {before[1]} {found.st_size} {json.dumps(name)}"
+
+
+def _opened(name: str, directory: int) -> int:
+    """Open a backup's file to read, also if its mode shuts out its owner, who mounted."""
+    try:
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except PermissionError:
+        mode = stat.S_IMODE(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+        os.chmod(name, mode | 0o400, dir_fd=directory)
+        try:
+            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        finally:
+            os.chmod(name, mode, dir_fd=directory)
+
+
+def _summed(fd: int, copy_to: int | None = None) -> tuple[str, int]:
+    """The checksum of a sparse file and how many pieces of it are data, which are copied to another file on the way."""
+    digest, pieces = hashlib.sha256(), 0
+    for start, end in _data(fd):
+        position = start
+        while position < end:
+            block = os.pread(fd, min(BLOCK, end - position), position)
+            if not block:
+                break
+            if copy_to is not None:
+                view, offset = memoryview(block), position
+                while view:
+                    written = os.pwrite(copy_to, view, offset)
+                    view, offset = view[written:], offset + written
+            for at in range(0, len(block), PIECE):
+                piece = block[at : at + PIECE].ljust(PIECE, b"\0")
+                if piece != ZEROS:
+                    digest.update(((position + at) // PIECE).to_bytes(8, "little"))
+                    digest.update(piece)
+                    pieces += 1
+            position += len(block)
+    return digest.hexdigest(), pieces
+
+
+def _data(fd: int) -> Iterator[tuple[int, int]]:
+    """The runs of data of a file, to whole pieces, as (start, end) in bytes."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return
+        end = -(-os.lseek(fd, start, os.SEEK_HOLE) // PIECE) * PIECE
+        yield start // PIECE * PIECE, end
+
+
+def _told(line: str) -> str:
+    """A line of the checksums for a person."""
+    checksum, pieces, _, name = line.split(" ", 3)
+    return f"{json.loads(name)!r}: {int(pieces) * PIECE >> 10} KiB, {checksum[:16]}\n"
+
+
+# --- looking at copies later ---
+
+
+def check(target: Path) -> int:
+    """Compare copies with their checksums."""
+    try:
+        lines = (target / CHECKSUMS).read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise RescueError(f"{target / CHECKSUMS}: {error.strerror}; ttmfs rescue SOURCE {target} writes it") from None
+    wrong = 0
+    for line in lines:
+        name = line
+        try:
+            checksum, pieces, size, name = line.split(" ", 3)
+            with open(target / json.loads(name), "rb") as file:
+                found = (*_summed(file.fileno()), os.fstat(file.fileno()).st_size)
+            why = "" if found == (checksum, int(pieces), int(size)) else "is not what was rescued"
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or f"not a line of checksums: {line!r}"
+        wrong += bool(why)
+        sys.stdout.write(f"{name}: {why or 'OK'}\n")
+    sys.stdout.write(f"{len(lines) - wrong} of {len(lines)} backups are as they were\n")
+    return 1 if wrong else 0
+
+
+def _main() -> int:
+    """As a program by itself."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args())
+    except KeyboardInterrupt:
+        sys.stderr.write("ttmfs rescue: interrupted; backups that were told are whole, others are not there\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
