@@ -118,6 +118,8 @@ class Keeper:
 
     def keep(self, descriptors: "dict[str, int]") -> None:
         """Give it descriptors to hold, and wait until it does. Raises OSError."""
+        if not descriptors:
+            return
         for name, fd in descriptors.items():
             self.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptors=(fd,))
         heard, barrier = os.pipe()

@@ -23,7 +23,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from .errors import NotPermitted, StoreFailed, TtmfsError, errno_of
 from .metrics import Metrics
 from .pool import NAME_MAX, Pool
-from .state import POINTS, State, identity
+from .state import LATEST, POINTS, State, identity
 from .tree import Attributes, Tree
 
 __all__ = ["Operations"]
@@ -72,7 +72,7 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
                         self._suspects.pop(note & ~POINTS, None)
             self.under_way += 1
             slot = self._slots.pop()
-            notes[slot] = note
+            notes[slot], notes[LATEST] = note, slot
             try:
                 return await handler(self, *arguments)
             finally:
@@ -136,7 +136,7 @@ class Operations(pyfuse3.Operations):
         self.debug = debug
         self.under_way = 0  # handlers that wait for something
         self._notes = state.notes  # what is being carried out: slot 0 for plain functions
-        self._slots = list(range(1, len(self._notes)))
+        self._slots = list(range(1, LATEST))
         self._suspects = suspects  # requests that daemons died of, perhaps
         self._suspected_until = time.monotonic() + SUSPECT_SECONDS
         self._init = init

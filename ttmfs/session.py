@@ -403,6 +403,8 @@ class _Session:
         """Called by libfuse when it has read FUSE_INIT, before it answers: from here on it talks to the kernel."""
         os.dup2(self._connection, self._session_fd, inheritable=False)
         self._initialized.set()
+        if self._mount.begun:  # before a request is carried out again: to die of that is no failure to start
+            self._begin_serving()
 
     async def _main(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -441,23 +443,25 @@ class _Session:
             log.warning("pyfuse3 %s does not call its %s(): no busy polling", pyfuse3.__version__, WAIT)
         if self._ending.asked:
             return
+        _lock_memory()
         if not self._mount.begun:
-            _lock_memory()
             self.failure = await self._unanswered()
             if self._ending.asked:
                 return
             if self.failure:
                 serving.cancel()
                 return
+            self._begin_serving()
+        if self._process.keeper:
+            await self._watch_keeper()
+
+    def _begin_serving(self) -> None:
+        """Requests are answered from here on."""
         self.served = True
         log.info("serving %s", self._mountpoint)
         if self._process.keeper:
             self._hand_over(self._process.keeper, besides=self._process.held)
         self._process.ready()
-        if self._mount.begun:
-            _lock_memory()  # which others need not wait for
-        if self._process.keeper:
-            await self._watch_keeper()
 
     async def _unanswered(self) -> MountError | None:
         """Have another process open a file of the mount and close it; what is wrong, if anything.

@@ -39,8 +39,11 @@ POINTS = 0xF
 """The bits of a note that count what speaks against the request. The others are its identity."""
 
 FAULT, KILL = 2, 1
-"""What a death speaks against each request that was being carried out: a fault of the daemon's, or the kernel's killing
-it for want of memory; and any other SIGKILL, which is most likely no request's doing."""
+"""What a death speaks against the request that was begun last, if it was a fault of the daemon's, or the kernel killed
+it for want of memory; and what any death speaks against each that was under way."""
+
+LATEST = NOTES - 1
+"""The note that is none, but the slot of the request that was begun last, unless slot 0 holds one."""
 
 
 class State:
@@ -143,9 +146,11 @@ class State:
         points = FAULT if self._faulted or killed > self.get("memory kills") else KILL
         self.set("memory kills", killed)
         found: Counter[int] = Counter()
-        for slot, note in enumerate(self.notes):
+        latest = 0 if self.notes[0] else self.notes[LATEST]
+        for slot, note in enumerate(self.notes[:LATEST]):
             if note:
-                found[note & ~POINTS] = max(found[note & ~POINTS], min(POINTS, (note & POINTS) + points))
+                more = points if slot == latest else KILL
+                found[note & ~POINTS] = max(found[note & ~POINTS], min(POINTS, (note & POINTS) + more))
                 self.notes[slot] = 0
         return dict(found)
 

@@ -314,13 +314,13 @@ def test_a_fault_is_two_points_and_leaves_one_line(state: State, fault: str, say
     """Whichever of the two the next daemon asks for first."""
     os.set_inheritable(state.fd, True)
     script = f"""
-from ttmfs.state import State
+from ttmfs.state import LATEST, State
 import threading
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 def main():
     state = State({state.fd})
     state.keep_last_words()
-    state.notes[5] = {REQUESTS[0] | 1}
+    state.notes[4], state.notes[5], state.notes[LATEST] = {REQUESTS[1]}, {REQUESTS[0] | 1}, 5
     {fault}
 main()
 """
@@ -332,7 +332,7 @@ main()
         words, suspects = with_words.take_last_words(), with_words.suspects()
     else:
         suspects, words = with_words.suspects(), with_words.take_last_words()
-    assert suspects == {REQUESTS[0]: FAULT + 1}
+    assert suspects == {REQUESTS[0]: FAULT + 1, REQUESTS[1]: KILL}, "one was begun last"
     assert words.startswith(f"Fatal Python error: {says} < ")
     assert "in main" in words
     assert "threading.py" not in words, "it was another thread"
