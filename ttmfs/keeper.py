@@ -205,6 +205,8 @@ class _Program:
         self.held: list[tuple[str, int]] = []
         self.pid, self.pidfd = daemon, os.pidfd_open(daemon)
         self.serving = self.stopping = self.asked_to_end = self.asked_to_restart = self.gave_up = False
+        self.ever_served = self.interrupted = False  # asked to end before it ever did
+        self.wake = -1
         self.failed = 0  # starts in a row
         self.short_lived, self.served_since = 0, 0.0
         self.start_at = 0.0  # when there is no daemon
@@ -212,21 +214,21 @@ class _Program:
 
     def run(self) -> int:
         """Keep until there is nothing to keep; the exit status."""
-        wake, signals = os.pipe()
-        os.set_blocking(signals, False)
+        self.wake, signals = os.pipe()
+        for fd in self.wake, signals:
+            os.set_blocking(fd, False)
         signal.set_wakeup_fd(signals)
         for caught in (*ENDING, RESTART):
             signal.signal(caught, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ENDING, RESTART})
         while True:
             events = select.poll()
-            for fd in self.channel.fileno(), wake, self.pidfd:
+            for fd in self.wake, self.channel.fileno(), self.pidfd:
                 if fd >= 0:
                     events.register(fd, select.POLLIN)
             for fd, _ in events.poll(self.patience()):
-                if fd == wake:
-                    for number in os.read(wake, 64):
-                        self.obey(number)
+                if fd == self.wake:
+                    self.obey_all()
                 elif fd == self.channel.fileno():
                     self.hear_all()
                 elif (code := self.bury()) is not None:
@@ -247,10 +249,17 @@ class _Program:
             times.append(self.down_since + self.seconds)
         return max(0.0, (min(times) - time.monotonic()) * 1000 + 1) if times else None
 
+    def obey_all(self) -> None:
+        """Hand on the signals that came by now."""
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self.wake, 64):
+                self.obey(number)
+
     def obey(self, number: int) -> None:
         """Hand a signal on."""
         if number in ENDING:
             self.asked_to_end = True
+            self.interrupted |= not self.ever_served
         elif self.gave_up:
             self.say("trying again")
             self.gave_up, self.failed, self.start_at, self.down_since = False, 0, 0.0, time.monotonic()
@@ -298,10 +307,12 @@ class _Program:
 
     def served(self) -> None:
         """The daemon serves."""
+        self.obey_all()  # a signal that came before is not to be overtaken: the exit status tells
+        self.ever_served = True
         self.serving, self.failed, self.down_since, self.served_since = True, 0, None, time.monotonic()
         if self.ready >= 0:
             with contextlib.suppress(BrokenPipeError):  # whoever waited was killed; the mount is no worse for it
-                os.write(self.ready, b"\1")
+                os.write(self.ready, b"\1" * (not self.interrupted))
             os.close(self.ready)
             self.ready = -1
             null = os.open(os.devnull, os.O_RDWR)
@@ -331,7 +342,7 @@ class _Program:
         os.close(self.pidfd)
         was, self.pid, self.pidfd = self.pid, 0, -1
         if self.stopping or not self.held:
-            return 0 if code is None else code if code >= 0 else 4
+            return 8 if code == 0 and self.interrupted else 0 if code is None else code if code >= 0 else 4
         how = (
             "is dead" if code is None else f"ended with status {code}" if code >= 0 else f"was killed by signal {-code}"
         )
@@ -342,7 +353,7 @@ class _Program:
         if self.down_since is None:
             self.down_since = now
         if self.serving:
-            soon = code != -signal.SIGKILL and now < self.served_since + SHORT_LIFE
+            soon = code not in (0, -signal.SIGKILL) and now < self.served_since + SHORT_LIFE
             self.short_lived = self.short_lived + 1 if soon else 0
             if self.short_lived > 1:
                 self.start_at += min(LONGEST_DELAY, RETRY_SECONDS * (self.short_lived - 1) / 4)

@@ -94,10 +94,13 @@ class Kept(Mount):
         self.expect_log(r"the daemon \d+ of /\S+ is dead: starting another")  # no child of the new one
         before = self.keeper
         os.kill(before, signal.SIGKILL)
-        if wait:
-            wait_until(lambda: self.keeper != before, "another keeper")
         if before == self.process.pid:
             self.process.wait(5)
+        if wait:
+            self.wait_for_another_keeper(before)
+
+    def wait_for_another_keeper(self, before: int) -> None:
+        wait_until(lambda: self.keeper != before, "another keeper")
 
     def restart(self) -> None:
         """Restart it on purpose, and wait until it is."""
@@ -309,11 +312,13 @@ def test_c22_a_keeper_is_replaced_however_often_it_is_killed(mountpoint: Path) -
 def test_the_link_to_the_memory_leads_there_as_soon_as_the_keeper_it_led_through_is_dead(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
         for _ in range(5):
-            with opened_process(mount.keeper) as dead:
+            keeper = mount.keeper
+            with opened_process(keeper) as dead:
                 mount.kill_keeper(wait=False)
                 assert select.select([dead], [], [], 10)[0]
             with opened(mountpoint / "a/.shmem") as memory:
                 assert os.pread(memory, PAGE, 0) == (mountpoint / "a/1").read_bytes()
+            mount.wait_for_another_keeper(keeper)
 
 
 def test_c22_kills_of_either_are_not_noticed_under_load(mountpoint: Path) -> None:
@@ -550,6 +555,7 @@ def test_c22_what_ends_the_mount_ends_it_also_while_the_daemon_is_dead(
     with Kept(mountpoint, "size=16m") as mount:
         mount.expect_restarts()
         (mountpoint / "a").mkdir()
+        mount.expect_log("SIGINT: unmounting /")
         keeper = mount.keeper
         mount.kill_daemon()
         time.sleep(delay)
