@@ -15,12 +15,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from errno import ENOENT, ESTALE
 from pathlib import Path
 
-from harness import MOUNT_COMMAND, mounts, wait_until
+from harness import MOUNT_COMMAND, mounts, opened, wait_until
 from load import Load
 from stores import swap
 
@@ -28,6 +30,7 @@ __all__ = ["soak"]
 
 SMALLEST, LARGEST = 192, 512  # MiB that the budget is set to; the load needs 12 MiB a client
 CLIENTS = 8
+HANG_SECONDS = 90.0
 PAUSE = 0.4
 """Seconds between two events, on average. A daemon takes 0.3 to start."""
 
@@ -78,10 +81,12 @@ class Soak:
     def write_back(self) -> None:
         """Of all backups that are not being removed just now."""
         for backup in os.listdir(self.mountpoint):
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(self.mountpoint / backup / ".image", os.O_RDWR)
-                os.fsync(fd)
-                os.close(fd)
+            try:
+                with opened(self.mountpoint / backup / ".image") as fd:
+                    os.fsync(fd)
+            except OSError as error:
+                if error.errno not in (ENOENT, ESTALE):  # it was removed meanwhile
+                    raise
 
     def resize(self) -> None:
         size = f"{self.chance.randint(SMALLEST, LARGEST)}m"
@@ -113,13 +118,35 @@ def _lives(pid: int) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def _watched(mountpoint: Path, run: Soak) -> Iterator[None]:
+    """Cut the connection if nothing gets on any more: whoever waits, this process too, then fails and says so."""
+    minor, ended = os.minor(mountpoint.stat().st_dev), threading.Event()
+
+    def watch() -> None:
+        before = -1
+        while not ended.wait(HANG_SECONDS):
+            if run.events.total() == before:
+                Path(f"/sys/fs/fuse/connections/{minor}/abort").write_text("1")
+                return
+            before = run.events.total()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
 def soak(directory: Path, seconds: float, seed: int) -> str:
     """Run for a time; what was survived. Raises AssertionError for whatever was not."""
     mountpoint, log = directory / "mnt", directory / "log"
     mountpoint.mkdir()
     with swap(directory, 1 << 30), _mounted(mountpoint, log):
         run = Soak(mountpoint, seed)
-        with Load(mountpoint, clients=CLIENTS, seed=seed) as load:
+        with _watched(mountpoint, run), Load(mountpoint, clients=CLIENTS, seed=seed) as load:
             end = time.monotonic() + seconds
             while time.monotonic() < end:
                 run.step()

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -83,12 +84,29 @@ def run(arguments: argparse.Namespace) -> int:
 
 def find(source: str) -> int:
     """A descriptor of the directory that a keeper's process id, a mount point or a path stands for."""
-    if source.isdigit():
+    if source.isdecimal():
         return _open_directory(_store_of(int(source)))
-    for pid, mountpoint in keepers():
-        if mountpoint == os.path.abspath(source):  # not touched: it may be dead
-            return _open_directory(_store_of(pid))
+    above, name = os.path.split(os.path.abspath(source))
+    place = os.path.join(os.path.realpath(above), name)  # itself it is not touched: it may be dead, or hang
+    found = [pid for pid, mountpoint in keepers() if mountpoint == place]
+    if len(found) > 1:  # one gave up, and someone has mounted anew there
+        which = ", ".join(map(str, sorted(found)))
+        raise RescueError(f"{source} has several keepers, of which one may have given up: give one of {which}")
+    if found:
+        return _open_directory(_store_of(found[0]))
+    if _is_mount(place):
+        raise RescueError(f"{source} is a ttmfs, but its keeper is gone, or is another user's: be root, or who mounted")
     return _open_directory(source)
+
+
+def _is_mount(place: str) -> bool:
+    """Whether a ttmfs is mounted there, without touching it."""
+    for line in Path("/proc/self/mounts").read_bytes().splitlines():
+        _, where, kind, *_ = line.split(b" ")
+        where = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), where)
+        if (os.fsdecode(where), kind) == (place, b"fuse.ttmfs"):
+            return True
+    return False
 
 
 def keepers() -> Iterator[tuple[int, str]]:
@@ -137,14 +155,23 @@ def rescue(source: int, target: Path) -> int:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RescueError(f"{target}: {error.strerror}; give a directory that can be made or written to") from None
-    names = sorted(e.name for e in os.scandir(source) if e.name[0] != "." and e.is_file(follow_symlinks=False))
+    try:
+        names = sorted(e.name for e in os.scandir(source) if e.name[0] != "." and e.is_file(follow_symlinks=False))
+    except OSError as error:
+        raise RescueError(f"the backups cannot be listed: {error.strerror}") from None
+    if not names:
+        raise RescueError("no backups are there: is it the right SOURCE?")
     taken = [name for name in (*names, CHECKSUMS) if os.path.lexists(target / name)]
     if taken:
         raise RescueError(f"{target} has a {taken[0]!r} already, and nothing is overwritten: give an empty directory")
     if CHECKSUMS in names:
         raise RescueError(f"a backup is named {CHECKSUMS}, as the file of checksums: rename it in the source first")
     failed = 0
-    with open(target / CHECKSUMS, "x", encoding="ascii") as sums:
+    try:
+        sums = open(target / CHECKSUMS, "x", encoding="ascii")  # noqa: SIM115 # it is closed below
+    except OSError as error:
+        raise RescueError(f"{target}: {error.strerror}; give a directory that can be written to") from None
+    with sums:
         for name in names:
             try:
                 line = _copied(source, name, target)
@@ -163,7 +190,7 @@ def rescue(source: int, target: Path) -> int:
 
 def _copied(source: int, name: str, target: Path) -> str:
     """Copy one backup, whole or not at all. Gives its line of the checksums."""
-    partial = target / (name[:200] + PARTIAL)
+    partial = target / ("." + os.fsdecode(os.fsencode(name)[:200]) + PARTIAL)  # no backup's name begins with a dot
     there = _opened(name, source)
     try:
         found = os.fstat(there)
@@ -174,7 +201,7 @@ def _copied(source: int, name: str, target: Path) -> str:
             os.fsync(here)
             if _summed(here) != before:
                 raise OSError(errno.EIO, "the copy is not what was read; is the disk sound, and does no one write?")
-            if os.geteuid() == 0:
+            with contextlib.suppress(OSError):  # not root, or a filesystem or user namespace without such an owner
                 os.fchown(here, found.st_uid, found.st_gid)
             os.fchmod(here, stat.S_IMODE(found.st_mode) & 0o777)
             os.utime(here, ns=(found.st_atime_ns, found.st_mtime_ns))
@@ -255,18 +282,22 @@ def check(target: Path) -> int:
         lines = (target / CHECKSUMS).read_text(encoding="ascii").splitlines()
     except OSError as error:
         raise RescueError(f"{target / CHECKSUMS}: {error.strerror}; ttmfs rescue SOURCE {target} writes it") from None
-    wrong = 0
+    wrong, directory = 0, _open_directory(str(target))
     for line in lines:
         name = line
         try:
             checksum, pieces, size, name = line.split(" ", 3)
-            with open(target / json.loads(name), "rb") as file:
-                found = (*_summed(file.fileno()), os.fstat(file.fileno()).st_size)
+            file = _opened(json.loads(name), directory)
+            try:
+                found = (*_summed(file), os.fstat(file).st_size)
+            finally:
+                os.close(file)
             why = "" if found == (checksum, int(pieces), int(size)) else "is not what was rescued"
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or f"not a line of checksums: {line!r}"
         wrong += bool(why)
         sys.stdout.write(f"{name}: {why or 'OK'}\n")
+    os.close(directory)
     sys.stdout.write(f"{len(lines) - wrong} of {len(lines)} backups are as they were\n")
     return 1 if wrong else 0
 

@@ -177,7 +177,7 @@ def test_an_interruption_leaves_nothing_half_copied(tmp_path: Path) -> None:
     (store / "a").write_bytes(content(1, 30_000))
     command = [sys.executable, "-m", "ttmfs", "rescue", str(store), str(copy)]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as client:
-        wait_until(lambda: (copy / "a.partial").exists(), "the copy to begin")
+        wait_until(lambda: (copy / ".a.partial").exists(), "the copy to begin")
         client.send_signal(signal.SIGINT)
         assert client.stderr is not None
         assert "interrupted" in client.stderr.read()
