@@ -103,11 +103,22 @@ def _mounted(mountpoint: Path, log: Path) -> Iterator[None]:
         wait_until(lambda: b"serving /" in log.read_bytes(), "the mount")
         yield
     finally:
-        serving = [int(json.loads((mountpoint / ".config").read_text())[f"{who}_pid"]) for who in ("daemon", "keeper")]
+        serving = _running("mount.py", mountpoint) + _running("keeper.py", mountpoint)
         subprocess.run(["umount", "-l", mountpoint], check=True)
         wait_until(lambda: not any(_lives(pid) for pid in serving), "daemon and keeper to end")
         first.wait(10)
         assert str(mountpoint) not in mounts()
+
+
+def _running(program: str, mountpoint: Path) -> list[int]:
+    """The processes that run a program for a mount."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_text().split("\0")
+            if str(mountpoint) in words and any(word.endswith(program) for word in words):
+                found.append(int(process.name))
+    return found
 
 
 def _lives(pid: int) -> bool:
@@ -120,14 +131,16 @@ def _lives(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _watched(mountpoint: Path, run: Soak) -> Iterator[None]:
-    """Cut the connection if nothing gets on any more: whoever waits, this process too, then fails and says so."""
-    minor, ended = os.minor(mountpoint.stat().st_dev), threading.Event()
+    """End keeper and daemon if nothing gets on any more: whoever waits, this process too, then fails and says so."""
+    ended = threading.Event()
 
     def watch() -> None:
         before = -1
         while not ended.wait(HANG_SECONDS):
             if run.events.total() == before:
-                Path(f"/sys/fs/fuse/connections/{minor}/abort").write_text("1")
+                for program in "keeper.py", "mount.py":  # one alone would replace the other
+                    for pid in _running(program, mountpoint):
+                        os.kill(pid, signal.SIGKILL)
                 return
             before = run.events.total()
 
@@ -176,7 +189,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ttmfs-soak-") as directory:
         try:
             print(soak(Path(directory), arguments.seconds, arguments.seed))
-        except AssertionError as error:
+        except (AssertionError, OSError) as error:
             log = Path(directory, "log")
             tail = log.read_text()[-10_000:] if log.exists() else ""
             print(f"seed {arguments.seed}: {error}\n{tail}", file=sys.stderr)
