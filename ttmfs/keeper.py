@@ -116,12 +116,12 @@ class Keeper:
             else:
                 channel.send("\n".join(lines).encode())
 
-    def keep(self, descriptors: "dict[str, int]") -> None:
-        """Give it descriptors to hold, and wait until it does. Raises OSError."""
-        if not descriptors:
-            return
+    def keep(self, descriptors: "dict[str, int]", *lines: str) -> None:
+        """Give it descriptors to hold, then tell it lines, and wait until it has heard all. Raises OSError."""
         for name, fd in descriptors.items():
             self.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptors=(fd,))
+        for line in lines:
+            self.tell(line)
         heard, barrier = os.pipe()
         try:
             try:

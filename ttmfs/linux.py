@@ -38,6 +38,7 @@ __all__ = [
     "resize_tmpfs",
     "resize_tmpfs_as_user",
     "swap_space",
+    "touch_heap",
     "unmap",
 ]
 
@@ -360,6 +361,24 @@ def lock_memory(limit: int) -> None:
             mmap.mmap(-1, limit + _PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ).close()
         except OSError:
             _checked(_libc.mlockall(_MCL_CURRENT | _MCL_ONFAULT), "mlockall")
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX
+
+
+def touch_heap(size: int) -> None:
+    """Have memory for malloc(3) that is in the page tables already, and stays there when it is freed.
+
+    A process that is killed while it reads from /dev/fuse into memory that it never touched makes the kernel answer
+    that request with EIO: page faults are not served any more. (get_user_pages() for fuse_copy_fill() sees the signal)
+    """
+    for parameter in _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD:
+        _libc.mallopt(parameter, _LARGEST_THRESHOLD)
+    _libc.malloc.restype = ctypes.c_void_p
+    if address := _libc.malloc(ctypes.c_size_t(size)):
+        ctypes.memset(address, 1, size)
+        _libc.free(ctypes.c_void_p(address))
 
 
 # --- rights ---

@@ -72,6 +72,9 @@ replaced, as pyfuse3's own asyncio support replaces others."""
 MOST_WAITING = 1000
 """So many requests may wait for swap or a disk at once before the next is not read."""
 
+TOUCHED = 8 << 20
+"""Bytes for libfuse to read requests into, 1 MiB for each task that reads them, so that a kill amid that harms none."""
+
 ANSWER_SECONDS = 10.0
 KEEPER_RETRY_SECONDS = 5.0
 UNMOUNT_SECONDS = 10.0
@@ -383,6 +386,7 @@ class _Session:
         # With it libfuse gets a pipe large enough to splice(2) every request through: two system calls in place of one,
         # 2.6 of 17 us of a page operation. What that spares is one of three copies of a write by 1 MiB.
         linux.renounce(linux.CAP_SYS_RESOURCE)
+        linux.touch_heap(TOUCHED)
         first = _without_atomic_o_trunc(self._init)
         if self._process.keeper:
             self._mount.state.keep_last_words()
@@ -458,9 +462,9 @@ class _Session:
     def _begin_serving(self) -> None:
         """Requests are answered from here on."""
         self.served = True
-        log.info("serving %s", self._mountpoint)
         if self._process.keeper:
             self._hand_over(self._process.keeper, besides=self._process.held)
+        log.info("serving %s", self._mountpoint)  # known to all: a signal from here on is no interrupted start
         self._process.ready()
 
     async def _unanswered(self) -> MountError | None:
@@ -490,8 +494,7 @@ class _Session:
         if self._resends:
             kept[CONNECTION] = self._connection
         try:
-            keeper.keep({name: fd for name, fd in kept.items() if besides.get(name) != fd})
-            keeper.tell("READY=1")
+            keeper.keep({name: fd for name, fd in kept.items() if besides.get(name) != fd}, "READY=1")
             if keeper.pid and not besides:
                 store.is_held_by(keeper.pid)
         except OSError as error:
