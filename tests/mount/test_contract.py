@@ -240,6 +240,7 @@ def test_c7_a_reader_sees_the_old_page_or_the_new_one(backup: Path) -> None:
                 os.pwrite(fd, page, 0)
 
     with opened(backup / "1") as page, opened(backup / ".image") as image:
+        os.pwrite(page, pages[0], 0)  # a reader may come before both writers
         halves = ((page, pages[::2]), (image, pages[1::2]))
         threads = [threading.Thread(target=write, args=arguments) for arguments in halves]
         for thread in threads:
