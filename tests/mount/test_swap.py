@@ -148,6 +148,18 @@ def test_c5_writeback_pushes_a_page_to_swap_at_once(backup: Path, store: Callabl
 
 
 @pytest.mark.usefixtures("swap")
+def test_c5_a_synchronous_write_may_begin_and_end_anywhere(backup: Path) -> None:
+    """Beside a page in memory it looked for the end of the range for ever."""
+    data = bytearray(fill(backup, 3))
+    with opened(backup / ".image", os.O_RDWR | os.O_SYNC) as fd:
+        for offset, length in (1234, 700), (PAGE - 100, 200), (PAGE + 1, 2 * PAGE - 2):
+            piece = bytes([offset % 251]) * length
+            assert os.pwrite(fd, piece, offset) == length
+            data[offset : offset + length] = piece
+        assert os.pread(fd, len(data), 0) == data
+
+
+@pytest.mark.usefixtures("swap")
 def test_c5_fsync_of_the_image_takes_the_whole_backup(backup: Path) -> None:
     data = fill(backup, PAGES)
     for handle in range(1, 100, 7):
