@@ -30,7 +30,7 @@ __all__ = ["soak"]
 
 SMALLEST, LARGEST = 192, 512  # MiB that the budget is set to; the load needs 12 MiB a client
 CLIENTS = 8
-HANG_SECONDS = 90.0
+HANG_SECONDS, LONGEST_WAIT = 90.0, 30.0
 PAUSE = 0.4
 """Seconds between two events, on average. A daemon takes 0.3 to start."""
 
@@ -76,7 +76,9 @@ class Soak:
         wait_until(lambda: self.config("keeper_pid") != keeper, "another keeper")
 
     def restart(self) -> None:
+        daemon = self.config("daemon_pid")
         os.kill(self.config("keeper_pid"), signal.SIGUSR1)
+        wait_until(lambda: self.config("daemon_pid") != daemon, "another daemon")
 
     def write_back(self) -> None:
         """Of all backups that are not being removed just now."""
@@ -170,6 +172,7 @@ def soak(directory: Path, seconds: float, seed: int) -> str:
     said = log.read_text()
     assert "Traceback" not in said, said
     assert "gave up" not in said, said
+    assert load.result.slowest < LONGEST_WAIT, f"a client waited {load.result.slowest:.0f} s"
     done = load.result
     kills = run.events["kill"] + 2 * run.events["kill_twice"]
     return (

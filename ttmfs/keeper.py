@@ -407,10 +407,11 @@ class _Program:
             os.kill(self.pid, signal.SIGKILL)  # it holds the connection too
         self.drop(CONNECTION)
         self.gave_up, self.down_since = True, None
-        me = os.getpid()
+        me, rescue = os.getpid(), os.path.join(os.path.dirname(__file__), "rescue.py")  # which needs nothing else
         self.say(
             f"gave up: {why}. {self.mountpoint} is dead, but its pages are safe as long as this process, {me}, lives. "
-            f"To get them out: ttmfs rescue {me} DIRECTORY. To try again: kill -USR1 {me}. To let them go: kill {me}"
+            f"To get them out: ttmfs rescue {me} DIRECTORY (or python3 {rescue} {me} DIRECTORY). "
+            f"To try again: kill -USR1 {me}. To let them go: kill {me}"
         )
 
     def say(self, text: str) -> None:

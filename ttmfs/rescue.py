@@ -5,7 +5,7 @@ path too. It changes nothing of what it reads.
 
 The checksum of a backup is the SHA-256 over what is in it, in ascending order: of each piece of 4096 bytes that is not
 all zeros, its number (8 bytes, little-endian) and its content. So it depends neither on the page size nor on how a
-filesystem places holes, and takes no time for them. DIRECTORY/CHECKSUMS has a line for each: checksum, pieces, size in
+filesystem places holes, and takes no time for them. DIRECTORY/.CHECKSUMS has a line for each: checksum, pieces, size in
 bytes, and the name as JSON.
 """
 
@@ -31,12 +31,11 @@ examples:
   ttmfs rescue /proc/1/fd/57 /var/tmp/pages    of a service manager's descriptor
   ttmfs rescue --check /var/tmp/pages          whether the copies are as they were
 
-A backup becomes a file of its name, page i at byte i * page_size; to bring one back: mkdir MNT/a, then
-cp --sparse=always FILE MNT/a/.image."""
+A backup becomes a file of its name, page i at byte i * page_size. To use copies: mount.py MNT -o store=DIRECTORY."""
 
 PIECE = 4096
 ZEROS = bytes(PIECE)
-CHECKSUMS = "CHECKSUMS"
+CHECKSUMS = ".CHECKSUMS"  # no backup has such a name
 PARTIAL = ".partial"
 KEEPER = "ttmfs-keeper"
 MOUNTPOINT_AT = 10
@@ -164,8 +163,6 @@ def rescue(source: int, target: Path) -> int:
     taken = [name for name in (*names, CHECKSUMS) if os.path.lexists(target / name)]
     if taken:
         raise RescueError(f"{target} has a {taken[0]!r} already, and nothing is overwritten: give an empty directory")
-    if CHECKSUMS in names:
-        raise RescueError(f"a backup is named {CHECKSUMS}, as the file of checksums: rename it in the source first")
     failed = 0
     try:
         sums = open(target / CHECKSUMS, "x", encoding="ascii")  # noqa: SIM115 # it is closed below

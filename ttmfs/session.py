@@ -500,6 +500,14 @@ class _Session:
         except OSError as error:
             log.warning("the keeper does not hear: %s", error)
 
+    def _is_heard(self, keeper: Keeper) -> bool:
+        """Whether a keeper lives, and has heard all that it was told."""
+        try:
+            keeper.keep({})
+        except OSError:
+            return False
+        return True
+
     async def _watch_keeper(self) -> None:
         """Have another keeper in place of one of our own that dies."""
         keeper = self._process.keeper
@@ -525,13 +533,13 @@ class _Session:
     async def _end_on_signal(self, serving: trio.CancelScope) -> None:
         number = await self._ending.wait()
         while number == RESTART:
-            if self._process.keeper and self.served:
+            if self._process.keeper and self.served and self._is_heard(self._process.keeper):
                 log.info("%s: leaving %s to another daemon", number.name, self._mountpoint)
                 self.leaving = True
                 pyfuse3.terminate()
                 serving.cancel()
                 return
-            log.warning("%s: there is no keeper to start another daemon", number.name)
+            log.warning("%s: there is no keeper to start another daemon just now", number.name)
             self._ending.asked = None
             number = await self._ending.wait()
         if self._process.keeper:

@@ -41,7 +41,7 @@ def fill(mountpoint: Path) -> None:
 
 def verify(copy: Path) -> None:
     """The copies are the backups of :func:`fill`, and as sparse."""
-    assert sorted(os.listdir(copy)) == sorted(["CHECKSUMS", "sparse", "empty", ODD, "another's", "shut"])
+    assert sorted(os.listdir(copy)) == sorted([".CHECKSUMS", "sparse", "empty", ODD, "another's", "shut"])
     with opened(copy / "sparse", os.O_RDONLY) as fd:
         found = os.fstat(fd)
         assert found.st_size == SIZE
@@ -129,7 +129,7 @@ def test_the_check_finds_what_was_changed_and_what_is_missing(tmp_path: Path) ->
         (store / name).write_bytes(content(ord(name), 20))
     (store / ".hidden").touch()
     run(f"{TTMFS} rescue {store} {copy}", cwd=REPOSITORY)
-    assert sorted(os.listdir(copy)) == ["CHECKSUMS", "a", "b", "c"]
+    assert sorted(os.listdir(copy)) == [".CHECKSUMS", "a", "b", "c"]
     with opened(copy / "a") as fd:
         os.pwrite(fd, bytes([content(ord("a"), 20)[5000] ^ 1]), 5000)
     (copy / "b").unlink()
@@ -150,7 +150,7 @@ def test_what_cannot_be_copied_stops_no_other_and_leaves_nothing_behind(tmp_path
     said = run(f"ulimit -f 1000; trap '' XFSZ; {TTMFS} rescue {store} {copy}", cwd=REPOSITORY, code=1)
     assert "'a': File too large" in said
     assert "1 of 2 backups" in said
-    assert sorted(os.listdir(copy)) == ["CHECKSUMS", "b"]
+    assert sorted(os.listdir(copy)) == [".CHECKSUMS", "b"]
     assert "1 of 1" in run(f"{TTMFS} rescue --check {copy}", cwd=REPOSITORY)
 
 
@@ -182,4 +182,4 @@ def test_an_interruption_leaves_nothing_half_copied(tmp_path: Path) -> None:
         assert client.stderr is not None
         assert "interrupted" in client.stderr.read()
     assert client.returncode == 130
-    assert os.listdir(copy) == ["CHECKSUMS"]
+    assert os.listdir(copy) == [".CHECKSUMS"]
