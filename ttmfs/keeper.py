@@ -6,9 +6,9 @@ with a store of descriptors is a keeper; without one, this file is: run as a pro
 
 The protocol is sd_notify(3)'s. The daemon sends datagrams of lines to ``NOTIFY_SOCKET``: ``FDSTORE=1`` and ``FDNAME=``
 with descriptors, ``READY=1`` when it serves, ``STOPPING=1`` when it ends on purpose, ``BARRIER=1`` with a pipe that is
-closed when all before it was heard. A daemon started anew finds the descriptors from 3 on (``LISTEN_PID``,
-``LISTEN_FDS``, ``LISTEN_FDNAMES``). Whoever has a store says so by ``FDSTORE`` in the environment, as systemd does from
-version 254 on.
+closed when all before it was heard (ours writes a byte to it first: its death closes the pipe as well). A daemon
+started anew finds the descriptors from 3 on (``LISTEN_PID``, ``LISTEN_FDS``, ``LISTEN_FDNAMES``). Whoever has a store
+says so by ``FDSTORE`` in the environment, as systemd does from version 254 on.
 
 The program::
 
@@ -130,6 +130,8 @@ class Keeper:
                 os.close(barrier)
             if not select.select([heard], [], [], BARRIER_SECONDS)[0]:
                 raise TimeoutError("the keeper does not answer")
+            if self.pid is not None and not os.read(heard, 1):
+                raise ConnectionRefusedError("the keeper died")
         finally:
             os.close(heard)
 
@@ -301,6 +303,10 @@ class _Program:
             self.stopping |= "STOPPING=1" in lines
             if "READY=1" in lines:
                 self.served()
+            if "BARRIER=1" in lines:
+                for fd in descriptors:
+                    with contextlib.suppress(OSError):  # it waits no more
+                        os.write(fd, b"\1")
         for fd in descriptors:
             os.close(fd)
         return True

@@ -449,7 +449,7 @@ class _Session:
             return
         _lock_memory()
         if not self._mount.begun:
-            self.failure = await self._unanswered()
+            self.failure = await self._unanswered() or self._unkept()
             if self._ending.asked:
                 return
             if self.failure:
@@ -486,6 +486,13 @@ class _Session:
                 return None
             why = done.stderr.decode(errors="replace").strip().rpartition(": ")[2]
         return MountError(f"{self._mountpoint} was mounted, but cannot be used: {why}")
+
+    def _unkept(self) -> MountError | None:
+        """What is wrong if our keeper died before the mount was there: whoever asked for the mount was told so."""
+        keeper = self._process.keeper
+        if not keeper or keeper.pid is None or self._process.held or self._is_heard(keeper):
+            return None
+        return MountError("the keeper was killed before the mount answered; mount again")
 
     def _hand_over(self, keeper: Keeper, besides: dict[str, int]) -> None:
         """Have a keeper hold what the next daemon needs, but for what it holds, and know that this one serves."""

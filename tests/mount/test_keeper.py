@@ -710,3 +710,19 @@ def test_nothing_grows_with_restarts(mountpoint: Path) -> None:
             assert children(keeper) == {mount.daemon}
         (mountpoint / "b").rmdir()
         assert (kinds(keeper), kinds(mount.daemon), os.statvfs(mountpoint).f_bfree) == before
+
+
+def test_a_keeper_that_is_killed_before_the_mount_answers_takes_the_mount_with_it(
+    mountpoint: Path, tmp_path: Path
+) -> None:
+    """Whoever asked for it has been told that it failed."""
+    head = tmp_path / "head"  # it is what the daemon has look whether the mount answers
+    head.write_text(
+        '#!/bin/bash\nread -r _ _ _ parent _ <"/proc/$PPID/stat"\nkill -KILL "$parent"\nexec /usr/bin/head "$@"\n'
+    )
+    head.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = run(f"{COMMAND} {mountpoint}", code=4, env=environment, cwd=Path("/"))
+    wait_until(lambda: not processes(mountpoint), "every process to end")
+    assert str(mountpoint) not in mounts()
+    assert "killed before the mount answered" in said
