@@ -138,7 +138,7 @@ for idx in range(first, past, step):
 @pytest.mark.parametrize("step", [1, 8], ids=["a backup each", "one backup"])
 def test_c16_eight_processes_race_for_the_last_pages(mountpoint: Path, ways: list[str], step: int) -> None:
     size = 4 * MIB
-    with Mount(mountpoint, f"size={size},backup_size=16m") as mount:
+    with Mount(mountpoint, f"size={size},backup_size=64m") as mount:
         mnt = mount.path
         backups = [mnt / (f"b{n}" if step == 1 else "b") for n in range(len(ways))]
         for backup in dict.fromkeys(backups):
@@ -146,7 +146,7 @@ def test_c16_eight_processes_race_for_the_last_pages(mountpoint: Path, ways: lis
         firsts = [0 if step == 1 else n for n in range(len(ways))]
         writers = [
             subprocess.Popen(
-                [sys.executable, "-c", WRITER, way, str(backup), str(first), str(step), "4096"],
+                [sys.executable, "-c", WRITER, way, str(backup), str(first), str(step), "16384"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
             for way, backup, first in zip(ways, backups, firsts, strict=True)
