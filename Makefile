@@ -3,14 +3,16 @@
 # make lint   types, linter, formatter
 # make bench  what it costs beside tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
 # make soak   mixed load with kills, swap and budget changes, for SECONDS (600)
+# make install  for the machine, below PREFIX (/usr/local): commands and systemd units (make uninstall)
 # They install what is missing (Debian, Ubuntu), as root or through sudo.
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-quick soak setup clean
+.PHONY: demo test lint format bench bench-quick soak setup install uninstall clean
 
 SECONDS := 600
+PREFIX := /usr/local
 
 demo: setup
 	$(SUDO) env PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
@@ -35,6 +37,12 @@ bench-quick: setup
 
 soak: setup
 	$(SUDO) $(BIN)/python tests/soak.py --seconds $(SECONDS)
+
+install: setup
+	$(SUDO) env PREFIX="$(PREFIX)" scripts/install.sh
+
+uninstall:
+	$(SUDO) env PREFIX="$(PREFIX)" scripts/install.sh uninstall
 
 setup: .venv/ready
 

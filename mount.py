@@ -22,11 +22,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line."""
-        self.exit(ExitCode.USAGE, f"{self.prog}: {message}; --help lists what can be given\n")
+        logging.error("%s; --help lists what can be given", message)
+        self.exit(ExitCode.USAGE)
 
 
 def main() -> int:
     """From argv to a mount that is served until its end. Gives the exit status."""
+    background.prepare()
     parser = Parser("mount.py", description=__doc__, epilog=help_text(), allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", metavar="SOURCE", nargs="?", default="ttm", help="a name for df and findmnt")
@@ -34,24 +36,22 @@ def main() -> int:
     parser.add_argument("-o", dest="options", metavar="option,...", action="append", default=[], help="see below")
     parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground, log to stderr")
     parser.add_argument("-V", "--version", action="version", version=f"ttmfs {__version__}")
-    arguments = parser.parse_intermixed_args()
     try:
+        arguments = parser.parse_intermixed_args()
         options = Options.parse(*arguments.options)
+        logging.getLogger().setLevel("DEBUG" if options.debug else "INFO" if arguments.foreground else "WARNING")
+        what = arguments.source, arguments.mountpoint, options
+        return session.serve(*what, background.begin(*what, foreground=arguments.foreground))
     except OptionError as error:
         parser.error(str(error))
-    background.prepare("DEBUG" if options.debug else "INFO" if arguments.foreground else "WARNING")
-    try:
-        what = arguments.source, arguments.mountpoint, options
-        session.serve(*what, background.begin(*what, foreground=arguments.foreground))
     except session.MountError as error:
-        sys.stderr.write(f"{parser.prog}: {error}\n")
+        logging.error("%s", error)
         return error.code
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except Exception:
         logging.exception("a fault in ttmfs; please report it with what follows")
         return ExitCode.BUG
-    return ExitCode.OK
 
 
 if __name__ == "__main__":

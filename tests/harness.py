@@ -129,7 +129,7 @@ class Mount:
     """
 
     NORMAL = (r"serving /", r"SIGTERM: unmounting /")
-    RESTARTED = (r"the daemon \d+ of /\S+ (was killed|ended)", r"taking over /")
+    RESTARTED = (r"the daemon \d+ of /\S+ (was killed|ended|left it)", r"taking over /")
 
     def __init__(
         self,

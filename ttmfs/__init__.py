@@ -10,26 +10,33 @@ A backup keeps pages that had to leave a device, in kernel shmem, by index. In a
         await backup.fini()
 
 ``ttmfs.handles`` is the arithmetic of handles and tagged pointers; ``mount.py`` shows a pool as a filesystem.
+
+What is named here is imported when it is first used: who rescues pages, or restarts a daemon, needs nothing of it, and
+may do without trio.
 """
 
-from . import handles
-from .backup import Backup
-from .errors import (
-    BackupAbsent,
-    BackupEnded,
-    BackupExists,
-    BackupNotEmpty,
-    InvalidArgument,
-    NameTooLong,
-    NoRoom,
-    NotSupported,
-    PageAbsent,
-    StoreBusy,
-    StoreFailed,
-    TtmfsError,
-)
-from .pool import Pool, Room, bytes_avail, open_pool
-from .version import __version__
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import handles
+    from .backup import Backup
+    from .errors import (
+        BackupAbsent,
+        BackupEnded,
+        BackupExists,
+        BackupNotEmpty,
+        InvalidArgument,
+        NameTooLong,
+        NoRoom,
+        NotSupported,
+        PageAbsent,
+        StoreBusy,
+        StoreFailed,
+        TtmfsError,
+    )
+    from .pool import Pool, Room, bytes_avail, open_pool
+    from .version import __version__
 
 __all__ = [
     "Backup",
@@ -52,3 +59,27 @@ __all__ = [
     "handles",
     "open_pool",
 ]
+
+_ELSEWHERE = {
+    "Backup": "backup",
+    "Pool": "pool",
+    "Room": "pool",
+    "__version__": "version",
+    "bytes_avail": "pool",
+    "open_pool": "pool",
+}
+"""Which module has a name; the others are errors."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "handles":
+        return importlib.import_module(".handles", __name__)
+    found = getattr(importlib.import_module("." + _ELSEWHERE.get(name, "errors"), __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import keeper
-from .keeper import Keeper
+from .keeper import STARTS, Keeper
 from .options import ExitCode, Options
+from .service import note_service
 from .session import ENDING
 
 __all__ = ["Process", "begin", "prepare"]
@@ -20,10 +21,28 @@ __all__ = ["Process", "begin", "prepare"]
 SYSLOG = "/dev/log"
 
 
-def prepare(level: str) -> None:
+class _Journal(logging.Formatter):
+    """One line an event, its priority before it, as sd-daemon(3) has it."""
+
+    PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next((number for level, number in self.PRIORITIES if record.levelno >= level), 7)
+        return f"<{priority}>" + " | ".join(super().format(record).splitlines())
+
+
+def _is_journal() -> bool:
+    """Whether standard error leads to the journal (systemd.exec(5): JOURNAL_STREAM)."""
+    found = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def prepare() -> None:
     """Make this process fit to become a daemon, whatever its caller left it with."""
     _open_standard_streams()
-    logging.basicConfig(format="mount.py: %(message)s", level=level)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Journal("%(message)s") if _is_journal() else logging.Formatter("mount.py: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     faulthandler.register(signal.SIGUSR2)  # where does it hang? kill -USR2 shows
     for number in ENDING:  # until the session waits for them
         signal.signal(number, signal.default_int_handler)
@@ -57,13 +76,13 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
     keeper or a service manager with a store of descriptors has started stays what it is.
     """
     held, kept_by = keeper.inherited(), Keeper.of_environment()
-    log_to = "stderr" if foreground else "syslog"
+    starts, told = held.pop(STARTS, -1), -1
+    log_to = "syslog" if not foreground else "journal" if _is_journal() else "stderr"
     place = mountpoint if held else os.path.realpath(mountpoint)  # of a mount that is there it would ask: of ourselves
     command = _command(source, place, options, foreground)
     about = options.restart_tries, float(options.restart_seconds), log_to, place, command
     if held and not foreground:
         _log_to_syslog()
-    told = -1
     if not kept_by:
         if not foreground:
             told = _detach()
@@ -72,6 +91,8 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
             kept_by, told = Keeper.of_environment(), -1
 
     def ready() -> None:
+        if starts >= 0:
+            note_service(starts, options.restart_tries, options.restart_seconds)
         if not foreground and not held:
             _leave_terminal()
         if told >= 0:

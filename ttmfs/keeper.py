@@ -15,7 +15,7 @@ The program::
     keeper.py CHANNEL PID READY TRIES SECONDS LOG MOUNTPOINT COMMAND...
 
 CHANNEL is its bound socket, PID the daemon that runs already, READY a pipe to write a byte to when it first serves (-1:
-none), TRIES and SECONDS when to give up, LOG stderr or syslog. It imports next to nothing and touches no page. It
+none), TRIES and SECONDS when to give up, LOG stderr, journal or syslog. It imports next to nothing, touches no page and
 
 - starts the next daemon when one has died, at once; after a start that failed by itself a little later each time;
 - gives up after TRIES such starts in a row, or SECONDS without a daemon that serves: it closes the connection, of which
@@ -33,12 +33,17 @@ import struct
 import sys
 import time
 
-__all__ = ["CONNECTION", "LEDGER", "NAMESPACE", "RESTART", "STATE", "STORE", "Keeper", "become", "inherited"]
+__all__ = ["CONNECTION", "LEDGER", "NAMESPACE", "RESTART", "STARTS", "STATE", "STORE", "Keeper", "become", "inherited"]
 
 CONNECTION, STORE, STATE, NAMESPACE, LEDGER = "fuse", "store", "state", "namespace", "ledger"
 """The names of what is kept; the last two only where there is one."""
 
-RESTART = signal.SIGUSR1
+STARTS = "starts"
+"""What is kept beside by a service manager: how many starts failed (ttmfs.service)."""
+
+RESTART, LEFT = signal.SIGUSR1, 75
+"""What has a daemon leave its mount to another, and the status that it then ends with (EX_TEMPFAIL)."""
+
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 LONGEST_MESSAGE, MOST_MESSAGES = 4096, 1024
@@ -72,9 +77,10 @@ def inherited() -> "dict[str, int]":
 class Keeper:
     """The keeper of this process: a service manager, or (with a `pid`) one of our own."""
 
-    def __init__(self, address: str, pid: "int | None") -> None:
+    def __init__(self, address: str, pid: "int | None", watchdog: float = 0.0) -> None:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self.pid = pid
+        self.watchdog = watchdog  # seconds between two signs of life that are asked for; 0: none is
         self._pidfd = -1
         if pid is not None:
             try:
@@ -86,11 +92,24 @@ class Keeper:
     def of_environment(cls) -> "Keeper | None":
         """Who keeps this process' descriptors, if anyone says that he does."""
         address, room, pid = (os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "FDSTORE", KEEPER_PID))
+        patience, watched = (os.environ.pop(name, "") for name in ("WATCHDOG_USEC", "WATCHDOG_PID"))
         if not address or not room.isdigit() or room == "0":
             return None
         if not pid and os.environ.get("SYSTEMD_EXEC_PID", str(os.getpid())) != str(os.getpid()):
             return None  # the manager's service is another process, of which this one has the environment alone
-        return cls(address, int(pid) if pid else None)
+        asked = int(patience) / 2e6 if patience.isdigit() and watched in ("", str(os.getpid())) else 0.0
+        return cls(address, int(pid) if pid else None, asked)
+
+    def environment(self, held: "dict[str, int]") -> "dict[str, str]":
+        """The environment for a program that is to take this process' place, with what is held from descriptor 3 on."""
+        _move(list(held.values()))
+        environment = {
+            **os.environ, "NOTIFY_SOCKET": self._address.replace("\0", "@"), "FDSTORE": str(MOST_DESCRIPTORS),
+            **_listen_fds(list(held)),
+        }  # fmt: skip
+        if self.watchdog:
+            environment["WATCHDOG_USEC"] = str(int(self.watchdog * 2e6))
+        return environment
 
     @property
     def death(self) -> "int | None":
@@ -183,6 +202,22 @@ def _channel(pid: "int | None") -> "tuple[socket.socket, dict[str, str]]":
     return channel, environment | ({KEEPER_PID: str(pid)} if pid else {})
 
 
+def _listen_fds(names: "list[str]") -> "dict[str, str]":
+    """What tells this process, or the program that takes its place, what it is passed."""
+    count, named = str(len(names)), ":".join(names)
+    return {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": count, "LISTEN_FDNAMES": named}
+
+
+def _move(descriptors: "list[int]") -> None:
+    """Give descriptors the numbers from the first on that are passed, inheritable, and close all others above them."""
+    clear = FIRST_DESCRIPTOR + MOST_DESCRIPTORS + max([0, *descriptors])
+    for number, fd in enumerate(descriptors):  # by way of numbers that are no one's
+        os.dup2(fd, clear + number)
+    for number in range(len(descriptors)):
+        os.dup2(clear + number, FIRST_DESCRIPTOR + number)
+    os.closerange(FIRST_DESCRIPTOR + len(descriptors), clear + len(descriptors))
+
+
 def _command_line(channel: int, daemon: int, ready: int, tries: int, seconds: float, log: str, mountpoint: str,
                   command: "list[str]") -> "list[str]":  # fmt: skip
     numbers = [str(value) for value in (channel, daemon, ready, tries, seconds)]
@@ -202,7 +237,7 @@ class _Program:
         self.channel.set_inheritable(False)
         if ready >= 0:
             os.set_inheritable(ready, False)
-        self.ready, self.tries, self.seconds, self.to_syslog = ready, tries, seconds, log == "syslog"
+        self.ready, self.tries, self.seconds, self.log = ready, tries, seconds, log
         self.mountpoint, self.command = mountpoint, command
         self.held: list[tuple[str, int]] = []
         self.pid, self.pidfd = daemon, os.pidfd_open(daemon)
@@ -349,9 +384,12 @@ class _Program:
         was, self.pid, self.pidfd = self.pid, 0, -1
         if self.stopping or not self.held:
             return 8 if code == 0 and self.interrupted else 0 if code is None else code if code >= 0 else 4
-        how = (
-            "is dead" if code is None else f"ended with status {code}" if code >= 0 else f"was killed by signal {-code}"
-        )
+        if code is None:
+            how = "is dead"
+        elif code == LEFT:
+            how = "left it"
+        else:
+            how = f"ended with status {code}" if code >= 0 else f"was killed by signal {-code}"
         now = time.monotonic()
         self.start_at = now
         if self.gave_up:
@@ -359,7 +397,7 @@ class _Program:
         if self.down_since is None:
             self.down_since = now
         if self.serving:
-            soon = code not in (0, -signal.SIGKILL) and now < self.served_since + SHORT_LIFE
+            soon = code not in (LEFT, -signal.SIGKILL) and now < self.served_since + SHORT_LIFE
             self.short_lived = self.short_lived + 1 if soon else 0
             if self.short_lived > 1:
                 self.start_at += min(LONGEST_DELAY, RETRY_SECONDS * (self.short_lived - 1) / 4)
@@ -392,15 +430,9 @@ class _Program:
             address = "@" + self.channel.getsockname()[1:].decode()
             environment = {
                 **os.environ, "NOTIFY_SOCKET": address, "FDSTORE": str(MOST_DESCRIPTORS), KEEPER_PID: str(os.getppid()),
-                "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(self.held)),
-                "LISTEN_FDNAMES": ":".join(name for name, _ in self.held),
+                **_listen_fds([name for name, _ in self.held]),
             }  # fmt: skip
-            clear = FIRST_DESCRIPTOR + MOST_DESCRIPTORS + max([0, *(fd for _, fd in self.held)])
-            for number, (_, fd) in enumerate(self.held):  # by way of numbers that are no one's
-                os.dup2(fd, clear + number)
-            for number in range(len(self.held)):
-                os.dup2(clear + number, FIRST_DESCRIPTOR + number)
-            os.closerange(FIRST_DESCRIPTOR + len(self.held), clear + len(self.held))
+            _move([fd for _, fd in self.held])
             os.execve(self.command[0], self.command, environment)
         except OSError as error:
             os.write(2, f"ttmfs: {self.command[0]}: {error.strerror}\n".encode())
@@ -423,12 +455,13 @@ class _Program:
     def say(self, text: str) -> None:
         """Log one line."""
         try:
-            if self.to_syslog:
+            if self.log == "syslog":
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
                     log.connect("/dev/log")
                     log.send(f"<28>ttmfs-keeper[{os.getpid()}]: {text}".encode(errors="replace"))
             else:
-                os.write(2, f"ttmfs-keeper: {text}\n".encode(errors="replace"))
+                priority = "<4>" if self.log == "journal" else ""
+                os.write(2, f"{priority}ttmfs-keeper: {text}\n".encode(errors="replace"))
         except OSError:
             pass  # no one listens
 

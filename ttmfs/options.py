@@ -74,6 +74,7 @@ class ExitCode(enum.IntEnum):
     BUG = 4
     INTERRUPTED = 8
     FAILED = 32
+    LEFT = 75
 
     @property
     def meaning(self) -> str:
@@ -85,6 +86,7 @@ class ExitCode(enum.IntEnum):
             self.BUG: "a fault in ttmfs itself",
             self.INTERRUPTED: "interrupted before the mount answered",
             self.FAILED: "the mount failed",
+            self.LEFT: "left to another daemon, at SIGUSR1; only a keeper or service manager sees it",
         }[self]
 
 

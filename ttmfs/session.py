@@ -41,7 +41,7 @@ from .inodes import CONFIG, STATS
 from .keeper import CONNECTION, RESTART, STATE, Keeper
 from .metrics import Metrics
 from .operations import LIFETIME, Operations
-from .options import ExitCode, Options, escaped
+from .options import ExitCode, Options, escaped, format_size
 from .pool import Pool
 from .state import State
 from .store import Store
@@ -79,6 +79,8 @@ ANSWER_SECONDS = 10.0
 KEEPER_RETRY_SECONDS = 5.0
 UNMOUNT_SECONDS = 10.0
 LINGER_SECONDS = 1.0
+START_SECONDS, STATUS_SECONDS = 0.1, 5.0
+"""How often a service manager is told the status: as soon as there is one, and then."""
 
 
 class MountError(Exception):
@@ -114,11 +116,11 @@ class _Mount:
     begun: bool  # the kernel has been served by a daemon before
 
 
-def serve(source: str, mountpoint: str, options: Options, process: Process) -> None:
+def serve(source: str, mountpoint: str, options: Options, process: Process) -> ExitCode:
     """Serve a mount until it is unmounted or a signal asks for the end; on RESTART leave it to another daemon.
 
     The mount is a new one, or that of a daemon before, if its keeper has passed it to this process. Raises MountError.
-    On return all pages are released, but after RESTART.
+    Gives OK when all pages are released, and LEFT after RESTART.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -154,6 +156,7 @@ def serve(source: str, mountpoint: str, options: Options, process: Process) -> N
         if ending.asked:
             raise KeyboardInterrupt
         raise MountError(f"{mount.mountpoint} was unmounted before it could answer")
+    return ExitCode.LEFT if session.leaving else ExitCode.OK
 
 
 def _make(source: str, mountpoint: str, options: Options) -> _Mount:
@@ -414,6 +417,7 @@ class _Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
             nursery.start_soon(self._say_ready, nursery.cancel_scope)
+            nursery.start_soon(self._report)
             with self._busy_polling():
                 await pyfuse3.main(max_tasks=_most_waiting())
             nursery.cancel_scope.cancel()
@@ -458,6 +462,19 @@ class _Session:
             self._begin_serving()
         if self._process.keeper:
             await self._watch_keeper()
+
+    async def _report(self) -> None:
+        """Tell a service manager what is stored, and that this loop turns, which is the one that serves."""
+        manager, said = self._process.keeper, ""
+        while manager and manager.pid is None:
+            if self.served:
+                room, size = self._mount.pool.room(), self._mount.pool.page_size
+                pages = room.stored // size
+                status = f"STATUS={room.backups} backups, {pages} pages of {format_size(size)}"
+                with contextlib.suppress(OSError):  # it is being restarted
+                    manager.tell("WATCHDOG=1", *[status] * (status != said))
+                    said = status
+            await trio.sleep(min(STATUS_SECONDS, manager.watchdog or STATUS_SECONDS) if self.served else START_SECONDS)
 
     def _begin_serving(self) -> None:
         """Requests are answered from here on."""

@@ -46,7 +46,7 @@ COMMAND = shlex.join(MOUNT_COMMAND)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 DEAD = {"ENOTCONN", "ECONNABORTED"}
 REPLACED = r"the keeper was killed: \d+ is another"
-LEFT = r"SIGUSR1: leaving /\S+ to another daemon", r"the daemon \d+ of /\S+ ended with status 0: starting another"
+LEFT = r"SIGUSR1: leaving /\S+ to another daemon", r"the daemon \d+ of /\S+ left it: starting another"
 FAILED = r"the daemon \d+ of /\S+ ended with status \d+ before it served \(\d+ of \d+\)"
 GAVE_UP = r"gave up: "
 

@@ -1,0 +1,162 @@
+"""A machine for tests: a real systemd as process 1 of namespaces of its own, over a throw-away overlay of this one.
+
+Nothing here is written to: /, /tmp, /run and /var inside are private. The devices are shared, so /dev/fuse works, and so
+is the kernel. Needs root, and Debian's package systemd.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from harness import REPOSITORY, wait_until
+
+BOOT_SECONDS, COMMAND_SECONDS = 60.0, 100.0
+
+NOT_WANTED = (
+    "getty.target systemd-logind.service systemd-udevd.service systemd-timesyncd.service systemd-tmpfiles-setup.service "
+    "systemd-tmpfiles-clean.timer e2scrub_reap.service cron.service apt-daily.timer apt-daily-upgrade.timer"
+).split()
+"""What a machine has and this one does not need; or what would reach out of it."""
+
+INIT = f"""
+set -e
+mount --make-rprivate /
+mount -t tmpfs -o mode=755 machine {{room}}
+mkdir {{room}}/changes {{room}}/work {{room}}/root
+mount -t overlay -o lowerdir=/,upperdir={{room}}/changes,workdir={{room}}/work machine {{room}}/root
+cd {{room}}/root
+mount -t proc proc proc
+mount --rbind /sys sys
+mount --rbind /dev dev
+for place in run tmp var/log; do mount -t tmpfs tmpfs $place; done
+for unit in {" ".join(NOT_WANTED)}; do ln -sf /dev/null etc/systemd/system/$unit; done
+rm -rf etc/systemd/system/multi-user.target.wants/*
+mkdir .before
+pivot_root . .before
+umount -l /.before
+export container=other
+exec /lib/systemd/systemd --unit=multi-user.target --log-target=journal --show-status=no
+"""
+
+
+class Machine:
+    """A booted systemd, for the time of a ``with``."""
+
+    def __enter__(self) -> Self:
+        self._undo = contextlib.ExitStack()
+        with contextlib.ExitStack() as undo:
+            room = undo.enter_context(tempfile.TemporaryDirectory(prefix="ttmfs-machine-"))
+            log = undo.enter_context(tempfile.TemporaryFile("w+"))
+            outer = subprocess.Popen(
+                ["unshare", "--fork", "--pid", "--kill-child", "--mount", "--cgroup", "--uts", "--ipc",
+                 "sh", "-c", INIT.format(room=room)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+            undo.callback(outer.wait, 10)
+            undo.callback(outer.kill)
+            self._init = 0
+
+            def booted() -> bool:
+                children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+                if outer.poll() is not None or not children:
+                    log.seek(0)
+                    assert outer.poll() is None, f"systemd did not come up: {log.read()}"
+                    return False
+                self._init = int(children[0])
+                return self.call("systemctl is-system-running", seconds=20).stdout.strip() in ("running", "degraded")
+
+            wait_until(booted, "systemd", BOOT_SECONDS)
+            undo.callback(self._power_off)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def _power_off(self) -> None:
+        """Let nothing of it wait for a daemon that is killed with the rest: kill the daemons' clients and it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._init, signal.SIGKILL)
+
+    def call(self, command: str, *, seconds: float = COMMAND_SECONDS, **more: Any) -> "subprocess.CompletedProcess[str]":
+        """Run a shell command inside, as root, in the repository."""
+        return subprocess.run(
+            self.words(command), capture_output=True, text=True, errors="replace", timeout=seconds, check=False, **more
+        )
+
+    def words(self, command: str) -> list[str]:
+        """The words that run a shell command inside."""
+        return ["nsenter", "-t", str(self._init), "-a", "env", "-C", str(REPOSITORY), "bash", "-c", command]
+
+    def run(self, command: str, *, code: int = 0, **more: Any) -> str:
+        """Run one that must end with a status; its output (both streams)."""
+        done = self.call(command, **more)
+        assert done.returncode == code, f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+    def path(self, path: str) -> Path:
+        """A path inside as this process reaches it."""
+        return Path(f"/proc/{self._init}/root{path}")
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file inside."""
+        self.path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.path(path).write_text(text)
+
+    def pid(self, inner: int) -> int:
+        """The process id out here of one inside."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError, StopIteration, IndexError):
+                    lines = (entry / "status").read_text().splitlines()
+                    ids = next(line for line in lines if line.startswith("NSpid:")).split()[1:]
+                    same = os.stat(entry / "ns/pid").st_ino == os.stat(f"/proc/{self._init}/ns/pid").st_ino
+                    if same and int(ids[-1]) == inner:
+                        return int(entry.name)
+        raise AssertionError(f"no process {inner} is inside")
+
+
+class Unit:
+    """A unit of a machine, or of a user's manager in it (`systemctl` is then the command that reaches that)."""
+
+    def __init__(self, machine: Machine, name: str, systemctl: str = "systemctl") -> None:
+        self.machine = machine
+        self.name = name
+        self.systemctl = systemctl
+
+    def __call__(self, verb: str, *, code: int = 0) -> str:
+        return self.machine.run(f"{self.systemctl} {verb} {shlex.quote(self.name)}", code=code)
+
+    def show(self, what: str) -> str:
+        """One property."""
+        return self.machine.run(f"{self.systemctl} show -P {what} {shlex.quote(self.name)}").strip()
+
+    @property
+    def main_pid(self) -> int:
+        """Its main process, inside."""
+        return int(self.show("MainPID"))
+
+    @property
+    def state(self) -> tuple[str, str]:
+        return self.show("ActiveState"), self.show("SubState")
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What it has logged, and what the manager says of it."""
+        flag = "--user-unit" if "--user" in self.systemctl else "-u"
+        out = self.machine.run(f"journalctl --sync; journalctl -q -o json {flag} {shlex.quote(self.name)}")
+        return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
+def until(seconds: float) -> Iterator[float]:
+    """Seconds from now on, until so many have passed."""
+    begun = time.monotonic()
+    while (passed := time.monotonic() - begun) < seconds:
+        yield passed
