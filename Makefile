@@ -41,12 +41,12 @@ soak: setup
 install: setup
 	$(SUDO) env PREFIX="$(PREFIX)" scripts/install.sh
 
-uninstall:
+uninstall: setup
 	$(SUDO) env PREFIX="$(PREFIX)" scripts/install.sh uninstall
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml scripts/setup.sh
+.venv/ready: pyproject.toml scripts/setup.sh scripts/python.sh
 	scripts/setup.sh
 
 clean:

@@ -2,6 +2,7 @@
 # Installs ttmfs for the machine below PREFIX (/usr/local), as root: a virtual environment of its own in lib/ttmfs, its
 # commands in bin/ and its units in lib/systemd/. "uninstall" takes all that away again. Asks nothing.
 set -eu
+umask 022 # every user is to run it
 cd "$(dirname "$0")/.."
 prefix=${PREFIX:-/usr/local}
 home=$prefix/lib/ttmfs
@@ -19,7 +20,7 @@ if [ "${1:-install}" = uninstall ]; then
     exit
 fi
 
-"$home/bin/python" -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv --clear "$home"
+"$home/bin/python" -m pip --version >/dev/null 2>&1 || "$(scripts/python.sh)" -m venv --clear "$home"
 "$home/bin/python" -m pip install -q --disable-pip-version-check .
 mkdir -p "$prefix/bin" "$prefix/lib/systemd/system" "$prefix/lib/systemd/user"
 for command in $commands; do ln -sf "$home/bin/$command" "$prefix/bin/$command"; done

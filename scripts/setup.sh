@@ -17,15 +17,10 @@ need fio fio
 need rsync rsync
 need bindfs bindfs
 need ps procps
+need systemd-run systemd
 [ -e /usr/include/fuse3/fuse.h ] || packages="$packages libfuse3-dev"
 
-# Debian's own Python where it will do: other users can run it, and so the tests can mount as one.
-python=${PYTHON:-}
-if [ -z "$python" ]; then
-    python=python3
-    /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=/usr/bin/python3
-fi
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: Python 3.11 or newer is needed" >&2; exit 1; }
+python=$(scripts/python.sh)
 "$python" -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
     packages="$packages python3-dev"

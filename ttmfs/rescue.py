@@ -38,9 +38,6 @@ ZEROS = bytes(PIECE)
 CHECKSUMS = ".CHECKSUMS"  # no backup has such a name
 PARTIAL = ".partial"
 KEEPER = "ttmfs-keeper"
-MOUNTPOINT_AT = 10
-"""Which word of a keeper's command line is the mount point: python -I -S keeper.py and six arguments go before."""
-
 BLOCK = 1 << 20
 
 
@@ -87,7 +84,7 @@ def find(source: str) -> int:
         return _open_directory(_store_of(int(source)))
     above, name = os.path.split(os.path.abspath(source))
     place = os.path.join(os.path.realpath(above), name)  # itself it is not touched: it may be dead, or hang
-    found = [pid for pid, mountpoint in keepers() if mountpoint == place]
+    found = [pid for pid, words in keepers() if place in words]
     if len(found) > 1:  # one gave up, and someone has mounted anew there
         which = ", ".join(map(str, sorted(found)))
         raise RescueError(f"{source} has several keepers, of which one may have given up: give one of {which}")
@@ -108,14 +105,13 @@ def _is_mount(place: str) -> bool:
     return False
 
 
-def keepers() -> Iterator[tuple[int, str]]:
-    """The process id and the mount point of every keeper that may be looked at."""
+def keepers() -> Iterator[tuple[int, list[str]]]:
+    """The process id and the command line, in which the mount point is, of every keeper that may be looked at."""
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             with contextlib.suppress(OSError):
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                if (process / "comm").read_text().strip() == KEEPER and len(words) > MOUNTPOINT_AT:
-                    yield int(process.name), os.fsdecode(words[MOUNTPOINT_AT])
+                if (process / "comm").read_text().strip() == KEEPER:
+                    yield int(process.name), os.fsdecode((process / "cmdline").read_bytes()).split("\0")
 
 
 def _store_of(pid: int) -> str:

@@ -1,7 +1,7 @@
 """A machine for tests: a real systemd as process 1 of namespaces of its own, over a throw-away overlay of this one.
 
-Nothing here is written to: /, /tmp, /run and /var inside are private. The devices are shared, so /dev/fuse works, and so
-is the kernel. Needs root, and Debian's package systemd.
+Nothing here is written to: /, /tmp, /run and /var inside are private. The devices are shared, so /dev/fuse works, and
+so is the kernel. Needs root, and Debian's package systemd.
 """
 
 import contextlib
@@ -11,8 +11,6 @@ import shlex
 import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,8 +19,8 @@ from harness import REPOSITORY, wait_until
 BOOT_SECONDS, COMMAND_SECONDS = 60.0, 100.0
 
 NOT_WANTED = (
-    "getty.target systemd-logind.service systemd-udevd.service systemd-timesyncd.service systemd-tmpfiles-setup.service "
-    "systemd-tmpfiles-clean.timer e2scrub_reap.service cron.service apt-daily.timer apt-daily-upgrade.timer"
+    "getty.target systemd-logind.service systemd-udevd.service systemd-timesyncd.service e2scrub_reap.service "
+    "systemd-tmpfiles-setup.service systemd-tmpfiles-clean.timer cron.service apt-daily.timer apt-daily-upgrade.timer"
 ).split()
 """What a machine has and this one does not need; or what would reach out of it."""
 
@@ -82,11 +80,12 @@ class Machine:
         self._undo.close()
 
     def _power_off(self) -> None:
-        """Let nothing of it wait for a daemon that is killed with the rest: kill the daemons' clients and it at once."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._init, signal.SIGKILL)
 
-    def call(self, command: str, *, seconds: float = COMMAND_SECONDS, **more: Any) -> "subprocess.CompletedProcess[str]":
+    def call(
+        self, command: str, *, seconds: float = COMMAND_SECONDS, **more: Any
+    ) -> "subprocess.CompletedProcess[str]":
         """Run a shell command inside, as root, in the repository."""
         return subprocess.run(
             self.words(command), capture_output=True, text=True, errors="replace", timeout=seconds, check=False, **more
@@ -153,10 +152,3 @@ class Unit:
         flag = "--user-unit" if "--user" in self.systemctl else "-u"
         out = self.machine.run(f"journalctl --sync; journalctl -q -o json {flag} {shlex.quote(self.name)}")
         return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-
-
-def until(seconds: float) -> Iterator[float]:
-    """Seconds from now on, until so many have passed."""
-    begun = time.monotonic()
-    while (passed := time.monotonic() - begun) < seconds:
-        yield passed

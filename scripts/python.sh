@@ -1,0 +1,10 @@
+#!/bin/sh
+# Prints the Python to use: $PYTHON, or Debian's own where it will do (every user can run it), or what PATH has.
+set -eu
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+    python=python3
+    /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=/usr/bin/python3
+fi
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+echo "$python"

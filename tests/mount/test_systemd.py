@@ -1,0 +1,277 @@
+"""The units under a real systemd, installed as a user installs them: what restarts keep, what a stop releases."""
+
+import contextlib
+import errno
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from harness import raises_errno, wait_until
+from stores import ALICE, Place
+from systemd_machine import Machine, Unit
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+ERROR, WARNING = 3, 4
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    with Machine() as machine:
+        machine.run("make install")
+        yield machine
+
+
+class Service:
+    """One instance of the system's unit, started."""
+
+    def __init__(self, machine: Machine, name: str) -> None:
+        self.machine = machine
+        self.unit = Unit(machine, f"ttmfs@mnt-{name}.service")
+        self.path = machine.path(f"/mnt/{name}")  # out here
+        self.inside = f"/mnt/{name}"
+
+    def restarts(self) -> int:
+        """How many daemons have taken over. Waits for one that answers."""
+        found = re.search(r"^ttmfs_restarts_total (\d+)", self.machine.run(f"cat {self.inside}/.stats"), re.MULTILINE)
+        assert found
+        return int(found[1])
+
+    def wait_for_restart(self, before: int) -> None:
+        wait_until(lambda: self.restarts() > before, "another daemon", 20)
+        wait_until(lambda: self.unit.state == ("active", "running"), "the unit", 20)
+
+    def logged(self, priority: int) -> list[str]:
+        """Its messages of a priority or graver ones."""
+        return [str(e["MESSAGE"]) for e in self.unit.journal() if "_CMDLINE" in e and int(e["PRIORITY"]) <= priority
+                and e.get("_PID") != "1"]  # fmt: skip
+
+
+@contextlib.contextmanager
+def served(machine: Machine, name: str, options: str, more: str = "") -> Iterator[Service]:
+    """A mount at /mnt/NAME by the system's unit. `more` are settings of the unit."""
+    machine.run(f"mkdir -p /mnt/{name}")
+    machine.write(f"/etc/ttmfs/mnt-{name}.conf", f"OPTIONS={options}\n")
+    service = Service(machine, name)
+    if more:
+        machine.write(f"/etc/systemd/system/{service.unit.name}.d/test.conf", f"[Service]\n{more}\n")
+        machine.run("systemctl daemon-reload")
+    service.unit("start")
+    try:
+        yield service
+    finally:
+        machine.call(f"systemctl stop {service.unit.name}; systemctl reset-failed {service.unit.name}")
+
+
+def holder(service: Service, path: str) -> "subprocess.Popen[str]":
+    """A process inside that has a page open, and stores in it and reads back each line that it is given."""
+    program = (
+        f"exec 3<>{path}; while read -r line; do printf '%-4095s\\n' \"$line\" >/proc/self/fd/3 "
+        "&& head -c 4096 /proc/self/fd/3; done"
+    )
+    return subprocess.Popen(
+        service.machine.words(program), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+RESTARTS = {
+    "systemctl restart": "systemctl restart {unit}",
+    "systemctl reload": "systemctl reload {unit}",
+    "SIGKILL": "systemctl kill -s KILL {unit}",
+    "SIGSEGV": "systemctl kill -s SEGV {unit}",
+    "a missed watchdog": "systemctl kill -s STOP {unit}",
+}
+
+
+def test_c22_restarts_crashes_and_a_missed_watchdog_keep_every_page_and_every_descriptor(machine: Machine) -> None:
+    with served(machine, "kept", "size=64m", "WatchdogSec=1") as service:
+        machine.run("mkdir /mnt/kept/a; for i in $(seq 100); do echo $i >/mnt/kept/a/$i; done")
+        with holder(service, "/mnt/kept/a/1") as process:
+            assert process.stdin
+            assert process.stdout
+            for command in RESTARTS.values():
+                before = service.restarts()
+                machine.run(command.format(unit=service.unit.name))
+                process.stdin.write(f"after {command}\n")
+                assert process.stdout.readline().strip() == f"after {command}"
+                service.wait_for_restart(before)
+            process.stdin.close()
+        assert machine.run("cat /mnt/kept/a/.image | tr -d '\\0' | wc -l") == "100\n"
+        assert service.restarts() == len(RESTARTS)
+        wait_until(lambda: service.unit.show("StatusText") == "1 backups, 100 pages of 4k", "the status")
+        journal = [str(entry["MESSAGE"]) for entry in service.unit.journal()]
+        assert any("Watchdog timeout" in message for message in journal)
+        assert any("the daemon before died: Fatal Python error: Segmentation fault" in m for m in journal)
+        assert len(service.logged(WARNING)) == 2, "what the two faults left; all else is information"
+
+
+def test_a_stop_unmounts_and_releases_everything(machine: Machine) -> None:
+    with served(machine, "stopped", "size=64m") as service:
+        machine.run("mkdir /mnt/stopped/a; head -c 1M /dev/urandom >/mnt/stopped/a/.image")
+        service.unit("restart")
+        assert int(service.unit.show("NFileDescriptorStore")) > 0
+        service.unit("stop")
+        assert service.unit.state == ("inactive", "dead")
+        assert int(service.unit.show("NFileDescriptorStore")) == 0
+        machine.run("findmnt /mnt/stopped", code=1)
+        service.unit("start")
+        assert machine.run("ls -A /mnt/stopped") == ""
+
+
+@pytest.mark.parametrize("end", ["umount /mnt/ended", "fusermount3 -u /mnt/ended"])
+def test_an_unmounting_by_hand_is_a_stop(machine: Machine, end: str) -> None:
+    with served(machine, "ended", "size=16m") as service:
+        machine.run(end)
+        wait_until(lambda: service.unit.state == ("inactive", "dead"), "the end")
+        machine.run("findmnt /mnt/ended", code=1)
+
+
+def test_a_first_start_that_fails_is_not_tried_again(machine: Machine) -> None:
+    machine.run("mkdir -p /mnt/wrong")
+    machine.write("/etc/ttmfs/mnt-wrong.conf", "OPTIONS=szie=64m\n")
+    service = Service(machine, "wrong")
+    service.unit("start", code=1)
+    wait_until(lambda: service.unit.state == ("failed", "failed"), "the end")
+    first, second = service.logged(ERROR)
+    assert "unknown option 'szie=64m', perhaps 'size'" in first
+    assert "not tried again" in second
+    machine.write("/etc/ttmfs/mnt-wrong.conf", "OPTIONS=size=64m\n")
+    service.unit("start")
+    service.unit("stop")
+
+
+def package(machine: Machine) -> Path:
+    """The directory of the package as it is installed inside."""
+    (found,) = machine.path("/usr/local/lib/ttmfs/lib").glob("python3.*/site-packages/ttmfs")
+    return found
+
+
+def test_c22_a_broken_upgrade_ends_in_a_dead_mountpoint_with_the_pages_held_and_is_mended_by_a_restart(
+    machine: Machine,
+) -> None:
+    with served(machine, "broken", "size=64m,restart_tries=3") as service:
+        machine.run("mkdir /mnt/broken/a; echo kept >/mnt/broken/a/7")
+        session = package(machine) / "session.py"
+        good = session.read_text()
+        session.write_text("a broken upgrade\n")
+        try:
+            service.unit("restart", code=1)
+            wait_until(lambda: "gave up" in service.unit.show("StatusText"), "giving up", 30)
+            assert service.unit.state == ("active", "running")
+            machine.run("ls /mnt/broken", code=2)
+            with raises_errno(errno.ENOTCONN):
+                os.listdir(service.path)
+            assert "gave up after 3 failed starts" in service.logged(ERROR)[-1]
+            (command,) = re.findall(r"(ttmfs rescue \d+) DIRECTORY", service.unit.show("StatusText"))
+            assert "1 of 1 backups" in machine.run(f"{command} /root/by-pid")
+            assert "1 of 1 backups" in machine.run("ttmfs rescue /mnt/broken /root/by-mountpoint")
+            machine.run("cmp /root/by-pid/a /root/by-mountpoint/a; ttmfs rescue --check /root/by-pid")
+            service.unit("restart", code=1)  # it is broken still
+            wait_until(lambda: "gave up" in service.unit.show("StatusText"), "giving up", 30)
+        finally:
+            session.write_text(good)
+        service.unit("restart")
+        assert machine.run("head -c 4 /mnt/broken/a/7") == "kept"
+        assert service.restarts() >= 1
+
+
+def test_a_unit_that_gave_up_is_stopped_without_a_trace(machine: Machine) -> None:
+    with served(machine, "given", "size=64m,restart_tries=1") as service:
+        session = package(machine) / "session.py"
+        good = session.read_text()
+        session.write_text("a broken upgrade\n")
+        try:
+            machine.run(f"systemctl kill -s KILL {service.unit.name}")
+            wait_until(lambda: "gave up" in service.unit.show("StatusText"), "giving up", 30)
+        finally:
+            session.write_text(good)
+        service.unit("stop")
+        assert service.unit.state == ("inactive", "dead")
+        machine.run("findmnt /mnt/given", code=1)
+
+
+def test_c22_a_daemon_that_is_stuck_in_the_kernel_holds_no_restart_up(machine: Machine) -> None:
+    """One that is frozen is what comes nearest: no signal reaches it, not even SIGKILL."""
+    with served(machine, "stuck", "size=64m", "TimeoutStopSec=1") as service:
+        machine.run("mkdir /mnt/stuck/a; echo kept >/mnt/stuck/a/7")
+        stuck = machine.pid(service.unit.main_pid)
+        group = Path("/sys/fs/cgroup/freezer/ttmfs-test-stuck")
+        group.mkdir()
+        try:
+            (group / "tasks").write_text(str(stuck))
+            (group / "freezer.state").write_text("FROZEN")
+            begun = time.monotonic()
+            service.unit("restart")
+            assert time.monotonic() - begun < 15
+            assert machine.run("head -c 4 /mnt/stuck/a/7") == "kept"
+            assert os.path.exists(f"/proc/{stuck}"), "it was not stuck"
+        finally:
+            (group / "freezer.state").write_text("THAWED")
+            wait_until(lambda: not (group / "tasks").read_text(), "its end")
+            group.rmdir()
+        assert machine.run("head -c 4 /mnt/stuck/a/7") == "kept"
+
+
+def test_what_is_ordered_with_it_finds_it_mounted(machine: Machine) -> None:
+    machine.run("mkdir -p /mnt/ttm /srv/pages; cp systemd/example.mount /etc/systemd/system/srv-pages.mount")
+    machine.write("/etc/ttmfs/mnt-ttm.conf", "OPTIONS=size=16m\n")
+    machine.run("systemctl daemon-reload; systemctl start srv-pages.mount")
+    try:
+        assert "fuse.ttmfs" in machine.run("findmnt -n -o FSTYPE /srv/pages")
+        machine.run("mkdir /srv/pages/a; systemctl restart ttmfs@mnt-ttm; test -d /srv/pages/a")
+    finally:
+        machine.run("systemctl stop srv-pages.mount ttmfs@mnt-ttm")
+    machine.run("findmnt /srv/pages", code=1)
+
+
+def test_the_units_are_sound_and_as_tight_as_mounting_allows(machine: Machine) -> None:
+    with served(machine, "tight", "size=16m") as service:
+        machine.run(f"systemd-analyze verify {service.unit.name}")
+        said = machine.run(f"systemd-analyze security --no-pager --threshold=40 {service.unit.name}")
+        assert "Overall exposure level" in said
+        assert "/ttmfs.slice/" in machine.run(f"cat /proc/{service.unit.main_pid}/cgroup")
+
+
+USER = "setpriv --reuid {uid} --regid {uid} --clear-groups env HOME=/home/alice XDG_RUNTIME_DIR=/run/user/{uid}"
+
+
+@pytest.fixture
+def user(machine: Machine, place: Place) -> Iterator[str]:
+    """What runs a command as a user who has a manager of her own."""
+    del place  # she may open /dev/fuse
+    machine.run(
+        f"mkdir -p /home/alice/.config/ttmfs /run/user/{ALICE}; chown -R {ALICE}:{ALICE} /home/alice /run/user/{ALICE};"
+        f"chmod 700 /run/user/{ALICE}; systemd-run -q --unit=alice -p User={ALICE} -p Group={ALICE} -p Delegate=yes "
+        f"-p Type=notify -p Environment=HOME=/home/alice -p Environment=XDG_RUNTIME_DIR=/run/user/{ALICE} "
+        "/lib/systemd/systemd --user"
+    )
+    yield USER.format(uid=ALICE)
+    machine.run("systemctl stop alice")
+
+
+def test_c22_a_user_has_a_unit_too(machine: Machine, user: str) -> None:
+    machine.run(f"{user} mkdir -p /home/alice/ttm")
+    machine.write("/home/alice/.config/ttmfs/home-alice-ttm.conf", "OPTIONS=size=16m\n")
+    unit = Unit(machine, "ttmfs@home-alice-ttm.service", f"{user} systemctl --user")
+    unit("start")
+    try:
+
+        def said(line: str) -> bool:
+            return line in machine.run(f"{user} cat /home/alice/ttm/.stats")
+
+        machine.run(f"{user} bash -c 'mkdir ~/ttm/a; echo kept >~/ttm/a/7'")
+        for turn, verb in enumerate(("restart", "reload", "kill -s KILL"), 1):
+            unit(verb)
+            line = f"restarts_total {turn}\n"
+            wait_until(partial(said, line), "another daemon")
+            wait_until(lambda: unit.state == ("active", "running"), "the unit")
+            assert machine.run(f"{user} head -c 4 /home/alice/ttm/a/7") == "kept"
+        assert int(unit.show("NFileDescriptorStore")) >= 4
+    finally:
+        unit("stop")
+    machine.run("findmnt /home/alice/ttm", code=1)
