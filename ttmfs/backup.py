@@ -48,7 +48,6 @@ FEW = 1024
 WINDOW = 1 << 20
 """Bytes that are pushed out of memory at a time, in between which others are served."""
 
-NO_ROOM = "the budget (size), or the memory that must stay free (reserve), is used up"
 
 BRING_IN_TRIES = 3
 """Pages can be swapped out again before they are copied. After so many tries the copy waits for them itself."""
@@ -283,11 +282,11 @@ class Backup:
                 raise OutOfBounds(f"the backup ends at byte {size}")
             end = size
         first, past = offset // self._page_size, -(-end // self._page_size)  # pages are stored whole
-        if (admitted := self._store.admit(past - first)) < past - first:
+        if (admitted := self._store.admit(self._id, past - first)) < past - first:
             past = self._past_of_room(first, past, admitted)
             end = min(end, past * self._page_size)
             if end <= offset:
-                raise NoRoom(NO_ROOM)
+                raise self._store.refusal(self._id)
         if end < offset + len(data):
             data = data[: end - offset]
         if len(data) <= STEP:
@@ -315,6 +314,8 @@ class Backup:
             if not self._store.keeps_count:
                 return os.pwrite(fd, data, offset)
             with self._store.changing(self._id, offset // self._page_size, -(-end // self._page_size)):
+                if self._store.is_private:
+                    return os.pwrite(fd, data, offset)
                 return self._write_whole_pages(fd, offset, data)
         except OSError as error:
             raise from_os_error(error, "storing pages") from error
@@ -325,8 +326,8 @@ class Backup:
             raise OutOfBounds(f"the backup ends at page {self.size // self._page_size}")
         if self.holds(idx):
             return
-        if not self._store.admit(1):
-            raise NoRoom(NO_ROOM)
+        if not self._store.admit(self._id, 1):
+            raise self._store.refusal(self._id)
         self._write(idx * self._page_size, b"\0")
 
     def zero(self, idx: int, start: int) -> None:

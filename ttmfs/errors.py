@@ -19,6 +19,7 @@ __all__ = [
     "NotPermitted",
     "NotSupported",
     "OutOfBounds",
+    "OverQuota",
     "PageAbsent",
     "PageDropped",
     "ReadOnlyEntry",
@@ -76,6 +77,10 @@ class NoRoom(TtmfsError):
     """The budget, the memory reserve or the number of backups is used up."""
 
 
+class OverQuota(NoRoom):
+    """The owner of the backup has used up what one user may store."""
+
+
 class OutOfBounds(TtmfsError):
     """A page, or bytes, past the end of the backup, or bytes past the end of a page."""
 
@@ -123,6 +128,7 @@ ERRNO: dict[type[TtmfsError], int] = {
     BackupEnded: errno.ESTALE,
     PageDropped: errno.ESTALE,  # not ENOENT: on ESTALE from open the VFS looks the name up once more by itself
     NoRoom: errno.ENOSPC,
+    OverQuota: errno.EDQUOT,
     OutOfBounds: errno.EFBIG,  # as at RLIMIT_FSIZE; EINVAL would make tools blame their own flags
     NotPermitted: errno.EPERM,
     ReadOnlyEntry: errno.EACCES,

@@ -354,7 +354,7 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     def statfs(self, ctx: RequestContext) -> StatvfsData:
-        room, page_size = self.pool.room(), self.pool.page_size
+        room, page_size = self.pool.room(ctx.uid), self.pool.page_size
         answer = StatvfsData()
         answer.f_bsize = answer.f_frsize = page_size
         answer.f_blocks = room.size // page_size

@@ -217,6 +217,7 @@ TABLE = {
         Option("gid", "GID", _parse_gid, str, "group of the root directory (who mounts)"),
         Option("backup_size", "SIZE", _parse_positive_size, format_size, "size of a backup that mkdir makes (size)"),
         Option("page_size", "SIZE", parse_size, format_size, "bytes a page, a power of two up to 2m (the system's)"),
+        Option("uid_size", "SIZE", _parse_positive_size, format_size, "what one user but root may store (no bound)"),
         Option("reserve", "SIZE", parse_size, format_size, "memory and swap that storing leaves free (64m)"),
         Option("busy_poll", "auto|off|US", _parse_busy_poll, _format_busy_poll, "how long to poll for requests (auto)"),
         Option(
@@ -251,6 +252,7 @@ class Options:
     gid: int | None = None
     backup_size: int = 0  # 0: the same as size
     page_size: int = BASE_PAGE_SIZE
+    uid_size: int = 0  # 0: no bound
     reserve: int = 64 << 20
     busy_poll: int = AUTO_POLL  # us at most; 0: off
     keeper: bool = True
@@ -269,6 +271,7 @@ class Options:
             "nr_inodes",
             "backup_size",
             "page_size",
+            "uid_size",
             "reserve",
             "busy_poll",
             "restart_tries",
@@ -298,7 +301,7 @@ class Options:
             elif getattr(self, name) is not None:
                 raise OptionError(f"{name}: with store= the directory's own holds: change it with chmod or chown")
         budget = self.size or (parse_size("50%") if self.store is None else 0)
-        for name, size in ("size", budget), ("backup_size", self.backup_size or budget):
+        for name, size in ("size", budget), ("backup_size", self.backup_size or budget), ("uid_size", self.uid_size):
             # Whole pages, rounded up as tmpfs rounds its own size.
             object.__setattr__(self, name, -(-size // self.page_size) * self.page_size)
 

@@ -104,14 +104,14 @@ class Pool:
 
     # --- room ---
 
-    def room(self) -> Room:
-        """What is stored and what may be, now."""
+    def room(self, uid: int = 0) -> Room:
+        """What is stored and what may be, now; `available` to a user."""
         kept = self.store.room()
         size, free = kept.f_blocks * kept.f_frsize, kept.f_bfree * kept.f_frsize
         return Room(
             size=size,
             stored=size - free,
-            available=min(kept.f_bavail * kept.f_frsize, self.store.headroom()),
+            available=min(kept.f_bavail * kept.f_frsize, self.store.headroom(), self.store.left_for(uid)),
             backups=self.store.count,
             files=kept.f_files,
             files_free=kept.f_ffree,

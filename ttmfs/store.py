@@ -33,6 +33,7 @@ from .errors import (
     NoRoom,
     NotPermitted,
     NotSupported,
+    OverQuota,
     StoreBusy,
     StoreFailed,
     TtmfsError,
@@ -42,6 +43,7 @@ from .keeper import LEDGER, NAMESPACE, STORE
 from .ledger import FILE, Ledger
 from .memory import Reserve, Swap
 from .options import Options, format_size
+from .quota import UNBOUND, Quota
 
 __all__ = ["Store"]
 
@@ -57,6 +59,11 @@ TEMPORARY = "ttmfs-"
 
 TEMPORARY_MARK = "removed-by-the-next-mount"
 """A file in each of them: a store=DIR that someone named alike has none."""
+
+NO_ROOM = "the budget (size), or the memory that must stay free (reserve), is used up"
+OVER_QUOTA = "user {} has stored all that one user may (uid_size)"
+
+_UNCOUNTED = contextlib.nullcontext()
 
 _SUITED = "use a directory on tmpfs, ext4, xfs or btrfs"
 
@@ -125,7 +132,9 @@ class Store:
         self._directory = directory
         self._user_namespace = user_namespace
         self._ledger = ledger
-        self.keeps_count = ledger is not None
+        self._quota = Quota(options.uid_size // options.page_size) if options.uid_size else None
+        self.keeps_count = ledger is not None or self._quota is not None
+        self.is_private = ledger is None  # a tmpfs of its own
         self._budget = options.size  # bytes, kept with the ledger; 0: all that the filesystem has
         self._nr_inodes = options.nr_inodes
         self._temporary = temporary
@@ -143,6 +152,9 @@ class Store:
             self.scan()
             if self._ledger:
                 self._ledger.settle()
+            for id in self._ids if self._quota else ():
+                with contextlib.suppress(TtmfsError):  # one that cannot be opened takes nothing more
+                    self._charge(id)
         except BaseException:
             self.close()
             raise
@@ -400,6 +412,8 @@ class Store:
         """Make the file of a new backup, whole or not at all, and give its id. BackupExists if the name is taken."""
         if self._ledger and self._nr_inodes and 1 + self.count >= self._nr_inodes:
             raise NoRoom("the number of backups (nr_inodes) is used up")
+        if self._quota and not self._quota.left(uid):
+            raise OverQuota(OVER_QUOTA.format(uid))
         with _failures_of(f"creating {name!r}"):
             fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
             try:
@@ -420,6 +434,8 @@ class Store:
                 raise
         self._remember(id, name)
         self._keep_open(id, fd)
+        if self._quota:
+            self._quota.count(id, uid, 0)
         return id
 
     def remove(self, id: int) -> None:
@@ -457,6 +473,8 @@ class Store:
         self._failed.discard(id)
         if self._ledger:
             self._ledger.forget(id)
+        if self._quota:
+            self._quota.forget(id)
         if (fd := self._open.pop(id, None)) is not None:
             os.close(fd)
 
@@ -526,6 +544,8 @@ class Store:
                times: tuple[int, int] | None = None) -> None:  # fmt: skip
         """Change mode, owner or (access, modification) times in ns, of a backup's file or (None) of the directory."""
         fd = self._directory if id is None else self.descriptor(id)
+        if self._quota and id is not None and uid != -1 and self._quota.takes(id) > self._quota.left(uid):
+            raise OverQuota(OVER_QUOTA.format(uid))
         with _failures_of("changing attributes"):
             if (uid, gid) != (-1, -1):
                 os.fchown(fd, uid, gid)  # first: it clears set-id bits that mode may set
@@ -533,6 +553,8 @@ class Store:
                 os.fchmod(fd, mode if id is None else self._file_mode(mode))
             if times is not None:
                 os.utime(fd, ns=times)
+        if self._quota and id is not None and uid != -1:
+            self._charge(id)
 
     def _file_mode(self, mode: int) -> int:
         """The mode of a backup's file. In a directory that others can reach it must not be a set-id program."""
@@ -540,22 +562,53 @@ class Store:
 
     # --- room ---
 
-    def admit(self, pages: int) -> int:
-        """How many of so many more pages may be stored, as far as we have to see to that: the reserve, and the budget.
+    def admit(self, id: int, pages: int) -> int:
+        """How many of so many more pages a backup may store, as far as we have to see to that.
 
+        That is the reserve, the budget of a directory, and what the backup's owner may have.
         Where the kernel keeps the budget, storing may find that there is less.
         """
         if self._reserve and not self._reserve.admits(pages * self.page_size):
             return 0
         if self._ledger and self._budget:
             self._recount(self._ledger)
-            return min(pages, max(0, self._budget // self.page_size - self._ledger.stored))
-        return pages
+            pages = min(pages, max(0, self._budget // self.page_size - self._ledger.stored))
+        return min(pages, self._quota.left_for(id)) if self._quota else pages
 
-    def changing(self, id: int, first: int, past: int) -> contextlib.AbstractContextManager[None]:
+    def refusal(self, id: int) -> NoRoom:
+        """Why a backup was not admitted another page."""
+        if self._quota and not self._quota.left_for(id):
+            return OverQuota(OVER_QUOTA.format(self.stat_by_name(id).st_uid))
+        return NoRoom(NO_ROOM)
+
+    @contextlib.contextmanager
+    def changing(self, id: int, first: int, past: int) -> Iterator[None]:
         """Around whatever makes pages between two indices of a backup come or go, where `keeps_count`."""
-        assert self._ledger
-        return self._ledger.changing(id, self.descriptor(id), first, past)
+        try:
+            with self._ledger.changing(id, self.descriptor(id), first, past) if self._ledger else _UNCOUNTED:
+                yield
+        finally:
+            if self._quota:
+                with contextlib.suppress(TtmfsError):  # it was ended by someone who went round us
+                    self._charge(id)
+
+    def _charge(self, id: int) -> None:
+        """Count a backup for its owner."""
+        if self._quota:
+            if self._ledger:
+                uid, pages = self.stat_by_name(id).st_uid, self.pages(id)
+            else:
+                found = self.stat_by_name(id)
+                uid, pages = found.st_uid, self._pages_of(found)
+            self._quota.count(id, uid, pages)
+
+    def left_for(self, uid: int) -> int:
+        """How many bytes more a user may store, as far as there is a bound for one."""
+        return self._quota.left(uid) * self.page_size if self._quota and uid else UNBOUND
+
+    def _pages_of(self, found: os.stat_result) -> int:
+        """How many pages a file of the private tmpfs holds."""
+        return -(-found.st_blocks * 512 // self.page_size)
 
     def pages(self, id: int) -> int:
         """How many pages a backup holds."""
@@ -563,7 +616,7 @@ class Store:
         with _failures_of("counting pages"):
             if self._ledger:
                 return self._ledger.pages(id, fd)
-            return -(-os.fstat(fd).st_blocks * 512 // self.page_size)
+            return self._pages_of(os.fstat(fd))
 
     def _recount(self, ledger: Ledger) -> None:
         """See what others did to the files."""

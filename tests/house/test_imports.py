@@ -10,7 +10,7 @@ from harness import REPOSITORY
 PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
-    "handles errors version options linux state keeper service memory ledger store backup pool inodes tree metrics "
+    "handles errors version options linux state keeper service memory ledger quota store backup pool inodes tree metrics "
     "operations busy_poll session background rescue cli"
 ).split()
 
