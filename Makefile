@@ -4,12 +4,13 @@
 # make bench  what it costs beside tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
 # make soak   mixed load with kills, swap and budget changes, for SECONDS (600)
 # make install  for the machine, below PREFIX (/usr/local): commands and systemd units (make uninstall)
+# make lock     note the versions in .venv as those to develop with
 # They install what is missing (Debian, Ubuntu), as root or through sudo.
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-quick soak setup install uninstall clean
+.PHONY: demo test lint format bench bench-quick soak setup lock install uninstall clean
 
 SECONDS := 600
 PREFIX := /usr/local
@@ -38,15 +39,21 @@ bench-quick: setup
 soak: setup
 	$(SUDO) $(BIN)/python tests/soak.py --seconds $(SECONDS)
 
+lock: setup
+	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable >requirements-dev.lock
+
 install: setup
 	$(SUDO) env PREFIX="$(PREFIX)" scripts/install.sh
 
-uninstall: setup
+unlock: setup
+	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable >requirements-dev.lock
+
+install: setup
 	$(SUDO) env PREFIX="$(PREFIX)" scripts/install.sh uninstall
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml scripts/setup.sh scripts/python.sh
+.venv/ready: pyproject.toml scripts/setup.sh scripts/python.sh requirements-dev.lock
 	scripts/setup.sh
 
 clean:

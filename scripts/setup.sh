@@ -37,5 +37,6 @@ fi
 
 # Made anew where it was left half made, or its Python has gone or become another version.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
-.venv/bin/python -m pip install -q --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev,bench]'
+.venv/bin/python -m pip install -q --disable-pip-version-check --config-settings editable_mode=compat \
+    --constraint requirements-dev.lock --editable '.[dev,bench]'
 touch .venv/ready
