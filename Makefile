@@ -45,10 +45,7 @@ lock: setup
 install: setup
 	$(SUDO) env PREFIX="$(PREFIX)" scripts/install.sh
 
-unlock: setup
-	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable >requirements-dev.lock
-
-install: setup
+uninstall:
 	$(SUDO) env PREFIX="$(PREFIX)" scripts/install.sh uninstall
 
 setup: .venv/ready
