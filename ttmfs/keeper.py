@@ -33,7 +33,19 @@ import struct
 import sys
 import time
 
-__all__ = ["CONNECTION", "LEDGER", "NAMESPACE", "RESTART", "STARTS", "STATE", "STORE", "Keeper", "become", "inherited"]
+__all__ = [
+    "CONNECTION",
+    "LEDGER",
+    "LEFT",
+    "NAMESPACE",
+    "RESTART",
+    "STARTS",
+    "STATE",
+    "STORE",
+    "Keeper",
+    "become",
+    "inherited",
+]
 
 CONNECTION, STORE, STATE, NAMESPACE, LEDGER = "fuse", "store", "state", "namespace", "ledger"
 """The names of what is kept; the last two only where there is one."""

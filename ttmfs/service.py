@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 
-from .keeper import CONNECTION, RESTART, STARTS, STATE, Keeper, inherited
+from .keeper import CONNECTION, LEFT, RESTART, STARTS, STATE, Keeper, inherited
 
 __all__ = ["main", "note_service"]
 
@@ -103,7 +103,7 @@ def _hold(manager: Keeper, held: "dict[str, int]", mountpoint: str, failed: int)
             manager.tell("WATCHDOG=1")
         elif came.si_signo == RESTART:
             note_service(held[STARTS], *_limits(held))
-            return 0
+            return LEFT
         else:
             return _let_go(manager, held, mountpoint)
 

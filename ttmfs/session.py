@@ -469,8 +469,7 @@ class _Session:
         while manager and manager.pid is None:
             if self.served:
                 room, size = self._mount.pool.room(), self._mount.pool.page_size
-                pages = room.stored // size
-                status = f"STATUS={room.backups} backups, {pages} pages of {format_size(size)}"
+                status = f"STATUS=backups: {room.backups}, pages: {room.stored // size} of {format_size(size)}"
                 with contextlib.suppress(OSError):  # it is being restarted
                     manager.tell("WATCHDOG=1", *[status] * (status != said))
                     said = status

@@ -103,7 +103,8 @@ def test_c22_restarts_crashes_and_a_missed_watchdog_keep_every_page_and_every_de
             process.stdin.close()
         assert machine.run("cat /mnt/kept/a/.image | tr -d '\\0' | wc -l") == "100\n"
         assert service.restarts() == len(RESTARTS)
-        wait_until(lambda: service.unit.show("StatusText") == "1 backups, 100 pages of 4k", "the status")
+        wait_until(lambda: service.unit.show("StatusText") == "backups: 1, pages: 100 of 4k", "the status")
+        assert int(service.unit.show("NFileDescriptorStore")) == 4, "connection, store, state, and the count of starts"
         journal = [str(entry["MESSAGE"]) for entry in service.unit.journal()]
         assert any("Watchdog timeout" in message for message in journal)
         assert any("the daemon before died: Fatal Python error: Segmentation fault" in m for m in journal)
@@ -178,6 +179,19 @@ def test_c22_a_broken_upgrade_ends_in_a_dead_mountpoint_with_the_pages_held_and_
         service.unit("restart")
         assert machine.run("head -c 4 /mnt/broken/a/7") == "kept"
         assert service.restarts() >= 1
+
+
+@pytest.mark.parametrize("retry", ["restart", "reload"])
+def test_c22_an_option_that_is_wrong_since_the_start_loses_nothing(machine: Machine, retry: str) -> None:
+    with served(machine, "typo", "size=64m,restart_tries=2") as service:
+        machine.run("mkdir /mnt/typo/a; echo kept >/mnt/typo/a/7")
+        machine.write("/etc/ttmfs/mnt-typo.conf", "OPTIONS=size=64m,restart_tires=2\n")
+        service.unit("restart", code=1)
+        wait_until(lambda: "gave up" in service.unit.show("StatusText"), "giving up", 30)
+        assert any("unknown option 'restart_tires=2', perhaps 'restart_tries'" in m for m in service.logged(ERROR))
+        machine.write("/etc/ttmfs/mnt-typo.conf", "OPTIONS=size=64m,restart_tries=2\n")
+        service.unit(retry)
+        wait_until(lambda: machine.call("head -c 4 /mnt/typo/a/7").stdout == "kept", "the page")
 
 
 def test_a_unit_that_gave_up_is_stopped_without_a_trace(machine: Machine) -> None:
