@@ -93,7 +93,7 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
     def ready() -> None:
         if starts >= 0:
             note_service(starts, options.restart_tries, options.restart_seconds)
-        if not foreground and not held:
+        if not foreground:
             _leave_terminal()
         if told >= 0:
             with contextlib.suppress(BrokenPipeError):  # whoever waited was killed; the mount is no worse for it

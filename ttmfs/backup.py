@@ -24,6 +24,7 @@ from .errors import BackupEnded, InvalidArgument, NoRoom, OutOfBounds, PageAbsen
 from .handles import IntOrArray, Uint64Array, handle_to_index, index_to_handle
 from .ledger import page_runs
 from .options import BASE_PAGE_SIZE
+from .state import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -212,6 +213,8 @@ class Backup:
         """How many of them are swapped out, or on a disk alone. In part: by their parts, rounded up."""
         fd, out = self._store.descriptor(self._id), 0
         try:
+            if self._store.in_memory and (evicted := linux.evicted(fd)) is not None:
+                return min(self.pages, -(-evicted * BASE_PAGE_SIZE // self._page_size))
             for first, past in self.extents():  # of a disk, holes that were read lie in the page cache, too
                 length = (past - first) * self._page_size
                 cached, evicted = linux.residency(fd, first * self._page_size, length)
@@ -348,26 +351,32 @@ class Backup:
         except OSError as error:
             raise from_os_error(error, "dropping pages") from error
 
-    async def drop_run(self, first: int, past: int) -> None:
-        """As :meth:`drop_range`, by STEPs, between which others are served: a million pages take 0.7 s."""
+    async def drop_run(self, first: int, past: int, reached: Callable[[int], object] = bool) -> None:
+        """As :meth:`drop_range`, by STEPs, between which others are served: a million pages take 0.7 s.
+
+        `reached` is told the index up to which all is dropped, each time before others are served.
+        """
         while first < past:
             found, end = self._next_data(first * self._page_size), past
             if found is not None:
                 end = min(past, (found // STEP + 1) * STEP // self._page_size)
             self.drop_range(first, end)  # with what is allocated but holds no data
+            reached(end)
             if (first := end) < past:
                 await trio.lowlevel.cancel_shielded_checkpoint()
 
-    async def truncate(self, size: int) -> None:
+    async def truncate(self, size: int, progress: Progress | None = None) -> None:
         """Drop every page past byte `size` and make the rest of the page that it lies in zeros. Its size stays."""
         whole = self.size
         if size > whole:
             raise OutOfBounds(f"the backup ends at byte {whole}")
         last, rest = divmod(size, self._page_size)
         first, past = last + bool(rest), -(-whole // self._page_size)
-        if rest and size < whole and self.holds(last):
+        progress = progress or Progress()
+        if not progress.done and rest and size < whole and self.holds(last):
             self.zero(last, rest)
-        await self.drop_run(first, past)
+        progress.reach(max(first, progress.done))
+        await self.drop_run(progress.done, past, progress.reach)
 
     def resize(self, size: int) -> None:
         """Change the bytes that the backup spans: to more at any time, to less only over pages that do not exist."""

@@ -12,10 +12,11 @@ says so by ``FDSTORE`` in the environment, as systemd does from version 254 on.
 
 The program::
 
-    keeper.py CHANNEL PID READY TRIES SECONDS LOG MOUNTPOINT COMMAND...
+    keeper.py CHANNEL VOICE PID READY TRIES SECONDS LOG MOUNTPOINT COMMAND...
 
-CHANNEL is its bound socket, PID the daemon that runs already, READY a pipe to write a byte to when it first serves (-1:
-none), TRIES and SECONDS when to give up, LOG stderr, journal or syslog. It imports next to nothing, touches no page and
+CHANNEL and VOICE are the ends of a socket pair, its own and that of its daemons, PID the daemon that runs already,
+READY a pipe to write a byte to when it first serves (-1: none), TRIES and SECONDS when to give up, LOG stderr, journal
+or syslog. It imports next to nothing, touches no page and
 
 - starts the next daemon when one has died, at once; after a start that failed by itself a little later each time;
 - gives up after TRIES such starts in a row, or SECONDS without a daemon that serves: it closes the connection, of which
@@ -65,7 +66,9 @@ RETRY_SECONDS = 0.2
 SHORT_LIFE, LONGEST_DELAY = 1.0, 0.5
 """A daemon that died by itself so soon has the next one wait, longer each time, lest they use up the machine."""
 
-KEEPER_PID = "TTMFS_KEEPER_PID"
+LAST_LINES = 4
+
+KEEPER_PID, KEEPER_CHANNEL = "TTMFS_KEEPER_PID", "TTMFS_KEEPER_CHANNEL"
 
 
 # --- the daemon's side ---
@@ -83,14 +86,17 @@ def inherited() -> "dict[str, int]":
     for fd, name in zip(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + count), names, strict=False):
         os.set_inheritable(fd, False)
         found[name] = fd
+    if (fd := found.pop(KEEPER_CHANNEL, -1)) >= 0:
+        os.environ[KEEPER_CHANNEL] = str(fd)
     return found
 
 
 class Keeper:
-    """The keeper of this process: a service manager, or (with a `pid`) one of our own."""
+    """The keeper of this process: a service manager, by its address, or one of our own, by a channel and its `pid`."""
 
-    def __init__(self, address: str, pid: "int | None", watchdog: float = 0.0) -> None:
+    def __init__(self, address: str, pid: "int | None", watchdog: float = 0.0, channel: int = -1) -> None:
         self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._channel = channel
         self.pid = pid
         self.watchdog = watchdog  # seconds between two signs of life that are asked for; 0: none is
         self._pidfd = -1
@@ -105,6 +111,8 @@ class Keeper:
         """Who keeps this process' descriptors, if anyone says that he does."""
         address, room, pid = (os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "FDSTORE", KEEPER_PID))
         patience, watched = (os.environ.pop(name, "") for name in ("WATCHDOG_USEC", "WATCHDOG_PID"))
+        if channel := os.environ.pop(KEEPER_CHANNEL, ""):
+            return cls("", int(pid), channel=int(channel))
         if not address or not room.isdigit() or room == "0":
             return None
         if not pid and os.environ.get("SYSTEMD_EXEC_PID", str(os.getpid())) != str(os.getpid()):
@@ -136,12 +144,20 @@ class Keeper:
         if self._pidfd >= 0:
             os.close(self._pidfd)
         self._pidfd = -1
+        if self._channel >= 0:
+            os.close(self._channel)
+        self._channel = -1
 
     def tell(self, *lines: str, descriptors: "tuple[int, ...]" = ()) -> None:
         """Send a message. Raises OSError if there is no one to hear it."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        if self._channel >= 0:
+            sender = socket.socket(fileno=os.dup(self._channel))
+        else:
+            sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        with sender as channel:
             channel.settimeout(BARRIER_SECONDS)
-            channel.connect(self._address)
+            if self._channel < 0:
+                channel.connect(self._address)
             if descriptors:
                 socket.send_fds(channel, ["\n".join(lines).encode()], list(descriptors))
             else:
@@ -169,7 +185,7 @@ class Keeper:
 
 def become(tries: int, seconds: float, log: str, mountpoint: str, command: "list[str]", ready: int) -> None:
     """Fork. The child returns, to be the daemon; this process becomes its keeper, a program that does nothing else."""
-    channel, environment = _channel(os.getpid())
+    (channel, voice), keeper = _channel(), os.getpid()
     signals = {*ENDING, RESTART}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until the keeper's handlers are there
     child = os.fork()
@@ -178,13 +194,13 @@ def become(tries: int, seconds: float, log: str, mountpoint: str, command: "list
         channel.close()
         if ready >= 0:
             os.close(ready)
-        os.environ.update(environment)
+        os.environ.update({KEEPER_CHANNEL: str(voice.detach()), KEEPER_PID: str(keeper)})
         return
     try:
-        for fd in channel.fileno(), ready:
+        for fd in channel.fileno(), voice.fileno(), ready:
             if fd >= 0:
                 os.set_inheritable(fd, True)
-        words = _command_line(channel.fileno(), child, ready, tries, seconds, log, mountpoint, command)
+        words = _command_line(channel.fileno(), voice.fileno(), child, ready, tries, seconds, log, mountpoint, command)
         os.execv(words[0], words)
     finally:
         os.kill(child, signal.SIGKILL)
@@ -193,25 +209,24 @@ def become(tries: int, seconds: float, log: str, mountpoint: str, command: "list
 
 def another(tries: int, seconds: float, log: str, mountpoint: str, command: "list[str]") -> Keeper:
     """Start a keeper for this process, which had one that died. Raises OSError."""
-    channel, environment = _channel(None)
-    with channel:
-        words = _command_line(channel.fileno(), os.getpid(), -1, tries, seconds, log, mountpoint, command)
+    channel, voice = _channel()
+    with channel, voice:
+        ends = channel.fileno(), voice.fileno()
+        words = _command_line(*ends, os.getpid(), -1, tries, seconds, log, mountpoint, command)
         channel.set_inheritable(True)
+        voice.set_inheritable(True)
         pid = os.posix_spawn(words[0], words, os.environ)
-    os.environ.update(environment, **{KEEPER_PID: str(pid)})
-    keeper = Keeper.of_environment()
-    assert keeper
-    return keeper
+        voice.set_inheritable(False)
+        return Keeper("", pid, channel=voice.detach())
 
 
-def _channel(pid: "int | None") -> "tuple[socket.socket, dict[str, str]]":
-    """A keeper's socket, and what a daemon's environment has of it. The kernel chooses its name, in no directory."""
-    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+def _channel() -> "tuple[socket.socket, socket.socket]":
+    """A keeper's socket, and that of its daemons. They have no name: a stranger who could send would send descriptors
+    whose closing takes as long as he likes (a socket that lingers, a file of a FUSE mount of his own).
+    """
+    channel, voice = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    channel.bind("")
-    address = channel.getsockname()
-    environment = {"NOTIFY_SOCKET": "@" + address[1:].decode(), "FDSTORE": str(MOST_DESCRIPTORS)}
-    return channel, environment | ({KEEPER_PID: str(pid)} if pid else {})
+    return channel, voice
 
 
 def _listen_fds(names: "list[str]") -> "dict[str, str]":
@@ -222,7 +237,7 @@ def _listen_fds(names: "list[str]") -> "dict[str, str]":
 
 def _move(descriptors: "list[int]") -> None:
     """Give descriptors the numbers from the first on that are passed, inheritable, and close all others above them."""
-    clear = FIRST_DESCRIPTOR + MOST_DESCRIPTORS + max([0, *descriptors])
+    clear = FIRST_DESCRIPTOR + MOST_DESCRIPTORS + 1 + max([0, *descriptors])
     for number, fd in enumerate(descriptors):  # by way of numbers that are no one's
         os.dup2(fd, clear + number)
     for number in range(len(descriptors)):
@@ -230,9 +245,9 @@ def _move(descriptors: "list[int]") -> None:
     os.closerange(FIRST_DESCRIPTOR + len(descriptors), clear + len(descriptors))
 
 
-def _command_line(channel: int, daemon: int, ready: int, tries: int, seconds: float, log: str, mountpoint: str,
-                  command: "list[str]") -> "list[str]":  # fmt: skip
-    numbers = [str(value) for value in (channel, daemon, ready, tries, seconds)]
+def _command_line(channel: int, voice: int, daemon: int, ready: int, tries: int, seconds: float, log: str,
+                  mountpoint: str, command: "list[str]") -> "list[str]":  # fmt: skip
+    numbers = [str(value) for value in (channel, voice, daemon, ready, tries, seconds)]
     return [sys.executable, "-I", "-S", __file__, *numbers, log, mountpoint, *command]
 
 
@@ -242,11 +257,13 @@ def _command_line(channel: int, daemon: int, ready: int, tries: int, seconds: fl
 class _Program:
     """The keeper. Times are of time.monotonic()."""
 
-    def __init__(self, channel: int, daemon: int, ready: int, tries: int, seconds: float, log: str, mountpoint: str,
-                 command: "list[str]") -> None:  # fmt: skip
+    def __init__(self, channel: int, voice: int, daemon: int, ready: int, tries: int, seconds: float, log: str,
+                 mountpoint: str, command: "list[str]") -> None:  # fmt: skip
         self.channel = socket.socket(fileno=channel)
         self.channel.setblocking(False)
         self.channel.set_inheritable(False)
+        self.voice = voice  # the other end, for every daemon
+        os.set_inheritable(voice, False)
         if ready >= 0:
             os.set_inheritable(ready, False)
         self.ready, self.tries, self.seconds, self.log = ready, tries, seconds, log
@@ -255,7 +272,7 @@ class _Program:
         self.pid, self.pidfd = daemon, os.pidfd_open(daemon)
         self.serving = self.stopping = self.asked_to_end = self.asked_to_restart = self.gave_up = False
         self.ever_served = self.interrupted = False  # asked to end before it ever did
-        self.wake = -1
+        self.wake = self.said = -1  # the other ends: a signal's, and standard error of the daemon in the background
         self.failed = 0  # starts in a row
         self.short_lived, self.served_since = 0, 0.0
         self.start_at = 0.0  # when there is no daemon
@@ -316,7 +333,12 @@ class _Program:
             self.asked_to_restart = bool(self.pid)  # what is started already may be the version before
         # A daemon that takes over is told when it serves: only then does it know all that there is to end.
         if self.pid and (self.serving or (number in ENDING and not self.held)):
-            os.kill(self.pid, number)
+            self.signal(number)
+
+    def signal(self, number: int) -> None:
+        """Send the daemon a signal. It can be dead already: of one that is no child of ours no one but we are told."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
 
     def hear_all(self) -> None:
         """Take what was sent by now, but not for ever: anyone can send."""
@@ -340,7 +362,7 @@ class _Program:
                 sender = struct.unpack("iII", data)[0]
         lines = message.decode(errors="replace").split("\n")
         name = next((line[7:] for line in lines if line.startswith("FDNAME=")), "stored")
-        if sender == self.pid:
+        if sender and sender == self.pid:  # 0: no process of this process namespace
             if "FDSTOREREMOVE=1" in lines:
                 self.drop(name)
             if "FDSTORE=1" in lines and len(self.held) + len(descriptors) <= MOST_DESCRIPTORS:
@@ -373,9 +395,9 @@ class _Program:
                 os.dup2(null, stream)
             os.close(null)
         if self.asked_to_end:
-            os.kill(self.pid, signal.SIGTERM)
+            self.signal(signal.SIGTERM)
         elif self.asked_to_restart:
-            os.kill(self.pid, RESTART)
+            self.signal(RESTART)
         self.asked_to_restart = False
 
     def drop(self, name: str) -> None:
@@ -394,6 +416,7 @@ class _Program:
             code = None  # it was no child of ours: it made us
         os.close(self.pidfd)
         was, self.pid, self.pidfd = self.pid, 0, -1
+        words = self.last_words()
         if self.stopping or not self.held:
             return 8 if code == 0 and self.interrupted else 0 if code is None else code if code >= 0 else 4
         if code is None:
@@ -418,17 +441,32 @@ class _Program:
             self.say(f"the daemon {was} of {self.mountpoint} was killed before it served: starting another")
         else:
             self.failed += 1
-            self.say(f"the daemon {was} of {self.mountpoint} {how} before it served ({self.failed} of {self.tries})")
+            self.say(
+                f"the daemon {was} of {self.mountpoint} {how} before it served ({self.failed} of {self.tries}){words}"
+            )
             self.start_at = now + RETRY_SECONDS * 2 ** (self.failed - 1)
             if self.failed >= self.tries:
                 self.give_up(f"{self.failed} daemons could not start")
         self.serving = False
         return None
 
+    def last_words(self) -> str:
+        """What a daemon in the background wrote to standard error, as far as its log did not tell."""
+        if self.said < 0:
+            return ""
+        text = b""
+        with contextlib.suppress(BlockingIOError):  # a child of its own may live on
+            text = os.read(self.said, 1 << 16)
+        os.close(self.said)
+        self.said = -1
+        lines = text.decode(errors="replace").splitlines()
+        return ": " + " | ".join(lines[-LAST_LINES:]) if lines else ""
+
     def start(self) -> None:
         """Start a daemon, which finds what is held from descriptor 3 on."""
         self.asked_to_restart = False
         try:
+            said, stderr = os.pipe()
             pid = os.fork()
         except OSError as error:
             self.say(f"cannot start a daemon: {error.strerror}")
@@ -436,15 +474,18 @@ class _Program:
             return
         if pid:
             self.pid, self.pidfd = pid, os.pidfd_open(pid)
+            os.close(stderr)
+            self.said = said
+            os.set_blocking(said, False)
             return
         try:
             signal.set_wakeup_fd(-1)
-            address = "@" + self.channel.getsockname()[1:].decode()
-            environment = {
-                **os.environ, "NOTIFY_SOCKET": address, "FDSTORE": str(MOST_DESCRIPTORS), KEEPER_PID: str(os.getppid()),
-                **_listen_fds([name for name, _ in self.held]),
-            }  # fmt: skip
-            _move([fd for _, fd in self.held])
+            if self.log == "syslog":
+                os.set_blocking(stderr, False)  # no one reads it before the daemon is dead
+                os.dup2(stderr, 2)
+            passed = [*self.held, (KEEPER_CHANNEL, self.voice)]
+            environment = {**os.environ, KEEPER_PID: str(os.getppid()), **_listen_fds([name for name, _ in passed])}
+            _move([fd for _, fd in passed])
             os.execve(self.command[0], self.command, environment)
         except OSError as error:
             os.write(2, f"ttmfs: {self.command[0]}: {error.strerror}\n".encode())
@@ -454,7 +495,7 @@ class _Program:
     def give_up(self, why: str) -> None:
         """Make the mountpoint dead: an error for all who wait. The pages stay."""
         if self.pid:
-            os.kill(self.pid, signal.SIGKILL)  # it holds the connection too
+            self.signal(signal.SIGKILL)  # it holds the connection too
         self.drop(CONNECTION)
         self.gave_up, self.down_since = True, None
         me, rescue = os.getpid(), os.path.join(os.path.dirname(__file__), "rescue.py")  # which needs nothing else
@@ -469,6 +510,7 @@ class _Program:
         try:
             if self.log == "syslog":
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+                    log.setblocking(False)  # rather a line lost than a daemon late
                     log.connect("/dev/log")
                     log.send(f"<28>ttmfs-keeper[{os.getpid()}]: {text}".encode(errors="replace"))
             else:
@@ -479,13 +521,14 @@ class _Program:
 
 
 def _main(
-    channel: str, daemon: str, ready: str, tries: str, seconds: str, log: str, mountpoint: str, *command: str
-) -> int:
+    channel: str, voice: str, daemon: str, ready: str, tries: str, seconds: str, log: str, mountpoint: str,
+    *command: str,
+) -> int:  # fmt: skip
     with open("/proc/self/comm", "w") as name:
         name.write("ttmfs-keeper")
     os.chdir("/")
     return _Program(
-        int(channel), int(daemon), int(ready), int(tries), float(seconds), log, mountpoint, list(command)
+        int(channel), int(voice), int(daemon), int(ready), int(tries), float(seconds), log, mountpoint, list(command)
     ).run()
 
 

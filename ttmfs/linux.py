@@ -271,6 +271,19 @@ def residency(fd: int, offset: int, length: int) -> tuple[int, int]:
     return _cachestat.cache, _cachestat.evicted
 
 
+def evicted(fd: int) -> int | None:
+    """Of a whole file of a tmpfs, the number of base pages that are swapped out. None before Linux 6.5.
+
+    Takes time in proportion to what is there, not to how many runs of it there are.
+    """
+    _where.offset, _where.length = 0, 0  # to the end
+    if _libc.syscall(_CACHESTAT, fd, _at_where, _at_cachestat, 0) < 0:
+        if (number := ctypes.get_errno()) == errno.ENOSYS:
+            return None
+        raise OSError(number, f"cachestat: {os.strerror(number)}")
+    return int(_cachestat.evicted)
+
+
 def _residency_by_mincore(fd: int, offset: int, length: int) -> tuple[int, int]:
     """The same on an older kernel. The mapping is never touched: a read of it would put pages into the holes."""
     cached, window, start = 0, 1 << 30, offset - offset % _PAGE_SIZE

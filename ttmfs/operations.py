@@ -24,7 +24,7 @@ from .errors import NotPermitted, StoreFailed, TtmfsError, errno_of
 from .metrics import Metrics
 from .pool import NAME_MAX, Pool
 from .state import LATEST, POINTS, State, identity
-from .tree import Attributes, Tree
+from .tree import Attributes, Caller, Tree
 
 __all__ = ["Operations"]
 
@@ -230,7 +230,7 @@ class Operations(pyfuse3.Operations):
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
         if fields.update_size:
-            await self.tree.truncate(inode, attr.st_size)
+            await self.tree.truncate(inode, attr.st_size, ctx.pid)
         self.tree.change(
             inode,
             mode=attr.st_mode if fields.update_mode else None,
@@ -371,7 +371,7 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.tree.set_attribute(inode, name, value, ctx.uid)
+        await self.tree.set_attribute(inode, name, value, Caller(ctx.uid, ctx.pid))
 
     @guarded
     def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:

@@ -168,12 +168,11 @@ def rescue(source: int, target: Path) -> int:
         for name in names:
             try:
                 line = _copied(source, name, target)
+                os.write(sums.fileno(), line.encode() + b"\n")
             except OSError as error:
                 failed += 1
                 sys.stderr.write(f"ttmfs rescue: {name!r}: {error.strerror or error}; the others go on\n")
                 continue
-            sums.write(line + "\n")
-            sums.flush()
             sys.stdout.write(_told(line))
             sys.stdout.flush()
         os.fsync(sums.fileno())
@@ -196,7 +195,9 @@ def _copied(source: int, name: str, target: Path) -> str:
                 raise OSError(errno.EIO, "the copy is not what was read; is the disk sound, and does no one write?")
             with contextlib.suppress(OSError):  # not root, or a filesystem or user namespace without such an owner
                 os.fchown(here, found.st_uid, found.st_gid)
-            os.fchmod(here, stat.S_IMODE(found.st_mode) & 0o777)
+            os.fchmod(
+                here, stat.S_IMODE(found.st_mode) & 0o777 | (0o600 if os.geteuid() else 0)
+            )  # who is not root could not use it
             os.utime(here, ns=(found.st_atime_ns, found.st_mtime_ns))
             os.rename(partial, target / name)
         except BaseException:
@@ -275,6 +276,8 @@ def check(target: Path) -> int:
         lines = (target / CHECKSUMS).read_text(encoding="ascii").splitlines()
     except OSError as error:
         raise RescueError(f"{target / CHECKSUMS}: {error.strerror}; ttmfs rescue SOURCE {target} writes it") from None
+    except ValueError:
+        raise RescueError(f"{target / CHECKSUMS} was not written by ttmfs rescue") from None
     wrong, directory = 0, _open_directory(str(target))
     for line in lines:
         name = line

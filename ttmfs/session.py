@@ -38,7 +38,7 @@ from . import linux
 from .busy_poll import BusyPoll
 from .errors import NotSupported, TtmfsError
 from .inodes import CONFIG, STATS
-from .keeper import CONNECTION, RESTART, STATE, Keeper
+from .keeper import CONNECTION, RESTART, STATE, STORE, Keeper
 from .metrics import Metrics
 from .operations import LIFETIME, Operations
 from .options import ExitCode, Options, escaped, format_size
@@ -76,7 +76,7 @@ TOUCHED = 8 << 20
 """Bytes for libfuse to read requests into, 1 MiB for each task that reads them, so that a kill amid that harms none."""
 
 ANSWER_SECONDS = 10.0
-KEEPER_RETRY_SECONDS = 5.0
+FIRST_RETRY_SECONDS, KEEPER_RETRY_SECONDS = 0.05, 5.0
 UNMOUNT_SECONDS = 10.0
 LINGER_SECONDS = 1.0
 START_SECONDS, STATUS_SECONDS = 0.1, 5.0
@@ -184,6 +184,10 @@ def _make(source: str, mountpoint: str, options: Options) -> _Mount:
 def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, int]) -> _Mount:
     """The mount of a daemon before, from what its keeper holds. Touches nothing below the mount point."""
     state = State(held[STATE])
+    if STORE not in held:
+        raise MountError(
+            "the keeper was killed when it had not got the pages yet, and the daemon with it: they are lost"
+        )
     if (size := state.header["page_size"]) != options.page_size:
         raise MountError(
             f"the running mount has pages of {size} bytes, not of {options.page_size}: give page_size={size}"
@@ -200,11 +204,21 @@ def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, i
     if CONNECTION in held:
         log.info("taking over %s: no page and no open file is lost", mountpoint)
         return _Mount(mountpoint, held[CONNECTION], pool, state, begun=True)
-    if (device := _device_at(mountpoint)) and device == state.header["device"]:
+    if (device := _device_at(mountpoint)) and device == state.header["device"] and _is_dead(mountpoint):
         _unmount(mountpoint)
     connection = _connected(source, mountpoint, options, state)
     log.warning("mounted %s anew over the pages that were kept: none is lost, files that were open are", mountpoint)
     return _Mount(mountpoint, connection, pool, state, begun=False)
+
+
+def _is_dead(mountpoint: str) -> bool:
+    """Whether no one serves the ttmfs at a path. Only for whoever has no connection to it: else it would be himself."""
+    if (what := _mounted_at(mountpoint)) and what[1] == "fuse.ttmfs":
+        try:
+            os.statvfs(mountpoint)
+        except OSError as error:
+            return error.errno == errno.ENOTCONN
+    return False
 
 
 def _connected(source: str, mountpoint: str, options: Options, state: State) -> int:
@@ -354,7 +368,7 @@ class _Session:
         self._busy_poll: BusyPoll | None = None
         metrics = Metrics(state)
         texts = {STATS: lambda: metrics.text(pool), CONFIG: lambda: _config(options, pool, process)}
-        tree = Tree(pool, texts, self._forget_names, self._forget_attributes)
+        tree = Tree(pool, texts, self._forget_names, self._forget_attributes, state.progress)
         self._operations = Operations(
             tree, pool, metrics, state, init=self._connect,
             lifetime=LIFETIME if self._forget_names() else 0.0, debug=options.debug, suspects=state.suspects(),
@@ -510,10 +524,13 @@ class _Session:
             return None
         return MountError("the keeper was killed before the mount answered; mount again")
 
-    def _hand_over(self, keeper: Keeper, besides: dict[str, int]) -> None:
-        """Have a keeper hold what the next daemon needs, but for what it holds, and know that this one serves."""
+    def _hand_over(self, keeper: Keeper, besides: dict[str, int]) -> bool:
+        """Have a keeper hold what the next daemon needs, but for what it holds, and know that this one serves.
+
+        The state first: who finds it without the rest knows that that is lost, and makes no empty mount in its place.
+        """
         store, state = self._mount.pool.store, self._mount.state
-        kept = {**store.descriptors(), STATE: state.fd}
+        kept = {STATE: state.fd, **store.descriptors()}
         if self._resends:
             kept[CONNECTION] = self._connection
         try:
@@ -522,6 +539,8 @@ class _Session:
                 store.is_held_by(keeper.pid)
         except OSError as error:
             log.warning("the keeper does not hear: %s", error)
+            return False
+        return True
 
     def _is_heard(self, keeper: Keeper) -> bool:
         """Whether a keeper lives, and has heard all that it was told."""
@@ -533,7 +552,7 @@ class _Session:
 
     async def _watch_keeper(self) -> None:
         """Have another keeper in place of one of our own that dies."""
-        keeper = self._process.keeper
+        keeper, pause = self._process.keeper, 0.0
         while keeper and keeper.death is not None:
             if keeper.death >= 0:
                 await trio.lowlevel.wait_readable(keeper.death)
@@ -545,7 +564,9 @@ class _Session:
                 await trio.sleep(KEEPER_RETRY_SECONDS)
                 continue
             log.warning("the keeper was killed: %s is another", keeper.pid)
-            self._hand_over(keeper, besides={})
+            heard = self._hand_over(keeper, besides={})
+            pause = 0.0 if heard else min(KEEPER_RETRY_SECONDS, 2 * pause or FIRST_RETRY_SECONDS)
+            await trio.sleep(pause)  # one that cannot even start is not to be started without end
 
     @property
     def mounted(self) -> bool:

@@ -6,6 +6,7 @@
     KEYS      1024 rows of 48 bytes    what is counted in the row of the same number of
     VALUES    1024 rows of 2 numbers   a count and a sum
     NOTES     2048 numbers             a request that is being carried out; 0: none
+    PROGRESS  1024 rows of 2 numbers   a request that changes things bit by bit, and how far it got
     WORDS     to the end               what the interpreter wrote when the daemon died of a fault
 
 It is mapped, so that counting and noting are writes to memory: a SIGKILL between any two of them loses nothing. Rows
@@ -15,25 +16,32 @@ does not do. (Not a file of the store's tmpfs: it would count against size= and 
 Concurrency: one thread.
 """
 
+import contextlib
 import faulthandler
 import json
 import mmap
 import os
+import time
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from .errors import NotSupported
 
-__all__ = ["POINTS", "State", "identity"]
+__all__ = ["POINTS", "Progress", "State", "identity"]
 
 FORMAT = 1
 HEADER = 4096  # one page: written at once, or not at all
 ROWS, KEY = 1024, 48
-NOTES = 2048
+NOTES, LONG = 2048, 1024
 _VALUES_AT = HEADER + ROWS * KEY
 _NOTES_AT = _VALUES_AT + ROWS * 16
-_WORDS_AT = _NOTES_AT + NOTES * 8
+_PROGRESS_AT = _NOTES_AT + NOTES * 8
+_WORDS_AT = _PROGRESS_AT + LONG * 16
+
+UNFINISHED_SECONDS = 10.0
+"""So long after its start a daemon looks out for what the one before has not finished."""
 
 POINTS = 0xF
 """The bits of a note that count what speaks against the request. The others are its identity."""
@@ -68,7 +76,12 @@ class State:
         whole = memoryview(self._map)
         self._keys = whole[HEADER:_VALUES_AT]
         self.values = whole[_VALUES_AT:_NOTES_AT].cast("Q")
-        self.notes = whole[_NOTES_AT:_WORDS_AT].cast("Q")
+        self.notes = whole[_NOTES_AT:_PROGRESS_AT].cast("Q")
+        self._progress = whole[_PROGRESS_AT:_WORDS_AT].cast("Q")
+        left = [(self._progress[2 * row], row) for row in range(LONG)]
+        self._unfinished = {request: row for request, row in left if request}  # of the daemon before
+        self._unfinished_until = time.monotonic() + UNFINISHED_SECONDS
+        self._free = [row for request, row in left if not request]
         self._rows: dict[str, int] = {}
         for row in range(ROWS - 1):
             key = bytes(self._keys[row * KEY : (row + 1) * KEY])
@@ -97,7 +110,7 @@ class State:
                 faulthandler.disable()
                 os.close(self._words)
                 self._words = None
-            for view in self._keys, self.values, self.notes:
+            for view in self._keys, self.values, self.notes, self._progress:
                 view.release()
             self._map.close()  # it has a descriptor of its own
             os.close(self.fd)
@@ -135,6 +148,36 @@ class State:
         """The keys that begin with a word, without it, sorted."""
         return sorted(key.removeprefix(kind + " ") for key in self._rows if key.startswith(kind + " "))
 
+    # --- what is carried out bit by bit ---
+
+    @contextlib.contextmanager
+    def progress(self, *request: object) -> "Iterator[Progress]":
+        """Around a change that others are served in the middle of: a daemon that repeats it goes on where it stopped.
+
+        `request` are numbers and texts that tell it from all others under way. Where there are more than there is room
+        for, one begins from the start.
+        """
+        if self._unfinished and time.monotonic() > self._unfinished_until:  # whoever asked has gone
+            for row in self._unfinished.values():
+                self._progress[2 * row] = 0
+                self._free.append(row)
+            self._unfinished.clear()
+        identity = zlib.crc32(repr(request).encode()) | 1 << 32
+        if identity in self._unfinished:
+            row = self._unfinished.pop(identity)
+        elif self._free:
+            row = self._free.pop()
+            self._progress[2 * row + 1] = 0
+            self._progress[2 * row] = identity
+        else:
+            yield Progress()
+            return
+        try:
+            yield Progress(self._progress, 2 * row + 1)
+        finally:
+            self._progress[2 * row] = 0
+            self._free.append(row)
+
     # --- what a daemon died of ---
 
     def suspects(self) -> dict[int, int]:
@@ -167,6 +210,22 @@ class State:
         """Have the interpreter write here if this daemon dies of a fault."""
         self._words = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         faulthandler.enable(self._words)
+
+
+class Progress:
+    """How far a request got: a number that only grows, and outlasts the daemon. 0: nothing is done yet."""
+
+    __slots__ = ("_place", "_table", "done")
+
+    def __init__(self, table: "memoryview | None" = None, place: int = 0) -> None:
+        self._table, self._place = table, place
+        self.done: int = table[place] if table else 0
+
+    def reach(self, done: int) -> None:
+        """Note that so much is done. To be called before anyone else is served."""
+        self.done = done
+        if self._table:
+            self._table[self._place] = done
 
 
 def identity(operation: int, first: object, second: object) -> int:

@@ -17,8 +17,8 @@ looks names up under the parent's lock before it asks for a change, so a true EE
 mkdir of what is there, rmdir and unlink of what is gone, and a rename that was done already all succeed, and create
 never changes a page that is there. That is right only because (1) names that do not exist have no lifetime in the
 kernel, (2) nothing is awaited between a change of names and its answer, (3) rename knows no flag but RENAME_NOREPLACE.
-(A write opened O_SYNC is awaited after the change, and pages dropped in bulk are dropped bit by bit: to do that twice
-comes to the same.)
+(A write opened O_SYNC is awaited after the change, and pages dropped in bulk are dropped bit by bit. Meanwhile others
+may store anew what was written or dropped: so how far it got is noted in the state, and none of it is done twice.)
 
 Concurrency: one thread. State is read anew at every call; what is kept between calls (listings, texts) can be lost at
 any time without harm.
@@ -30,9 +30,12 @@ import os
 import secrets
 import stat
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Generic, NamedTuple, TypeVar
+
+import trio
 
 from .backup import Backup
 from .errors import (
@@ -70,8 +73,9 @@ from .inodes import (
 )
 from .options import parse_size
 from .pool import Pool, bytes_avail
+from .state import Progress
 
-__all__ = ["Attributes", "Entry", "Tree"]
+__all__ = ["Attributes", "Caller", "Entry", "Tree"]
 
 RENAME_NOREPLACE = 1
 
@@ -81,6 +85,9 @@ HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
 XATTR_SIZE_MAX = 65536
 KEPT = 64
 """How many listings and texts under way are kept. One that was lost is made anew from its offset."""
+
+TURN_SECONDS = 0.002
+"""For so long pages of a list of ranges, which can be 32,768, are dropped before others are served."""
 
 EXTENT_SECONDS = 1.0
 """How long a listing trusts what it knows of the pages to come: so late may it see what .shmem drops."""
@@ -99,6 +106,13 @@ class Attributes(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     lasting: bool = True  # whether the kernel may keep them for a while
+
+
+class Caller(NamedTuple):
+    """Who asks: a user, and the thread, which asks for one thing at a time."""
+
+    uid: int
+    pid: int
 
 
 Entry = tuple[bytes, int, Attributes, int]
@@ -124,7 +138,7 @@ class Tree:
 
     `texts` makes what STATS and CONFIG hold. `names_dropped` is called when pages went, or changed their owner or mode,
     without the kernel's knowing: it must make the kernel forget the names that it has. `attributes_changed` is called
-    with an inode whose attributes the kernel must ask for again.
+    with an inode whose attributes the kernel must ask for again. `progress` is State.progress.
     """
 
     def __init__(
@@ -133,8 +147,10 @@ class Tree:
         texts: Mapping[int, Callable[[], bytes]],
         names_dropped: Callable[[], object],
         attributes_changed: Callable[[int], object],
+        progress: "Callable[..., contextlib.AbstractContextManager[Progress]]",
     ) -> None:
         self.pool = pool
+        self._progress = progress
         self._texts = texts
         self._names_dropped = names_dropped
         self._attributes_changed = attributes_changed
@@ -322,6 +338,16 @@ class Tree:
 
     async def write(self, fh: int, offset: int, data: bytes) -> int:
         """write(2): bytes stored, fewer than given where the page, the backup or the room ends."""
+        if not fh & SYNC:
+            return await self._write(fh, offset, data)
+        with self._progress("write", fh, offset, zlib.crc32(data)) as progress:
+            if not progress.done:
+                progress.reach(await self._write(fh, offset, data))
+            start = offset if handle_of(fh) == IMAGE else (handle_of(fh) - 1) * self.pool.page_size + offset
+            await self.backup(fh).sync(start, progress.done)
+            return progress.done
+
+    async def _write(self, fh: int, offset: int, data: bytes) -> int:
         handle, page_size, start = handle_of(fh), self.pool.page_size, offset
         if handle != IMAGE:
             if offset >= page_size:
@@ -332,10 +358,7 @@ class Tree:
             await backup.bring_in(start, len(data), to_write=True)
         if handle != IMAGE:
             _check_page(backup, handle)
-        stored = backup.write(start, data)
-        if fh & SYNC:
-            await backup.sync(start, stored)
-        return stored
+        return backup.write(start, data)
 
     async def sync(self, fh: int) -> None:
         """fsync(2): of a page, or of the IMAGE all pages, pushed out of memory to where they last."""
@@ -352,8 +375,8 @@ class Tree:
         if not self.pool.store.in_memory:
             await self.pool.store.sync(backup_of(fh) or None)
 
-    async def truncate(self, ino: int, size: int) -> None:
-        """truncate(2): bytes of a page past `size` become zeros; pages of an IMAGE past it are dropped."""
+    async def truncate(self, ino: int, size: int, pid: int = 0) -> None:
+        """truncate(2) by a thread: bytes of a page past `size` become zeros; pages of an IMAGE past it are dropped."""
         handle, page_size = handle_of(ino), self.pool.page_size
         if not backup_of(ino) or not handle or handle == SHMEM:
             raise NotPermitted("this has no size to change")
@@ -364,7 +387,8 @@ class Tree:
             self._with_page(ino).zero(handle - 1, size)
             return
         await self.backup(ino).bring_in(size, -size % page_size, to_write=True)  # zeroed, not dropped
-        await self.backup(ino).truncate(size)
+        with self._progress("truncate", ino, size, pid) as progress:
+            await self.backup(ino).truncate(size, progress)
         self._forget_extents(backup_of(ino), size // page_size, MAX_HANDLE)
         self._names_dropped()
 
@@ -466,14 +490,14 @@ class Tree:
             return str(attribute.get(self, ino)).encode()
         raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
 
-    async def set_attribute(self, ino: int, name: bytes, value: bytes, uid: int) -> None:
-        """setxattr(2) by a user, of the few attributes that can be set."""
+    async def set_attribute(self, ino: int, name: bytes, value: bytes, caller: Caller) -> None:
+        """setxattr(2), of the few attributes that can be set."""
         if not (attribute := self._attributes_at(ino).get(name)):
             raise NotSupported(f"there is no attribute {os.fsdecode(name)!r} here, and none can be added")
         if not attribute.set:
             raise NotPermitted(f"{os.fsdecode(name)} can only be read")
         try:
-            await attribute.set(self, ino, value.decode("ascii").strip(), uid)
+            await attribute.set(self, ino, value.decode("ascii").strip(), caller)
         except ValueError as error:  # what no text, no size or no list of handles is
             raise InvalidArgument(f"{os.fsdecode(name)}: {error}") from None
 
@@ -488,13 +512,13 @@ class Tree:
             return _ROOT_ATTRIBUTES
         return _BACKUP_ATTRIBUTES if backup_of(ino) and not handle_of(ino) else {}
 
-    async def set_budget(self, _: int, value: str, uid: int) -> None:
+    async def set_budget(self, _: int, value: str, caller: Caller) -> None:
         """Change what all backups together may hold."""
-        if uid not in (0, os.geteuid()):  # it is the memory of whoever mounted, whoever may write in the root
+        if caller.uid not in (0, os.geteuid()):  # it is the memory of whoever mounted, whoever may write in the root
             raise NotPermitted("only root and the user who mounted change the budget")
         self.pool.resize(parse_size(value))
 
-    async def set_backup_size(self, ino: int, value: str, _: int) -> None:
+    async def set_backup_size(self, ino: int, value: str, _: Caller) -> None:
         """Change what a backup spans."""
         size = self.pool.whole_pages(parse_size(value))
         if size > MAX_HANDLE * self.pool.page_size:
@@ -511,22 +535,34 @@ class Tree:
                 raise TooLong(f"the map has more than {XATTR_SIZE_MAX} bytes; use SEEK_DATA and SEEK_HOLE on .shmem")
         return ",".join(ranges)
 
-    async def drop_handles(self, ino: int, value: str, _: int) -> None:
+    async def drop_handles(self, ino: int, value: str, caller: Caller) -> None:
         """Drop the pages of ranges of handles."""
         backup, ranges = self.backup(ino), parse_ranges(value)
         if max(last for _, last in ranges) > (limit := backup.size // self.pool.page_size):
             raise InvalidArgument(f"the backup's last handle is {limit}")
-        for first, last in ranges:
-            await backup.drop_run(first - 1, last)
-            self._forget_extents(backup_of(ino), first - 1, last)
+        until = time.monotonic() + TURN_SECONDS
+        with self._progress("drop", ino, value, caller.pid) as progress:
+            begun, index = divmod(progress.done, 1 << HANDLE_BITS)  # the range that a daemon before was at, and where
+
+            def reached(end: int) -> None:
+                progress.reach((progress.done >> HANDLE_BITS << HANDLE_BITS) + end)
+
+            for number, (first, last) in enumerate(ranges[begun:], begun + 1):
+                await backup.drop_run(max(first - 1, index), last, reached)
+                index = 0
+                self._forget_extents(backup_of(ino), first - 1, last)
+                progress.reach(number << HANDLE_BITS)
+                if time.monotonic() > until:
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    until = time.monotonic() + TURN_SECONDS
         self._names_dropped()
 
 
 class _Attribute(NamedTuple):
-    """How an extended attribute is had and set; None where it is not. A setter's arguments: inode, text, user."""
+    """How an extended attribute is had and set; None where it is not. A setter's arguments: inode, text, who asks."""
 
     get: Callable[[Tree, int], object] | None
-    set: Callable[[Tree, int, str, int], Awaitable[None]] | None = None
+    set: Callable[[Tree, int, str, Caller], Awaitable[None]] | None = None
 
 
 _ROOT_ATTRIBUTES = {

@@ -53,6 +53,7 @@ class Face:
             {STATS: lambda: self.metrics.text(pool), CONFIG: lambda: b"{}"},
             self.names_dropped,
             self.changed.append,
+            self.state.progress,
         )
         self.operations = Operations(
             self.tree, pool, self.metrics, self.state, init=lambda: None, lifetime=1.0, debug=False, suspects={}

@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import zlib
@@ -806,3 +807,44 @@ def test_a_request_for_which_the_daemon_takes_all_memory_is_refused_after_two(mo
             assert os.pread(fd, 7, 0) == b"before\0"
             assert os.pwrite(fd, b"y", 667) == 1
         assert len([line for line in mount.log if re.search(REFUSES, line)]) == 1
+
+
+FAR = 16 << 20
+"""Bytes apart: pages so far from each other are dropped one by one, and others are served in between."""
+
+
+@pytest.mark.parametrize("way", ["truncate", "drop"])
+def test_c22_what_is_stored_behind_a_bulk_drop_stays_though_the_drop_is_carried_out_twice(
+    mountpoint: Path, way: str
+) -> None:
+    pages = 60_000
+    with Mount(mountpoint, "size=1g,restart_seconds=30") as mount:
+        mount.expect_restarts()
+        (mountpoint / "a").mkdir()
+        set_attribute(mountpoint / "a", "size", pages * FAR)
+        with opened(mountpoint / "a/.shmem") as file:
+            for number in range(pages):
+                os.pwrite(file, b"x", number * FAR)
+        # Truncating locks the file, and setting an attribute the directory: others take the other way.
+        command, other = {
+            "truncate": (f"truncate -s 0 {mountpoint}/a/.image", "1"),
+            "drop": (f"setfattr -n user.ttmfs.drop -v 1-{pages * FAR // PAGE} {mountpoint}/a", ".image"),
+        }[way]
+        first = mountpoint / "a" / other
+
+        def dropped() -> bool:
+            if other == "1":
+                return not first.exists()
+            with opened(first, os.O_RDONLY) as image:
+                return os.pread(image, 1, 0) == b"\0"
+
+        with subprocess.Popen(["bash", "-c", command]) as dropping:
+            wait_until(dropped, "the first page to go")
+            with opened(first, os.O_WRONLY | os.O_CREAT) as fd:
+                os.pwrite(fd, b"stored anew".ljust(PAGE), 0)
+            assert dropping.poll() is None, "it was too fast"
+            mount.kill()
+            assert dropping.wait(60) == 0
+        assert (mountpoint / "a/1").read_bytes() == b"stored anew".ljust(PAGE)
+        assert count(mountpoint / "a", "pages") == 1
+        assert mount.restarts() == 1

@@ -1,5 +1,6 @@
 """What outlasts the daemon: a memfd with a layout that a later daemon, and a later version, reads as it was written."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,9 +13,9 @@ import pytest
 
 from harness import REPOSITORY, wait_until
 from ttmfs.errors import NotSupported
-from ttmfs.state import FAULT, HEADER, KEY, KILL, NOTES, POINTS, ROWS, State, identity
+from ttmfs.state import FAULT, HEADER, KEY, KILL, LONG, NOTES, POINTS, ROWS, State, identity
 
-WHOLE = HEADER + ROWS * (KEY + 16) + NOTES * 8
+WHOLE = HEADER + ROWS * (KEY + 16) + NOTES * 8 + LONG * 16
 
 
 @pytest.fixture
@@ -410,3 +411,47 @@ def test_it_can_be_closed_twice_and_its_memory_is_the_systems_again() -> None:
     made.close()
     assert len(os.listdir("/proc/self/fd")) == len(before)
     assert "ttmfs-state" not in Path("/proc/self/maps").read_text()
+
+
+# --- what is carried out bit by bit ---
+
+
+def test_c22_a_request_goes_on_where_the_daemon_before_stopped_and_others_begin(state: State) -> None:
+    with contextlib.ExitStack() as killed:
+        killed.enter_context(state.progress("truncate", 7, 0, 4711)).reach(100)
+        killed.enter_context(state.progress("truncate", 7, 0, 4712))
+        second = again(state)
+        third = again(state)  # the second was killed at once
+        killed.pop_all()
+    second.close()
+    with third.progress("truncate", 7, 0, 4711) as progress, third.progress("truncate", 8, 0, 4711) as other:
+        assert (progress.done, other.done) == (100, 0)
+        progress.reach(200)
+    with third.progress("truncate", 7, 0, 4712) as progress:
+        assert progress.done == 0
+    with third.progress("truncate", 7, 0, 4711) as progress:
+        assert progress.done == 0, "it was finished: this is another"
+    third.close()
+
+
+def test_more_than_there_is_room_for_begin_from_the_start(state: State) -> None:
+    with contextlib.ExitStack() as under_way:
+        many = [under_way.enter_context(state.progress("drop", number)) for number in range(LONG + 10)]
+        for number, progress in enumerate(many, 1):
+            progress.reach(number)
+        assert [progress.done for progress in many] == list(range(1, LONG + 11))
+    with state.progress("drop", 5) as progress:
+        assert progress.done == 0
+
+
+def test_what_no_one_asks_for_again_is_forgotten_in_the_end(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttmfs.state.UNFINISHED_SECONDS", 0.0)
+    with contextlib.ExitStack() as killed:
+        for number in range(LONG):
+            killed.enter_context(state.progress("drop", number)).reach(1)
+        later = again(state)
+        killed.pop_all()
+    with contextlib.ExitStack() as under_way:
+        for number in range(LONG):
+            assert under_way.enter_context(later.progress("drop", number)).done == 0
+    later.close()
