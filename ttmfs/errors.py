@@ -7,6 +7,7 @@ them by class. Each carries a sentence for a person.
 import errno
 
 __all__ = [
+    "AttributesChanged",
     "BackupAbsent",
     "BackupEnded",
     "BackupExists",
@@ -73,6 +74,10 @@ class PageDropped(TtmfsError):
     """The page was dropped after the caller opened it."""
 
 
+class AttributesChanged(TtmfsError):
+    """Mode or owner were changed since the kernel last asked; it must ask again before it decides who may open."""
+
+
 class NoRoom(TtmfsError):
     """The budget, the memory reserve or the number of backups is used up."""
 
@@ -127,6 +132,7 @@ ERRNO: dict[type[TtmfsError], int] = {
     BackupNotEmpty: errno.ENOTEMPTY,
     BackupEnded: errno.ESTALE,
     PageDropped: errno.ESTALE,  # not ENOENT: on ESTALE from open the VFS looks the name up once more by itself
+    AttributesChanged: errno.ESTALE,  # for which the VFS tries the open(2) once more, this time with what is true
     NoRoom: errno.ENOSPC,
     OverQuota: errno.EDQUOT,
     OutOfBounds: errno.EFBIG,  # as at RLIMIT_FSIZE; EINVAL would make tools blame their own flags

@@ -34,10 +34,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Handler: TypeAlias = Callable[Concatenate["Operations", P], T]
 
-LIFETIME = 1.0
-"""Seconds for which the kernel may keep a name and its attributes: so late may it learn what .shmem changed."""
-
-
 CONDEMNED = 4
 """Points against a request (see the state) with which it is not carried out again: two daemons died of it by a fault or
 for want of memory, or four were killed, which may have been no fault of its."""

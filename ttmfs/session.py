@@ -40,12 +40,12 @@ from .errors import NotSupported, TtmfsError
 from .inodes import CONFIG, STATS
 from .keeper import CONNECTION, RESTART, STATE, STORE, Keeper
 from .metrics import Metrics
-from .operations import LIFETIME, Operations
+from .operations import Operations
 from .options import ExitCode, Options, escaped, format_size
 from .pool import Pool
 from .state import State
 from .store import Store
-from .tree import Tree
+from .tree import LIFETIME, Tree
 from .version import __version__
 
 __all__ = ["MountError", "Process", "serve"]

@@ -548,7 +548,9 @@ class Store:
             raise OverQuota(OVER_QUOTA.format(uid))
         with _failures_of("changing attributes"):
             if (uid, gid) != (-1, -1):
-                os.fchown(fd, uid, gid)  # first: it clears set-id bits that mode may set
+                if mode is None and id is not None:
+                    mode = stat.S_IMODE(os.fstat(fd).st_mode)
+                os.fchown(fd, uid, gid)  # first: of a file, though not of a directory, it clears the set-id bits
             if mode is not None:
                 os.fchmod(fd, mode if id is None else self._file_mode(mode))
             if times is not None:

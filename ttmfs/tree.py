@@ -39,6 +39,7 @@ import trio
 
 from .backup import Backup
 from .errors import (
+    AttributesChanged,
     BackupAbsent,
     BackupEnded,
     BackupExists,
@@ -75,12 +76,15 @@ from .options import parse_size
 from .pool import Pool, bytes_avail
 from .state import Progress
 
-__all__ = ["Attributes", "Caller", "Entry", "Tree"]
+__all__ = ["LIFETIME", "Attributes", "Caller", "Entry", "Tree"]
 
 RENAME_NOREPLACE = 1
 
 TEXTS = {b".stats": STATS, b".config": CONFIG}
 HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
+
+LIFETIME = 1.0
+"""Seconds for which the kernel may keep a name and its attributes: so late may it learn what .shmem changed."""
 
 XATTR_SIZE_MAX = 65536
 KEPT = 64
@@ -156,6 +160,9 @@ class Tree:
         self._attributes_changed = attributes_changed
         # Directories that a daemon before opened are open still: two of one handle would share what is kept of them.
         self._serial = itertools.count(secrets.randbits(HANDLE_BITS))
+        # Backups whose mode or owner changed just now: until when the kernel may think otherwise of their pages, and of
+        # which it was told.
+        self._changed: dict[int, tuple[float, set[int]]] = {}
         self._read_texts: _Kept[bytes] = _Kept()
         # Of open directories: index to go on from, end of the run of pages that it is in, and when that was looked up.
         self._extents: _Kept[tuple[int, int, float]] = _Kept()
@@ -311,11 +318,28 @@ class Tree:
                 raise ReadOnlyEntry("this file can only be read")
             self.attributes(ino)
             return with_serial(ino, next(self._serial))
+        if self._changed:
+            self._have_asked_again(ino)
         if handle_of(ino) == IMAGE:
             self.backup(ino).stat()
         else:
             self._with_page(ino)
         return _file_handle(ino, flags)
+
+    def _have_asked_again(self, ino: int) -> None:
+        """See that the kernel decides by a page's mode and owner of now. AttributesChanged if it cannot have.
+
+        It has forgotten the names of a backup's pages when these changed, and asks for what is looked up again. What is
+        reached without a name, by a descriptor in /proc, it may judge by what it knew, for as long as that lasts.
+        """
+        now = time.monotonic()
+        for id, (until, _) in list(self._changed.items()):
+            if until < now:
+                del self._changed[id]
+        if backup_of(ino) in self._changed and ino not in (told := self._changed[backup_of(ino)][1]):
+            told.add(ino)
+            self._attributes_changed(ino)
+            raise AttributesChanged("the backup's mode or owner has changed")
 
     async def read(self, fh: int, offset: int, size: int) -> bytes:
         """read(2). Absent pages of an IMAGE are zeros; a page that was dropped raises PageDropped."""
@@ -415,6 +439,8 @@ class Tree:
         )
         if backup_of(ino) and (mode is not None or new_owner or times is not None):
             self._names_dropped()  # the pages have changed too
+            if mode is not None or new_owner:
+                self._changed[backup_of(ino)] = time.monotonic() + 1.5 * LIFETIME, set()
 
     # --- listings ---
 
