@@ -28,13 +28,17 @@ INIT = f"""
 set -e
 mount --make-rprivate /
 mount -t tmpfs -o mode=755 machine {{room}}
-mkdir {{room}}/changes {{room}}/work {{room}}/root
+mkdir {{room}}/changes {{room}}/work {{room}}/root {{room}}/changes-here {{room}}/work-here
 mount -t overlay -o lowerdir=/,upperdir={{room}}/changes,workdir={{room}}/work machine {{room}}/root
 cd {{room}}/root
 mount -t proc proc proc
 mount --rbind /sys sys
 mount --rbind /dev dev
 for place in run tmp var/log; do mount -t tmpfs tmpfs $place; done
+mkdir -p .{REPOSITORY}
+cd .{REPOSITORY}
+mount -t overlay -o lowerdir={REPOSITORY},upperdir={{room}}/changes-here,workdir={{room}}/work-here machine .
+cd {{room}}/root
 for unit in {" ".join(NOT_WANTED)}; do ln -sf /dev/null etc/systemd/system/$unit; done
 rm -rf etc/systemd/system/multi-user.target.wants/*
 mkdir .before
@@ -58,9 +62,9 @@ class Machine:
                  "sh", "-c", INIT.format(room=room)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-            undo.callback(outer.wait, 10)
-            undo.callback(outer.kill)
+            undo.callback(outer.wait, 10)  # it buries the other's first process
             self._init = 0
+            undo.callback(self._power_off, outer)
 
             def booted() -> bool:
                 children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
@@ -72,16 +76,15 @@ class Machine:
                 return self.call("systemctl is-system-running", seconds=20).stdout.strip() in ("running", "degraded")
 
             wait_until(booted, "systemd", BOOT_SECONDS)
-            undo.callback(self._power_off)
             self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
 
-    def _power_off(self) -> None:
+    def _power_off(self, outer: "subprocess.Popen[bytes]") -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._init, signal.SIGKILL)
+            os.kill(self._init or outer.pid, signal.SIGKILL)
 
     def call(
         self, command: str, *, seconds: float = COMMAND_SECONDS, **more: Any

@@ -4,11 +4,12 @@ A keeper holds the connection to the kernel, the store's directory and the mount
 be killed at any instant: clients wait, the keeper starts another daemon, and that one takes over. A service manager
 with a store of descriptors is a keeper; without one, this file is: run as a program, by its path, it is one of our own.
 
-The protocol is sd_notify(3)'s. The daemon sends datagrams of lines to ``NOTIFY_SOCKET``: ``FDSTORE=1`` and ``FDNAME=``
-with descriptors, ``READY=1`` when it serves, ``STOPPING=1`` when it ends on purpose, ``BARRIER=1`` with a pipe that is
-closed when all before it was heard (ours writes a byte to it first: its death closes the pipe as well). A daemon
-started anew finds the descriptors from 3 on (``LISTEN_PID``, ``LISTEN_FDS``, ``LISTEN_FDNAMES``). Whoever has a store
-says so by ``FDSTORE`` in the environment, as systemd does from version 254 on.
+The protocol is sd_notify(3)'s. The daemon sends datagrams of lines to ``NOTIFY_SOCKET``, or to one of our own through a
+channel that has no name and is passed to it: ``FDSTORE=1`` and ``FDNAME=`` with descriptors, ``READY=1`` when it
+serves, ``STOPPING=1`` when it ends on purpose, ``BARRIER=1`` with a pipe that is closed when all before it was heard
+(ours writes a byte to it first: its death closes the pipe as well). A daemon started anew finds the descriptors from 3
+on (``LISTEN_PID``, ``LISTEN_FDS``, ``LISTEN_FDNAMES``). That a service manager has a store it says by ``FDSTORE`` in
+the environment, as systemd does from version 254 on.
 
 The program::
 
@@ -465,10 +466,14 @@ class _Program:
     def start(self) -> None:
         """Start a daemon, which finds what is held from descriptor 3 on."""
         self.asked_to_restart = False
+        said = stderr = -1
         try:
             said, stderr = os.pipe()
             pid = os.fork()
         except OSError as error:
+            for fd in said, stderr:
+                if fd >= 0:
+                    os.close(fd)
             self.say(f"cannot start a daemon: {error.strerror}")
             self.start_at = time.monotonic() + RETRY_SECONDS
             return
@@ -498,6 +503,9 @@ class _Program:
             self.signal(signal.SIGKILL)  # it holds the connection too
         self.drop(CONNECTION)
         self.gave_up, self.down_since = True, None
+        if not any(name == STORE for name, _ in self.held):
+            self.say(f"gave up: {why}. {self.mountpoint} is dead, and its pages are lost. To end: kill {os.getpid()}")
+            return
         me, rescue = os.getpid(), os.path.join(os.path.dirname(__file__), "rescue.py")  # which needs nothing else
         self.say(
             f"gave up: {why}. {self.mountpoint} is dead, but its pages are safe as long as this process, {me}, lives. "

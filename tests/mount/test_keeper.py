@@ -726,3 +726,44 @@ def test_a_keeper_that_is_killed_before_the_mount_answers_takes_the_mount_with_i
     wait_until(lambda: not processes(mountpoint), "every process to end")
     assert str(mountpoint) not in mounts()
     assert "killed before the mount answered" in said
+
+
+def test_c22_a_signal_for_a_daemon_that_has_just_died_ends_no_keeper(mountpoint: Path) -> None:
+    """A keeper that a daemon made is not its parent: when that is dead no one keeps its number."""
+    with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
+        mount.expect_restarts()
+        mount.kill_keeper()
+        keeper, daemon = mount.keeper, mount.daemon
+        os.kill(keeper, signal.SIGSTOP)
+        os.kill(daemon, signal.SIGKILL)
+        os.waitpid(daemon, 0)  # an orphan since the first keeper was killed, and so a child of this process
+        os.kill(keeper, signal.SIGUSR1)
+        os.kill(keeper, signal.SIGCONT)
+        assert mount.daemon != daemon
+        assert mount.keeper == keeper
+
+
+def test_a_keeper_that_cannot_start_any_more_is_not_started_without_end(mountpoint: Path, package: Path) -> None:
+    """A broken upgrade of the keeper itself: the mount goes on, and is kept again when that is mended."""
+    with Kept(mountpoint, "size=16m", command=of_package(package)) as mount, held(mountpoint):
+        mount.expect_log("the keeper does not hear")
+        mount.expect_log(r"^  |^Traceback|Error: ")  # Python's own words for it
+        with changed(package / "ttmfs/keeper.py", "if __name__", "1 / 0\nif __name__"):
+            os.kill(mount.keeper, signal.SIGKILL)
+            mount.process.wait(5)
+            begun = time.monotonic()
+            wait_until(lambda: len(mount.said(REPLACED)) > 3, "several keepers")
+            assert time.monotonic() - begun > 0.3, "at ever greater intervals"
+            mount.expect_log(REPLACED)
+            assert (mountpoint / "a/1").read_bytes()
+        wait_until(lambda: kept_again(mount.keeper), "a keeper that has it all", 20)
+        mount.expect_restarts()
+        mount.expect_log(r"the daemon \d+ of /\S+ is dead: starting another")
+        mount.kill_daemon()
+        assert mount.restarts() == 1
+
+
+def kept_again(keeper: int) -> bool:
+    with contextlib.suppress(OSError):
+        return "/dev/fuse" in descriptors(keeper)
+    return False

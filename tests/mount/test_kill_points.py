@@ -546,7 +546,7 @@ def test_c22_a_true_error_is_told_and_no_false_one(sides: Sides, name: str) -> N
 
 
 BETWEEN = "mkdir", "rename onto an empty backup", "write of more than the last room"
-EVERY = int(os.environ.get("TTMFS_TEST_EVERY_CALL", "5"))
+EVERY = int(os.environ.get("TTMFS_TEST_EVERY_CALL", "9"))
 """At every so manieth system call of an operation."""
 
 

@@ -76,7 +76,7 @@ def test_c22_kills_in_bursts_are_no_failures_to_start(mountpoint: Path) -> None:
     """The keeper does not count them, although restart_tries=1 lets no start fail by itself."""
     chance = random.Random(SEED)
     with under_load(mountpoint, f"{OPTIONS},restart_tries=1", SEED) as (load, killer):
-        for _ in range(3):
+        for _ in range(2):
             load.wait_for_steps(100)
             for _ in range(20):
                 killer.kill()

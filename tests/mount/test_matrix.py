@@ -67,7 +67,7 @@ ROOTS = {
     "member's 1777": (0o1777, BOB, BOB),
     "crew's 2770": (0o2770, 0, CREW),
 }
-MODES = 0o700, 0o750, 0o755, 0o711, 0o777, 0o070, 0o007, 0o000, 0o2770
+MODES = 0o700, 0o750, 0o711, 0o777, 0o007, 0o2770
 
 
 # --- operations ---
