@@ -418,11 +418,15 @@ class Backup:
             if not self.is_out(offset, length):
                 return
             self._store.swap.page_in_begins()
-            try:
-                file = linux.Duplicate(self._store.descriptor(self._id))  # the store may close its own meanwhile
-            except OSError as error:
-                raise from_os_error(error, "bringing pages in") from error
-            await trio.to_thread.run_sync(_touch, file, offset, length, abandon_on_cancel=abandon)
+            with trio.CancelScope(shield=not abandon):
+                async with self._store.waiting.turn(self.stat().st_uid):
+                    try:
+                        file = linux.Duplicate(
+                            self._store.descriptor(self._id)
+                        )  # the store may close its own meanwhile
+                    except OSError as error:
+                        raise from_os_error(error, "bringing pages in") from error
+                    await trio.to_thread.run_sync(_touch, file, offset, length, abandon_on_cancel=abandon)
 
     def _needed_to_write(self, offset: int, length: int) -> tuple[int, int]:
         """The range that must be in memory for another to be written, as (offset, length)."""

@@ -27,6 +27,7 @@ __all__ = [
     "StoreBusy",
     "StoreFailed",
     "TooLong",
+    "TooMuchHeld",
     "TtmfsError",
     "WrongParent",
     "errno_of",
@@ -86,6 +87,10 @@ class OverQuota(NoRoom):
     """The owner of the backup has used up what one user may store."""
 
 
+class TooMuchHeld(TtmfsError):
+    """The writes that wait for swap or a disk hold as much of the daemon's memory as they may."""
+
+
 class OutOfBounds(TtmfsError):
     """A page, or bytes, past the end of the backup, or bytes past the end of a page."""
 
@@ -135,6 +140,7 @@ ERRNO: dict[type[TtmfsError], int] = {
     AttributesChanged: errno.ESTALE,  # for which the VFS tries the open(2) once more, this time with what is true
     NoRoom: errno.ENOSPC,
     OverQuota: errno.EDQUOT,
+    TooMuchHeld: errno.ENOMEM,
     OutOfBounds: errno.EFBIG,  # as at RLIMIT_FSIZE; EINVAL would make tools blame their own flags
     NotPermitted: errno.EPERM,
     ReadOnlyEntry: errno.EACCES,

@@ -39,6 +39,7 @@ __all__ = [
     "resize_tmpfs_as_user",
     "swap_space",
     "touch_heap",
+    "trim_heap",
     "unmap",
 ]
 
@@ -379,9 +380,12 @@ def lock_memory(limit: int) -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX
 
+TOUCHED = 8 << 20
+"""Bytes for libfuse to read requests into, 1 MiB for each task that reads them, so that a kill amid that harms none."""
 
-def touch_heap(size: int) -> None:
-    """Have memory for malloc(3) that is in the page tables already, and stays there when it is freed.
+
+def touch_heap() -> None:
+    """Have TOUCHED bytes of memory for malloc(3) that is in the page tables already, and stays there when it is freed.
 
     A process that is killed while it reads from /dev/fuse into memory that it never touched makes the kernel answer
     that request with EIO: page faults are not served any more. (get_user_pages() for fuse_copy_fill() sees the signal)
@@ -389,9 +393,15 @@ def touch_heap(size: int) -> None:
     for parameter in _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD:
         _libc.mallopt(parameter, _LARGEST_THRESHOLD)
     _libc.malloc.restype = ctypes.c_void_p
-    if address := _libc.malloc(ctypes.c_size_t(size)):
-        ctypes.memset(address, 1, size)
+    if address := _libc.malloc(ctypes.c_size_t(TOUCHED)):
+        ctypes.memset(address, 1, TOUCHED)
         _libc.free(ctypes.c_void_p(address))
+
+
+def trim_heap() -> None:
+    """Give back to the system what malloc(3) has free, all but what :func:`touch_heap` is for."""
+    _libc.malloc_trim(ctypes.c_size_t(TOUCHED))
+    touch_heap()
 
 
 # --- rights ---

@@ -69,11 +69,8 @@ WAIT = "_wait_fuse_readable"
 """The function in which pyfuse3's loop waits for the next request, found anew at each. The one private thing that is
 replaced, as pyfuse3's own asyncio support replaces others."""
 
-MOST_WAITING = 1000
-"""So many requests may wait for swap or a disk at once before the next is not read."""
-
-TOUCHED = 8 << 20
-"""Bytes for libfuse to read requests into, 1 MiB for each task that reads them, so that a kill amid that harms none."""
+MOST_WAITING = 10_000
+"""So many requests may wait for swap or a disk at once before the next is not read. Each takes 12 KB."""
 
 ANSWER_SECONDS = 10.0
 FIRST_RETRY_SECONDS, KEEPER_RETRY_SECONDS = 0.05, 5.0
@@ -403,7 +400,7 @@ class _Session:
         # With it libfuse gets a pipe large enough to splice(2) every request through: two system calls in place of one,
         # 2.6 of 17 us of a page operation. What that spares is one of three copies of a write by 1 MiB.
         linux.renounce(linux.CAP_SYS_RESOURCE)
-        linux.touch_heap(TOUCHED)
+        linux.touch_heap()
         first = _without_atomic_o_trunc(self._init)
         if self._process.keeper:
             self._mount.state.keep_last_words()
@@ -433,7 +430,7 @@ class _Session:
             nursery.start_soon(self._say_ready, nursery.cancel_scope)
             nursery.start_soon(self._report)
             with self._busy_polling():
-                await pyfuse3.main(max_tasks=_most_waiting())
+                await pyfuse3.main(max_tasks=MOST_WAITING)
             nursery.cancel_scope.cancel()
 
     @contextlib.contextmanager
@@ -595,12 +592,6 @@ class _Session:
         await trio.sleep(LINGER_SECONDS)  # the loop ends by itself unless a client still has files open
         pyfuse3.terminate()
         serving.cancel()  # those who wait for swap or a disk
-
-
-def _most_waiting() -> int:
-    """How many requests may wait at once: each holds up to two descriptors, and the store has half of all."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(MOST_WAITING, limit // 4 - 32))
 
 
 def _lock_memory() -> None:

@@ -5,7 +5,7 @@
     HEADER    4 KiB    JSON, written whole: format, page size, the kernel's FUSE_INIT, ...
     KEYS      1024 rows of 48 bytes    what is counted in the row of the same number of
     VALUES    1024 rows of 2 numbers   a count and a sum
-    NOTES     2048 numbers             a request that is being carried out; 0: none
+    NOTES     16,384 numbers            a request that is being carried out; 0: none
     PROGRESS  1024 rows of 2 numbers   a request that changes things bit by bit, and how far it got
     WORDS     to the end               what the interpreter wrote when the daemon died of a fault
 
@@ -31,10 +31,10 @@ from .errors import NotSupported
 
 __all__ = ["POINTS", "Progress", "State", "identity"]
 
-FORMAT = 1
+FORMAT = 2
 HEADER = 4096  # one page: written at once, or not at all
 ROWS, KEY = 1024, 48
-NOTES, LONG = 2048, 1024
+NOTES, LONG = 16384, 1024
 _VALUES_AT = HEADER + ROWS * KEY
 _NOTES_AT = _VALUES_AT + ROWS * 16
 _PROGRESS_AT = _NOTES_AT + NOTES * 8

@@ -44,6 +44,7 @@ from .ledger import FILE, Ledger
 from .memory import Reserve, Swap
 from .options import Options, format_size
 from .quota import UNBOUND, Quota
+from .waiting import Waiting
 
 __all__ = ["Store"]
 
@@ -128,6 +129,7 @@ class Store:
         self.page_size = options.page_size
         self.in_memory = linux.is_tmpfs(directory)
         self.swap = Swap()
+        self.waiting = Waiting()
         self._reserve = Reserve(options.reserve) if self.in_memory else None
         self._directory = directory
         self._user_namespace = user_namespace

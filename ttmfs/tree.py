@@ -379,7 +379,8 @@ class Tree:
             data, start = data[: page_size - offset], (handle - 1) * page_size + offset
         backup = self.backup(fh)
         if backup.is_out(start, len(data), to_write=True):
-            await backup.bring_in(start, len(data), to_write=True)
+            with self.pool.store.waiting.holding(backup.stat().st_uid, len(data)):
+                await backup.bring_in(start, len(data), to_write=True)
         if handle != IMAGE:
             _check_page(backup, handle)
         return backup.write(start, data)
