@@ -39,7 +39,6 @@ __all__ = [
     "resize_tmpfs_as_user",
     "swap_space",
     "touch_heap",
-    "trim_heap",
     "unmap",
 ]
 
@@ -396,12 +395,6 @@ def touch_heap() -> None:
     if address := _libc.malloc(ctypes.c_size_t(TOUCHED)):
         ctypes.memset(address, 1, TOUCHED)
         _libc.free(ctypes.c_void_p(address))
-
-
-def trim_heap() -> None:
-    """Give back to the system what malloc(3) has free, all but what :func:`touch_heap` is for."""
-    _libc.malloc_trim(ctypes.c_size_t(TOUCHED))
-    touch_heap()
 
 
 # --- rights ---

@@ -429,8 +429,11 @@ class _Session:
             nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
             nursery.start_soon(self._say_ready, nursery.cancel_scope)
             nursery.start_soon(self._report)
-            with self._busy_polling():
-                await pyfuse3.main(max_tasks=MOST_WAITING)
+            try:
+                with self._busy_polling():
+                    await pyfuse3.main(max_tasks=MOST_WAITING)
+            except* ConnectionAbortedError:  # it was unmounted just as a request was being read: fuse_dev_do_read()
+                log.debug("unmounted amid a request")
             nursery.cancel_scope.cancel()
 
     @contextlib.contextmanager

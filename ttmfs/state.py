@@ -31,7 +31,7 @@ from .errors import NotSupported
 
 __all__ = ["POINTS", "Progress", "State", "identity"]
 
-FORMAT = 2
+FORMAT = 1
 HEADER = 4096  # one page: written at once, or not at all
 ROWS, KEY = 1024, 48
 NOTES, LONG = 16384, 1024

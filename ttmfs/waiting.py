@@ -14,7 +14,6 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from . import linux
 from .errors import TooMuchHeld
 
 __all__ = ["Waiting"]
@@ -22,12 +21,9 @@ __all__ = ["Waiting"]
 TURNS = 20
 """Pages of one owner's backups are brought in by so many threads at a time: half of all that trio has."""
 
-HELD = 128 << 20
-"""Bytes of writes into one owner's backups that may wait at a time. The daemon needs twice as much for them: libfuse
-and pyfuse3 hold a copy each."""
-
-TRIM = 16 << 20
-"""If more than so much was held, the memory is given back when the last of it is done with."""
+HELD = 256 << 20
+"""Bytes of writes that may wait at a time; the daemon takes twice as much for them, for libfuse and pyfuse3 hold a copy
+each. One owner's backups may have half of what the others' leave, so that something is left for each."""
 
 
 class Waiting:
@@ -36,7 +32,6 @@ class Waiting:
     def __init__(self) -> None:
         self._turns: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
         self._held: Counter[int] = Counter()
-        self._most_held = 0
 
     @contextlib.asynccontextmanager
     async def turn(self, uid: int) -> AsyncIterator[None]:
@@ -49,22 +44,13 @@ class Waiting:
     @contextlib.contextmanager
     def holding(self, uid: int, size: int) -> Iterator[None]:
         """While data for an owner's backup waits to be written. Raises TooMuchHeld."""
-        if self._held[uid] + size > HELD:
-            raise TooMuchHeld(f"writes of {HELD >> 20} MiB wait for pages of this owner's backups already")
+        own = self._held[uid]
+        if 2 * (own + size) > HELD - (self._held.total() - own):
+            raise TooMuchHeld("too many writes wait for pages that are not in memory")
         self._held[uid] += size
-        self._most_held = max(self._most_held, self._held.total())
         try:
             yield
         finally:
             self._held[uid] -= size
             if not self._held[uid]:
                 del self._held[uid]
-            if not self._held and self._most_held > TRIM:
-                self._most_held = 0
-                trio.lowlevel.spawn_system_task(_trim)
-
-
-async def _trim() -> None:
-    """Give memory back, once those that held it have ended."""
-    await trio.sleep(0.1)
-    linux.trim_heap()

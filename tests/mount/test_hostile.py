@@ -466,6 +466,8 @@ def waiting(place: Place, directory: Path, prepare: str, attack: str) -> Iterato
         place.directory("slow") as path,
         Mount(path, "size=1g,backup_size=64g,mode=1777,allow_other", cwd=place.path) as mount,
     ):
+        for words in r"reading device: Software caused connection abort", r"fuse_release\(\): fuse_reply_\* failed":
+            mount.expect_log(words)  # libfuse's and pyfuse3's, if unmounted amid a request
         arena = Arena(place, mount, Victim(place, path))
         with (
             contextlib.ExitStack() as ended,  # when the device is fast again: before that nothing could be ended
@@ -516,29 +518,33 @@ def say():
 
 
 def test_writes_that_wait_for_a_slow_device_hold_little_of_the_daemon_s_memory(place: Place, tmp_path: Path) -> None:
-    """A hundred and twenty-eight of 1 MiB wait; more are refused. What they held is given back."""
+    """A hundred and twenty-eight of 1 MiB wait; more are refused."""
     prepare = """
-os.mkdir(path + "/alice")
-with open(path + "/alice/.image", "r+b", buffering=0) as image:
-    image.write(os.urandom(1 << 20))
+for n in range(400):
+    os.mkdir(f"{path}/alice{n}")
+    with open(f"{path}/alice{n}/1", "wb") as page:
+        page.write(bytes(range(256)))
 """
     attack = """
 import mmap
 count, data, refused = 400, mmap.mmap(-1, 1 << 20), []
 def wait(n):
-    with open(path + "/alice/.image", "r+b", buffering=0) as image:
+    with open(f"{path}/alice{n}/.image", "r+b", buffering=0) as image:
         try:
             image.write(data)
         except OSError as error:
             refused.append(error.errno)
 def say():
-    while len(refused) < count - 128:
+    end = time.monotonic() + 10
+    while len(refused) < count - 140 and time.monotonic() < end:
         time.sleep(0.01)
     time.sleep(0.3)  # in which more of them could be refused
     print(len(refused), *set(refused), flush=True)
 """
     with waiting(place, tmp_path, prepare, attack + WAIT) as (arena, said):
-        assert said == f"272 {errno.ENOMEM}"
+        count, *numbers = said.split()
+        assert 260 <= int(count) <= 272, "a few may be done with waiting"
+        assert numbers == [str(errno.ENOMEM)]
         held = resident(arena.mount.pid)
         assert held < 400 << 20, f"128 MiB take {held} bytes"
         assert arena.victim.worst(patience=3.0) < 2 * LONGEST
