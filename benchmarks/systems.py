@@ -188,7 +188,7 @@ class Ttmfs(_Daemon):
             text = os.read(fd, STATS_BYTES).decode()
         finally:
             os.close(fd)
-        rows = re.findall(r'^ttmfs_operations_total\{operation="(\w+)"\} (\d+)$', text, re.MULTILINE)
+        rows = re.findall(r'^ttmfs_operation_duration_seconds_count\{operation="(\w+)"\} (\d+)$', text, re.MULTILINE)
         found = Counter({name: int(count) for name, count in rows})
         self._asked += 1
         found.subtract({"open": self._asked, "read": self._asked})

@@ -40,17 +40,26 @@ class BusyPoll:
     """Waits for a connection to become readable. Times are ns.
 
     `asleep` waits for that asleep; it gives False if the loop is to end. `longest` bounds the window. `under_way`
-    tells how many requests wait for a thread or for their turn. SIGALRM must be handled by `alarm`.
+    tells how many requests wait for a thread or for their turn. How often polling found a request, and how often none,
+    is counted in `values` at `hits` and `misses`, each with its time behind it. SIGALRM must be handled by `alarm`.
     """
 
     def __init__(
-        self, connection: int, asleep: Callable[[], Awaitable[bool]], longest: int, under_way: Callable[[], int]
+        self,
+        connection: int,
+        asleep: Callable[[], Awaitable[bool]],
+        longest: int,
+        under_way: Callable[[], int],
+        values: "memoryview[int]",
+        hits: int,
+        misses: int,
     ) -> None:
         self._asleep = asleep
         self._longest = longest
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
         self._under_way = under_way
+        self._values, self._hits, self._misses = values, hits, misses
         self._window = 0
         self._turn_began = self._idle_since = self._paused_until = self._paused_for = 0
         self._polled = False  # whether a task that polls gives way just now
@@ -77,8 +86,13 @@ class BusyPoll:
                     if now > end + LOST:
                         self._pause(now)
                     if found:
+                        self._values[self._hits] += 1
+                        self._values[self._hits + 1] += now - self._idle_since
                         return True
                     if now >= end:
+                        if end > self._idle_since:
+                            self._values[self._misses] += 1
+                            self._values[self._misses + 1] += now - self._idle_since
                         break
                     os.sched_yield()
         while await self._asleep():

@@ -1,30 +1,52 @@
 """What is counted, and its text in Prometheus' exposition format. Every metric is declared here, with unit and meaning.
 
-Counters are incremented by the face; gauges are asked for when the text is made, so that they cost nothing between.
+Counters are kept in the state, and go on from one daemon to the next. Gauges are asked for when the text is made, so
+that they cost nothing between.
+
+Concurrency: one thread. While a text is made others are served between some backups and the next.
 """
 
 import errno
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable
 
+import trio
+
+from .errors import TtmfsError
 from .pool import Pool, bytes_avail
 from .state import State
+from .version import __version__
 
 __all__ = ["Metrics"]
 
+BOUNDS = (12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
+"""Upper bounds of the buckets of durations, as powers of two of ns: 4 us to 4.3 s, each four times the one before."""
 
-class _Places(dict[str, int]):
-    """Where in the state's values the count of an operation is, and behind it the nanoseconds that it took in all."""
+TURN_SECONDS = 0.002
+"""For so long backups are looked at before others are served."""
+
+
+class _Places(dict[str, tuple[int, list[int]]]):
+    """Of an operation: where in the state's values the ns are that it took in all, and where each bucket's count is.
+
+    The latter by the bit length of a duration in ns. A row of the state has two buckets.
+    """
 
     def __init__(self, state: State) -> None:
         self._state = state
 
-    def __missing__(self, operation: str) -> int:
-        self[operation] = place = self._state.at(f"operation {operation}")
-        return place
+    def __missing__(self, operation: str) -> tuple[int, list[int]]:
+        place = self._state.at(f"operation {operation}")
+        buckets = [self._state.at(f"duration {half} {operation}") for half in range(len(BOUNDS) // 2 + 1)]
+        by_length = [
+            next((n for n, bound in enumerate(BOUNDS) if length <= bound), len(BOUNDS)) for length in range(65)
+        ]
+        self[operation] = found = place + 1, [buckets[n // 2] + n % 2 for n in by_length]
+        return found
 
 
 class Metrics:
-    """The counters of one mount, by operation. They are kept in its state, and go on from one daemon to the next."""
+    """The counters of one mount, by operation."""
 
     def __init__(self, state: State) -> None:
         self.values = state.values
@@ -39,38 +61,116 @@ class Metrics:
         """How often an operation was answered with an errno."""
         return self._state.get(f"error {operation} {errno.errorcode[number]}")
 
-    def text(self, pool: Pool) -> bytes:
+    def place(self, what: str) -> int:
+        """Where in `values` the count of something is. Behind it is the time that it took, in ns."""
+        return self._state.at(what)
+
+    def count_page_in(self, ns: int) -> None:
+        """Count a request that waited for pages to be brought in, and for how long."""
+        place = self._state.at("page in")
+        self.values[place] += 1
+        self.values[place + 1] += ns
+
+    def count_handover(self) -> None:
+        """Count a backup's descriptor that was given to someone."""
+        self.values[self._state.at("handover")] += 1
+
+    async def text(self, pool: Pool) -> bytes:
         """All metrics, with the gauges of a pool as of now."""
-        lines: list[str] = []
+        swapped = await _swapped(pool)  # first: nothing else of it waits
+        room, page_size, text = pool.room(), pool.page_size, _Text()
+        text.family("build_info", "gauge", "The version that serves.", [(f'{{version="{__version__}"}}', 1)])
+        self._operations(text)
+        text.family(
+            "restarts_total", "counter", "Daemons that took the mount over from one before.", self._sum("restarts")
+        )
+        for found, what in ("hits", "that found a request"), ("misses", "that found none"):
+            key = f"busy poll {found}"
+            text.family(f"busy_poll_{found}_total", "counter", f"Waits by polling {what}.", self._sum(key))
+            text.family(
+                f"busy_poll_{found}_seconds_total", "counter", f"Time spent polling {what}.", self._seconds(key)
+            )
+        text.family(
+            "page_ins_total", "counter", "Requests that waited in a thread for swap or a disk.", self._sum("page in")
+        )
+        text.family("page_in_seconds_total", "counter", "Time that they waited.", self._seconds("page in"))
+        text.family(
+            "page_ins_waiting", "gauge", "Requests that wait for swap or a disk.", [("", pool.store.waiting.count)]
+        )
+        text.family("handovers_total", "counter", "Descriptors of backups given to programs.", self._sum("handover"))
 
-        def family(name: str, kind: str, help_: str, samples: Mapping[str, float]) -> None:
-            lines.extend((f"# HELP {name} {help_}", f"# TYPE {name} {kind}"))
-            lines.extend(f"{name}{labels} {value}" for labels, value in samples.items())
+        text.family("backups", "gauge", "Backups there are.", [("", room.backups)])
+        pages = room.stored // page_size
+        where = {"disk": pages} if swapped is None else {"resident": max(0, pages - swapped), "swapped": swapped}
+        states = [(_labels(state=state), count) for state, count in where.items()]
+        text.family("pages", "gauge", "Pages stored, by where they are.", states)
+        states = [(_labels(state=state), count * page_size) for state, count in where.items()]
+        text.family("stored_bytes", "gauge", "Bytes of the pages stored, by where they are.", states)
+        text.family("size_bytes", "gauge", "The budget.", [("", room.size)])
+        text.family(
+            "available_bytes", "gauge", "What can be stored before budget or reserve end.", [("", room.available)]
+        )
+        text.family("page_size_bytes", "gauge", "Bytes a page.", [("", page_size)])
+        text.family("swap_free_bytes", "gauge", "Free swap of the machine.", [("", bytes_avail())])
+        return text.encode()
 
+    def _operations(self, text: "_Text") -> None:
         operations = self._state.keys("operation")
-        counts = {_labels(operation=o): self.values[self.places[o]] for o in operations}
-        family("ttmfs_operations_total", "counter", "Requests carried out.", counts)
-        seconds = {_labels(operation=o): self.values[self.places[o] + 1] / 1e9 for o in operations}
-        family("ttmfs_operation_seconds_total", "counter", "Time spent carrying out requests.", seconds)
-        errors = {}
+        durations: list[tuple[str, float]] = []
+        for operation in operations:
+            place, by_length = self.places[operation]
+            total = 0
+            for bound in BOUNDS:
+                total += self.values[by_length[bound]]
+                durations.append((f"_bucket{_labels(operation=operation, le=2**bound / 1e9)}", total))
+            total += self.values[by_length[64]]
+            durations.append((f"_bucket{_labels(operation=operation, le='+Inf')}", total))
+            durations.append((f"_sum{_labels(operation=operation)}", self.values[place] / 1e9))
+            durations.append((f"_count{_labels(operation=operation)}", total))
+        text.family("operation_duration_seconds", "histogram", "Time from a request to its answer.", durations)
+        errors: list[tuple[str, float]] = []
         for key in self._state.keys("error"):
             operation, _, name = key.partition(" ")
-            errors[_labels(operation=operation, errno=name)] = self._state.get(f"error {key}")
-        family("ttmfs_operation_errors_total", "counter", "Requests answered with an error.", errors)
-        restarts = self._state.get("restarts")
-        family("ttmfs_restarts_total", "counter", "Daemons that took the mount over from one before.", {"": restarts})
-        room = pool.room()
-        family("ttmfs_backups", "gauge", "Backups there are.", {"": room.backups})
-        family("ttmfs_stored_bytes", "gauge", "Bytes of the pages stored.", {"": room.stored})
-        family("ttmfs_stored_pages", "gauge", "Pages stored.", {"": room.stored // pool.page_size})
-        family("ttmfs_size_bytes", "gauge", "The budget.", {"": room.size})
-        family(
-            "ttmfs_available_bytes", "gauge", "What can be stored before budget or reserve end.", {"": room.available}
-        )
-        family("ttmfs_page_size_bytes", "gauge", "Bytes a page.", {"": pool.page_size})
-        family("ttmfs_swap_free_bytes", "gauge", "Free swap of the machine.", {"": bytes_avail()})
-        return "\n".join(lines).encode() + b"\n"
+            errors.append((_labels(operation=operation, errno=name), self._state.get(f"error {key}")))
+        text.family("operation_errors_total", "counter", "Requests answered with an error.", errors)
+
+    def _sum(self, key: str) -> list[tuple[str, float]]:
+        return [("", self._state.get(key))]
+
+    def _seconds(self, key: str) -> list[tuple[str, float]]:
+        return [("", self.values[self._state.at(key) + 1] / 1e9)]
 
 
-def _labels(**labels: str) -> str:
+class _Text:
+    """Families of samples, in the order given."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def family(self, name: str, kind: str, help_: str, samples: Iterable[tuple[str, float]]) -> None:
+        """Add one: samples are what follows the name, and the value."""
+        self._lines += f"# HELP ttmfs_{name} {help_}", f"# TYPE ttmfs_{name} {kind}"
+        self._lines += (f"ttmfs_{name}{rest} {value}" for rest, value in samples)
+
+    def encode(self) -> bytes:
+        return "\n".join(self._lines).encode() + b"\n"
+
+
+async def _swapped(pool: Pool) -> int | None:
+    """How many pages of all backups are swapped out; None if they lie on a disk, of which there is no such count."""
+    store, swapped, turn = pool.store, 0, time.monotonic()
+    if not store.in_memory:
+        return None
+    for id in list(store.ids_after(0)) if store.swap.used else ():
+        try:
+            swapped += pool.backup(id).swapped
+        except TtmfsError:  # it went meanwhile
+            continue
+        if time.monotonic() > turn + TURN_SECONDS:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            turn = time.monotonic()
+    return swapped
+
+
+def _labels(**labels: object) -> str:
     return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"

@@ -85,9 +85,9 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
             self.burst(name, error, arguments)
             raise FUSEError(errno.EIO) from None
         finally:
-            values, place = self.metrics.values, self.metrics.places[name]
-            values[place] += 1
-            values[place + 1] += clock() - start
+            values, (total, buckets), took = self.metrics.values, self.metrics.places[name], clock() - start
+            values[total] += took
+            values[buckets[took.bit_length()]] += 1
             if self.debug:
                 log.debug("%s%s", name, _brief(name, arguments))
 

@@ -37,6 +37,7 @@ import trio
 from . import linux
 from .busy_poll import BusyPoll
 from .errors import NotSupported, TtmfsError
+from .handover import Handover
 from .inodes import CONFIG, STATS
 from .keeper import CONNECTION, RESTART, STATE, STORE, Keeper
 from .metrics import Metrics
@@ -363,8 +364,17 @@ class _Session:
         self._session_fd = -1
         self._longest_poll = options.busy_poll * 1000
         self._busy_poll: BusyPoll | None = None
-        metrics = Metrics(state)
-        texts = {STATS: lambda: metrics.text(pool), CONFIG: lambda: _config(options, pool, process)}
+        metrics = self._metrics = Metrics(state)
+        pool.store.waiting.done = metrics.count_page_in
+        self._handover = self._offer_descriptors(options)
+
+        async def stats() -> bytes:
+            return await metrics.text(pool)
+
+        async def config() -> bytes:
+            return _config(options, pool, process, self._handover)
+
+        texts = {STATS: stats, CONFIG: config}
         tree = Tree(pool, texts, self._forget_names, self._forget_attributes, state.progress)
         self._operations = Operations(
             tree, pool, metrics, state, init=self._connect,
@@ -375,6 +385,21 @@ class _Session:
             pool.store.is_held_by(process.keeper.pid)
         if not self._operations.lifetime:
             log.info("this kernel cannot be told to forget names, so it is asked to keep none")
+
+    def _offer_descriptors(self, options: Options) -> Handover | None:
+        """A socket that gives out backups' descriptors, if there can be one and the store is fit for it."""
+        store, runtime = self._mount.pool.store, "/run" if not os.geteuid() else os.environ.get("XDG_RUNTIME_DIR")
+        if options.ro or not store.shares_files or not runtime:
+            return None
+        path = os.path.join(runtime, "ttmfs", f"{self._mount.state.header['device']}.socket")
+        try:
+            return Handover(
+                self._mount.pool, path,
+                owner=os.geteuid(), open_to_others=options.allow_other, count=self._metrics.count_handover,
+            )  # fmt: skip
+        except OSError as error:
+            log.info("no descriptors are given to programs, which use .image instead: %s: %s", path, error.strerror)
+            return None
 
     def _forget_names(self) -> bool:
         """Make the kernel forget every name; False if it cannot be told to."""
@@ -416,6 +441,8 @@ class _Session:
                 trio.run(self._main)
             finally:
                 pyfuse3.close(unmount=False)
+                if self._handover and not self.leaving:
+                    self._handover.close()
 
     def _connect(self) -> None:
         """Called by libfuse when it has read FUSE_INIT, before it answers: from here on it talks to the kernel."""
@@ -429,6 +456,8 @@ class _Session:
             nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
             nursery.start_soon(self._say_ready, nursery.cancel_scope)
             nursery.start_soon(self._report)
+            if self._handover:
+                nursery.start_soon(self._handover.serve)
             try:
                 with self._busy_polling():
                     await pyfuse3.main(max_tasks=MOST_WAITING)
@@ -449,6 +478,7 @@ class _Session:
             self._busy_poll = BusyPoll(
                 self._session_fd, asleep, self._longest_poll,
                 lambda: self._operations.under_way + bool(self._ending.asked),
+                self._metrics.values, self._metrics.place("busy poll hits"), self._metrics.place("busy poll misses"),
             )  # fmt: skip
             before = signal.signal(signal.SIGALRM, self._busy_poll.alarm)
             setattr(pyfuse3, WAIT, self._busy_poll.wait)
@@ -619,12 +649,13 @@ def _without_atomic_o_trunc(init: bytes) -> bytes:
     return bytes(message)
 
 
-def _config(options: Options, pool: Pool, process: Process) -> bytes:
-    """The options in force, as JSON, and who serves. The budget can have been changed since."""
+def _config(options: Options, pool: Pool, process: Process, handover: Handover | None) -> bytes:
+    """The options in force, as JSON, who serves, and where. The budget can have been changed since."""
     room = pool.room()
     now = {"size": room.size, "backup_size": pool.backup_size, "nr_inodes": room.files, "store": pool.store.directory}
     who = {"daemon_pid": os.getpid(), "keeper_pid": process.keeper.pid if process.keeper else None}
-    return json.dumps(options.as_dict() | now | who, indent=2).encode() + b"\n"
+    where = {"descriptors": handover.path if handover else None}
+    return json.dumps(options.as_dict() | now | who | where, indent=2).encode() + b"\n"
 
 
 def _unmount(mountpoint: str) -> None:

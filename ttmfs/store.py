@@ -512,6 +512,17 @@ class Store:
         if len(self._open) > self._most_open:
             os.close(self._open.popitem(last=False)[1])
 
+    @property
+    def shares_files(self) -> bool:
+        """Whether a backup's file may be given to others to write to: what they do needs no counting here."""
+        return self.in_memory and not self.keeps_count
+
+    def opened_anew(self, id: int) -> int:
+        """A descriptor of a backup's file for someone else: its offset and flags are its own."""
+        self.descriptor(id)  # it is what it was
+        with _failures_of("opening a backup"):
+            return _opened(self.name_of(id), self._directory)
+
     def stat_by_name(self, id: int) -> os.stat_result:
         """The stat of a backup's file without opening it, which can fail where this does not."""
         with _failures_of("looking at a backup"):

@@ -148,7 +148,7 @@ class Tree:
     def __init__(
         self,
         pool: Pool,
-        texts: Mapping[int, Callable[[], bytes]],
+        texts: Mapping[int, Callable[[], Awaitable[bytes]]],
         names_dropped: Callable[[], object],
         attributes_changed: Callable[[int], object],
         progress: "Callable[..., contextlib.AbstractContextManager[Progress]]",
@@ -344,7 +344,7 @@ class Tree:
     async def read(self, fh: int, offset: int, size: int) -> bytes:
         """read(2). Absent pages of an IMAGE are zeros; a page that was dropped raises PageDropped."""
         if not backup_of(fh):
-            return self._read_text(fh, offset, size)
+            return await self._read_text(fh, offset, size)
         handle, page_size = handle_of(fh), self.pool.page_size
         backup, start = self.backup(fh), offset
         if handle != IMAGE:
@@ -355,9 +355,10 @@ class Tree:
             _check_page(backup, handle)
         return backup.read(start, size) if size else b""
 
-    def _read_text(self, fh: int, offset: int, size: int) -> bytes:
+    async def _read_text(self, fh: int, offset: int, size: int) -> bytes:
         if not offset or fh not in self._read_texts:
-            self._read_texts[fh] = self._texts[own_of(fh)]()
+            text = self._read_texts[fh] = await self._texts[own_of(fh)]()
+            return text[offset : offset + size]
         return self._read_texts[fh][offset : offset + size]
 
     async def write(self, fh: int, offset: int, data: bytes) -> int:

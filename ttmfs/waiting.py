@@ -8,8 +8,9 @@ Concurrency: one thread.
 """
 
 import contextlib
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from weakref import WeakValueDictionary
 
 import trio
@@ -32,14 +33,23 @@ class Waiting:
     def __init__(self) -> None:
         self._turns: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
         self._held: Counter[int] = Counter()
+        self.count = 0
+        self.done: Callable[[int], object] = bool
+        """Told of each request that has waited, how many ns."""
 
     @contextlib.asynccontextmanager
     async def turn(self, uid: int) -> AsyncIterator[None]:
         """Wait until a thread may work for an owner."""
         if (turns := self._turns.get(uid)) is None:
             turns = self._turns[uid] = trio.CapacityLimiter(TURNS)
-        async with turns:
-            yield
+        start = time.perf_counter_ns()
+        self.count += 1
+        try:
+            async with turns:
+                yield
+        finally:
+            self.count -= 1
+            self.done(time.perf_counter_ns() - start)
 
     @contextlib.contextmanager
     def holding(self, uid: int, size: int) -> Iterator[None]:

@@ -50,7 +50,7 @@ class Face:
         self.metrics = Metrics(self.state)
         self.tree = Tree(
             pool,
-            {STATS: lambda: self.metrics.text(pool), CONFIG: lambda: b"{}"},
+            {STATS: self.stats, CONFIG: self.config},
             self.names_dropped,
             self.changed.append,
             self.state.progress,
@@ -58,6 +58,12 @@ class Face:
         self.operations = Operations(
             self.tree, pool, self.metrics, self.state, init=lambda: None, lifetime=1.0, debug=False, suspects={}
         )
+
+    async def stats(self) -> bytes:
+        return await self.metrics.text(self.operations.pool)
+
+    async def config(self) -> bytes:
+        return b"{}"
 
     def names_dropped(self) -> None:
         self.dropped += 1
@@ -336,7 +342,7 @@ def test_a_text_is_one_text_from_its_beginning_to_its_end(face: Face, a: int) ->
         face.getattr(a, CTX)
     while chunk := face.read(fh, len(text), 100):
         text += chunk
-    assert b'ttmfs_operations_total{operation="getattr"} 200' not in text
+    assert b'ttmfs_operation_duration_seconds_count{operation="getattr"} 200' not in text
     assert text.endswith(b"\n")
     assert face.read(fh, 0, 100_000) != text
     assert refusal(face.open, STATS, os.O_RDWR, CTX) == "EACCES"
@@ -364,8 +370,8 @@ def test_statfs_speaks_in_pages(face: Face) -> None:
 def test_metrics_count_operations_and_errors(face: Face, a: int) -> None:
     face.lookup(a, b"7", CTX)
     refusal(face.getattr, a + 7, CTX)
-    text = face.metrics.text(face.operations.pool).decode()
-    assert 'ttmfs_operations_total{operation="lookup"} 1\n' in text
+    text = trio.run(face.stats).decode()
+    assert 'ttmfs_operation_duration_seconds_count{operation="lookup"} 1\n' in text
     assert 'ttmfs_operation_errors_total{operation="getattr",errno="ESTALE"} 1\n' in text
     assert 'operation="lookup",errno' not in text, "to find no page is no error"
-    assert "ttmfs_stored_pages 1\n" in text
+    assert 'ttmfs_pages{state="resident"} 1\n' in text

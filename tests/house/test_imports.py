@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
     "handles errors version options linux state keeper service memory waiting ledger quota store backup pool inodes "
-    "tree metrics operations busy_poll session background rescue cli"
+    "tree metrics handover operations busy_poll session background rescue cli"
 ).split()
 
 

@@ -674,7 +674,8 @@ def test_version_is_the_packages() -> None:
 def test_config_shows_the_options_in_force(mountpoint: Path) -> None:
     options = "size=16m,nr_inodes=100,mode=1777,backup_size=1m,page_size=64k,reserve=1m,allow_other,noexec"
     with Mount(mountpoint, options) as mount:
-        who = {"daemon_pid": mount.pid, "keeper_pid": mount.process.pid}
+        socket = f"/run/ttmfs/0:{os.minor(mountpoint.stat().st_dev)}.socket"
+        who = {"daemon_pid": mount.pid, "keeper_pid": mount.process.pid, "descriptors": socket}
         assert json.loads((mountpoint / ".config").read_text()) == Options.parse(options).as_dict() | who
         run(f"setfattr -n user.ttmfs.size -v 32m {mountpoint}")
         now = Options.parse(options, "size=32m").as_dict() | {"backup_size": 1 << 20}
@@ -696,12 +697,14 @@ def metrics(text: str) -> dict[str, float]:
         if match := re.fullmatch(r"# HELP ([a-z_]+) (\S.*)", line):
             family = match[1]
             assert family not in kinds, f"{family} comes twice"
-            typed = re.fullmatch(rf"# TYPE {family} (counter|gauge)", next(lines))
+            typed = re.fullmatch(rf"# TYPE {family} (counter|gauge|histogram)", next(lines))
             assert typed
             kinds[family] = typed[1]
             assert (typed[1] == "counter") == family.endswith("_total")
             continue
-        match = re.fullmatch(rf"({family})(\{{{label}(?:,{label})*\}})? (\d+(?:\.\d+)?(?:e-?\d+)?)", line)
+        match = re.fullmatch(
+            rf"({family}(?:_bucket|_sum|_count)?)(\{{{label}(?:,{label})*\}})? (\d+(?:\.\d+)?(?:e-?\d+)?)", line
+        )
         assert match, f"no sample of {family}: {line!r}"
         assert match[1] + (match[2] or "") not in samples, f"{line!r} comes twice"
         samples[match[1] + (match[2] or "")] = float(match[3])
@@ -719,21 +722,27 @@ def test_stats_are_prometheus_text_and_count(mnt: Path, backup: Path) -> None:
         with raises_errno(errno.ENOTEMPTY):
             backup.rmdir()
     after = now()
-    assert after['ttmfs_operations_total{operation="create"}'] == 10
-    assert after['ttmfs_operations_total{operation="write"}'] == 10
+    for operation, least in ("create", 10), ("write", 10), ("read", 1):
+        of = f'operation="{operation}"'
+        durations = [after[name] for name in after if name.startswith(f"ttmfs_operation_duration_seconds_bucket{{{of}")]
+        assert durations == sorted(durations), "buckets add up"
+        assert durations[-1] == after[f"ttmfs_operation_duration_seconds_count{{{of}}}"] >= least
+        assert after[f"ttmfs_operation_duration_seconds_sum{{{of}}}"] > 0
+    assert after['ttmfs_operation_duration_seconds_count{operation="create"}'] == 10
     assert after['ttmfs_operation_errors_total{operation="rmdir",errno="ENOTEMPTY"}'] == 3
-    assert after['ttmfs_operation_seconds_total{operation="write"}'] > 0
     for name, value in before.items():
-        if "_total" in name:
+        if "_total" in name or "_duration_" in name:
             assert after[name] >= value, name
-    gauges = {name: value for name, value in after.items() if "_total" not in name}
-    assert gauges["ttmfs_backups"] == 1
-    assert gauges["ttmfs_stored_pages"] == 10
-    assert gauges["ttmfs_stored_bytes"] == 40960
-    assert gauges["ttmfs_size_bytes"] == 64 << 20
-    assert gauges["ttmfs_available_bytes"] == (64 << 20) - 40960
-    assert gauges["ttmfs_page_size_bytes"] == 4096
-    assert now()['ttmfs_operations_total{operation="read"}'] > after['ttmfs_operations_total{operation="read"}']
+    assert after["ttmfs_busy_poll_hits_total"] > before["ttmfs_busy_poll_hits_total"]
+    assert 0 < after["ttmfs_busy_poll_hits_seconds_total"] < 1
+    assert after["ttmfs_backups"] == 1
+    assert (after['ttmfs_pages{state="resident"}'], after['ttmfs_pages{state="swapped"}']) == (10, 0)
+    assert (after['ttmfs_stored_bytes{state="resident"}'], after['ttmfs_stored_bytes{state="swapped"}']) == (40960, 0)
+    assert after["ttmfs_size_bytes"] == 64 << 20
+    assert after["ttmfs_available_bytes"] == (64 << 20) - 40960
+    assert after["ttmfs_page_size_bytes"] == 4096
+    assert (after["ttmfs_page_ins_total"], after["ttmfs_page_ins_waiting"], after["ttmfs_handovers_total"]) == (0, 0, 0)
+    assert after[f'ttmfs_build_info{{version="{ttmfs.__version__}"}}'] == 1
 
 
 # --- a long life ---
@@ -833,7 +842,7 @@ def test_opening_with_truncation_is_two_requests(backup: Path) -> None:
     (backup / "1").write_bytes(b"x" * 4096)
 
     def truncations() -> int:
-        name = 'ttmfs_operations_total{operation="setattr"}'
+        name = 'ttmfs_operation_duration_seconds_count{operation="setattr"}'
         return int(metrics((backup.parent / ".stats").read_text()).get(name, 0))
 
     before = truncations()

@@ -575,7 +575,7 @@ def test_c16_who_races_for_the_last_pages_gets_whole_ones(a: Path, size: int) ->
 def carried_out(mnt: Path, operation: str) -> int:
     """How many requests of a kind the daemon has answered."""
     rows = (mnt / ".stats").read_text().splitlines()
-    prefix = f'ttmfs_operations_total{{operation="{operation}"}} '
+    prefix = f'ttmfs_operation_duration_seconds_count{{operation="{operation}"}} '
     return next((int(row.removeprefix(prefix)) for row in rows if row.startswith(prefix)), 0)
 
 

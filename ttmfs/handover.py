@@ -1,0 +1,176 @@
+"""A backup's own descriptor for whoever may have it: native speed without root and without /proc.
+
+A program connects to the Unix socket that ``.config`` names (SOCK_SEQPACKET), sends the inode number of a backup's
+directory, and is sent an errno, or 0 and the descriptor of the backup's file (SCM_RIGHTS), open to read and to write.
+The kernel says who is at the other end (SO_PEERCRED, SO_PEERGROUPS), as of when he connected. (The socket cannot lie in
+the mount: bound there it would keep it busy. A name without a file would be shut in the daemon's network namespace.)
+
+A descriptor is for those who may read, write and reach the backup by its mode bits. To read alone is not enough: who
+maps the file and reads a hole of it stores a page there (shmem_fault() allocates it), which readers must not. Stores
+whose pages are counted by this process (``store=``, ``uid_size=``) give none out: it would not know what they become.
+
+Concurrency: one thread. Nothing is awaited between looking at the mode bits and opening the file.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import trio
+
+from .errors import TtmfsError, errno_of
+from .inodes import backup_of, handle_of
+from .pool import Pool
+
+__all__ = ["ANSWER", "REQUEST", "Handover"]
+
+REQUEST, ANSWER = struct.Struct("=Q"), struct.Struct("=i")
+"""The inode number of a backup's directory; 0 or an errno."""
+
+PATIENCE = 1.0
+"""Seconds for which the daemon waits for a request."""
+
+AT_ONCE = 8
+"""Connections that one user may have open."""
+
+RETRY_SECONDS = 0.1
+
+_SO_PEERGROUPS = 59
+_MOST_GROUPS = 256  # getsockopt() of Python takes 1 KiB at most
+_OVERFLOW_UID = 65534
+_READ_WRITE_REACH = 0o7
+
+
+class _Peer(NamedTuple):
+    """Who is at the other end of a connection."""
+
+    uid: int
+    groups: frozenset[int]
+
+
+class Handover:
+    """Gives out the descriptors of one mount's backups.
+
+    `owner` mounted it, and it is shown to others besides if `open_to_others`. `count` is told of each descriptor given.
+    OSError if there can be no socket at `path`.
+    """
+
+    def __init__(self, pool: Pool, path: str, *, owner: int, open_to_others: bool, count: Callable[[], object]) -> None:
+        self._pool = pool
+        self._owner = owner
+        self._open_to_others = open_to_others
+        self._count = count
+        self._connections: Counter[int] = Counter()
+        self.path = path
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory := os.path.dirname(path))
+            os.chmod(directory, 0o755)  # whatever the umask: the socket has a mode of its own
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # of a daemon before
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._listener.bind(path)
+            os.chmod(path, 0o666 if open_to_others else 0o600)
+            self._listener.listen()
+        except BaseException:
+            self._listener.close()
+            raise
+
+    async def serve(self) -> None:
+        """Answer requests, until cancelled."""
+        listener = trio.socket.from_stdlib_socket(self._listener)
+        with listener:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    try:
+                        connection, _ = await listener.accept()
+                        peer = _peer(connection)
+                    except OSError:  # descriptors have run out, or it has gone again
+                        await trio.sleep(RETRY_SECONDS)
+                        continue
+                    if self._connections[peer.uid] < AT_ONCE:
+                        nursery.start_soon(self._answer, connection, peer)
+                    else:
+                        connection.close()
+
+    def close(self) -> None:
+        """Take the socket away, if no other daemon goes on."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        self._listener.close()
+
+    async def _answer(self, connection: trio.socket.SocketType, peer: _Peer) -> None:
+        self._connections[peer.uid] += 1
+        try:
+            with connection, trio.move_on_after(PATIENCE):
+                request = await connection.recv(REQUEST.size + 1)
+                fd = -1
+                try:
+                    fd, number = self._opened(request, peer), 0
+                except TtmfsError as error:
+                    number = errno_of(error)
+                except OSError as error:
+                    number = error.errno or errno.EIO
+                try:
+                    await connection.sendmsg([ANSWER.pack(number)], _rights(fd))
+                finally:
+                    if fd >= 0:
+                        os.close(fd)
+                        self._count()
+        except OSError:  # it has gone
+            return
+        finally:
+            self._connections[peer.uid] -= 1
+            if not self._connections[peer.uid]:
+                del self._connections[peer.uid]
+
+    def _opened(self, request: bytes, peer: _Peer) -> int:
+        """A new open file description of a backup's file. OSError for what is refused."""
+        if len(request) != REQUEST.size:
+            raise OSError(errno.EINVAL, "no inode number")
+        if not self._pool.store.shares_files:
+            raise OSError(errno.EOPNOTSUPP, "the pages of this store are counted by the daemon")
+        (ino,) = REQUEST.unpack(request)
+        if not backup_of(ino) or handle_of(ino) or ino >> 63:
+            raise OSError(errno.EINVAL, "the inode number of no backup")
+        if peer.uid == _OVERFLOW_UID:  # who has no number in this user namespace
+            raise OSError(errno.EACCES, "who is it?")
+        if not self._reaches(peer):
+            raise OSError(errno.EACCES, "the mount is not shown to this user")
+        if not _allows(self._pool.backup(backup_of(ino)).stat(), peer, _READ_WRITE_REACH):
+            raise OSError(errno.EACCES, "the backup's mode bits do not allow it")
+        return self._pool.store.opened_anew(backup_of(ino))
+
+    def _reaches(self, peer: _Peer) -> bool:
+        """Whether the mount's root can be passed: as fuse_allow_current_process() and the root's mode bits have it."""
+        if not self._open_to_others:
+            return peer.uid == self._owner
+        return _allows(self._pool.store.stat(), peer, os.X_OK)
+
+
+def _peer(connection: trio.socket.SocketType) -> _Peer:
+    _, uid, gid = struct.unpack("=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        found = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        found = b""  # more than fit: it counts as in none, and has .image
+    return _Peer(uid, frozenset({gid, *struct.unpack(f"={len(found) // 4}I", found)}))
+
+
+def _allows(found: os.stat_result, peer: _Peer, wanted: int) -> bool:
+    """Whether mode bits let someone do what is wanted, as generic_permission() decides it."""
+    if not peer.uid:
+        return True
+    shift = 6 if peer.uid == found.st_uid else 3 if found.st_gid in peer.groups else 0
+    return found.st_mode >> shift & wanted == wanted
+
+
+def _rights(fd: int) -> list[tuple[int, int, bytes]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", fd))] if fd >= 0 else []
