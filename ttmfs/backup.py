@@ -15,14 +15,13 @@ import contextlib
 import errno
 import os
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import trio
 
 from . import linux
+from . import pages as checked
 from .errors import BackupEnded, InvalidArgument, NoRoom, OutOfBounds, PageAbsent, TtmfsError, from_os_error
-from .handles import IntOrArray, Uint64Array, handle_to_index, index_to_handle
-from .ledger import page_runs
 from .options import BASE_PAGE_SIZE
 from .state import Progress
 
@@ -31,11 +30,10 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
-    from typing_extensions import Buffer
 
+    from .handles import Uint64Array
+    from .pages import PageBuffer
     from .store import Store
-
-    PageBuffer = Buffer | NDArray[np.uint8]
 
 __all__ = ["Backup"]
 
@@ -80,10 +78,7 @@ class Backup:
         overwritten. `writeback` asks that the page be pushed to swap now; it is best effort and changes no result.
         Raises InvalidArgument (index past the size, wrong length) and NoRoom, which leaves everything as it was.
         """
-        data = _flat(page)
-        if data.nbytes != self._page_size:
-            raise InvalidArgument(f"a page has {self._page_size} bytes, not {data.nbytes}")
-        handle = _valid(index_to_handle, idx)
+        data, handle = checked.page(page, self._page_size), checked.handle_of(idx)
         self._check_index(handle - 1, 1)
         if not await self._store_pages(handle - 1, data, writeback):
             raise NoRoom("room ended within the page")  # stored over on a disk that writes anew what is there
@@ -96,15 +91,11 @@ class Backup:
         """
         import numpy as np  # a daemon does without it
 
-        if pages.dtype != np.uint8 or pages.ndim != 2 or pages.shape[1] != self._page_size:
-            raise InvalidArgument(
-                f"pages must be an array of uint8 of shape (n, {self._page_size}), not {pages.dtype} of {pages.shape}"
-            )
-        first = _valid(index_to_handle, idx)
+        data, first = checked.pages(pages, self._page_size), checked.handle_of(idx)
         self._check_index(first - 1, len(pages))
         stored = 0
         if len(pages):
-            stored = await self._store_pages(first - 1, _flat(np.ascontiguousarray(pages)), writeback)
+            stored = await self._store_pages(first - 1, data, writeback)
         return np.arange(first, first + stored, dtype=np.uint64)
 
     async def _store_pages(self, idx: int, data: memoryview, writeback: bool) -> int:
@@ -124,10 +115,7 @@ class Backup:
         """
         if intr:
             await trio.lowlevel.checkpoint_if_cancelled()
-        data = _flat(dst)
-        if data.nbytes != self._page_size or data.readonly:
-            raise InvalidArgument(f"the destination must be writable and of {self._page_size} bytes")
-        idx = _valid(handle_to_index, handle)
+        data, idx = checked.destination(dst, self._page_size), checked.index_of(handle)
         self._check_index(idx, 1)
         await self.bring_in(idx * self._page_size, self._page_size, abandon=intr)
         if not self.holds(idx):
@@ -139,21 +127,16 @@ class Backup:
 
         Raises PageAbsent if any of them holds nothing; `dst` may have been written to in part by then.
         """
-        if dst.dtype != "uint8" or dst.shape != (len(handles), self._page_size) or not dst.flags.c_contiguous:
-            raise InvalidArgument(
-                f"the destination must be a contiguous array of uint8 of shape ({len(handles)}, {self._page_size})"
-            )
-        if not dst.flags.writeable:
-            raise InvalidArgument("the destination must be writable")
+        data = checked.rows(dst, len(handles), self._page_size)
         row = 0
-        for first, past in self._runs(handles):
+        for first, past in checked.runs(handles):
             if intr:
                 await trio.lowlevel.checkpoint_if_cancelled()
             self._check_index(first, past - first)
             await self.bring_in(first * self._page_size, (past - first) * self._page_size, abandon=intr)
             if (absent := self._first_absent(first, past)) is not None:
                 raise PageAbsent(f"handle {absent + 1} holds no page")
-            self._copy(_flat(dst[row : row + past - first]), first)
+            self._copy(data[row * self._page_size : (row + past - first) * self._page_size], first)
             row += past - first
 
     async def drop(self, handle: int) -> None:
@@ -161,13 +144,13 @@ class Backup:
 
         ``ttm_backup_drop()``. Raises InvalidArgument if the handle lies past the size.
         """
-        idx = _valid(handle_to_index, handle)
+        idx = checked.index_of(handle)
         self._check_index(idx, 1)
         self.drop_range(idx, idx + 1)
 
     async def drop_pages(self, handles: Uint64Array) -> None:
         """Release the pages of an array of handles, dtype uint64, as :meth:`drop` does."""
-        runs = self._runs(handles)
+        runs = checked.runs(handles)
         for first, past in runs:
             self._check_index(first, past - first)
         for first, past in runs:
@@ -253,7 +236,7 @@ class Backup:
         limit = self.size // self._page_size
         try:
             fd = self._store.descriptor(self._id)
-            yield from page_runs(fd, self._page_size, first, limit if past is None else min(past, limit))
+            yield from linux.page_runs(fd, self._page_size, first, limit if past is None else min(past, limit))
         except OSError as error:
             raise from_os_error(error, "looking for pages") from error
 
@@ -486,19 +469,6 @@ class Backup:
         if idx > limit - count:
             raise InvalidArgument(f"index {idx} and {count} pages do not lie within the backup's {limit} pages")
 
-    def _runs(self, handles: Uint64Array) -> list[tuple[int, int]]:
-        """The runs of consecutive handles in an array, as (first index, index past the last)."""
-        import numpy as np
-
-        if not isinstance(handles, np.ndarray) or handles.ndim != 1:
-            raise InvalidArgument("handles must be an array of uint64 of one dimension")
-        indices = _valid(handle_to_index, handles)
-        if not len(indices):
-            return []
-        breaks = np.flatnonzero(np.diff(indices) != 1)
-        firsts, lasts = indices[np.concatenate(([0], breaks + 1))], indices[np.concatenate((breaks, [-1]))]
-        return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
-
     def _copy(self, dst: memoryview, idx: int) -> None:
         """Fill `dst` from the page at an index on."""
         done = 0
@@ -613,19 +583,3 @@ def _resident_run(fd: int, offset: int, end: int, page_size: int) -> tuple[int, 
             break
         past = start + max(BASE_PAGE_SIZE, (past - start) // BASE_PAGE_SIZE // 2 * BASE_PAGE_SIZE)
     return past, past
-
-
-def _valid(convert: Callable[[IntOrArray], IntOrArray], value: IntOrArray) -> IntOrArray:
-    """What a function of ``handles`` makes of a value."""
-    try:
-        return convert(value)
-    except ValueError as error:
-        raise InvalidArgument(str(error)) from None
-
-
-def _flat(buffer: PageBuffer) -> memoryview:
-    """The bytes of a contiguous buffer."""
-    try:
-        return memoryview(cast("Buffer", buffer)).cast("B")
-    except TypeError as error:
-        raise InvalidArgument(f"a contiguous buffer is needed: {error}") from None

@@ -28,7 +28,7 @@ from . import linux
 from .errors import InvalidArgument, NotSupported, StoreBusy
 from .options import format_size
 
-__all__ = ["FILE", "Ledger", "page_runs"]
+__all__ = ["FILE", "Ledger"]
 
 FILE = ".ttmfs"
 FORMAT = 1
@@ -244,28 +244,8 @@ class Ledger:
             self._count(id, others + self._between(fd, first, past), os.fstat(fd).st_ctime_ns)
 
     def _between(self, fd: int, first: int, past: int) -> int:
-        return sum(end - start for start, end in page_runs(fd, self._page_size, first, past))
+        return sum(end - start for start, end in linux.page_runs(fd, self._page_size, first, past))
 
     def _count(self, id: int, pages: int, ctime_ns: int) -> None:
         self.stored += pages - self._counted.get(id, _Counted(0, 0)).pages
         self._counted[id] = _Counted(pages, ctime_ns)
-
-
-def page_runs(fd: int, page_size: int, first: int, past: int) -> Iterator[tuple[int, int]]:
-    """The runs of pages of a file between two indices, as (first index, index past the last), ascending.
-
-    A page is there if any of it is data.
-    """
-    run = (first, first)
-    while run[1] < past and (found := linux.next_data(fd, run[1] * page_size)):
-        start, end = max(run[1], found[0] // page_size), min(past, -(-found[1] // page_size))
-        if start >= past:
-            break
-        if start > run[1]:  # else there was a hole within a page of several base pages
-            if run[1] > run[0]:
-                yield run
-            run = start, end
-        else:
-            run = run[0], end
-    if run[1] > run[0]:
-        yield run

@@ -16,6 +16,7 @@ import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "next_data",
     "next_data_start",
     "page_out",
+    "page_runs",
     "punch_hole",
     "rename",
     "renounce",
@@ -222,6 +224,26 @@ def next_data(fd: int, offset: int) -> tuple[int, int] | None:
     """
     start = next_data_start(fd, offset)
     return None if start is None else (start, os.lseek(fd, start, os.SEEK_HOLE))
+
+
+def page_runs(fd: int, page_size: int, first: int, past: int) -> Iterator[tuple[int, int]]:
+    """The runs of pages of a file between two indices, as (first index, index past the last), ascending.
+
+    A page is there if any of it is data.
+    """
+    run = (first, first)
+    while run[1] < past and (found := next_data(fd, run[1] * page_size)):
+        start, end = max(run[1], found[0] // page_size), min(past, -(-found[1] // page_size))
+        if start >= past:
+            break
+        if start > run[1]:  # else there was a hole within a page of several base pages
+            if run[1] > run[0]:
+                yield run
+            run = start, end
+        else:
+            run = run[0], end
+    if run[1] > run[0]:
+        yield run
 
 
 def is_data(fd: int, offset: int, length: int) -> bool:

@@ -10,8 +10,8 @@ from harness import REPOSITORY
 PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
-    "handles errors version options linux state keeper service memory waiting ledger quota store backup pool inodes "
-    "tree metrics handover operations busy_poll session background rescue cli"
+    "handles errors version options linux pages state keeper service memory waiting ledger quota store backup pool "
+    "inodes tree metrics handover operations busy_poll session background page_array client rescue cli"
 ).split()
 
 

@@ -12,9 +12,9 @@ import trio
 import stores
 import ttmfs
 from harness import descriptors
-from ttmfs import store
+from ttmfs import linux, store
 from ttmfs.errors import BackupEnded, InvalidArgument, NoRoom, NotSupported, StoreBusy
-from ttmfs.ledger import FILE, IDS_AT_ONCE, page_runs
+from ttmfs.ledger import FILE, IDS_AT_ONCE
 from ttmfs.options import Options
 from ttmfs.pool import Pool
 from ttmfs.store import Store
@@ -218,6 +218,6 @@ def test_runs_of_pages_are_found_between_any_two(directory: Path, page_size: int
             os.pwrite(file.fileno(), b"x", idx * page_size + idx % 16 * PAGE % page_size)
         for first in range(64):
             for past in range(first, 65, 7):
-                runs = list(page_runs(file.fileno(), page_size, first, past))
+                runs = list(linux.page_runs(file.fileno(), page_size, first, past))
                 assert {idx for run in runs for idx in range(*run)} == {idx for idx in there if first <= idx < past}
                 assert all(a[1] < b[0] for a, b in itertools.pairwise(runs)), "apart and ascending"

@@ -1,0 +1,445 @@
+"""The synchronous client: the verbs on a mount, natively and through the mount, with the same result."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from harness import Mount, names, run, set_attribute, wait_until
+from stores import slow_swap, swap
+from ttmfs.client import Backup, Residency
+from ttmfs.errors import (
+    BackupAbsent,
+    BackupEnded,
+    BackupExists,
+    InvalidArgument,
+    NoRoom,
+    PageAbsent,
+    StoreFailed,
+)
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+WAYS = {"natively": True, "through the mount": False}
+
+NOISE = np.random.default_rng(5).integers(0, 256, (1024, PAGE), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """A mount of 64 MiB for all tests that leave it as it was."""
+    with Mount(tmp_path_factory.mktemp("shared"), "size=64m") as mount:
+        yield mount
+
+
+@pytest.fixture
+def mnt(shared: Mount) -> Iterator[Path]:
+    yield shared.path
+    for backup in shared.path.iterdir():
+        os.truncate(backup / ".image", 0)
+        backup.rmdir()
+    set_attribute(shared.path, "size", 64 << 20)
+
+
+@pytest.fixture(params=WAYS)
+def a(request: pytest.FixtureRequest, mnt: Path) -> Iterator[Backup]:
+    """A backup of 4,096 pages."""
+    native = WAYS[request.param]
+    with Backup.create(mnt / "a", 4096 * PAGE, native=native) as backup:
+        assert backup.is_native == native, "root has the one where there is one"
+        yield backup
+
+
+def copied(backup: Backup, handles: Any) -> NDArray[np.uint8]:
+    pages = np.full((len(handles), backup.page_size), 0xEE, np.uint8)
+    backup.copy_pages(pages, np.asarray(handles, np.uint64))
+    return pages
+
+
+# --- pages ---
+
+
+def test_c1_the_handle_is_the_index_and_one(a: Backup) -> None:
+    assert a.backup_page(NOISE[0], 0) == 1
+    assert a.backup_page(NOISE[1], 4095) == 4096
+    assert a.backup_pages(NOISE[:3], 7).tolist() == [8, 9, 10]
+
+
+def test_c2_backing_up_again_overwrites(a: Backup) -> None:
+    a.backup_page(NOISE[0], 5)
+    assert a.backup_page(NOISE[1], 5) == 6
+    assert (copied(a, [6]) == NOISE[1]).all()
+    assert a.handles().tolist() == [6]
+
+
+@pytest.mark.parametrize("count", [1, 5, 1000])
+def test_c8_what_is_copied_back_is_what_was_backed_up_again_and_again(a: Backup, count: int) -> None:
+    handles = a.backup_pages(NOISE[:count], 11)
+    for _ in range(2):
+        assert (copied(a, handles) == NOISE[:count]).all()
+    page = bytearray(PAGE)
+    a.copy_page(page, int(handles[-1]))
+    assert bytes(page) == NOISE[count - 1].tobytes()
+
+
+def test_handles_in_any_order_and_twice(a: Backup) -> None:
+    a.backup_pages(NOISE[:100], 0)
+    wanted = np.array([100, 1, 2, 3, 50, 50, 49, 7], np.uint64)
+    assert (copied(a, wanted) == NOISE[wanted - 1]).all()
+
+
+@pytest.mark.parametrize("around", [0, 400])
+def test_c11_a_handle_that_holds_nothing_is_page_absent(a: Backup, around: int) -> None:
+    """Alone, and among many that are there."""
+    a.backup_pages(NOISE[:around], 0)
+    a.backup_pages(NOISE[:around], around + 1)
+    handles = np.arange(1, 2 * around + 2, dtype=np.uint64)
+    with pytest.raises(PageAbsent, match=f"handle {around + 1} |No such file"):
+        copied(a, handles)
+    assert around + 1 not in a.handles(), "looking for it has not made it"
+
+
+def test_c10_past_the_size_is_invalid(a: Backup) -> None:
+    for call in (
+        lambda: a.backup_page(NOISE[0], 4096),
+        lambda: a.backup_pages(NOISE[:2], 4095),
+        lambda: a.copy_page(bytearray(PAGE), 4097),
+        lambda: a.drop(4097),
+        lambda: a.drop_pages(np.array([1, 4097], np.uint64)),
+    ):
+        with pytest.raises(InvalidArgument, match="4096 pages"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a: a.backup_page(b"short", 0),
+        lambda a: a.backup_page(NOISE[0], -1),
+        lambda a: a.backup_pages(NOISE[0], 0),
+        lambda a: a.backup_pages(NOISE[:2].astype(np.int16), 0),
+        lambda a: a.copy_page(bytes(PAGE), 1),
+        lambda a: a.copy_page(bytearray(PAGE), 0),
+        lambda a: a.copy_pages(np.empty((2, PAGE), np.uint8), np.array([1], np.uint64)),
+        lambda a: a.copy_pages(np.empty((1, PAGE), np.uint8), np.array([1], np.int64)),
+        lambda a: a.drop_pages(np.array([0], np.uint64)),
+        lambda a: a.resize(0),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_words(a: Backup, call: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r".{20}"):
+        call(a)
+
+
+def test_c12_dropping_releases_those_alone_and_is_idempotent(a: Backup, mnt: Path) -> None:
+    handles = a.backup_pages(NOISE[:600], 0)
+    a.drop(1)
+    a.drop(1)
+    a.drop_pages(handles[1::2])
+    a.drop_pages(handles[1::2])
+    assert a.handles().tolist() == handles[2::2].tolist()
+    assert (copied(a, handles[2::2]) == NOISE[2:600:2]).all()
+    assert os.statvfs(mnt).f_blocks - os.statvfs(mnt).f_bfree == 299
+
+
+def test_ten_thousand_runs_are_told_and_dropped(mnt: Path) -> None:
+    """More than an extended attribute holds."""
+    for native in True, False:
+        with Backup.create(mnt / "runs", 40_000 * PAGE, native=native) as backup:
+            with Backup.open(mnt / "runs") as quick:
+                for idx in range(0, 20_000, 2):
+                    quick.backup_page(NOISE[0], idx)
+            expected = np.arange(1, 20_001, 2, dtype=np.uint64)
+            assert (backup.handles() == expected).all()
+            backup.drop_pages(expected[:-1])
+            assert backup.handles().tolist() == [19_999]
+            backup.fini()
+
+
+def test_c3_where_room_ends_the_handles_are_fewer_and_then_it_is_an_error(a: Backup, mnt: Path) -> None:
+    set_attribute(mnt, "size", 300 * PAGE)
+    handles = a.backup_pages(NOISE[:512], 3)
+    assert handles.tolist() == list(range(4, 304))
+    assert (copied(a, handles) == NOISE[:300]).all()
+    with pytest.raises(NoRoom):
+        a.backup_pages(NOISE[:5], 2000)
+    with pytest.raises(NoRoom):
+        a.backup_page(NOISE[0], 2000)
+    assert len(a.handles()) == 300, "C6: what was absent stays absent"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_c6_no_large_page_is_stored_in_part(mountpoint: Path, way: str) -> None:
+    size = 64 << 10
+    with (
+        Mount(mountpoint, f"size={5 * size},page_size=64k"),
+        Backup.create(mountpoint / "a", 64 * size, native=WAYS[way]) as backup,
+    ):
+        pages = NOISE.reshape(-1, size)
+        assert backup.backup_pages(pages[:8], 1).tolist() == [2, 3, 4, 5, 6]
+        assert (copied(backup, range(2, 7)) == pages[:5]).all()
+        with pytest.raises(NoRoom):
+            backup.backup_page(pages[0], 40)
+        assert backup.residency() == Residency(5, 5, 0)
+
+
+VERBS = st.one_of(
+    st.tuples(st.just("store"), st.integers(0, 70), st.integers(1, 12)),
+    st.tuples(st.just("drop"), st.integers(0, 70), st.integers(1, 12)),
+    st.tuples(st.just("copy"), st.integers(0, 70), st.integers(1, 12)),
+)
+
+
+def test_both_ways_and_a_dict_agree(mnt: Path) -> None:
+    """One list of verbs drives a dict and two backups; results and errors are the same."""
+    with Backup.create(mnt / "n", 64 * PAGE) as natively, Backup.create(mnt / "m", 64 * PAGE, native=False) as mounted:
+
+        @hypothesis.settings(max_examples=40, deadline=None)
+        @hypothesis.given(st.lists(VERBS, max_size=12))
+        def agree(verbs: list[tuple[str, int, int]]) -> None:
+            for backup in natively, mounted:
+                backup.drop_pages(backup.handles())
+            model: dict[int, bytes] = {}
+            for number, (verb, idx, count) in enumerate(verbs):
+                handles = np.arange(idx + 1, idx + count + 1, dtype=np.uint64)
+                pages = NOISE[number * 16 : number * 16 + count]
+                results = [outcome(backup, verb, idx, pages, handles) for backup in (natively, mounted)]
+                assert results[0] == results[1] == expected(model, verb, idx, pages, handles)
+                assert natively.handles().tolist() == mounted.handles().tolist() == sorted(model)
+
+        agree()
+
+
+def outcome(backup: Backup, verb: str, idx: int, pages: NDArray[np.uint8], handles: NDArray[np.uint64]) -> object:
+    try:
+        if verb == "store":
+            return backup.backup_pages(pages, idx).tolist()
+        if verb == "drop":
+            backup.drop_pages(handles)
+            return None
+        return copied(backup, handles).tobytes()
+    except (InvalidArgument, PageAbsent) as error:
+        return type(error)
+
+
+def expected(
+    model: dict[int, bytes], verb: str, idx: int, pages: NDArray[np.uint8], handles: NDArray[np.uint64]
+) -> object:
+    if idx + len(handles) > 64:
+        return InvalidArgument
+    if verb == "store":
+        model.update((int(handle), page.tobytes()) for handle, page in zip(handles, pages, strict=True))
+        return handles.tolist()
+    if verb == "drop":
+        for handle in handles:
+            model.pop(int(handle), None)
+        return None
+    if any(int(handle) not in model for handle in handles):
+        return PageAbsent
+    return b"".join(model[int(handle)] for handle in handles)
+
+
+# --- backups ---
+
+
+def test_what_is_there_and_what_is_not(mnt: Path, tmp_path: Path) -> None:
+    with Backup.create(mnt / "a") as backup:
+        assert (backup.size, backup.page_size, backup.path) == (64 << 20, PAGE, str(mnt / "a"))
+        assert backup.residency() == Residency(0, 0, 0), "C14"
+    with pytest.raises(BackupExists):
+        Backup.create(mnt / "a")
+    with pytest.raises(BackupAbsent):
+        Backup.open(mnt / "b")
+    with pytest.raises(InvalidArgument, match="no backup"):
+        Backup.open(tmp_path)
+    with pytest.raises(InvalidArgument, match="no backup"):
+        Backup.open(mnt)
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidArgument):
+        Backup.open(tmp_path / "file")
+    with pytest.raises(InvalidArgument):
+        Backup.create(mnt / "c", size=2**62)
+    assert names(mnt) == ["a"], "one that could not be made whole is not left"
+
+
+def test_c13_after_fini_nothing_follows(a: Backup, mnt: Path) -> None:
+    a.backup_pages(NOISE[:10], 0)
+    calls: list[Callable[[Backup], object]] = [
+        lambda backup: backup.backup_page(NOISE[0], 0),
+        lambda backup: backup.copy_page(bytearray(PAGE), 1),
+        lambda backup: backup.drop(1),
+        lambda backup: backup.size,
+    ]
+    with Backup.open(mnt / "a", native=a.is_native) as another:
+        a.fini()
+        assert names(mnt) == []
+        for backup in a, another:
+            for call in calls:
+                with pytest.raises(BackupEnded):
+                    call(backup)
+    assert os.statvfs(mnt).f_bfree == os.statvfs(mnt).f_blocks
+
+
+def test_a_backup_that_is_renamed_stays_what_it_is(a: Backup, mnt: Path) -> None:
+    a.backup_page(NOISE[0], 0)
+    os.rename(mnt / "a", mnt / "b")
+    assert a.path == str(mnt / "b")
+    assert (copied(a, [1]) == NOISE[0]).all()
+    a.fini()
+    assert names(mnt) == []
+
+
+def test_its_size_changes(a: Backup) -> None:
+    a.backup_page(NOISE[0], 4095)
+    a.resize(5000 * PAGE - 1)
+    assert a.size == 5000 * PAGE
+    with pytest.raises(InvalidArgument):
+        a.resize(PAGE)
+
+
+def test_c22_the_daemon_s_death_is_not_noticed(a: Backup, shared: Mount) -> None:
+    shared.expect_restarts()
+    handles = a.backup_pages(NOISE[:500], 0)
+    for _ in range(3):
+        shared.kill()
+        assert (copied(a, handles) == NOISE[:500]).all()
+        assert a.backup_page(NOISE[0], 600) == 601
+        assert len(a.handles()) == 501
+        with Backup.open(a.path) as another:
+            assert another.is_native, "the next daemon gives descriptors, too"
+
+
+def test_a_dead_mount_is_an_error_that_says_so(mountpoint: Path) -> None:
+    with Mount(mountpoint, "keeper=off") as mount:
+        backup = Backup.create(mountpoint / "a", native=False)
+        mount.expect_log("")
+        mount.process.kill()
+        mount.process.wait()
+        with backup, pytest.raises(StoreFailed, match=r"not connected|abort"):
+            backup.backup_page(NOISE[0], 0)
+        run(f"umount -l {mountpoint}")
+        mount._ends_with = -signal.SIGKILL
+
+
+# --- swap ---
+
+
+def test_writeback_and_where_pages_are(a: Backup, tmp_path: Path) -> None:
+    with swap(tmp_path):
+        a.backup_pages(NOISE[:1024], 0)
+        a.writeback()
+        found = a.residency()
+        assert found.pages == 1024
+        assert found.swapped >= 1000
+        if a.is_native:
+            halves = [a.residency_of(0, 512), a.residency_of(512, 4096)]
+            assert [half.pages for half in halves] == [512, 512]
+            assert sum(half.swapped for half in halves) == found.swapped
+        assert (copied(a, range(1, 1025)) == NOISE).all()
+        a.backup_pages(NOISE[:16], 2000, writeback=True)
+        assert a.residency().swapped >= 16
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_c9_a_wait_for_swap_is_ended_and_nothing_is_lost(mountpoint: Path, tmp_path: Path, way: str) -> None:
+    native, intr, pages = WAYS[way], threading.Event(), np.zeros((512, PAGE), np.uint8)
+    with Mount(mountpoint, "size=64m") as mount, Backup.create(mountpoint / "a", native=native) as backup:
+        with slow_swap(os.getpid() if native else mount.pid, tmp_path) as slow:
+            handles = backup.backup_pages(NOISE[:512], 0)
+            slow.push_out()
+            timer = threading.Timer(0.3, intr.set)
+            timer.start()
+            start = time.monotonic()
+            with pytest.raises(InterruptedError):
+                backup.copy_pages(pages, handles, intr)
+            assert time.monotonic() - start < 2, "64 reads a quarter of a second apart were not waited for"
+            timer.join()
+            with pytest.raises(InterruptedError):
+                backup.copy_page(pages[0], 512, intr)
+            given_up = pages.copy()
+        assert backup.residency().pages == 512
+        assert (given_up == pages).all(), "what was given up is not written to the caller's memory later"
+        intr.clear()
+        backup.copy_pages(pages, handles, intr)
+        assert (pages == NOISE[:512]).all()
+
+
+def test_a_signal_handler_s_exception_ends_a_wait(mountpoint: Path, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with (
+            Mount(mountpoint, "size=64m"),
+            Backup.create(mountpoint / "a") as backup,
+            slow_swap(os.getpid(), tmp_path) as slow,
+        ):
+            handles = backup.backup_pages(NOISE[:512], 0)
+            slow.push_out()
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(Stopped):
+                backup.copy_pages(np.empty((512, PAGE), np.uint8), handles, threading.Event())
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_threads_share_a_backup(a: Backup) -> None:
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(20):
+                first = number * 500
+                pages = NOISE[turn : turn + 400]
+                assert (copied(a, a.backup_pages(pages, first)) == pages).all()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+
+
+def test_where_the_daemon_counts_pages_none_is_native(mountpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    for options in "uid_size=16m", f"store={tmp_path / 'store'}":
+        with Mount(mountpoint, f"size=64m,{options}"), Backup.create(mountpoint / "a") as backup:
+            assert not backup.is_native
+            handles = backup.backup_pages(NOISE[:100], 0)
+            assert (copied(backup, handles) == NOISE[:100]).all()
+            backup.fini()
+
+
+def test_a_read_only_mount_is_read(mountpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    with Mount(mountpoint, f"store={tmp_path / 'store'}"), Backup.create(mountpoint / "a", PAGE << 10) as backup:
+        backup.backup_pages(NOISE[:100], 0)
+    with Mount(mountpoint, f"ro,store={tmp_path / 'store'}"), Backup.open(mountpoint / "a") as backup:
+        assert (copied(backup, range(1, 101)) == NOISE[:100]).all()
+        with pytest.raises(Exception, match=r"[Rr]ead-only|Bad file"):
+            backup.backup_page(NOISE[0], 0)
+
+
+def test_it_leaves_no_descriptor_behind(mnt: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with Backup.create(mnt / "a") as backup:
+            backup.backup_pages(NOISE[:3], 0, writeback=True)
+            copied(backup, [1, 2, 3])
+            backup.fini()
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before, "descriptors to be closed")

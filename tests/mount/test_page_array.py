@@ -1,0 +1,407 @@
+"""The caller's side of the contract (C17 to C21), and evicting twice the memory there is, as xe_bo_shrink does."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from harness import Mount, set_attribute
+from stores import ControlGroup, swap
+from ttmfs.client import Backup, PageArray, shrink
+from ttmfs.errors import InvalidArgument, NoRoom, PageAbsent, StoreFailed
+from ttmfs.handles import handle_to_page_ptr, page_ptr_is_handle
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+COUNT = 600  # more than are moved at once
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    with Mount(tmp_path_factory.mktemp("shared"), "size=64m") as mount:
+        yield mount
+
+
+@pytest.fixture
+def backup(shared: Mount) -> Iterator[Backup]:
+    with Backup.create(shared.path / "a", 4096 * PAGE) as made:
+        yield made
+        set_attribute(shared.path, "size", 64 << 20)
+        if (shared.path / "a").exists():
+            made.fini()
+
+
+class Faulty:
+    """A backup that fails where it is told to: for the test, the faults of ``backup_fault_inject``."""
+
+    def __init__(self, backup: Backup) -> None:
+        self._backup = backup
+        self.page_size = backup.page_size
+        self.bad: dict[str, set[int]] = {"backup": set(), "copy": set(), "drop": set()}
+        self.copied: list[int] = []
+        self.dropped: list[int] = []
+
+    def _fail(self, verb: str, handles: Any) -> None:
+        if hit := self.bad[verb] & set(map(int, handles)):
+            raise StoreFailed(f"{verb} of {hit} fails")
+
+    def backup_pages(self, pages: NDArray[np.uint8], idx: int, writeback: bool = False) -> NDArray[np.uint64]:
+        good = next((n for n in range(len(pages)) if idx + n + 1 in self.bad["backup"]), len(pages))
+        if not good:
+            raise StoreFailed("backing up fails")
+        return self._backup.backup_pages(pages[:good], idx, writeback)
+
+    def copy_pages(self, dst: NDArray[np.uint8], handles: NDArray[np.uint64], intr: Any = None) -> None:
+        self._fail("copy", handles)
+        assert not set(map(int, handles)) & set(self.dropped), "C19: a dropped handle is never read again"
+        self._backup.copy_pages(dst, handles, intr)
+        self.copied += map(int, handles)
+
+    def drop_pages(self, handles: NDArray[np.uint64]) -> None:
+        self._fail("drop", handles)
+        self._backup.drop_pages(handles)
+        self.dropped += map(int, handles)
+
+
+def filled(store: Any, count: int = COUNT, first: int = 0, seed: int = 1) -> tuple[PageArray, NDArray[np.uint8]]:
+    """An array with a page in every slot, and what is in them."""
+    array, content = (
+        PageArray(store, count, first),
+        np.random.default_rng(seed).integers(0, 256, (count, PAGE), np.uint8),
+    )
+    for slot in range(count):
+        array[slot][:] = content[slot]
+    return array, content
+
+
+def holds(array: PageArray, content: NDArray[np.uint8]) -> bool:
+    return all((array[slot] == content[slot]).all() for slot in range(len(array)))
+
+
+def test_c17_c19_pages_go_and_come_back(backup: Backup) -> None:
+    array, content = filled(backup)
+    assert (array.populated, array.backed_up) == (COUNT, 0)
+    assert not page_ptr_is_handle(array.slots).any(), "C1: a page's address has bit 0 clear"
+    assert array.backup() == COUNT
+    assert (array.slots == handle_to_page_ptr(np.arange(1, COUNT + 1, dtype=np.uint64))).all()
+    assert backup.residency().pages == COUNT
+    with pytest.raises(InvalidArgument, match="restore"):
+        array[0]
+    with pytest.raises(InvalidArgument, match="backed up already"):
+        array.backup()
+    assert array.restore() == COUNT
+    assert holds(array, content)
+    assert backup.residency().pages == 0
+    assert array.restore() == 0
+    array.destroy()
+
+
+def test_backed_up_pages_leave_memory(backup: Backup) -> None:
+    def anonymous() -> int:
+        rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(row.split()[1]) for row in rows if row.startswith("Anonymous:")) << 10
+
+    array, _ = filled(backup, 4096)
+    before = anonymous()
+    array.backup()
+    assert before - anonymous() > 4000 * PAGE
+    array.destroy()
+
+
+def test_c17_empty_slots_are_skipped(backup: Backup) -> None:
+    array = PageArray(backup, 10)
+    for slot in 2, 3, 7:
+        array[slot][:] = slot
+    assert array.backup() == 3
+    assert backup.handles().tolist() == [3, 4, 8]
+    assert array.slots[[0, 1, 4, 5, 6, 8, 9]].any() == False  # noqa: E712 # numpy's own
+    assert array.restore() == 3
+    assert [int(array[slot][0]) for slot in (2, 3, 7)] == [2, 3, 7]
+    array.destroy()
+
+
+def test_c17_what_fails_part_way_is_a_short_count_and_the_error_if_nothing_was_done(backup: Backup) -> None:
+    faulty = Faulty(backup)
+    array, content = filled(faulty)
+    faulty.bad["backup"] = {COUNT // 2 + 1}
+    assert array.backup() == COUNT // 2
+    assert (array.backed_up, array.populated) == (COUNT // 2, COUNT - COUNT // 2), "slots past it stay pages"
+    assert array.restore() == COUNT // 2
+    assert holds(array, content)
+    faulty.bad["backup"] = {1}
+    with pytest.raises(StoreFailed):
+        array.backup()
+    assert array.populated == COUNT
+    assert holds(array, content)
+    array.destroy()
+
+
+def test_c17_where_room_ends(backup: Backup, shared: Mount) -> None:
+    array, content = filled(backup)
+    set_attribute(shared.path, "size", 100 * PAGE)
+    assert array.backup() == 100
+    set_attribute(shared.path, "size", 64 << 20)
+    assert array.restore() == 100
+    with Backup.create(shared.path / "b") as other:
+        other.backup_pages(content[:100], 0)
+        set_attribute(shared.path, "size", 100 * PAGE)
+        with pytest.raises(NoRoom):
+            array.backup()
+        assert holds(array, content)
+        array.destroy()
+        other.fini()
+
+
+def test_a_limit_is_kept(backup: Backup) -> None:
+    array, content = filled(backup)
+    assert array.backup(limit=0) == 0
+    assert array.backup(limit=37) == 37
+    assert array.backed_up == 37
+    array.restore()
+    assert holds(array, content)
+    with pytest.raises(InvalidArgument):
+        array.backup(limit=-1)
+    array.destroy()
+
+
+def test_c18_purge_frees_without_backing_up(backup: Backup) -> None:
+    array, _ = filled(backup)
+    assert array.backup(purge=True) == COUNT
+    assert not array.slots.any()
+    assert backup.residency().pages == 0
+    assert not array[5].any(), "an empty slot gets a page of zeros"
+    array.destroy()
+
+
+def test_c19_an_interruption_keeps_what_is_done_and_a_retry_goes_on(backup: Backup) -> None:
+    faulty = Faulty(backup)
+    array, content = filled(faulty)
+    array.backup()
+    faulty.bad["copy"] = {300}
+    with pytest.raises(StoreFailed):
+        array.restore()
+    assert 0 < array.populated < 300
+    intr = threading.Event()
+    intr.set()
+    with pytest.raises(InterruptedError):
+        array.restore(intr)
+    faulty.bad["copy"] = set()
+    intr.clear()
+    left = array.backed_up
+    assert array.restore(intr) == left
+    assert holds(array, content)
+    assert sorted(faulty.copied) == sorted(faulty.dropped) == list(range(1, COUNT + 1)), "each exactly once"
+    array.destroy()
+
+
+def test_c19_what_was_copied_is_not_read_again_though_dropping_it_failed(backup: Backup) -> None:
+    faulty = Faulty(backup)
+    array, content = filled(faulty)
+    array.backup()
+    faulty.bad["drop"] = {10}
+    with pytest.raises(StoreFailed):
+        array.restore()
+    faulty.bad["drop"] = set()
+    array.restore()
+    assert sorted(faulty.copied) == list(range(1, COUNT + 1))
+    assert backup.residency().pages == 0
+    assert holds(array, content)
+    array.destroy()
+
+
+def test_c11_a_page_that_another_dropped_is_told_and_those_before_it_are_back(backup: Backup) -> None:
+    array, content = filled(backup)
+    array.backup()
+    backup.drop(100)
+    with pytest.raises(PageAbsent):
+        array.restore()
+    assert array.populated == 99
+    assert all((array[slot] == content[slot]).all() for slot in range(99))
+    array.destroy()
+    assert backup.residency().pages == 0
+
+
+def test_c20_destroying_a_half_restored_array_frees_each_exactly_once(backup: Backup) -> None:
+    faulty = Faulty(backup)
+    array, _ = filled(faulty)
+    others, content = filled(backup, 50, first=COUNT)
+    others.backup()
+    array.backup()
+    faulty.bad["copy"] = {300}
+    with pytest.raises(StoreFailed):
+        array.restore()
+    array.destroy()
+    array.destroy()
+    assert sorted(faulty.dropped) == list(range(1, COUNT + 1))
+    assert backup.residency().pages == 50, "another array of the backup has its own"
+    others.restore()
+    assert holds(others, content)
+    others.destroy()
+    for call in array.backup, array.restore, lambda: array[0]:
+        with pytest.raises(InvalidArgument, match="destroyed"):
+            call()
+
+
+def test_destroying_after_the_backup_ended_is_well(backup: Backup) -> None:
+    array, _ = filled(backup, 10)
+    array.backup()
+    backup.fini()
+    array.destroy()
+
+
+def test_c21_one_that_fails_does_not_stall_a_walk(backup: Backup) -> None:
+    broken = Faulty(backup)
+    broken.bad["backup"] = set(range(1, 4097))
+    arrays = [filled(backup, 100, first)[0] for first in (0, 100, 200)]
+    arrays.insert(1, filled(broken, 100, 300)[0])
+    assert shrink(arrays, 250) == 250
+    assert [array.backed_up for array in arrays] == [100, 0, 100, 50]
+    with pytest.raises(StoreFailed):  # the others are backed up, if only in part
+        shrink(arrays, 1000)
+    for array in arrays:
+        array.restore()
+    for array in arrays:
+        array.destroy()
+
+
+class Interrupted(Exception):
+    """What a signal handler raises, anywhere."""
+
+
+@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(st.integers(0, 2**32), st.integers(1, 60))
+def test_an_exception_at_any_line_loses_nothing(backup: Backup, seed: int, after: int) -> None:
+    """As a signal handler's: raised at a line of the array's own code."""
+    array, content = filled(backup, 12, seed=seed)
+    left = after
+
+    def tracer(frame: Any, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename.endswith("page_array.py") and event == "line":
+            left -= 1
+            if not left:
+                raise Interrupted
+        return tracer
+
+    for call in array.backup, array.restore:
+        sys.settrace(tracer)
+        try:
+            call()
+        except Interrupted:
+            pass
+        finally:
+            sys.settrace(None)
+    while array.backed_up:
+        array.restore()
+    assert holds(array, content)
+    array.destroy()
+    assert backup.residency().pages == 0
+
+
+# --- twice the memory there is ---
+
+
+def evictor() -> None:
+    """A process that has arrays of twice the memory it may have, and reads all of it back: run as a program."""
+    import json
+    import random
+    import sys
+    import threading
+
+    import numpy as np
+
+    from ttmfs.client import Backup, PageArray, shrink
+
+    path, arrays_, pages, budget, seed = sys.argv[1], *map(int, sys.argv[2:6])
+    random_, size = random.Random(seed), 4096
+
+    def content(number: int) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
+        return np.random.default_rng([seed, number]).integers(0, 256, (pages, size), np.uint8)
+
+    done = {"backed up": 0, "purged": 0, "restored": 0, "interrupted": 0, "wrong": 0}
+    with Backup.create(path, arrays_ * pages * size) as backup:
+        arrays: list[PageArray] = []
+        purgeable: set[int] = set()
+
+        def make_room() -> None:
+            over = sum(array.populated for array in arrays) + pages - budget
+            if over <= 0:
+                return
+            for number in list(purgeable):
+                if arrays[number].populated and over > 0:
+                    gone = arrays[number].backup(purge=True)
+                    done["purged"] += gone
+                    over -= gone
+            candidates = [array for number, array in enumerate(arrays) if number not in purgeable]
+            random_.shuffle(candidates)
+            if over > 0:
+                done["backed up"] += shrink(candidates, over, writeback=random_.random() < 0.2)
+
+        for number in range(arrays_):
+            make_room()
+            arrays.append(PageArray(backup, pages, number * pages))
+            for slot, page in enumerate(content(number)):
+                arrays[number][slot][:] = page
+            if number % 8 == 3:
+                purgeable.add(number)
+        order = [number for number in range(arrays_) for _ in range(2)]
+        random_.shuffle(order)
+        for number in order:
+            array = arrays[number]
+            if number in purgeable:
+                continue
+            if array.backed_up:
+                make_room()
+            while array.backed_up:
+                intr = threading.Event()
+                if random_.random() < 0.3:
+                    threading.Timer(random_.random() / 500, intr.set).start()
+                try:
+                    done["restored"] += array.restore(intr)
+                except InterruptedError:
+                    done["interrupted"] += 1
+            expected = content(number)
+            done["wrong"] += sum(not (array[slot] == expected[slot]).all() for slot in range(pages))
+        done["stored"] = backup.residency().pages
+        done["held"] = sum(array.backed_up for array in arrays)
+        for array in arrays:
+            array.destroy()
+        done["left"] = backup.residency().pages
+        done["native"] = backup.is_native
+        backup.fini()
+    json.dump(done, sys.stdout)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["natively", "through the mount"])
+def test_twice_the_memory_there_is_evicted_and_read_back_at_random(
+    mountpoint: Path, tmp_path: Path, native: bool
+) -> None:
+    """xe_bo_shrink in user space: some purgeable, interruptions injected, all verified, nothing leaked."""
+    limit, arrays, pages = 96 << 20, 48, 1024
+    assert arrays * pages * PAGE == 2 * limit
+    options = "size=512m" + ("" if native else ",uid_size=512m")
+    with swap(tmp_path, 512 << 20), ControlGroup(limit) as group, Mount(mountpoint, options, preexec_fn=group.join):
+        budget = (limit - (48 << 20)) // PAGE  # what python, numpy and pages just backed up take is not for pages
+        source = inspect.getsource(evictor) + "evictor()\n"
+        command = [sys.executable, "-c", source, str(mountpoint / "a"), str(arrays), str(pages), str(budget), "7"]
+        found = subprocess.run(command, stdout=subprocess.PIPE, timeout=120, check=True, preexec_fn=group.join)
+        assert group.oom_kills() == 0
+        done = json.loads(found.stdout)
+        assert (done["wrong"], done["left"], done["native"]) == (0, 0, native)
+        assert done["stored"] == done["held"]
+        assert done["backed up"] > pages * arrays // 2
+        assert done["restored"] > pages * arrays // 4
+        assert done["purged"] >= pages
+        assert done["interrupted"] > 0
+        assert not list(mountpoint.iterdir())
+        assert os.statvfs(mountpoint).f_bfree == os.statvfs(mountpoint).f_blocks

@@ -1,0 +1,577 @@
+"""Backups of a mount, for programs: the verbs, synchronously, on what ``mkdir`` made there.
+
+::
+
+    with Backup.create("/mnt/ttm/a", size=1 << 30) as backup:
+        handles = backup.backup_pages(pages, 0)     # (n, page_size) of uint8
+        backup.copy_pages(pages, handles)
+        backup.drop_pages(handles)
+        backup.fini()
+
+Two ways lead to the pages, with the same results. *Natively* system calls are made on the backup's own file, at the
+speed of a tmpfs, whose file it is. Its descriptor comes from the daemon (see ``ttmfs.handover``), for whom the mode
+bits let read, write and reach the backup, or through ``.shmem``. Else requests go through the mount: ``.image`` for
+runs of pages, page files, ``user.ttmfs.drop``. :attr:`Backup.is_native` tells which. Storing natively asks the budget
+alone, not ``reserve=``.
+
+Everything may be called from several threads. Nothing here needs trio, or knows of the server.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import errno
+import json
+import os
+import socket
+import struct
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import numpy as np
+
+from . import linux
+from . import pages as checked
+from .errors import (
+    BackupAbsent,
+    BackupEnded,
+    BackupExists,
+    BackupNotEmpty,
+    InvalidArgument,
+    NameTooLong,
+    NoRoom,
+    NotPermitted,
+    NotSupported,
+    PageAbsent,
+    StoreFailed,
+    TtmfsError,
+)
+from .handles import Uint64Array, format_ranges, page_name, parse_ranges
+from .options import BASE_PAGE_SIZE
+from .page_array import PageArray, shrink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from .pages import PageBuffer
+
+__all__ = ["Backup", "PageArray", "Residency", "shrink"]
+
+REQUEST = 1 << 20
+"""Bytes that one request through the mount carries at most."""
+
+STEP = 16 << 20
+"""Bytes that are stored or copied by one system call on the backup's file."""
+
+PARALLEL = 8 << 20
+"""Bytes from which on copying is shared among threads: reading takes no lock of the file, as writing does."""
+
+FEW = 4
+"""Pages of a run that are copied one by one through their files, which tell by themselves that they are not there."""
+
+LONGEST_VALUE = 65536
+"""Bytes of an extended attribute. XATTR_SIZE_MAX"""
+
+LOOK_SECONDS = 0.02
+"""How often a wait that may be ended is looked at."""
+
+ANSWER_SECONDS = 2.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where the pages of a backup, or of a part of it, are. Counts of pages.
+
+    One that is in both places counts by its parts, `swapped` rounded up.
+    """
+
+    pages: int
+    resident: int
+    swapped: int
+
+
+class Backup:
+    """A backup of a mount, open. Make it with :meth:`create` or :meth:`open`; it is a context manager that closes it.
+
+    Counts are pages, indices begin at 0. Every method raises BackupEnded once the backup was ended, by whomever, or
+    closed here; StoreFailed if the mount or its store fails; NotPermitted for want of a right.
+    """
+
+    def __init__(self, directory: int, *, native: bool) -> None:
+        self._directory = directory  # O_PATH
+        self._files: dict[str, int] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._native = -1
+        self.page_size = self._page_size()
+        self.id = os.fstat(directory).st_ino
+        """The inode number of its directory, which no other backup of the mount ever has."""
+        if native:
+            self._native = _descriptor(directory, self.id)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], size: int | None = None, *, native: bool = True) -> Self:
+        """Make an empty backup of `size` bytes (default: the mount's ``backup_size=``), and open it.
+
+        ``ttm_backup_shmem_create()``. The size is rounded up to whole pages and takes no memory. Raises BackupExists,
+        NoRoom and InvalidArgument.
+        """
+        with _translated(f"making {os.fspath(path)}"):
+            os.mkdir(path)
+        backup = cls.open(path, native=native)
+        try:
+            if size is not None:
+                backup.resize(size)
+        except BaseException:
+            backup.close()
+            os.rmdir(path)
+            raise
+        return backup
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, native: bool = True) -> Self:
+        """Open a backup that there is. With `native` false every call goes through the mount. Raises BackupAbsent."""
+        with _translated(f"opening {os.fspath(path)}", absent=BackupAbsent):
+            directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return cls(directory, native=native)
+        except BaseException:
+            os.close(directory)
+            raise
+
+    def close(self) -> None:
+        """Let go of the backup, which stays. Not to be called while another thread works with it."""
+        if self._threads:
+            self._threads.shutdown()
+        for fd in (*self._files.values(), self._native, self._directory):
+            if fd >= 0:
+                os.close(fd)
+        self._files.clear()
+        self._native = self._directory = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Backup {self.path if self._directory >= 0 else '(closed)'}>"
+
+    # --- the six verbs, and their plural forms ---
+
+    def backup_page(self, page: PageBuffer, idx: int, writeback: bool = False) -> int:
+        """Copy a page into the backup and give its handle, which is ``idx + 1``. ``ttm_backup_backup_page()``.
+
+        `page` is any contiguous buffer of page_size bytes, the caller's again on return. A page that is there is
+        overwritten. `writeback` asks that it be pushed to swap now; best effort. Raises InvalidArgument and NoRoom.
+        """
+        data, handle = checked.page(page, self.page_size), checked.handle_of(idx)
+        self._check_index(idx, 1)
+        self._store(idx, data, writeback)
+        return handle
+
+    def backup_pages(self, pages: NDArray[np.uint8], idx: int, writeback: bool = False) -> Uint64Array:
+        """Back up an array of shape (n, page_size), dtype uint8, at n indices from `idx` on; gives their handles.
+
+        If room ends part way, the handles of the pages that were stored; NoRoom if none was.
+        """
+        data, first = checked.pages(pages, self.page_size), checked.handle_of(idx)
+        self._check_index(idx, len(pages))
+        stored = self._store(idx, data, writeback) if len(data) else 0
+        return np.arange(first, first + stored, dtype=np.uint64)
+
+    def copy_page(self, dst: PageBuffer, handle: int, intr: threading.Event | None = None) -> None:
+        """Copy a page back into `dst`, a writable buffer of page_size bytes. ``ttm_backup_copy_page()``.
+
+        The page stays. InterruptedError if `intr` is set by then or while the page is waited for (a signal handler may
+        set it, or raise: its exception comes out then); nothing is lost, and it can be repeated. Raises PageAbsent.
+        """
+        data, idx = checked.destination(dst, self.page_size), checked.index_of(handle)
+        self._check_index(idx, 1)
+        self._copy(data, [(idx, idx + 1)], intr)
+
+    def copy_pages(self, dst: NDArray[np.uint8], handles: Uint64Array, intr: threading.Event | None = None) -> None:
+        """Copy pages back into the rows of `dst`, of shape (n, page_size), dtype uint8, by n handles, dtype uint64.
+
+        Raises PageAbsent if any of them holds nothing, and InterruptedError as :meth:`copy_page` does; `dst` may have
+        been written to in part by then.
+        """
+        data, runs = checked.rows(dst, len(handles), self.page_size), checked.runs(handles)
+        for first, past in runs:
+            self._check_index(first, past - first)
+        self._copy(data, runs, intr)
+
+    def drop(self, handle: int) -> None:
+        """Release a page; its memory is the system's again on return. Nothing happens if the handle holds none."""
+        idx = checked.index_of(handle)
+        self._check_index(idx, 1)
+        self._drop([(idx, idx + 1)])
+
+    def drop_pages(self, handles: Uint64Array) -> None:
+        """Release the pages of an array of handles, dtype uint64, as :meth:`drop` does."""
+        runs = checked.runs(handles)
+        for first, past in runs:
+            self._check_index(first, past - first)
+        self._drop(runs)
+
+    def fini(self) -> None:
+        """End the backup and release every page that is left. ``ttm_backup_fini()``. Closes it, too."""
+        path = self.path
+        with _translated("ending the backup"):
+            for _ in range(3):  # another may store pages meanwhile
+                os.truncate(f"{self._place}/.image", 0)
+                try:
+                    os.rmdir(path)
+                    break
+                except OSError as error:
+                    if error.errno != errno.ENOTEMPTY:
+                        raise
+            else:
+                raise BackupNotEmpty(f"{path} is being written to")
+        self.close()
+
+    # --- what it holds ---
+
+    @property
+    def path(self) -> str:
+        """Where it is, as of now: it may have been renamed."""
+        return os.readlink(self._place)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether its file itself is open here, so that no request goes through the mount."""
+        return self._native >= 0
+
+    @property
+    def size(self) -> int:
+        """Bytes that it spans, stored or not."""
+        with _translated("looking at the backup"):
+            if not self.is_native:
+                return os.fstat(self._image()).st_size
+            found = os.fstat(self._native)
+        if not found.st_nlink:
+            raise BackupEnded("the backup was ended")
+        return found.st_size
+
+    def resize(self, size: int) -> None:
+        """Change the bytes that it spans, rounded up to whole pages: to less only over pages that do not exist."""
+        if not isinstance(size, int) or size <= 0:
+            raise InvalidArgument(f"a size is a positive number of bytes, not {size!r}")
+        with _translated("changing the size"):
+            os.setxattr(self._place, "user.ttmfs.size", str(-(-size // self.page_size) * self.page_size).encode())
+
+    def handles(self) -> Uint64Array:
+        """The handles of all pages stored, ascending, dtype uint64."""
+        found = [np.arange(first + 1, past + 1, dtype=np.uint64) for first, past in self._extents()]
+        return np.concatenate(found) if found else np.empty(0, np.uint64)
+
+    def residency(self) -> Residency:
+        """How many pages are in memory, and how many swapped out (with ``store=``: on the disk alone)."""
+        with _translated("counting pages"):
+            pages, resident, swapped = (
+                int(os.getxattr(self._place, f"user.ttmfs.{name}")) for name in ("pages", "resident", "swapped")
+            )
+        return Residency(pages, resident, swapped)
+
+    def residency_of(self, first: int, past: int) -> Residency:
+        """The same of the pages between two indices. Raises NotSupported unless it :attr:`is_native`."""
+        if not self.is_native:
+            raise NotSupported("where single pages are is told by the backup's own file alone, which is not open here")
+        with _translated("counting pages"):
+            length = (min(past, self._limit()) - first) * self.page_size
+            if length <= 0:
+                return Residency(0, 0, 0)
+            _, out = linux.residency(self._native, first * self.page_size, length)
+            pages = sum(end - start for start, end in linux.page_runs(self._native, self.page_size, first, past))
+        swapped = min(pages, -(-out * BASE_PAGE_SIZE // self.page_size))
+        return Residency(pages, pages - swapped, swapped)
+
+    def writeback(self) -> None:
+        """Push every page on to swap, now (with ``store=``: to the disk). Best effort."""
+        with _translated("writing back"):
+            os.fsync(self._image())
+
+    # --- the two ways ---
+
+    def _store(self, idx: int, data: memoryview, writeback: bool) -> int:
+        """Store whole pages from an index on; gives how many. NoRoom if none was."""
+        offset, done = idx * self.page_size, 0
+        with _translated("storing pages"):
+            if self.is_native and not writeback:
+                done = self._store_natively(offset, data)
+            image = self._image(os.O_SYNC * writeback)
+            while done < len(data):  # what is left, if its own file had no room: the mount stores page by page
+                try:
+                    done += os.pwrite(image, data[done : done + REQUEST], offset + done)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or done < self.page_size:
+                        raise
+                    break
+        return done // self.page_size
+
+    def _store_natively(self, offset: int, data: memoryview) -> int:
+        done = 0
+        with contextlib.suppress(_NoRoomHere):
+            while done < len(data):
+                chunk = data[done : done + STEP]
+                try:
+                    if self.page_size > BASE_PAGE_SIZE:  # so that none is stored in part
+                        linux.reserve_range(self._native, offset + done, len(chunk))
+                    done += os.pwrite(self._native, chunk, offset + done)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                        raise
+                    raise _NoRoomHere from None
+        return done
+
+    def _copy(self, dst: memoryview, runs: list[tuple[int, int]], intr: threading.Event | None) -> None:
+        """Fill `dst` from the pages of runs of indices, one behind the other."""
+        if intr is None:
+            self._read(dst, runs)
+            return
+        step, done = max(1, REQUEST // self.page_size), 0
+        for first, past in runs:
+            for start in range(first, past, step):
+                if intr.is_set():
+                    raise InterruptedError(errno.EINTR, "copying pages was interrupted")
+                end = min(past, start + step)
+                length = (end - start) * self.page_size
+                # Into memory of its own: a copy that is given up may still be under way when the caller uses his again.
+                dst[done : done + length] = self._await(partial(self._read, bytearray(length), [(start, end)]), intr)
+                done += length
+
+    def _read(self, dst: memoryview | bytearray, runs: list[tuple[int, int]]) -> memoryview:
+        """Fill `dst`, and give it."""
+        view, done = memoryview(dst), 0
+        with _translated("copying pages", absent=PageAbsent):
+            if not self.is_native and len(view) <= FEW * self.page_size:
+                for idx in (idx for first, past in runs for idx in range(first, past)):
+                    self._read_page(view[done : done + self.page_size], idx)
+                    done += self.page_size
+                return view
+            self._check_present(runs)
+            for first, past in runs:
+                part = view[done : done + (past - first) * self.page_size]
+                if self.is_native:
+                    self._read_natively(part, first * self.page_size)
+                else:
+                    _fill(self._image(), part, first * self.page_size, REQUEST)
+                done += len(part)
+            self._check_present(runs)  # none was dropped meanwhile, and read as zeros
+        return view
+
+    def _check_present(self, runs: list[tuple[int, int]]) -> None:
+        """PageAbsent unless every page of some runs is there."""
+        if self.is_native:
+            for first, past in runs:
+                run = next(linux.page_runs(self._native, self.page_size, first, past), (past, past))
+                if run != (first, past):
+                    raise PageAbsent(f"handle {(run[1] if run[0] == first else first) + 1} holds no page")
+            return
+        extents = list(self._extents())
+        firsts = [first for first, _ in extents]
+        for first, past in runs:
+            place = bisect.bisect_right(firsts, first) - 1
+            end_of_run = max(first, extents[place][1]) if place >= 0 else first
+            if end_of_run < past:
+                raise PageAbsent(f"handle {end_of_run + 1} holds no page")
+
+    def _read_natively(self, dst: memoryview, offset: int) -> None:
+        workers = min(4, len(os.sched_getaffinity(0)))
+        if len(dst) < PARALLEL or workers == 1:
+            _fill(self._native, dst, offset, STEP)
+            return
+        share = -(-len(dst) // workers // BASE_PAGE_SIZE) * BASE_PAGE_SIZE
+        parts = [(dst[start : start + share], offset + start) for start in range(0, len(dst), share)]
+        others = [self._pool().submit(_fill, self._native, *part, STEP) for part in parts[1:]]
+        try:
+            _fill(self._native, *parts[0], STEP)
+        finally:
+            wait_for(others)  # they write to what is the caller's
+        for other in others:
+            other.result()
+
+    def _read_page(self, dst: memoryview, idx: int) -> None:
+        file = os.open(f"{self._place}/{page_name(idx + 1).decode()}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _fill(file, dst, 0, REQUEST)
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                raise PageAbsent(f"handle {idx + 1} holds no page any more") from None
+            raise
+        finally:
+            os.close(file)
+
+    def _drop(self, runs: list[tuple[int, int]]) -> None:
+        with _translated("dropping pages"):
+            if self.is_native:
+                for first, past in runs:
+                    linux.punch_hole(self._native, first * self.page_size, (past - first) * self.page_size)
+                return
+            part: list[tuple[int, int]] = []
+            for first, past in runs:
+                part.append((first + 1, past))
+                if len(part) >= LONGEST_VALUE // len(f"{2**30}-{2**30},"):
+                    self._drop_ranges(part)
+                    part = []
+            if part:
+                self._drop_ranges(part)
+
+    def _drop_ranges(self, ranges: list[tuple[int, int]]) -> None:
+        os.setxattr(self._place, "user.ttmfs.drop", format_ranges(ranges).encode())
+
+    def _extents(self) -> Iterator[tuple[int, int]]:
+        """The runs of pages, as (first index, index past the last), ascending."""
+        with _translated("listing pages"):
+            if self.is_native:
+                yield from linux.page_runs(self._native, self.page_size, 0, self._limit())
+                return
+            try:
+                text = os.getxattr(self._place, "user.ttmfs.map").decode()
+            except OSError as error:
+                if error.errno != errno.E2BIG:
+                    raise
+                names = np.array(sorted(map(int, os.listdir(self._place))), np.uint64)
+                yield from checked.runs(names)
+            else:
+                yield from ((first - 1, last) for first, last in (parse_ranges(text) if text else ()))
+
+    # --- within ---
+
+    @property
+    def _place(self) -> str:
+        """A path of the directory, by its descriptor."""
+        if self._directory < 0:
+            raise BackupEnded("it was closed")
+        return f"/proc/self/fd/{self._directory}"
+
+    def _page_size(self) -> int:
+        try:
+            return int(os.getxattr(f"{self._place}/..", "user.ttmfs.page_size"))
+        except OSError as error:
+            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise InvalidArgument(f"{self.path} is no backup: it does not lie in a mount of ttmfs") from None
+            raise _meaning(error, "asking for the page size") from error
+
+    def _image(self, flags: int = 0) -> int:
+        """A descriptor of ``.image``, to read and write if the mode bits allow that."""
+        key = f"image {flags}"
+        with self._lock:
+            if key not in self._files:
+                path, flags = f"{self._place}/.image", flags | os.O_CLOEXEC
+                try:
+                    self._files[key] = os.open(path, flags | os.O_RDWR)
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EROFS):
+                        raise
+                    self._files[key] = os.open(path, flags | os.O_RDONLY)
+            return self._files[key]
+
+    def _pool(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(4, thread_name_prefix="ttmfs")
+            return self._threads
+
+    def _await(self, work: Callable[[], T], intr: threading.Event) -> T:
+        """What `work` gives, unless `intr` is set before: then it goes on in its thread and comes to nothing."""
+        future: Future[T] = self._pool().submit(work)
+        while not wait_for([future], LOOK_SECONDS).done:
+            if intr.is_set():
+                raise InterruptedError(errno.EINTR, "copying pages was interrupted")
+        return future.result()
+
+    def _limit(self) -> int:
+        return self.size // self.page_size
+
+    def _check_index(self, idx: int, count: int) -> None:
+        limit = self._limit()
+        if idx > limit - count:
+            raise InvalidArgument(f"index {idx} and {count} pages do not lie within the backup's {limit} pages")
+
+
+class _NoRoomHere(Exception):
+    """The backup's own file has no room; the mount, which stores page by page, may find some."""
+
+
+def _fill(fd: int, dst: memoryview, offset: int, step: int) -> None:
+    """Fill a buffer from a file."""
+    done = 0
+    while done < len(dst):
+        if not (read := os.preadv(fd, [dst[done : done + step]], offset + done)):
+            raise PageAbsent("the backup was made smaller meanwhile")
+        done += read
+
+
+def _descriptor(directory: int, id: int) -> int:
+    """The descriptor of a backup's own file, to read and to write; -1 if there is none to be had."""
+    place = f"/proc/self/fd/{directory}"
+    try:
+        with open(f"{place}/../.config", encoding="utf-8") as file:
+            config = json.load(file)
+        if not (path := config.get("descriptors")):
+            return -1
+        with contextlib.suppress(OSError):
+            return _handed_over(path, id)
+        return os.open(f"{place}/.shmem", os.O_RDWR | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return -1
+
+
+def _handed_over(path: str, id: int) -> int:
+    """What the daemon gives for the inode number of a backup's directory. OSError with its errno."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(ANSWER_SECONDS)
+        connection.connect(path)
+        connection.send(struct.pack("=Q", id))
+        answer, descriptors, _, _ = socket.recv_fds(connection, 4, 1)
+    if len(answer) != 4 or (number := struct.unpack("=i", answer)[0]) or not descriptors:
+        for fd in descriptors:
+            os.close(fd)
+        raise OSError(number if len(answer) == 4 else errno.EPROTO, "no descriptor")
+    os.set_inheritable(descriptors[0], False)
+    return int(descriptors[0])
+
+
+_MEANINGS: dict[int, type[TtmfsError]] = {
+    errno.EINVAL: InvalidArgument,
+    errno.EFBIG: InvalidArgument,
+    errno.EEXIST: BackupExists,
+    errno.ENAMETOOLONG: NameTooLong,
+    errno.ENOSPC: NoRoom,
+    errno.EDQUOT: NoRoom,
+    errno.ENOMEM: NoRoom,
+    errno.ESTALE: BackupEnded,
+    errno.ENOENT: BackupEnded,
+    errno.EPERM: NotPermitted,
+    errno.EACCES: NotPermitted,
+    errno.EBADF: NotPermitted,  # .image is open to read alone
+    errno.EROFS: NotPermitted,
+    errno.ENOTDIR: InvalidArgument,
+}
+
+
+def _meaning(error: OSError, what: str, absent: type[TtmfsError] = BackupEnded) -> TtmfsError:
+    """The error that an OSError of the mount stands for."""
+    kind = absent if error.errno == errno.ENOENT else _MEANINGS.get(error.errno or 0, StoreFailed)
+    return kind(f"{what}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def _translated(what: str, absent: type[TtmfsError] = BackupEnded) -> Iterator[None]:
+    try:
+        yield
+    except InterruptedError:
+        raise
+    except OSError as error:
+        raise _meaning(error, what, absent) from error
