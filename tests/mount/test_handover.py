@@ -1,0 +1,242 @@
+"""A backup's descriptor for those whom the mode bits allow, and for nobody else: users who try to cheat."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shlex
+import socket
+import stat
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import Mount, count, descriptors, wait_until
+from stores import ALICE, BOB, CAROL, Place, UsersMount, acting_as
+from ttmfs.client import Backup
+from ttmfs.inodes import IMAGE
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+GROUP = 65500
+
+ASK = """
+import json, os, socket, struct, sys
+path, answers = sys.argv[1], []
+for request in json.load(sys.stdin):
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(5)
+            connection.connect(path)
+            connection.send(bytes.fromhex(request))
+            answer, given, _, _ = socket.recv_fds(connection, 64, 4)
+            number, = struct.unpack("=i", answer)
+            if not number:
+                os.pwrite(given[0], b"mine", 0)
+                assert os.pread(given[0], 4, 0) == b"mine"
+            assert len(given) == (not number)
+            for fd in given:
+                os.close(fd)
+            answers.append(number)
+    except OSError as error:
+        answers.append(error.errno)
+print(json.dumps(answers))
+"""
+
+ACTORS = {
+    "root": (0, 0, []),
+    "the owner": (ALICE, ALICE, []),
+    "of the group": (BOB, GROUP, []),
+    "of the group besides": (BOB, BOB, [BOB, GROUP]),
+    "a stranger": (CAROL, CAROL, []),
+}
+
+
+def requests_for(*inodes: int) -> list[str]:
+    return [struct.pack("=Q", ino).hex() for ino in inodes]
+
+
+def ask(place: Place, actor: str, path: str, requests: list[str]) -> list[int]:
+    """What someone is answered: 0 if he was given a descriptor and stored and read through it, else an errno."""
+    uid, gid, groups = ACTORS[actor]
+    who = f"--reuid {uid} --regid {gid} " + (f"--groups {','.join(map(str, groups))}" if groups else "--clear-groups")
+    command = [*shlex.split(f"setpriv {who} --"), place.python, "-I", "-c", ASK, path]
+    done = subprocess.run(
+        command, input=json.dumps(requests), stdout=subprocess.PIPE, text=True, timeout=60, check=True, cwd="/"
+    )
+    return list(json.loads(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def mount(place: Place) -> Iterator[Mount]:
+    """A mount of root's that is open to all."""
+    with (
+        place.directory("open") as path,
+        Mount(path, "size=16m,backup_size=1m,mode=1777,allow_other", cwd=place.path) as mount,
+    ):
+        yield mount
+
+
+@pytest.fixture
+def door(mount: Mount) -> str:
+    """The socket of that mount."""
+    return str(json.loads((mount.path / ".config").read_text())["descriptors"])
+
+
+def made(mount: Mount, name: str, mode: int) -> int:
+    """A backup of Alice's and a group's with a page; its inode."""
+    path = mount.path / name
+    path.mkdir()
+    (path / "7").write_bytes(b"x")
+    os.chown(path, ALICE, GROUP)
+    path.chmod(mode)
+    return path.stat().st_ino
+
+
+def ended(mount: Mount) -> None:
+    for path in mount.path.iterdir():
+        os.truncate(path / ".image", 0)
+        path.rmdir()
+
+
+MODES = [0o700, 0o755, 0o770, 0o777, 0o775, 0o070, 0o007, 0o707, 0o666, 0o776, 0o750, 0o000, 0o1777, 0o500]
+
+
+@pytest.mark.parametrize("actor", ACTORS)
+def test_who_may_read_write_and_reach_a_backup_is_given_it_and_nobody_else(
+    place: Place, mount: Mount, door: str, actor: str
+) -> None:
+    inodes = [made(mount, f"m{number}", mode) for number, mode in enumerate(MODES)]
+    shift = {"the owner": 6, "of the group": 3, "of the group besides": 3, "a stranger": 0}.get(actor)
+    expected = [0 if shift is None or mode >> shift & 7 == 7 else errno.EACCES for mode in MODES]
+    assert ask(place, actor, door, requests_for(*inodes)) == expected
+    for number, answer in enumerate(expected):
+        assert count(mount.path / f"m{number}", "pages") == (2 if answer == 0 else 1), "who was refused stored nothing"
+    ended(mount)
+
+
+def test_a_root_directory_that_cannot_be_entered_shuts_off_what_lies_in_it(
+    place: Place, mount: Mount, door: str
+) -> None:
+    request = requests_for(made(mount, "a", 0o777))
+    mount.path.chmod(0o1770)
+    assert [ask(place, actor, door, request) for actor in ("a stranger", "root")] == [[errno.EACCES], [0]]
+    mount.path.chmod(0o1777)
+    assert ask(place, "a stranger", door, request) == [0]
+    ended(mount)
+
+
+def test_nothing_else_is_given_whatever_is_asked(place: Place, mount: Mount, door: str) -> None:
+    ino = made(mount, "a", 0o777)
+    gone = made(mount, "b", 0o777)
+    os.truncate(mount.path / "b/.image", 0)
+    (mount.path / "b").rmdir()
+    mode = 0o777
+    requests = [
+        *requests_for(0, 1, 2, 3, ino + 7, ino + IMAGE, ino | 1 << 63, 2**64 - 1),
+        "", "00", "00" * 7, "00" * 9, "ff" * 8, "00" * 5000, struct.pack("=QQ", ino, ino).hex(),
+    ]  # fmt: skip
+    assert set(ask(place, "root", door, requests)) <= {errno.EINVAL, errno.ESTALE}
+    assert ask(place, "root", door, requests_for(gone)) == [errno.ESTALE]
+    assert mode == stat.S_IMODE((mount.path / "a").stat().st_mode)
+    ended(mount)
+
+
+def test_rights_are_those_of_now(place: Place, mount: Mount, door: str) -> None:
+    request = requests_for(made(mount, "a", 0o707))
+    assert ask(place, "a stranger", door, request) == [0]
+    (mount.path / "a").chmod(0o700)
+    assert ask(place, "a stranger", door, request) == [errno.EACCES]
+    os.chown(mount.path / "a", CAROL, CAROL)
+    assert ask(place, "a stranger", door, request) == [0]
+    ended(mount)
+
+
+def test_what_is_done_to_a_descriptor_is_not_done_to_the_daemon_s(mount: Mount) -> None:
+    """Flags and offset are its own: with O_APPEND in force on the daemon's, every page would go to the end."""
+    with Backup.create(mount.path / "a") as backup:
+        assert backup.is_native
+        fcntl.fcntl(backup._native, fcntl.F_SETFL, os.O_APPEND)
+        os.lseek(backup._native, 12345, os.SEEK_SET)
+        (mount.path / "a/3").write_bytes(b"there")
+        assert backup.handles().tolist() == [3]
+        assert backup.size == 1 << 20
+        backup.fini()
+
+
+def test_a_descriptor_outlives_the_backup_and_holds_its_memory_no_longer_than_itself(mount: Mount) -> None:
+    backup = Backup.create(mount.path / "a")
+    backup.backup_pages(np.ones((100, PAGE), np.uint8), 0)
+    fd = os.dup(backup._native)
+    backup.fini()
+    assert not os.fstat(fd).st_blocks, "what was in it was released"
+    os.pwrite(fd, b"late", 0)
+    free = os.statvfs(mount.path).f_bfree
+    os.close(fd)
+    wait_until(lambda: os.statvfs(mount.path).f_bfree == free + 1, "the page to be released")
+
+
+def test_connections_that_say_nothing_keep_no_one_out(place: Place, mount: Mount, door: str) -> None:
+    """Of one user's eight are kept, for a second; others are served beside."""
+    request, before = requests_for(made(mount, "a", 0o777)), len(descriptors(mount.pid))
+    with contextlib.ExitStack() as idle:
+        with acting_as(BOB):
+            for _ in range(100):
+                idle.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)).connect(door)
+        start = time.monotonic()
+        assert ask(place, "a stranger", door, request) == [0]
+        assert time.monotonic() - start < 1
+        assert len(descriptors(mount.pid)) <= before + 12, "eight connections, and files opened meanwhile"
+    wait_until(lambda: len(descriptors(mount.pid)) <= before, "the daemon to let go of them")
+    ended(mount)
+
+
+def test_it_is_counted_and_gone_with_the_mount(mountpoint: Path) -> None:
+    with Mount(mountpoint, "size=1m") as mount:
+        socket_ = Path(json.loads((mountpoint / ".config").read_text())["descriptors"])
+        assert stat.S_IMODE(socket_.stat().st_mode) == 0o600, "root alone is let in"
+        for _ in range(3):
+            with Backup.create(mountpoint / "a") as backup:
+                assert backup.is_native
+                backup.fini()
+        assert "\nttmfs_handovers_total 3\n" in (mountpoint / ".stats").read_text()
+        mount.expect_restarts()
+        mount.kill()
+        with Backup.create(mountpoint / "a") as backup:
+            assert backup.is_native, "of the next daemon"
+            backup.fini()
+    assert not socket_.exists()
+
+
+def test_a_user_s_mount_gives_its_user_descriptors_and_root_none(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with place.directory("runtime", ALICE) as runtime, place.directory("alice", ALICE) as path:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        with UsersMount(place, path, "size=1m"):
+            with acting_as(ALICE), Backup.create(path / "a") as backup:
+                assert backup.is_native
+                assert backup.backup_page(b"x" * PAGE, 3) == 4
+                ino = backup.id
+                door = json.loads((path / ".config").read_text())["descriptors"]
+            assert door.startswith(f"{runtime}/ttmfs/")
+            assert ask(place, "root", door, requests_for(ino)) == [errno.EACCES]
+            assert ask(place, "a stranger", door, requests_for(ino)) == [errno.EACCES]
+            with acting_as(ALICE), Backup.open(path / "a") as backup:
+                backup.fini()
+        (runtime / "ttmfs").rmdir()
+
+
+def test_where_there_can_be_no_socket_the_mount_serves_without(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with place.directory("alice", ALICE) as path:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "/nowhere")
+        with UsersMount(place, path, "size=1m") as mount:
+            mount.expect_log("no descriptors are given to programs")
+            with acting_as(ALICE), Backup.create(path / "a") as backup:
+                assert json.loads((path / ".config").read_text())["descriptors"] is None
+                assert not backup.is_native
+                backup.backup_page(b"x" * PAGE, 0)
+                backup.fini()
