@@ -18,8 +18,8 @@ PREFIX := /usr/local
 demo: setup
 	$(SUDO) env PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
 
-test: setup lint
-	$(SUDO) $(BIN)/python -m pytest
+test: setup
+	scripts/test.sh
 
 lint: setup
 	$(BIN)/ruff check

@@ -1,0 +1,20 @@
+#!/bin/sh
+# Lint and all tests: the lower layers first, then the mounts', and beside these what no other load disturbs.
+# As root or through sudo. Asks nothing.
+set -u
+cd "$(dirname "$0")/.."
+sudo=
+[ "$(id -u)" = 0 ] || sudo=sudo
+pytest="$sudo .venv/bin/python -m pytest"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+$pytest tests/arithmetic tests/store tests/model tests/face || exit
+{ make --no-print-directory lint && $pytest tests/house; } >"$log" 2>&1 &
+beside=$!
+$pytest tests/mount
+status=$?
+echo "--- beside these: lint, and the tests of the house"
+wait "$beside" || status=1
+cat "$log"
+exit "$status"
