@@ -42,7 +42,7 @@ def layer_of(path: Path) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lower layers first: the first failure is then the nearest to its cause. And of a layer first what times nothing."""
+    """Lower layers first: the first failure is then the nearest to its cause. Of a layer first what times nothing."""
     order = [*LAYERS, "other"]
     items.sort(key=lambda item: (order.index(layer_of(item.path)), item.path.stem not in UNHURRIED))
 
