@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness import raises_errno, wait_until
-from stores import ALICE, Place
+from stores import ALICE, Place, swap
 from systemd_machine import Machine, Unit
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -109,6 +109,24 @@ def test_c22_restarts_crashes_and_a_missed_watchdog_keep_every_page_and_every_de
         assert any("Watchdog timeout" in message for message in journal)
         assert any("the daemon before died: Fatal Python error: Segmentation fault" in m for m in journal)
         assert len(service.logged(WARNING)) == 2, "what the two faults left; all else is information"
+
+
+def test_pages_go_to_swap_and_come_back_and_a_user_has_a_descriptor(machine: Machine, tmp_path: Path) -> None:
+    """All that the unit's confinement must let through: paging out, asking where pages are, the socket."""
+    with served(machine, "swapped", "size=64m,allow_other,mode=1777"), swap(tmp_path):
+        machine.run("mkdir /mnt/swapped/a; head -c 1M /dev/urandom | tee /root/pages >/mnt/swapped/a/.image")
+        machine.run("sync /mnt/swapped/a/.image")
+        assert int(machine.run("getfattr --absolute-names --only-values -n user.ttmfs.swapped /mnt/swapped/a")) > 200
+        assert re.search(
+            r'^ttmfs_pages\{state="swapped"\} [12]\d\d', machine.run("cat /mnt/swapped/.stats"), re.MULTILINE
+        )
+        machine.run("cmp -n 1048576 /root/pages /mnt/swapped/a/.image; cmp -n 4096 /root/pages /mnt/swapped/a/1")
+        program = (
+            "from ttmfs.client import Backup; b = Backup.create('/mnt/swapped/b'); "
+            "print(b.is_native, b.backup_page(b'x' * 4096, 4), b.residency().pages)"
+        )
+        who = f"setpriv --reuid {ALICE} --regid {ALICE} --clear-groups"
+        assert machine.run(f'{who} /usr/local/lib/ttmfs/bin/python -c "{program}"') == "True 5 1\n"
 
 
 def test_a_stop_unmounts_and_releases_everything(machine: Machine) -> None:
