@@ -91,9 +91,13 @@ class Handover:
                 while True:
                     try:
                         connection, _ = await listener.accept()
-                        peer = _peer(connection)
                     except OSError:  # descriptors have run out, or it has gone again
                         await trio.sleep(RETRY_SECONDS)
+                        continue
+                    try:
+                        peer = _peer(connection)
+                    except OSError:
+                        connection.close()
                         continue
                     if self._connections[peer.uid] < AT_ONCE:
                         nursery.start_soon(self._answer, connection, peer)
