@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs ttmfs for the machine below PREFIX (/usr/local), as root: a virtual environment of its own in lib/ttmfs, its
-# commands in bin/ and its units in lib/systemd/. "uninstall" takes all that away again. Asks nothing.
+# commands in bin/, its units in lib/systemd/ and its manual pages in share/man/; and in /sbin, where alone mount(8) looks
+# for them, mount.ttmfs and mount.fuse.ttmfs. "uninstall" takes all that away again. Asks nothing.
 set -eu
 umask 022 # every user is to run it
 cd "$(dirname "$0")/.."
@@ -9,21 +10,41 @@ home=$prefix/lib/ttmfs
 
 commands="ttmfs ttmfs-service mount.py"
 units="system/ttmfs@.service system/ttmfs.slice user/ttmfs@.service"
+pages="man1/ttmfs.1 man5/ttmfs.5 man8/mount.ttmfs.8"
+helpers="mount.ttmfs mount.fuse.ttmfs"
 
 reload() { [ ! -d /run/systemd/system ] || systemctl daemon-reload; }
 
 if [ "${1:-install}" = uninstall ]; then
     for command in $commands; do rm -f "$prefix/bin/$command"; done
     for unit in $units; do rm -f "$prefix/lib/systemd/$unit"; done
+    for page in $pages; do rm -f "$prefix/share/man/$page"; done
+    rm -f "$prefix/share/man/man8/mount.fuse.ttmfs.8"
+    for helper in $helpers; do
+        # Only ours: another PREFIX's, or another package's, stays.
+        [ "$(readlink "/sbin/$helper")" != "$home/bin/$helper" ] || rm "/sbin/$helper"
+    done
     rm -rf "$home"
     reload
     exit
 fi
 
+for helper in $helpers; do
+    case $(readlink "/sbin/$helper" || :) in
+    */lib/ttmfs/bin/"$helper") ;; # an earlier one of ours
+    *)
+        [ ! -e "/sbin/$helper" ] || { echo "install: /sbin/$helper is another's: take it away first" >&2; exit 1; }
+        ;;
+    esac
+done
 "$home/bin/python" -m pip --version >/dev/null 2>&1 || "$(scripts/python.sh)" -m venv --clear "$home"
 "$home/bin/python" -m pip install -q --disable-pip-version-check .
 mkdir -p "$prefix/bin" "$prefix/lib/systemd/system" "$prefix/lib/systemd/user"
+mkdir -p "$prefix/share/man/man1" "$prefix/share/man/man5" "$prefix/share/man/man8"
 for command in $commands; do ln -sf "$home/bin/$command" "$prefix/bin/$command"; done
 for unit in $units; do ln -sf "$home/lib/systemd/$unit" "$prefix/lib/systemd/$unit"; done
+for page in $pages; do ln -sf "$home/share/man/$page" "$prefix/share/man/$page"; done
+ln -sf mount.ttmfs.8 "$prefix/share/man/man8/mount.fuse.ttmfs.8"
+for helper in $helpers; do ln -sf "$home/bin/$helper" "/sbin/$helper"; done
 reload
-echo "installed: $commands in $prefix/bin, units in $prefix/lib/systemd"
+echo "installed: $commands in $prefix/bin, units in $prefix/lib/systemd, $helpers in /sbin, manual pages"

@@ -4,6 +4,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+sudo=
+[ "$(id -u)" = 0 ] || sudo=sudo
 packages=
 need() { # PROGRAM PACKAGE
     command -v "$1" >/dev/null || packages="$packages $2"
@@ -18,6 +20,7 @@ need rsync rsync
 need bindfs bindfs
 need ps procps
 need systemd-run systemd
+need mandoc mandoc
 [ -e /usr/include/fuse3/fuse.h ] || packages="$packages libfuse3-dev"
 
 python=$(scripts/python.sh)
@@ -27,8 +30,6 @@ python=$(scripts/python.sh)
 
 if [ -n "$packages" ]; then
     command -v apt-get >/dev/null || { echo "setup: install these and try again:$packages" >&2; exit 1; }
-    sudo=
-    [ "$(id -u)" = 0 ] || sudo=sudo
     echo "setup: installing$packages"
     $sudo apt-get update -qq
     # shellcheck disable=SC2086 # one word a package
@@ -39,4 +40,18 @@ fi
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 .venv/bin/python -m pip install -q --disable-pip-version-check --config-settings editable_mode=compat \
     --constraint requirements-dev.lock --editable '.[dev,bench]'
+
+# promtool alone, for the tests: the package would start a server.
+if ! command -v promtool >/dev/null && [ ! -x .venv/bin/promtool ]; then
+    deb=$(mktemp -d)
+    chmod 755 "$deb"
+    (
+        cd "$deb"
+        fetch() { apt-get download -qq -o APT::Sandbox::User=root prometheus; }
+        fetch 2>/dev/null || { $sudo apt-get update -qq && fetch; }
+        dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool >promtool
+    )
+    install -m 755 "$deb/promtool" .venv/bin/promtool
+    rm -rf "$deb"
+fi
 touch .venv/ready

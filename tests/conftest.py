@@ -19,6 +19,7 @@ import pytest
 
 from harness import Mount, children, descriptors, mounts_below
 from stores import KINDS, Place, Site, site_of
+from systemd_machine import Machine
 
 # In CI the same examples each time, so that landing is no matter of luck; elsewhere new ones, which find new things.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -152,3 +153,11 @@ def site(request: pytest.FixtureRequest, place: Place, tmp_path_factory: pytest.
     """Every kind of store, one after the other."""
     with site_of(request.param, place, tmp_path_factory.mktemp("site")) as site:
         yield site
+
+
+@pytest.fixture(scope="session")
+def machine() -> Iterator[Machine]:
+    """A booted machine in which ttmfs is installed. Whoever changes what is installed changes it back."""
+    with Machine() as machine:
+        machine.run("make install")
+        yield machine

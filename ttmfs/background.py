@@ -14,7 +14,7 @@ from . import keeper
 from .keeper import STARTS, Keeper
 from .options import ExitCode, Options
 from .service import note_service
-from .session import ENDING
+from .session import ENDING, is_automounter
 
 __all__ = ["Process", "begin", "prepare"]
 
@@ -85,7 +85,7 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
         _log_to_syslog()
     if not kept_by:
         if not foreground:
-            told = _detach()
+            told = _detach(alone=not is_automounter(place))
         if options.keeper:
             keeper.become(*about, ready=told)
             kept_by, told = Keeper.of_environment(), -1
@@ -113,8 +113,11 @@ def _command(source: str, mountpoint: str, options: Options, foreground: bool) -
     return [*program, *words, "--", source, mountpoint]
 
 
-def _detach() -> int:
-    """Fork. The parent exits once it is told that the mount answers; the child gets the pipe to tell it by."""
+def _detach(*, alone: bool) -> int:
+    """Fork. The parent exits once it is told that the mount answers; the child gets the pipe to tell it by.
+
+    It gets a session too, if it is to be `alone`.
+    """
     answer, question = os.pipe()
     child = os.fork()
     if child:
@@ -131,7 +134,8 @@ def _detach() -> int:
         sys.stderr.flush()
         os._exit(code)
     os.close(answer)
-    os.setsid()
+    if alone:
+        os.setsid()
     return question
 
 

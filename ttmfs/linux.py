@@ -274,6 +274,9 @@ class _Cachestat(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("cache", "dirty", "writeback", "evicted", "recently_evicted"))
 
 
+_NO_CACHESTAT = (errno.ENOSYS, errno.EPERM)
+"""An older kernel, or a filter of system calls (of a container runtime, or a unit) that does not know it."""
+
 _where, _cachestat = _Range(), _Cachestat()  # kept: to make them anew takes longer than the call
 _at_where, _at_cachestat = ctypes.byref(_where), ctypes.byref(_cachestat)
 
@@ -287,7 +290,7 @@ def residency(fd: int, offset: int, length: int) -> tuple[int, int]:
     _where.offset, _where.length = offset, length
     if _libc.syscall(_CACHESTAT, fd, _at_where, _at_cachestat, 0) < 0:
         number = ctypes.get_errno()
-        if number != errno.ENOSYS:
+        if number not in _NO_CACHESTAT:
             raise OSError(number, f"cachestat: {os.strerror(number)}")
         return _residency_by_mincore(fd, offset, length)
     return _cachestat.cache, _cachestat.evicted
@@ -300,7 +303,7 @@ def evicted(fd: int) -> int | None:
     """
     _where.offset, _where.length = 0, 0  # to the end
     if _libc.syscall(_CACHESTAT, fd, _at_where, _at_cachestat, 0) < 0:
-        if (number := ctypes.get_errno()) == errno.ENOSYS:
+        if (number := ctypes.get_errno()) in _NO_CACHESTAT:
             return None
         raise OSError(number, f"cachestat: {os.strerror(number)}")
     return int(_cachestat.evicted)

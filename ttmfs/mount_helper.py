@@ -16,7 +16,7 @@ import shutil
 import sys
 from typing import NoReturn
 
-from .options import IGNORED, IGNORED_PREFIXES, OPPOSITES, TABLE, ExitCode, OptionError, Options, _split, escaped
+from .options import ExitCode, OptionError, Options, escaped, is_known, split
 from .version import __version__
 
 __all__ = ["main"]
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.namespace:
-        return _in_namespace(arguments.namespace)
+        return _in_namespace(arguments)
     words = _words(arguments.words or [], sloppy=arguments.sloppy)
     if "remount" in words:
         raise _Error(REMOUNT.format(directory=arguments.directory), ExitCode.FAILED)
@@ -92,15 +92,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _words(texts: list[str], *, sloppy: bool) -> list[str]:
     """The options given, without those that mean nothing here."""
-    words = [word for text in texts for word in _split(text)]
+    words = [word for text in texts for word in split(text)]
     # Who is allowed to unmount, as some versions of mount(8) tell: it is for mount(8) itself.
     words = [word for word in words if not word.startswith("user=")]
-    return [word for word in words if not sloppy or _is_known(word)]
-
-
-def _is_known(word: str) -> bool:
-    known = word.partition("=")[0] in TABLE or word in ("rw", "remount") or word in OPPOSITES or word in IGNORED
-    return known or word.startswith(IGNORED_PREFIXES)
+    return [word for word in words if not sloppy or word == "remount" or is_known(word)]
 
 
 def _check(directory: str, options: Options, program: str) -> None:
@@ -127,14 +122,15 @@ def _check_directory(path: str) -> None:
             raise _Error(f"{path}: {error.strerror}", ExitCode.FAILED) from None
 
 
-def _in_namespace(namespace: str) -> int:
+def _in_namespace(arguments: argparse.Namespace) -> int:
     """Run this program anew in a mount namespace, so that it finds there what it looks for, itself included."""
-    at = sys.argv.index("-N") if "-N" in sys.argv else -1
-    if at < 0:
-        raise _Error("-N NAMESPACE: write it as two words", ExitCode.USAGE)
+    namespace = arguments.namespace
     file = f"/proc/{namespace}/ns/mnt" if namespace.isdecimal() else namespace
-    words = [os.path.realpath(sys.argv[0]), *sys.argv[1:at], *sys.argv[at + 2 :]]
-    return _become(["nsenter", f"--mount={file}", "--", *words])
+    words = ["-f"] * arguments.fake + ["-s"] * arguments.sloppy + ["-v"] * arguments.verbose
+    for text in arguments.words or []:
+        words += ["-o", text]
+    program = os.path.realpath(sys.argv[0])
+    return _become(["nsenter", f"--mount={file}", "--", program, *words, "--", arguments.source, arguments.directory])
 
 
 def _become(command: list[str]) -> int:

@@ -24,7 +24,9 @@ __all__ = [
     "escaped",
     "format_size",
     "help_text",
+    "is_known",
     "parse_size",
+    "split",
     "unknown",
 ]
 
@@ -313,7 +315,7 @@ class Options:
         """
         values: dict[str, Any] = {}
         kernel: dict[str, None] = {}
-        for word in (word for text in texts for word in _split(text)):
+        for word in (word for text in texts for word in split(text)):
             name, equals, text = word.partition("=")
             if option := TABLE.get(name):
                 if bool(option.value) != bool(equals):
@@ -360,9 +362,20 @@ def _directory(path: str | os.PathLike[str]) -> str:
     raise OptionError(f"store: the path of an existing directory is needed, not {path!r}")
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
     """The words between commas, without empty ones."""
     return [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|[^,\\]|\\$)+", text, re.DOTALL)]
+
+
+def is_known(word: str) -> bool:
+    """Whether a word of an ``-o`` string is an option here, of ours or of mount(8)'s."""
+    return (
+        word.partition("=")[0] in TABLE
+        or word == "rw"
+        or word in OPPOSITES
+        or word in IGNORED
+        or word.startswith(IGNORED_PREFIXES)
+    )
 
 
 def unknown(word: str, known: Iterable[str]) -> OptionError:

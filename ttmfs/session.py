@@ -49,7 +49,7 @@ from .store import Store
 from .tree import LIFETIME, Tree
 from .version import __version__
 
-__all__ = ["MountError", "Process", "serve"]
+__all__ = ["MountError", "Process", "is_automounter", "serve"]
 
 log = logging.getLogger(__name__)
 
@@ -325,7 +325,7 @@ def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess
         return subprocess.run(
             [FUSERMOUNT, *arguments], env=environment, pass_fds=keep, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, errors="replace", timeout=UNMOUNT_SECONDS, check=False,
-            start_new_session=True,  # a Ctrl-C is for us
+            start_new_session=not is_automounter(arguments[-1]),  # a Ctrl-C is for us
         )  # fmt: skip
     except FileNotFoundError:
         raise MountError(f"{FUSERMOUNT} is not installed; install the package fuse3", ExitCode.SYSTEM) from None
@@ -335,18 +335,29 @@ def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess
         raise MountError(f"{FUSERMOUNT} cannot be run: {error.strerror}", ExitCode.SYSTEM) from None
 
 
+def is_automounter(mountpoint: str) -> bool:
+    """Whether this process mounts for an automounter that waits for just that.
+
+    The kernel lets the automounter's process group past an autofs and has everyone else wait until the mount is there,
+    so who mounts must stay in that group, up to the last child. (autofs_oz_mode(); systemd: x-systemd.automount)
+    """
+    found = _mounted_at(mountpoint)
+    return found is not None and found[1] == "autofs" and f"pgrp={os.getpgrp()}" in found[2].split(",")
+
+
 def _device_at(mountpoint: str) -> str | None:
     """The device number of what is mounted topmost at a path, without touching it; None if nothing is."""
     return found[0] if (found := _mounted_at(mountpoint)) else None
 
 
-def _mounted_at(mountpoint: str) -> tuple[str, str] | None:
-    """Device number and type of what is mounted topmost at a path."""
+def _mounted_at(mountpoint: str) -> tuple[str, str, str] | None:
+    """Device number, type and the filesystem's own options of what is mounted topmost at a path."""
     found = None
     for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
         fields = line.split(b" ")
         if re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), fields[4]) == os.fsencode(mountpoint):
-            found = fields[2].decode(), fields[fields.index(b"-") + 1].decode()
+            dash = fields.index(b"-")
+            found = fields[2].decode(), fields[dash + 1].decode(), os.fsdecode(fields[dash + 3])
     return found
 
 

@@ -711,6 +711,14 @@ def metrics(text: str) -> dict[str, float]:
     return samples
 
 
+def test_promtool_finds_nothing_to_say_of_stats(mnt: Path, backup: Path) -> None:
+    (backup / "1").write_bytes(b"x")
+    with raises_errno(errno.ENOENT):
+        (backup / "2").read_bytes()
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    assert run(f"PATH={tools}; promtool check metrics <{mnt}/.stats") == ""
+
+
 def test_stats_are_prometheus_text_and_count(mnt: Path, backup: Path) -> None:
     def now() -> dict[str, float]:
         return metrics((mnt / ".stats").read_text())

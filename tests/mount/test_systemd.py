@@ -20,13 +20,6 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 ERROR, WARNING = 3, 4
 
 
-@pytest.fixture(scope="module")
-def machine() -> Iterator[Machine]:
-    with Machine() as machine:
-        machine.run("make install")
-        yield machine
-
-
 class Service:
     """One instance of the system's unit, started."""
 

@@ -1,0 +1,131 @@
+"""What pip makes of the repository, built in one clean environment and installed in another."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import REPOSITORY, children, mounts_below, run, wait_until
+
+VERSION = "98.7.6"
+"""Written where the version stands, and nowhere else; it must then show everywhere."""
+
+INSTALLED = """
+bin/mount.fuse.ttmfs bin/mount.py bin/mount.ttmfs bin/ttmfs bin/ttmfs-service
+lib/systemd/system/ttmfs.slice lib/systemd/system/ttmfs@.service lib/systemd/user/ttmfs@.service
+share/doc/ttmfs/example.conf share/doc/ttmfs/example.mount
+share/man/man1/ttmfs.1 share/man/man5/ttmfs.5 share/man/man8/mount.ttmfs.8
+""".split()
+
+
+def versioned() -> list[str]:
+    """The files of the repository, without those that are for the repository itself."""
+    listed = run("git -c safe.directory='*' ls-files -co --exclude-standard -z", cwd=REPOSITORY).split("\0")
+    return [name for name in listed if name and name[0] != "." and (REPOSITORY / name).is_file()]
+
+
+def environment(path: Path) -> Path:
+    """A virtual environment without anything in it. Gives its Python."""
+    venv.create(path, symlinks=True)
+    return path / "bin/python"
+
+
+def pip(python: Path, words: str) -> None:
+    run(f"{sys.executable} -m pip -q --disable-pip-version-check --python {python} {words}")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist, and the wheel made of it."""
+    directory = tmp_path_factory.mktemp("built")
+    source, out = directory / "source", directory / "out"
+    for name in versioned():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPOSITORY / name, source / name)
+    version = source / "ttmfs/version.py"
+    lines = version.read_text().splitlines()
+    assert lines[-1].startswith("__version__ = ")
+    version.write_text("\n".join([*lines[:-1], f'__version__ = "{VERSION}"', ""]))
+    python = environment(directory / "clean")
+    pip(python, "install 'setuptools>=77'")
+    build = "import sys, setuptools.build_meta as backend; getattr(backend, 'build_' + sys.argv[1])(sys.argv[2])"
+    run(f'{python} -c "{build}" sdist {out}', cwd=source)
+    run(f"tar -xzf {out}/ttmfs-{VERSION}.tar.gz", cwd=directory)
+    run(f'{python} -c "{build}" wheel {out}', cwd=directory / f"ttmfs-{VERSION}")
+    return out / f"ttmfs-{VERSION}.tar.gz", out / f"ttmfs-{VERSION}-py3-none-any.whl"
+
+
+@pytest.fixture(scope="module")
+def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The environment that the wheel is installed in. What ttmfs needs is borrowed from that of the tests."""
+    path = tmp_path_factory.mktemp("installed")
+    python = environment(path)
+    (packages,) = path.glob("lib/python3*/site-packages")
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("platlib") + "\n")
+    pip(python, f"install --no-deps --no-index {built[1]}")
+    return path
+
+
+def test_the_sdist_holds_every_file_of_the_repository(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[0]) as sdist:
+        held = {name.partition("/")[2] for name in sdist.getnames()}
+    assert set(versioned()) <= held
+
+
+def test_the_wheel_holds_the_package_and_its_typing_and_no_tests(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[1]) as wheel:
+        top = {name for name in wheel.namelist() if not name.startswith(f"ttmfs-{VERSION}.")}
+    assert top == {name for name in versioned() if name.startswith("ttmfs/")}
+
+
+def test_all_of_it_is_installed(installed: Path) -> None:
+    for name in INSTALLED:
+        assert (installed / name).is_file(), name
+        assert os.access(installed / name, os.X_OK) == name.startswith("bin/"), name
+    found = run(f"{installed}/bin/python -c 'import ttmfs; print(ttmfs.__file__)'", cwd=installed)
+    assert found.startswith(str(installed))
+
+
+@pytest.mark.parametrize("command", ["ttmfs", "python -m ttmfs", "mount.py", "mount.ttmfs", "mount.fuse.ttmfs"])
+def test_the_version_comes_from_one_place(installed: Path, command: str) -> None:
+    assert run(f"{installed}/bin/{command} --version", cwd=installed) == f"ttmfs {VERSION}\n"
+
+
+def test_python_m_ttmfs_is_the_command(installed: Path) -> None:
+    for words in "--help", "rescue --help":
+        by_module = run(f"{installed}/bin/python -m ttmfs {words}", cwd=installed)
+        assert by_module == run(f"{installed}/bin/ttmfs {words}", cwd=installed)
+    wrong = "rescue /nonexistent /nonexistent"
+    assert "ttmfs rescue: /nonexistent: No such file" in run(f"{installed}/bin/python -m ttmfs {wrong}", code=2)
+
+
+@pytest.fixture
+def no_one_left() -> Iterator[None]:
+    before = children()
+    yield
+
+    def gone() -> bool:
+        for pid in children() - before:
+            os.waitpid(pid, os.WNOHANG)
+        return not children() - before
+
+    wait_until(gone, "the daemon's end")
+
+
+@pytest.mark.usefixtures("no_one_left")
+@pytest.mark.parametrize("command", ["mount.py ttm mnt", "mount.ttmfs ttm mnt", "mount.fuse.ttmfs ttm mnt -t ttmfs"])
+def test_what_is_installed_mounts(installed: Path, tmp_path: Path, mountpoint: Path, command: str) -> None:
+    try:
+        run(f"{installed}/bin/{command} -o size=1m; mkdir mnt/a; echo page >mnt/a/7", cwd=tmp_path)
+        assert (mountpoint / "a/7").read_bytes()[:5] == b"page\n"
+    finally:
+        for path in mounts_below(tmp_path):
+            subprocess.run(["fusermount3", "-u", "-z", path], check=False)
