@@ -3,10 +3,12 @@
 Standard library alone, and nothing of the package: it must work when the rest of it does not. So it can be run by its
 path too. It changes nothing of what it reads.
 
-The checksum of a backup is the SHA-256 over what is in it, in ascending order: of each piece of 4096 bytes that is not
-all zeros, its number (8 bytes, little-endian) and its content. So it depends neither on the page size nor on how a
-filesystem places holes, and takes no time for them. DIRECTORY/.CHECKSUMS has a line for each: checksum, pieces, size in
-bytes, and the name as JSON.
+The checksum of a backup is made of those of its parts of 16 MiB, so that parts can be summed, and found to be damaged,
+by themselves. A part's is the SHA-256 over what is in it, in ascending order: of each piece of 4096 bytes that is not
+all zeros, its number in the backup (8 bytes, little-endian) and its content. The backup's is the SHA-256 over each part
+with such pieces: its number (8 bytes, little-endian) and its checksum (32 bytes). So it depends neither on the page
+size nor on how a filesystem places holes, and takes no time for them. DIRECTORY/.CHECKSUMS has a line for each:
+checksum, pieces, size in bytes, and the name as JSON. ``ttmfs save`` reckons in the same way.
 """
 
 import argparse
@@ -18,10 +20,30 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments", "run"]
+__all__ = [
+    "BLOCK",
+    "CHECKSUMS",
+    "DESCRIPTION",
+    "EXAMPLES",
+    "INTERRUPTED",
+    "PART",
+    "PIECE",
+    "RescueError",
+    "Sum",
+    "add_arguments",
+    "data_runs",
+    "keepers",
+    "line_of",
+    "partial_name",
+    "run",
+    "sums_of",
+    "total_of",
+    "write_all",
+]
 
 DESCRIPTION = "Get backups out of a keeper that gave up, or of any directory of backups: sparse files with checksums."
 EXAMPLES = """\
@@ -33,12 +55,16 @@ examples:
 
 A backup becomes a file of its name, page i at byte i * page_size. To use copies: mount.py MNT -o store=DIRECTORY."""
 
+INTERRUPTED = "interrupted; backups that were told of are whole, others are not there"
+
 PIECE = 4096
+PART = 16 << 20
 ZEROS = bytes(PIECE)
 CHECKSUMS = ".CHECKSUMS"  # no backup has such a name
 PARTIAL = ".partial"
 KEEPER = "ttmfs-keeper"
 BLOCK = 1 << 20
+_AT_ONCE = 16 * PIECE  # each update has its price, and so has memory that the cache does not hold
 
 
 class RescueError(Exception):
@@ -182,7 +208,7 @@ def rescue(source: int, target: Path) -> int:
 
 def _copied(source: int, name: str, target: Path) -> str:
     """Copy one backup, whole or not at all. Gives its line of the checksums."""
-    partial = target / ("." + os.fsdecode(os.fsencode(name)[:200]) + PARTIAL)  # no backup's name begins with a dot
+    partial = target / partial_name(name)
     there = _opened(name, source)
     try:
         found = os.fstat(there)
@@ -210,6 +236,11 @@ def _copied(source: int, name: str, target: Path) -> str:
     return f"{before[0]} {before[1]} {found.st_size} {json.dumps(name)}"
 
 
+def partial_name(name: str) -> str:
+    """What a copy is called until it is whole: no backup's name begins with a dot."""
+    return "." + os.fsdecode(os.fsencode(name)[:200]) + PARTIAL
+
+
 def _opened(name: str, directory: int) -> int:
     """Open a backup's file to read, also if its mode shuts out its owner, who mounted."""
     try:
@@ -225,29 +256,78 @@ def _opened(name: str, directory: int) -> int:
 
 def _summed(fd: int, copy_to: int | None = None) -> tuple[str, int]:
     """The checksum of a sparse file and how many pieces of it are data, which are copied to another file on the way."""
+    return total_of(sums_of(fd, copy_to))
+
+
+class Sum(NamedTuple):
+    """The checksum of a part, in hexadecimal digits, and how many pieces it has that are not all zeros."""
+
+    digest: str
+    pieces: int
+
+    @classmethod
+    def of(cls, blocks: Iterable[tuple[int, bytes | memoryview]]) -> "Sum":
+        """Of the blocks of data in a part, with their positions in the backup, ascending and in whole pieces."""
+        digest, pieces = hashlib.sha256(), 0
+        for position, block in blocks:
+            for start in range(0, len(block), _AT_ONCE):
+                words: list[bytes] = []
+                for at in range(start, min(start + _AT_ONCE, len(block)), PIECE):
+                    piece = bytes(block[at : at + PIECE])
+                    if piece != ZEROS:
+                        words += ((position + at) // PIECE).to_bytes(8, "little"), piece.ljust(PIECE, b"\0")
+                digest.update(b"".join(words))
+                pieces += len(words) // 2
+        return cls(digest.hexdigest(), pieces)
+
+
+def sums_of(fd: int, copy_to: int | None = None) -> dict[int, Sum]:
+    """The checksums of the parts of a sparse file that have data, by number."""
+    sums: dict[int, Sum] = {}
+    runs: dict[int, list[tuple[int, int]]] = {}
+    for start, end in data_runs(fd):
+        while start < end:
+            number = start // PART
+            runs.setdefault(number, []).append((start, min(end, (number + 1) * PART)))
+            start = runs[number][-1][1]
+        # What is complete by now need not wait for the end: a file may have more runs than there is memory for.
+        for number in [number for number in runs if (number + 1) * PART <= end]:
+            sums[number] = Sum.of(_blocks(fd, runs.pop(number), copy_to))
+    for number, those in runs.items():
+        sums[number] = Sum.of(_blocks(fd, those, copy_to))
+    return sums
+
+
+def total_of(sums: dict[int, Sum]) -> tuple[str, int]:
+    """The checksum of a backup from those of its parts, and its pieces."""
     digest, pieces = hashlib.sha256(), 0
-    for start, end in _data(fd):
-        position = start
-        while position < end:
-            block = os.pread(fd, min(BLOCK, end - position), position)
-            if not block:
-                break
-            if copy_to is not None:
-                view, offset = memoryview(block), position
-                while view:
-                    written = os.pwrite(copy_to, view, offset)
-                    view, offset = view[written:], offset + written
-            for at in range(0, len(block), PIECE):
-                piece = block[at : at + PIECE].ljust(PIECE, b"\0")
-                if piece != ZEROS:
-                    digest.update(((position + at) // PIECE).to_bytes(8, "little"))
-                    digest.update(piece)
-                    pieces += 1
-            position += len(block)
+    for number, part in sorted(sums.items()):
+        if part.pieces:
+            digest.update(number.to_bytes(8, "little") + bytes.fromhex(part.digest))
+            pieces += part.pieces
     return digest.hexdigest(), pieces
 
 
-def _data(fd: int) -> Iterator[tuple[int, int]]:
+def _blocks(fd: int, runs: Iterable[tuple[int, int]], copy_to: int | None) -> Iterator[tuple[int, bytes]]:
+    """What a file holds in some ranges of bytes, with positions; copied to another file on the way."""
+    for start, end in runs:
+        position = start
+        while position < end and (block := os.pread(fd, min(BLOCK, end - position), position)):
+            if copy_to is not None:
+                write_all(copy_to, block, position)
+            yield position, block
+            position += len(block)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of it, in however many pieces the system takes it."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def data_runs(fd: int) -> Iterator[tuple[int, int]]:
     """The runs of data of a file, to whole pieces, as (start, end) in bytes."""
     end = 0
     while True:
@@ -268,6 +348,16 @@ def _told(line: str) -> str:
 
 
 # --- looking at copies later ---
+
+
+def line_of(name: str, directory: Path) -> tuple[str, int, int] | None:
+    """Checksum, pieces and size of a copy in a directory, if there is a line of it."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (directory / CHECKSUMS).read_text(encoding="ascii").splitlines():
+            checksum, pieces, size, quoted = line.split(" ", 3)
+            if json.loads(quoted) == name:
+                return checksum, int(pieces), int(size)
+    return None
 
 
 def check(target: Path) -> int:
@@ -306,7 +396,7 @@ def _main() -> int:
     try:
         return run(parser.parse_args())
     except KeyboardInterrupt:
-        sys.stderr.write("ttmfs rescue: interrupted; backups that were told are whole, others are not there\n")
+        sys.stderr.write(f"ttmfs rescue: {INTERRUPTED}\n")
         return 130
 
 

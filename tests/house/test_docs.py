@@ -11,6 +11,7 @@ from harness import REPOSITORY, mounts_below, wait_until
 from ttmfs.options import TABLE, ExitCode, help_text
 
 FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^```\w+\n# (\S+\.\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def examples(document: Path) -> list[tuple[str, str]]:
@@ -32,16 +33,19 @@ def matches(expected: str, got: str) -> bool:
     return re.fullmatch(".*".join(parts), " ".join(got.split())) is not None
 
 
-@pytest.mark.parametrize("name", ["docs/semantics.md"])
+@pytest.mark.parametrize("name", ["docs/semantics.md", "docs/recipes.md"])
 def test_examples_do_what_they_show(name: str, tmp_path: Path) -> None:
     commands = examples(REPOSITORY / name)
+    for file, text in FILE.findall((REPOSITORY / name).read_text()):
+        (tmp_path / file).write_text(text)
     assert len(commands) > 20
     path = f"{REPOSITORY}:{REPOSITORY / '.venv/bin'}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "LC_ALL": "C", "COLUMNS": "80"}
     try:
         for command, expected in commands:
+            shell = ["bash", "-c", command.replace("REPOSITORY", str(REPOSITORY))]
             done = subprocess.run(
-                ["bash", "-c", command], cwd=tmp_path, env=environment, text=True, timeout=30, check=False,
+                shell, cwd=tmp_path, env=environment, text=True, timeout=30, check=False,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
             assert matches(expected, done.stdout), f"$ {command}\n{done.stdout}instead of\n{expected}"

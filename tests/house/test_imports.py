@@ -11,8 +11,12 @@ PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
     "handles errors version options linux pages state keeper service memory waiting ledger quota store backup pool "
-    "inodes tree metrics handover operations busy_poll session background page_array client rescue cli"
+    "inodes tree metrics handover operations busy_poll session background page_array client rescue mount_helper cli"
 ).split()
+
+COMMANDS = "terminal command mounts png descriptor backups picture transfer doctor rescuing".split()
+USED_BY_COMMANDS = {"handles", "errors", "version", "options", "linux", "pages", "memory", "client", "rescue"}
+"""What they know of the rest: none of the server."""
 
 
 def imports_of(path: Path) -> set[str]:
@@ -36,6 +40,18 @@ def test_every_module_has_its_place() -> None:
 def test_imports_point_up_the_list_only(module: str) -> None:
     own = imports_of(PACKAGE / f"{module}.py") & set(ORDER)
     assert own <= set(ORDER[: ORDER.index(module)])
+
+
+def test_every_command_has_its_place() -> None:
+    assert {path.stem for path in (PACKAGE / "commands").glob("*.py")} == {*COMMANDS, "__init__"}
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_commands_stand_on_the_client_alone(module: str) -> None:
+    own = imports_of(PACKAGE / "commands" / f"{module}.py")
+    assert own & set(ORDER) <= USED_BY_COMMANDS
+    assert own & set(COMMANDS) <= set(COMMANDS[: COMMANDS.index(module)])
+    assert not own & {"pyfuse3", "trio"}
 
 
 @pytest.mark.parametrize("module", ORDER)

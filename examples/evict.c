@@ -1,0 +1,60 @@
+/* Backs pages up in a mount of ttmfs and reads them back, by system calls alone: no library, no header of ours.
+ *
+ *     cc -O2 -o evict examples/evict.c && ./evict /mnt/ttm/c 1024   # a backup to make, and how many pages
+ *
+ * The page of index i lies in BACKUP/.image at byte i * page_size; its handle, and its name, is i + 1.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+
+static void check(int ok, const char *what)
+{
+	if (!ok) {
+		fprintf(stderr, "evict: %s: %s\n", what, strerror(errno));
+		exit(1);
+	}
+}
+
+int main(int argc, char **argv)
+{
+	check((errno = EINVAL, argc == 3), "usage: evict BACKUP PAGES");
+	size_t size = sysconf(_SC_PAGESIZE), count = strtoul(argv[2], NULL, 10), length = count * size;
+	char path[4096], drop[64], *pages = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	check(pages != MAP_FAILED, "mmap");
+	for (size_t i = 0; i < length; i += sizeof(size_t))
+		*(size_t *)(pages + i) = i * 0x9E3779B97F4A7C15; /* something to recognise */
+
+	check(!mkdir(argv[1], 0700), argv[1]); /* ttm_backup_shmem_create() */
+	snprintf(path, sizeof path, "%s/.image", argv[1]);
+	int image = open(path, O_RDWR | O_CLOEXEC);
+	check(image >= 0, path);
+
+	for (size_t done = 0; done < length;) { /* ttm_backup_backup_page(), up to 256 pages a request */
+		ssize_t stored = pwrite(image, pages + done, length - done, done);
+		check(stored > 0, "backing up"); /* ENOSPC: the pages before this one are stored */
+		done += stored;
+	}
+	check(!madvise(pages, length, MADV_DONTNEED), "madvise"); /* now they are out of this process */
+	check(!fsync(image), "writing back"); /* and, if there is swap, out of memory */
+
+	for (size_t done = 0; done < length;) { /* ttm_backup_copy_page() */
+		ssize_t copied = pread(image, pages + done, length - done, done);
+		check(copied > 0, "copying back");
+		done += copied;
+	}
+	for (size_t i = 0; i < length; i += sizeof(size_t))
+		check((errno = EIO, *(size_t *)(pages + i) == i * 0x9E3779B97F4A7C15), "a page came back changed");
+
+	snprintf(drop, sizeof drop, "1-%zu", count); /* ttm_backup_drop(), of a range of handles */
+	check(!setxattr(argv[1], "user.ttmfs.drop", drop, strlen(drop), 0), "dropping");
+	check(!close(image) && !rmdir(argv[1]), "rmdir"); /* ttm_backup_fini() */
+	printf("%zu pages out and back\n", count);
+}

@@ -1,0 +1,774 @@
+"""The commands of ``ttmfs`` on real mounts: what they do, what they refuse, what a terminal sees, and interruptions."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import random
+import re
+import select
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import stores
+from harness import REPOSITORY, Mount, attribute, count, opened, run, set_attribute, wait_until
+from stores import ALICE, BOB, Place, as_user
+from ttmfs import cli
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+MIB = 1 << 20
+PART = 16 * MIB
+TTMFS = [sys.executable, "-m", "ttmfs"]
+ODD = "a 'quoted'\n\x1b[31mnäme"
+
+NOISE = np.random.default_rng(7).bytes(64 * MIB)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """A mount for all tests that leave it as it was."""
+    with Mount(tmp_path_factory.mktemp("shared"), "size=512m,backup_size=64m") as mount:
+        yield mount
+
+
+@pytest.fixture
+def mnt(shared: Mount) -> Iterator[Path]:
+    yield shared.path
+    for backup in shared.path.iterdir():
+        os.truncate(backup / ".image", 0)
+        backup.rmdir()
+    set_attribute(shared.path, "size", "512m")
+
+
+def ttmfs(*words: object, code: int = 0, **more: Any) -> str:
+    """Run a command; what it wrote. Its standard error comes behind its output, and holds no traceback.
+
+    As a process, if anything about that is said, or it becomes another; else as the function that it is, which takes a
+    third of the time, and leaves no descriptor open.
+    """
+    if not more and words[0] not in ("fd", "doctor"):
+        status, text = called(*map(str, words))
+    else:
+        more = {"cwd": REPOSITORY, "stdin": subprocess.DEVNULL, **more}
+        command = [*more.pop("command", TTMFS), *map(str, words)]
+        done = subprocess.run(command, capture_output=True, timeout=60, check=False, **more)
+        status, text = done.returncode, (done.stdout + done.stderr).decode()
+    assert status == code, f"{words}: {status}\n{text}"
+    assert "Traceback" not in text
+    return text
+
+
+def called(*words: str) -> tuple[int, str]:
+    output, error, before = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO(), sys.argv
+    sys.argv = ["ttmfs", *words]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+            status = cli.main()
+    finally:
+        sys.argv = before
+    output.seek(0)
+    return status, output.read() + error.getvalue()
+
+
+def store(backup: Path, data: bytes, offset: int = 0) -> None:
+    """Store pages, through .image."""
+    with opened(backup / ".image") as fd:
+        for start in range(0, len(data), MIB):
+            assert os.pwrite(fd, data[start : start + MIB], offset + start) == len(data[start : start + MIB])
+
+
+def content(backup: Path) -> dict[int, bytes]:
+    """The pages of a backup by handle."""
+    return {int(name): (backup / name).read_bytes() for name in os.listdir(backup)}
+
+
+def image(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+# --- a terminal ---
+
+
+@contextlib.contextmanager
+def on_terminal(
+    *words: object, columns: int = 80, lines: int = 24, **environment: str
+) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
+    """Run a command on a terminal of its own; gives the other end of it."""
+    ours, theirs = pty.openpty()
+    import fcntl
+    import termios
+
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [*TTMFS, *map(str, words)], cwd=REPOSITORY, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env={**plain, "TERM": "xterm", "LC_ALL": "C.UTF-8", **environment},
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        yield ours, process
+    finally:
+        process.kill()
+        process.wait(10)
+        os.close(ours)
+
+
+def read_until(terminal: int, condition: Callable[[str], Any], seconds: float = 20) -> str:
+    """What a terminal shows until something is seen, or the end."""
+    text, end = b"", time.monotonic() + seconds
+    while not condition(text.decode(errors="replace")):
+        assert time.monotonic() < end, f"waited {seconds} s, saw {text!r}"
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                text += os.read(terminal, 65536)
+            except OSError:  # EIO: the other end is closed
+                break
+    return text.decode(errors="replace")
+
+
+def seen(*words: object, **more: Any) -> str:
+    """All that a command writes to a terminal."""
+    with on_terminal(*words, **more) as (terminal, process):
+        text = read_until(terminal, lambda _: False)
+        assert process.wait(10) == 0, text
+    return text
+
+
+# --- create, ls, writeback, fini ---
+
+
+def test_create_makes_backups_of_a_size_and_mode(mnt: Path) -> None:
+    ttmfs("create", "--size", "1m", "--mode", "0750", mnt / "a", mnt / "b")
+    assert count(mnt / "b", "size") == MIB
+    assert stat.S_IMODE((mnt / "a").stat().st_mode) == 0o750
+    ttmfs("create", "c", cwd=mnt, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert count(mnt / "c", "size") == 64 * MIB
+
+
+def test_create_goes_on_after_one_that_cannot_be_made(mnt: Path, tmp_path: Path) -> None:
+    text = ttmfs("create", tmp_path / "x", mnt / "a", mnt / "a", "/nowhere/x", code=1)
+    assert (mnt / "a").is_dir()
+    assert not (tmp_path / "x").exists(), "where no ttmfs is mounted it makes no directory"
+    assert "is no mount of ttmfs" in text
+    assert "File exists" in text
+    assert len(text.splitlines()) == 3
+    assert "at most" in ttmfs("create", "-s", "4t", mnt / "b", code=2)
+    assert not (mnt / "b").exists()
+
+
+@pytest.mark.parametrize("words", [["-s", "lots", "{0}/a"], ["-s", "0", "{0}/a"], ["-m", "rwx", "{0}/a"], ["{0}"]])
+def test_create_refuses_what_no_backup_can_be(mnt: Path, words: list[str]) -> None:
+    assert len(ttmfs("create", *(word.format(mnt) for word in words), code=2).splitlines()) == 1
+    assert not os.listdir(mnt)
+
+
+def test_ls_tells_what_the_attributes_tell(mnt: Path) -> None:
+    for name, pages in ("a", 3), ("b", 0), ("c", 300):
+        (mnt / name).mkdir()
+        store(mnt / name, NOISE[: pages * PAGE])
+    os.chown(mnt / "b", 0, 0)
+    rows = json.loads(ttmfs("ls", "--json", "--sort", "pages", mnt))
+    assert [(row["name"], row["pages"]) for row in rows] == [("c", 300), ("a", 3), ("b", 0)]
+    for row in rows:
+        assert row["size"] == count(mnt / row["name"], "size")
+        assert row["resident"] == count(mnt / row["name"], "resident") * PAGE
+        assert row["owner"] == "root"
+        assert row["modified"] == pytest.approx((mnt / row["name"]).stat().st_mtime, abs=1)
+    lines = ttmfs("ls", mnt).splitlines()
+    assert lines[0].split() == "PAGES SIZE RESIDENT SWAPPED OWNER AGE NAME".split()
+    assert re.fullmatch(r" +300 +64M +1.2M +0 +root +\d+s +c", lines[3])
+    assert lines[-1].split() == ["303", "192M", "1.2M", "0", "3", "backups"]
+    assert str(300 * PAGE) in ttmfs("ls", "-b", "-r", mnt / "c")
+    assert str(mnt / "a") in ttmfs("ls", "--json") or '"name": "a"' in ttmfs("ls", "--json"), (
+        "all mounts, if none is given"
+    )
+
+
+def test_names_do_no_harm(mnt: Path) -> None:
+    (mnt / ODD).mkdir()
+    (mnt / "plain").mkdir()
+    text = ttmfs("ls", mnt, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert "$'a \\'quoted\\'\\n\\e[31mnäme'" in text
+    assert len(text.splitlines()) == 4
+    assert "\x1b" not in text
+    shown = next(line for line in text.splitlines() if "quoted" in line).split("  ")[-1]
+    assert run(f"printf %s {shown}") == ODD, "a shell reads the name back"
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    assert "n\\xc3\\xa4me" in ttmfs("ls", mnt, env={**os.environ, **plain})
+    assert [row["name"] for row in json.loads(ttmfs("ls", "--json", mnt))] == [ODD, "plain"]
+    assert "\x1b" not in ttmfs("map", mnt / ODD)
+    assert "\x1b" not in ttmfs("fd", mnt / (ODD + "x"), "--", "true", code=2)
+    assert "\x1b" not in ttmfs("fini", mnt / ODD / "1", mnt / ODD, code=1)
+
+
+def test_what_is_no_mount_is_said_in_a_line(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    text = ttmfs("ls", tmp_path, mnt, "/nowhere", code=1)
+    assert f"ttmfs ls: {tmp_path} is no mount of ttmfs, and no backup" in text
+    assert "/nowhere: No such file or directory" in text
+    assert " a\n" in text
+    for command in "map", "writeback", "fini", "save", "load", "fd":
+        words: list[object] = [tmp_path / "x"] if command == "save" else ["true"] if command == "fd" else []
+        for path in tmp_path, mnt, "/nowhere/x":
+            arguments: list[object] = ["/bin/ls", path] if command == "load" else [path, *words]
+            lines = ttmfs(command, *arguments, code=2).splitlines()
+            assert len(lines) == 1
+            assert lines[0].startswith(f"ttmfs {command}: ")
+    assert not (tmp_path / "x").exists()
+
+
+def test_whoever_wants_no_more_output_gets_none(mnt: Path) -> None:
+    (mnt / "a").mkdir()
+    for words in (
+        ["ls", mnt],
+        ["ls", "--json", mnt],
+        ["map", mnt / "a"],
+        ["map", "-o", "-", mnt / "a"],
+        ["doctor", mnt],
+        ["--help"],
+    ):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "wb") as output:
+            done = subprocess.run(
+                [*TTMFS, *map(str, words)],
+                cwd=REPOSITORY,
+                stdout=output,
+                stderr=subprocess.PIPE,
+                timeout=20,
+                check=False,
+            )
+        assert (done.returncode, done.stderr) == (141, b""), words
+
+
+def test_fini_ends_backups_with_their_pages_and_nothing_else(mnt: Path) -> None:
+    for name in "abc":
+        (mnt / name).mkdir()
+        store(mnt / name, NOISE[: 20 * PAGE])
+    text = ttmfs("fini", mnt, mnt / "a", mnt / "b/1", mnt / "b/.image", "/tmp", mnt / "absent", mnt / "c/", code=1)
+    assert os.listdir(mnt) == ["b"]
+    assert len(os.listdir(mnt / "b")) == 20
+    assert "it is the root of a mount" in text
+    assert len(text.splitlines()) == 5
+
+
+@pytest.fixture
+def swap(tmp_path: Path) -> Iterator[None]:
+    with stores.swap(tmp_path):
+        yield
+
+
+@pytest.mark.usefixtures("swap")
+def test_writeback_and_the_picture_tell_what_is_cold(mnt: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        (mnt / name).mkdir()
+        set_attribute(mnt / name, "size", 4 * MIB)
+        store(mnt / name, NOISE[: 2 * MIB])
+    assert "2M out of memory, 0 in memory" in ttmfs("writeback", mnt / "a")
+    for handle in range(1, 257):  # half of them come back
+        (mnt / "a" / str(handle)).read_bytes()
+    cold = count(mnt / "a", "swapped")
+    assert 200 <= cold <= 256
+    (row,) = json.loads(ttmfs("ls", "--json", mnt / "a"))
+    assert row["swapped"] == cold * PAGE
+    found = json.loads(ttmfs("map", "--json", mnt / "a"))
+    assert (found["pages"], found["swapped"]) == (512, cold)
+    assert found["runs"] == [{"first": 1, "last": 512, "swapped": cold}]
+    cells = cells_of(ttmfs("map", mnt / "a", env={**os.environ, "COLUMNS": "76", "LC_ALL": "C.UTF-8"}))
+    assert len(cells) == 1024, "a page a cell"
+    assert abs(cells[:256].count("█") - 256) <= 56
+    assert cells[256:512].count("⣿") >= 200
+    assert set(cells[512:]) == {"·"}
+    ttmfs("map", mnt / "a", "-o", tmp_path / "a.png")
+    colours = pixels(tmp_path / "a.png")
+    assert {"hot", "cold", "nothing"} <= {
+        name for name, colour in COLOURS.items() if colours.count(colour) > 14 * 14 * 5
+    }
+    text = seen("map", mnt / "a", columns=76)
+    assert "\x1b[0;34m⣿" in text
+    assert "\x1b[0;33m█" in text
+
+
+# --- the picture ---
+
+COLOURS = {"hot": b"\xe2\x62\x0a", "cold": b"\x18\x60\xae", "nothing": b"\xe2\xe4\xe7"}
+
+
+def cells_of(text: str) -> str:
+    """The cells that a picture in a terminal has, one after the other."""
+    return "".join(line[11:] for line in text.splitlines() if re.match(r" *\d+ [^ ]", line))
+
+
+def pixels(path: Path) -> list[bytes]:
+    """The pixels of a PNG, of 8 bits a colour, without filters. Its checks are held on the way."""
+    data, found = path.read_bytes(), b""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    position, header = 8, b""
+    while position < len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        kind, body = data[position + 4 : position + 8], data[position + 8 : position + 8 + length]
+        assert struct.unpack_from(">I", data, position + 8 + length) == (zlib.crc32(kind + body),)
+        position += length + 12
+        if kind == b"IHDR":
+            header = body
+        elif kind == b"IDAT":
+            found += body
+    width, height, *kinds = struct.unpack(">IIBBBBB", header)
+    assert kinds == [8, 2, 0, 0, 0]
+    raw = zlib.decompress(found)
+    assert len(raw) == height * (1 + 3 * width)
+    rows = [raw[row * (1 + 3 * width) + 1 : (row + 1) * (1 + 3 * width)] for row in range(height)]
+    return [row[3 * x : 3 * x + 3] for row in rows for x in range(width)]
+
+
+@pytest.mark.parametrize(
+    ("size", "pages", "expected"),
+    [
+        (10 * PAGE, [1, 2, 3, 7], "███···█···"),
+        (10 * PAGE, [], "··········"),
+        (4 * PAGE, [1, 2, 3, 4], "████"),
+        ((2**30 - 3) * PAGE, [10**9, 10**9 + 2], "█·█"),
+    ],
+)
+def test_the_picture_shows_each_page_of_a_few(
+    mnt: Path, tmp_path: Path, size: int, pages: list[int], expected: str
+) -> None:
+    (mnt / "a").mkdir()
+    set_attribute(mnt / "a", "size", size)
+    for handle in pages:
+        (mnt / "a" / str(handle)).touch()
+    text = ttmfs("map", mnt / "a", env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert cells_of(text) == expected
+    assert ("from the first page stored" in text) == (size > 16 * PAGE)
+    ttmfs("map", mnt / "a", "-o", tmp_path / "a.png")
+    colours = pixels(tmp_path / "a.png")
+    assert colours.count(COLOURS["hot"]) // 27**2 == len(pages)
+    assert colours.count(COLOURS["nothing"]) // 27**2 == expected.count("·")
+
+
+def test_the_picture_fits_the_width_and_reads_without_colours(mnt: Path) -> None:
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE[: 32 * MIB])
+    ranges = ",".join(f"{first}-{first + 2047}" for first in range(1, 8192, 4096))
+    set_attribute(mnt / "a", "drop", ranges)
+    for width in 40, 80, 200:
+        text = ttmfs("map", mnt / "a", env={**os.environ, "COLUMNS": str(width), "LC_ALL": "C.UTF-8"})
+        assert max(map(len, text.splitlines())) <= max(width, 75)
+        cells = cells_of(text)
+        assert cells.count("█") == pytest.approx(len(cells) / 4, abs=3)
+        assert "█" in text
+        assert "\x1b" not in text
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    text = ttmfs("map", mnt / "a", env={**os.environ, **plain})
+    assert text.isascii()
+    assert text.count("#") > 100
+    assert "\x1b[" in seen("map", mnt / "a")
+    for name, value in ("NO_COLOR", "1"), ("TERM", "dumb"):
+        assert "\x1b[" not in seen("map", mnt / "a", **{name: value})
+
+
+def test_the_table_is_drawn_in_place_on_a_terminal_alone(mnt: Path) -> None:
+    (mnt / "first").mkdir()
+    with on_terminal("ls", "--watch=0.1", mnt, lines=10) as (terminal, process):
+        text = read_until(terminal, lambda text: text.count("\x1b[H") > 2)
+        assert "first" in text
+        for number in range(20):
+            (mnt / f"more{number}").mkdir()
+        text = read_until(terminal, lambda text: "21 backups" in text)
+        last = text.rpartition("\x1b[H")[2]
+        assert last.count("\n") <= 9
+        assert "lines more" in text
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    with subprocess.Popen([*TTMFS, "ls", "-w", "0.1", mnt], cwd=REPOSITORY, stdout=subprocess.PIPE) as client:
+        assert client.stdout
+        text = b"".join(next(client.stdout) for _ in range(50)).decode()
+        client.send_signal(signal.SIGINT)
+        client.stdout.close()
+    assert "\x1b" not in text
+    assert text.count("PAGES") > 1
+
+
+# --- save and load ---
+
+
+@pytest.fixture(params=["natively", "through the mount", "64k"])
+def pair(request: pytest.FixtureRequest, mnt: Path, mountpoint: Path, tmp_path: Path) -> Iterator[Path]:
+    """A mount: with descriptors, without, and with larger pages."""
+    if request.param == "natively":
+        yield mnt
+        return
+    (tmp_path / "store").mkdir()
+    options = f"store={tmp_path}/store" if request.param == "through the mount" else "page_size=64k"
+    with Mount(mountpoint, f"{options},size=256m,backup_size=64m") as mount:
+        yield mount.path
+
+
+def fill(backup: Path, page: int) -> None:
+    """Pages here and there, one of zeros, one that is so in part; in several parts of 16 MiB, and over a border."""
+    backup.mkdir(mode=0o750)
+    set_attribute(backup, "size", 3 * PART + 5 * page)
+    store(backup, NOISE[: 40 * page], 7 * page)
+    store(backup, NOISE[: 4 * page], PART - 2 * page)
+    store(backup, NOISE[:100] + bytes(page - 100), 3 * PART + 4 * page)
+    (backup / "3").touch()
+    (backup / str(2 * PART // page + 9)).touch()  # zeros alone in its part
+
+
+def test_what_was_saved_is_loaded_at_the_same_handles(pair: Path, tmp_path: Path) -> None:
+    page = count(pair, "page_size")
+    fill(pair / "a", page)
+    before = content(pair / "a")
+    text = ttmfs("save", "--verify", pair / "a", tmp_path / "f")
+    assert f"saved: {len(before)} pages" in text
+    assert sorted(os.listdir(tmp_path)) == sorted({"f", "f.ttmfs", "mnt", *os.listdir(tmp_path)})
+    assert image(tmp_path / "f") == image(pair / "a/.image")
+    assert (tmp_path / "f").stat().st_blocks * 512 <= (len(before) + 4) * page
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o640
+    assert "loaded" in ttmfs("load", "--verify", tmp_path / "f", pair / "b")
+    assert content(pair / "b") == before
+    assert attribute(pair / "b", "size") == attribute(pair / "a", "size")
+    assert stat.S_IMODE((pair / "b").stat().st_mode) == 0o750
+    assert "OK" in ttmfs("load", "--check", tmp_path / "f")
+    assert "is there already" in ttmfs("save", pair / "b", tmp_path / "f", code=2)
+    assert "is a directory" in ttmfs("save", "--force", pair / "b", tmp_path, code=2)
+    (pair / "b/1").touch()
+    assert json.loads(ttmfs("save", "--force", "--json", pair / "b", tmp_path / "f"))["pages"] == len(before) + 1
+    assert "holds pages" in ttmfs("load", tmp_path / "f", pair / "b", code=2)
+
+
+@pytest.mark.parametrize("sparse", ["always", "never"])
+def test_a_copy_with_other_holes_is_loaded_at_the_same_handles_too(mnt: Path, tmp_path: Path, sparse: str) -> None:
+    fill(mnt / "a", PAGE)
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    run(f"cp --sparse={sparse} f g; cp f.ttmfs g.ttmfs", cwd=tmp_path)
+    ttmfs("load", tmp_path / "g", mnt / "b")
+    assert content(mnt / "b") == content(mnt / "a")
+
+
+def test_a_file_that_was_never_saved_is_loaded_as_it_is(mnt: Path, tmp_path: Path) -> None:
+    with (tmp_path / "f").open("wb") as file:
+        file.write(NOISE[: 3 * PAGE])
+        file.seek(PART + 5 * PAGE)
+        file.write(NOISE[: PAGE + 100])
+    assert "no checksum" in ttmfs("load", tmp_path / "f", mnt / "a")
+    assert sorted(content(mnt / "a")) == [1, 2, 3, PART // PAGE + 6, PART // PAGE + 7]
+    assert (mnt / "a" / str(PART // PAGE + 7)).read_bytes() == NOISE[PAGE : PAGE + 100].ljust(PAGE, b"\0")
+    assert "neither" in ttmfs("load", "--check", tmp_path / "f", code=2)
+    (tmp_path / "empty").touch()
+    assert "is empty" in ttmfs("load", tmp_path / "empty", mnt / "b", code=2)
+    assert not (mnt / "b").exists()
+
+
+def test_what_was_rescued_is_checked_and_loaded(mnt: Path, tmp_path: Path, shared: Mount) -> None:
+    fill(mnt / "a", PAGE)
+    ttmfs("rescue", shared.process.pid, tmp_path / "copy")
+    ttmfs("load", tmp_path / "copy/a", mnt / "b")
+    assert content(mnt / "b") == content(mnt / "a")
+    flip(tmp_path / "copy/a", PART - PAGE)
+    assert "is damaged" in ttmfs("load", tmp_path / "copy/a", mnt / "c", code=2)
+    assert not (mnt / "c").exists()
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change a bit of a file."""
+    with opened(path) as fd:
+        byte = os.pread(fd, 1, offset)[0]
+        os.pwrite(fd, bytes([byte ^ 1]), offset)
+
+
+def test_a_damaged_part_is_told_and_not_stored(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE[: 3 * PART])
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    flip(tmp_path / "f", PART + 12345)
+    step = PART // PAGE
+    assert "1 of 3 parts" in ttmfs("load", "--check", tmp_path / "f", code=1)
+    text = ttmfs("load", tmp_path / "f", mnt / "b", code=1)
+    assert f"handles {step + 1}-{2 * step} were not stored" in text
+    assert attribute(mnt / "b", "map") == f"1-{step},{2 * step + 1}-{3 * step}"
+    flip(tmp_path / "f", PART + 12345)
+    ttmfs("load", "--continue", tmp_path / "f", mnt / "b")
+    assert image(mnt / "b/.image") == image(mnt / "a/.image")
+
+    os.truncate(tmp_path / "f", 3 * PART - 1)
+    assert "bytes, and had" in ttmfs("load", tmp_path / "f", mnt / "c", code=2)
+    os.truncate(tmp_path / "f", 64 * MIB)
+    text = (tmp_path / "f.ttmfs").read_text()
+    (tmp_path / "f.ttmfs").write_text(text.replace('"page_size": 4096', '"page_size": 65536'))
+    assert "handles would not be the same" in ttmfs("load", tmp_path / "f", mnt / "c", code=2)
+    for damaged in text[:-1].rpartition("\n")[0] + "\n", text.replace(" 1-", " 2-"), text[100:], "", "{}\n", "\0" * 99:
+        (tmp_path / "f.ttmfs").write_text(damaged)
+        assert "f.ttmfs is damaged" in ttmfs("load", tmp_path / "f", mnt / "c", code=2)
+    assert not (mnt / "c").exists()
+
+
+def test_no_room_is_told_and_can_be_gone_on_from(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE)
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    os.truncate(mnt / "a/.image", 0)
+    set_attribute(mnt, "size", 40 * MIB)
+    text = ttmfs("load", tmp_path / "f", mnt / "b", code=1)
+    assert "Make room" in text
+    assert len(text.splitlines()) == 1
+    assert 0 < count(mnt / "b", "pages") <= 40 * MIB // PAGE
+    set_attribute(mnt, "size", "512m")
+    assert f"loaded: {64 * MIB // PAGE} pages" in ttmfs("load", "--continue", tmp_path / "f", mnt / "b")
+    assert image(mnt / "b/.image") == NOISE
+    small = tmp_path / "small"
+    with stores.mounted(small, "tmpfs", "size=20m"):
+        assert "No space left" in ttmfs("save", mnt / "b", small / "f", code=1)
+        assert not (small / "f").exists()
+        run(f"mount -o remount,size=100m {small}")
+        ttmfs("save", mnt / "b", small / "f")
+        assert image(small / "f") == NOISE
+
+
+def started(*words: object) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([*TTMFS, *map(str, words)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(client: "subprocess.Popen[bytes]", done: Callable[[], int], more_than: int) -> None:
+    """Until a command has done more than so much, or is through."""
+    wait_until(lambda: done() > more_than or client.poll() is not None, "the command to do something", 30)
+
+
+def pages_of(backup: Path) -> int:
+    return count(backup, "pages") if backup.exists() else 0
+
+
+def parts_noted(note: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return note.read_text().count("\n") - 1
+    return 0
+
+
+@pytest.fixture
+def large(mnt: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A backup of 128 MiB, and where to save it: 8 parts."""
+    (mnt / "a").mkdir()
+    set_attribute(mnt / "a", "size", 2 * len(NOISE))
+    for n in range(2):
+        store(mnt / "a", NOISE, n * len(NOISE))
+    yield mnt / "a", tmp_path / "f"
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_a_save_that_is_killed_goes_on_and_looks_whole_only_when_it_is(large: tuple[Path, Path]) -> None:
+    backup, target = large
+    note, chance = target.with_name(".f.partial.ttmfs"), random.Random(os.environ.get("CI"))
+    kills = damaged = 0
+    while not target.exists() or not kills:
+        for path in target, target.with_name("f.ttmfs"):  # it was through before it could be killed
+            path.unlink(missing_ok=True)
+        before, more = parts_noted(note), chance.randrange(3)
+        with started("save", backup, target) as client:
+            wait_for(client, partial(parts_noted, note), before + more)
+            client.kill()
+        kills += client.returncode == -signal.SIGKILL
+        assert client.returncode in (0, -signal.SIGKILL)
+        if kills and not damaged and not target.exists():
+            damaged = 1
+            number = int(note.read_text().splitlines()[1].split(" ")[0])
+            flip(target.with_name(".f.partial"), number * PART + 99)  # what a machine that failed may have lost
+    if note.exists():  # killed between the last two steps
+        ttmfs("save", backup, target)
+    lines = [line.split(" ")[0] for line in target.with_name("f.ttmfs").read_text().splitlines()[1:] if line[0] != "e"]
+    assert set(lines) == {str(n) for n in range(8)}
+    assert len(lines) == 8 + damaged, "each part was copied once, but for the one that was lost"
+    assert "OK" in ttmfs("load", "--check", target)
+    assert image(target) == image(backup / ".image")
+    assert not list(target.parent.glob(".*"))
+
+
+def amid_a_save(
+    backup: Path, target: Path, act: "Callable[[subprocess.Popen[bytes]], object]"
+) -> tuple[int, bytes, bytes]:
+    """Do something to a save when a part of it is done; its exit status and output."""
+    for _ in range(5):
+        with started("save", backup, target) as client:
+            wait_for(client, partial(parts_noted, target.with_name(".f.partial.ttmfs")), 0)
+            act(client)
+            out, err = client.communicate(timeout=30)
+        if client.returncode:
+            return client.returncode, out, err
+        for path in target, target.with_name("f.ttmfs"):  # it was through before
+            path.unlink()
+    raise AssertionError("it is always through before")
+
+
+def test_ctrl_c_is_answered_in_a_line_and_what_changed_since_is_saved_anew(large: tuple[Path, Path]) -> None:
+    backup, target = large
+    status, out, err = amid_a_save(backup, target, lambda client: client.send_signal(signal.SIGINT))
+    assert (status, out) == (130, b"")
+    assert err == b"ttmfs save: interrupted; the same command goes on where it was\n"
+    (backup / "1").write_bytes(b"changed")
+    text = ttmfs("save", backup, target)
+    assert "it begins anew" in text
+    assert image(target) == image(backup / ".image")
+
+
+def test_a_backup_that_is_changed_while_it_is_saved_is_told(large: tuple[Path, Path]) -> None:
+    backup, target = large
+
+    def change(client: "subprocess.Popen[bytes]") -> None:
+        client.send_signal(signal.SIGSTOP)
+        (backup / "1").write_bytes(b"changed")
+        set_attribute(backup, "drop", f"{len(NOISE) // PAGE}-{2 * len(NOISE) // PAGE}")
+        client.send_signal(signal.SIGCONT)
+
+    status, _, err = amid_a_save(backup, target, change)
+    assert status == 1
+    assert b"was changed meanwhile" in err
+    assert "OK" in ttmfs("load", "--check", target)
+
+
+def test_a_load_that_is_killed_goes_on(large: tuple[Path, Path], mnt: Path) -> None:
+    backup, target = large
+    ttmfs("save", backup, target)
+    expected = image(target)
+    ttmfs("fini", backup)
+    chance, kills = random.Random(os.environ.get("CI")), 0
+    words: list[str] = []
+    while True:
+        before = pages_of(mnt / "b")
+        more = chance.randrange(3 * PART // PAGE)
+        with started("load", *words, target, mnt / "b") as client:
+            wait_for(client, lambda: pages_of(mnt / "b"), before + more)
+            client.kill()
+        if not client.returncode and kills:
+            break
+        if not client.returncode:  # it was through before it could be killed
+            ttmfs("fini", mnt / "b")
+            continue
+        assert client.returncode == -signal.SIGKILL
+        kills, words = kills + 1, ["--continue"]
+        if kills == 1:
+            assert "--continue goes on" in ttmfs("load", target, mnt / "b", code=2)
+    assert image(mnt / "b/.image") == expected
+
+
+def test_a_bar_is_drawn_on_a_terminal_alone(mnt: Path, tmp_path: Path) -> None:
+    backup, target = mnt / "a", tmp_path / "f"
+    backup.mkdir()
+    store(backup, NOISE[: 2 * PART])
+    text = seen("save", backup, target)
+    assert re.search(r"save \S+/a .*█.* 100%  32M of 32M", text)
+    assert re.search(r"\d[KMG]/s  \d:\d\d", text)
+    text = ttmfs("save", "--force", backup, target, stdin=None)
+    assert text.startswith("saved: "), "and nothing on standard error"
+    text = seen("load", target, mnt / "b", columns=60)
+    assert max(len(re.sub(r"\x1b\[[^m]*[mK]", "", part)) for part in re.split(r"[\r\n]+", text) if "%" in part) < 60
+    assert "\r" not in seen("load", "--continue", target, mnt / "b", TERM="dumb").replace("\r\n", "\n")
+
+
+# --- fd ---
+
+
+def test_a_program_gets_the_descriptor(mnt: Path) -> None:
+    (mnt / "a").mkdir()
+    assert (
+        ttmfs("fd", mnt / "a", "--", "sh", "-c", "echo hello | dd of={} conv=notrunc status=none; head -c 6 {}")
+        == "hello\n"
+    )
+    assert (mnt / "a/1").read_bytes()[:6] == b"hello\n"
+    assert "nowhere: No such file" in ttmfs("fd", mnt / "a", "nowhere", code=127)
+    assert "give a program" in ttmfs("fd", mnt / "a", code=2)
+
+
+def test_users_get_descriptors_by_the_mode_bits_and_others_the_reason(place: Place, tmp_path: Path) -> None:
+    command = [place.python, "-m", "ttmfs"]
+    more = {"command": command, "cwd": place.path / "repository"}
+    (tmp_path / "store").mkdir()
+    with place.directory("shared") as path, Mount(path, "size=16m,allow_other,mode=1777"):
+        alice, bob = (as_user(uid, **more) for uid in (ALICE, BOB))
+        ttmfs("create", "-m", "0755", path / "hers", **alice)
+        assert ttmfs("fd", path / "hers", "--", "wc", "-c", "{}", **alice).split()[0] == str(16 * MIB)
+        assert "mode bits must let you" in ttmfs("fd", path / "hers", "--", "wc", "{}", code=2, **bob)
+        assert json.loads(ttmfs("ls", "--json", path, **bob))[0]["uid"] == ALICE
+        text = ttmfs("fini", path / "hers", code=2, **bob)
+        assert "Permission denied" in text
+        store(path / "hers", NOISE[: 8 * PAGE])
+        with place.directory("files", BOB) as files:  # not natively: bob may only read
+            os.chmod(path / "hers", 0o711)
+            assert "Permission denied" in ttmfs("save", path / "hers", files / "f", code=2, **bob)
+            assert not os.listdir(files)
+            os.chmod(path / "hers", 0o755)
+            ttmfs("save", path / "hers", files / "f", **bob)
+            ttmfs("load", files / "f", path / "his", **bob)
+            for name in "f", "f.ttmfs":
+                (files / name).unlink()
+        assert content(path / "his") == content(path / "hers")
+        assert (path / "his").stat().st_uid == BOB
+    with place.directory("shared") as path, Mount(path, f"store={tmp_path}/store"):
+        (path / "a").mkdir()
+        os.chmod(path / "a", 0o777)
+        assert "store=" in ttmfs("fd", path / "a", "true", code=2)
+
+
+# --- doctor ---
+
+
+def checks(*words: object, code: int, **more: Any) -> dict[str, dict[str, str]]:
+    return {check["what"]: check for check in json.loads(ttmfs("doctor", "--json", *words, code=code, **more))}
+
+
+def test_doctor_finds_a_mount_that_is_dead_and_one_that_is_not_and_says_what_to_do(
+    mnt: Path, mountpoint: Path, tmp_path: Path
+) -> None:
+    assert checks(mnt, code=0)[str(mnt)]["state"] == "ok"
+    text = ttmfs("doctor", mnt)
+    assert re.search(rf"^ok +{mnt} +answers; daemon \d+", text, re.MULTILINE)
+    with Mount(mountpoint) as mount:
+        (mountpoint / "a").mkdir()
+        mount.kill_both()
+        found = checks(mountpoint, code=1)[str(mountpoint)]
+        assert found["state"] == "problem"
+        assert f"fusermount3 -u {mountpoint}" in found["do"]
+        text = ttmfs("ls", mountpoint, mnt, code=1)
+        assert "ttmfs doctor says what to do" in text
+    assert "is no mount" in ttmfs("doctor", tmp_path, code=2)
+    assert "\x1b[" in seen("doctor", mnt)
+
+
+def test_doctor_finds_a_daemon_that_does_not_answer(mnt: Path, shared: Mount) -> None:
+    os.kill(shared.pid, signal.SIGSTOP)
+    try:
+        found = checks(mnt, code=1)[str(mnt)]
+    finally:
+        os.kill(shared.pid, signal.SIGCONT)
+    assert f"kill -USR1 {shared.process.pid}" in found["do"]
+
+
+def test_doctor_tells_of_another_version_and_of_what_is_not_installed(mnt: Path, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "ttmfs", tmp_path / "ttmfs")
+    (tmp_path / "ttmfs/version.py").write_text('__version__ = "99.1"\n')
+    found = checks(mnt, code=1, cwd=tmp_path, env={**os.environ, "PATH": "/nonexistent"})
+    assert "installed is 99.1" in found[str(mnt)]["found"]
+    assert found[str(mnt)]["state"] == "warning"
+    assert found["fusermount3"]["do"] == "apt install fuse3"
+
+
+def test_doctor_serves_users(place: Place) -> None:
+    alice = as_user(ALICE, cwd=place.path / "repository", command=[place.python, "-m", "ttmfs"])
+    with place.directory("shared") as path, Mount(path, "allow_other"):
+        found = checks(path, code=0, **alice)
+        assert found["/dev/fuse"]["state"] == found[str(path)]["state"] == "ok"
+        assert {"kernel", "swap", "user namespaces", "RLIMIT_MEMLOCK", "pyfuse3", "allow_other"} <= set(found)
+    with place.directory("shared") as path, Mount(path):
+        assert "not shown to you" in checks(path, code=0, **alice)[str(path)]["found"]

@@ -1,0 +1,12 @@
+"""``rescue`` as a command: its module stands alone, and knows nothing of this package."""
+
+from .. import rescue
+from .command import Command
+
+__all__ = ["COMMANDS"]
+
+COMMANDS = (
+    Command(
+        "rescue", rescue.DESCRIPTION, rescue.EXAMPLES, rescue.add_arguments, rescue.run, interrupted=rescue.INTERRUPTED
+    ),
+)

@@ -1,0 +1,170 @@
+"""What commands show: names that cannot do harm, sizes and ages for people, tables, colours, and a bar of progress.
+
+Colours and bars are for terminals alone, and not for those that have none (TERM=dumb) or are to have none (NO_COLOR).
+What a backup is called is somebody's choice: no line end and no escape sequence of it reaches a terminal.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Self, TextIO
+
+__all__ = ["Progress", "age", "columns", "has_colours", "is_terminal", "is_utf8", "painted", "quoted", "size", "table"]
+
+PLAIN = frozenset("!%+,-./:=@^_~")
+ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\x1b": "\\e", "'": "\\'", "\\": "\\\\"}
+UNITS = "KMGTPE"
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether lines of it can be drawn over."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether to colour what is written to it."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
+
+
+def is_utf8(stream: TextIO) -> bool:
+    """Whether it takes more than ASCII."""
+    return (stream.encoding or "ascii").lower().replace("-", "") == "utf8"
+
+
+def columns() -> int:
+    """How wide the terminal is, or COLUMNS say; 80 where there is none."""
+    return max(20, shutil.get_terminal_size((80, 24)).columns)
+
+
+def painted(text: str, colour: str, *, colours: bool) -> str:
+    """A text in a colour of SGR parameters such as ``1;34``."""
+    return f"\x1b[{colour}m{text}\x1b[0m" if colours else text
+
+
+def quoted(name: str | os.PathLike[str]) -> str:
+    """A file's name as a shell reads it back, without anything that a terminal would obey."""
+    text = os.fsdecode(name)
+    shown = all(char.isprintable() and (char.isascii() or is_utf8(sys.stdout)) for char in text)
+    if shown and text and all(char.isalnum() or char in PLAIN for char in text):
+        return text
+    if shown and "'" not in text:
+        return f"'{text}'"
+    return "$'" + "".join(map(_escaped, text)) + "'"
+
+
+def _escaped(char: str) -> str:
+    if char in ESCAPES:
+        return ESCAPES[char]
+    if char.isprintable() and (char.isascii() or is_utf8(sys.stdout)):
+        return char
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(char))
+
+
+def size(count: float) -> str:
+    """Bytes for a person, in powers of 1024: 12K, 1.5M."""
+    if count < 1024:
+        return str(int(count))
+    for unit in UNITS:
+        count /= 1024
+        if count < 9.95:
+            return f"{count:.1f}".removesuffix(".0") + unit
+        if count < 999.5:
+            break
+    return f"{count:.0f}{unit}"
+
+
+def age(seconds: float) -> str:
+    """A span of time in its largest unit: 12s, 3m, 5h, 9d."""
+    for unit, length in ("d", 86400), ("h", 3600), ("m", 60):
+        if seconds >= length:
+            return f"{int(seconds // length)}{unit}"
+    return f"{max(0, int(seconds))}s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: frozenset[str]) -> list[str]:
+    """Lines of columns as wide as they need to be, numbers to the right, those named in `left` to the left."""
+    cells = [header, *rows]
+    widths = [max(len(row[n]) for row in cells) for n in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if name in left else cell.rjust(width)
+            for name, cell, width in zip(header, row, widths, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+
+
+class Progress:
+    """A bar with rate and time left on standard error, if that is a terminal; for the time of a ``with``.
+
+    Not for several threads at once.
+    """
+
+    INTERVAL = 0.1
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what = what
+        self._total = total
+        self._done = self._skipped = 0
+        self._shown = is_terminal(sys.stderr)
+        self._drawn = 0.0
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic()
+        self._draw()
+        return self
+
+    def advance(self, count: int, *, skipped: bool = False) -> None:
+        """So many bytes more are done, or need not be."""
+        self._done += count
+        self._skipped += count * skipped
+        if time.monotonic() > self._drawn + self.INTERVAL:
+            self._draw()
+
+    def note(self, text: str) -> None:
+        """Say what is waited for now."""
+        self._draw(text)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:
+            if kind is None:
+                self._draw()
+            with contextlib.suppress(OSError):
+                sys.stderr.write("\n" if kind is None else "\r\x1b[K")
+                sys.stderr.flush()
+
+    def _draw(self, note: str = "") -> None:
+        if not self._shown:
+            return
+        self._drawn = time.monotonic()
+        spent, worked = self._drawn - self._began, self._done - self._skipped
+        share = self._done / self._total if self._total else 1.0
+        rate = worked / spent if spent > 0 else 0.0
+        tail = f" {share:4.0%}  {size(self._done)} of {size(self._total)}"
+        if note:
+            tail += f"  {note}"
+        elif rate:
+            left = (self._total - self._done) / rate
+            tail += f"  {size(rate)}/s  " + (f"{_clock(left)} left" if left else _clock(spent))
+        width = columns() - 1
+        room = min(30, width - len(self._what) - len(tail) - 4)
+        bar = ""
+        if room >= 5:
+            full, empty = ("█", "░") if is_utf8(sys.stderr) else ("#", ".")
+            filled = int(share * room)
+            bar = f" {full * filled}{empty * (room - filled)}"
+        with contextlib.suppress(OSError):  # a bar that no one sees is no reason to stop
+            sys.stderr.write("\r" + f"{self._what}{bar}{tail}"[:width] + "\x1b[K")
+            sys.stderr.flush()
