@@ -10,7 +10,8 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
 $pytest tests/arithmetic tests/store tests/model tests/face || exit
-{ make --no-print-directory lint && $pytest tests/house; } >"$log" 2>&1 &
+# What a shell starts beside itself has interruptions ignored, which the tests send.
+{ make --no-print-directory lint && env --default-signal=INT,QUIT $pytest tests/house; } >"$log" 2>&1 &
 beside=$!
 $pytest tests/mount
 status=$?

@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from harness import Mount, children, descriptors, mounts_below
+from harness import Mount, children, descriptors, mounts_below, set_attribute
 from stores import KINDS, Place, Site, site_of
 from systemd_machine import Machine
 
@@ -139,6 +139,26 @@ def backup(mnt: Path) -> Path:
     path = mnt / "a"
     path.mkdir()
     return path
+
+
+SHARED = 512 << 20
+
+
+@pytest.fixture(scope="module")
+def shared_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """A mount for all tests of a file, of 512 MiB with backups of 64 MiB."""
+    with Mount(tmp_path_factory.mktemp("shared"), f"size={SHARED},backup_size=64m") as mount:
+        yield mount
+
+
+@pytest.fixture
+def shared(shared_mount: Mount) -> Iterator[Mount]:
+    """That mount, empty, and with its budget."""
+    yield shared_mount
+    for backup in shared_mount.path.iterdir():
+        os.truncate(backup / ".image", 0)
+        backup.rmdir()
+    set_attribute(shared_mount.path, "size", SHARED)
 
 
 @pytest.fixture(scope="module")

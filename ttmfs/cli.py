@@ -64,7 +64,11 @@ def main() -> int:
     """From argv to an exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if interrupted."""
     name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
-        arguments = parser(name).parse_args()
+        try:
+            arguments = parser(name).parse_args()
+        except SystemExit:  # it has said what it is asked for, or what is wrong
+            sys.stdout.flush()
+            raise
         command: Command = arguments.command
         name = command.name
         status = command.run(arguments)

@@ -76,6 +76,9 @@ PARALLEL = 8 << 20
 FEW = 4
 """Pages of a run that are copied one by one through their files, which tell by themselves that they are not there."""
 
+LOOKS = 10
+"""To look for a page takes so many times as long as to pass one on the way to the end of its run, which can be far."""
+
 LONGEST_VALUE = 65536
 """Bytes of an extended attribute. XATTR_SIZE_MAX"""
 
@@ -112,9 +115,9 @@ class Backup:
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._native = -1
-        self.page_size = self._page_size()
         self.id = os.fstat(directory).st_ino
         """The inode number of its directory, which no other backup of the mount ever has."""
+        self.page_size = self._page_size()
         if native:
             self._native = _descriptor(directory, self.id)
 
@@ -165,7 +168,7 @@ class Backup:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Backup {self.path if self._directory >= 0 else '(closed)'}>"
+        return f"<Backup {self.id}{' (closed)' * (self._directory < 0)}>"
 
     # --- the six verbs, and their plural forms ---
 
@@ -245,7 +248,22 @@ class Backup:
     @property
     def path(self) -> str:
         """Where it is, as of now: it may have been renamed."""
-        return os.readlink(self._place)
+        path = os.readlink(self._place)
+        with contextlib.suppress(OSError):
+            if os.stat(path, follow_symlinks=False).st_ino == self.id:
+                return path
+        # The kernel may have dropped the name that it was opened by, as it does with all when modes change.
+        with contextlib.suppress(OSError), os.scandir(f"{self._place}/..") as entries:
+            for entry in entries:
+                if entry.inode() == self.id:
+                    return os.path.join(os.path.dirname(path), entry.name)
+        raise BackupEnded("the backup was ended")
+
+    def fileno(self) -> int:
+        """The descriptor of its own file, which stays the backup's. Raises NotSupported unless it :attr:`is_native`."""
+        if not self.is_native:
+            raise NotSupported("the backup's own file is not open here")
+        return self._native
 
     @property
     def is_native(self) -> bool:
@@ -374,9 +392,8 @@ class Backup:
         """PageAbsent unless every page of some runs is there."""
         if self.is_native:
             for first, past in runs:
-                run = next(linux.page_runs(self._native, self.page_size, first, past), (past, past))
-                if run != (first, past):
-                    raise PageAbsent(f"handle {(run[1] if run[0] == first else first) + 1} holds no page")
+                if (absent := self._first_absent(first, past)) is not None:
+                    raise PageAbsent(f"handle {absent + 1} holds no page")
             return
         extents = list(self._extents())
         firsts = [first for first, _ in extents]
@@ -385,6 +402,14 @@ class Backup:
             end_of_run = max(first, extents[place][1]) if place >= 0 else first
             if end_of_run < past:
                 raise PageAbsent(f"handle {end_of_run + 1} holds no page")
+
+    def _first_absent(self, first: int, past: int) -> int | None:
+        """The first index of a range that holds no page in the backup's own file; None if every one does."""
+        size = self.page_size
+        if (past - first) * LOOKS < os.fstat(self._native).st_blocks * 512 // size:
+            return next((i for i in range(first, past) if not linux.is_data(self._native, i * size, size)), None)
+        run = next(linux.page_runs(self._native, size, first, past), (past, past))
+        return None if run == (first, past) else run[1] if run[0] == first else first
 
     def _read_natively(self, dst: memoryview, offset: int) -> None:
         workers = min(4, len(os.sched_getaffinity(0)))

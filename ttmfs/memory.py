@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import linux
 
-__all__ = ["Reserve", "Swap", "available", "bytes_avail"]
+__all__ = ["Reserve", "Swap", "available", "bytes_avail", "control_groups", "read_number"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _ZRAM_KNOWN = 16 << 20
@@ -24,7 +24,7 @@ def available() -> int:
     meminfo = _meminfo()
     swap, taken = _usable_swap() if meminfo["SwapFree"] else (0, 0)
     swap = min(swap, meminfo["SwapFree"])  # which a container can be shown less of
-    groups = _control_groups()
+    groups = control_groups()
     group_swap = swap if groups and _swaps(groups[0]) else 0
     return min([meminfo["MemAvailable"] + swap - taken, *(_headroom(group, group_swap) for group in groups)])
 
@@ -88,7 +88,7 @@ class Swap:
         most of the group's pages were read twice since, it finds none to swap out, and kills. To read them renews them.
         """
         if (now := time.monotonic_ns()) > self._counted:
-            for group in _control_groups()[:1]:
+            for group in control_groups()[:1]:
                 with contextlib.suppress(OSError):
                     (group / "memory.stat").read_bytes()
             self._counted = now + self.LIFETIME
@@ -139,11 +139,11 @@ def _zram(name: str, free: int) -> tuple[int, int]:
 
 def _swaps(group: Path) -> bool:
     """Whether the kernel swaps out what is charged to a group when the group is at its limit: not at swappiness 0."""
-    swappiness = _number(group / "memory.swappiness")  # v1: each has its own
-    return (_number(Path("/proc/sys/vm/swappiness")) if swappiness is None else swappiness) != 0
+    swappiness = read_number(group / "memory.swappiness")  # v1: each has its own
+    return (read_number(Path("/proc/sys/vm/swappiness")) if swappiness is None else swappiness) != 0
 
 
-def _control_groups() -> list[Path]:
+def control_groups() -> list[Path]:
     """The memory control group of this process and its ancestors, as far as they can be seen."""
     with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
         rows = [line.rstrip("\n").split(":", 2) for line in file]
@@ -161,20 +161,20 @@ def _control_groups() -> list[Path]:
 
 def _headroom(group: Path, swap_free: int) -> int:
     """What one control group lets its members still charge, with what it can reclaim and swap out counted in."""
-    if (usage := _number(group / "memory.current")) is not None:  # v2
-        limit, swap_limit = _number(group / "memory.max"), _number(group / "memory.swap.max")
+    if (usage := read_number(group / "memory.current")) is not None:  # v2
+        limit, swap_limit = read_number(group / "memory.max"), read_number(group / "memory.swap.max")
         swap = swap_free
         if swap_limit is not None:
-            swap = min(swap_free, max(0, swap_limit - (_number(group / "memory.swap.current") or 0)))
+            swap = min(swap_free, max(0, swap_limit - (read_number(group / "memory.swap.current") or 0)))
         return _NO_LIMIT if limit is None else limit - usage + _page_cache(group, "") + swap
-    if (usage := _number(group / "memory.usage_in_bytes")) is None:
+    if (usage := read_number(group / "memory.usage_in_bytes")) is None:
         return _NO_LIMIT  # the root group of v2, which has no limits
-    limit, both = _number(group / "memory.limit_in_bytes"), _number(group / "memory.memsw.limit_in_bytes")
+    limit, both = read_number(group / "memory.limit_in_bytes"), read_number(group / "memory.memsw.limit_in_bytes")
     headroom = _NO_LIMIT
     if limit is not None and limit < _NO_LIMIT:
         headroom = limit - usage + _page_cache(group, "total_") + swap_free
     if both is not None and both < _NO_LIMIT:
-        used = _number(group / "memory.memsw.usage_in_bytes") or 0
+        used = read_number(group / "memory.memsw.usage_in_bytes") or 0
         headroom = min(headroom, both - used + _page_cache(group, "total_"))
     return headroom
 
@@ -189,7 +189,7 @@ def _page_cache(group: Path, prefix: str) -> int:
         return 0
 
 
-def _number(path: os.PathLike[str]) -> int | None:
+def read_number(path: os.PathLike[str]) -> int | None:
     """The number in a control file; None for "max" or where there is no such file."""
     try:
         text = Path(path).read_text().strip()

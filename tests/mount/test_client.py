@@ -2,6 +2,7 @@
 
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,20 +34,9 @@ WAYS = {"natively": True, "through the mount": False}
 NOISE = np.random.default_rng(5).integers(0, 256, (1024, PAGE), np.uint8)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """A mount of 64 MiB for all tests that leave it as it was."""
-    with Mount(tmp_path_factory.mktemp("shared"), "size=64m") as mount:
-        yield mount
-
-
 @pytest.fixture
-def mnt(shared: Mount) -> Iterator[Path]:
-    yield shared.path
-    for backup in shared.path.iterdir():
-        os.truncate(backup / ".image", 0)
-        backup.rmdir()
-    set_attribute(shared.path, "size", 64 << 20)
+def mnt(shared: Mount) -> Path:
+    return shared.path
 
 
 @pytest.fixture(params=WAYS)
@@ -245,6 +235,22 @@ def expected(
     if any(int(handle) not in model for handle in handles):
         return PageAbsent
     return b"".join(model[int(handle)] for handle in handles)
+
+
+def test_a_page_of_a_large_backup_is_copied_as_soon_as_one_of_a_small_one(mountpoint: Path) -> None:
+    """Looking for the end of the run that it is in would take a thousand times as long."""
+    with Mount(mountpoint, "size=1g"), Backup.create(mountpoint / "a") as backup:
+        assert backup.is_native
+        page, times = bytearray(PAGE), []
+        for pages in 10, 100_000:
+            for idx in range(0, pages, len(NOISE)):
+                backup.backup_pages(NOISE[: min(len(NOISE), pages - idx)], idx)
+            for _ in range(200):
+                start = time.perf_counter()
+                backup.copy_page(page, 1)
+                times.append(time.perf_counter() - start)
+        assert statistics.median(times[200:]) < 10 * statistics.median(times[:200])
+        backup.fini()
 
 
 # --- backups ---

@@ -38,20 +38,9 @@ ODD = "a 'quoted'\n\x1b[31mnäme"
 NOISE = np.random.default_rng(7).bytes(64 * MIB)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """A mount for all tests that leave it as it was."""
-    with Mount(tmp_path_factory.mktemp("shared"), "size=512m,backup_size=64m") as mount:
-        yield mount
-
-
 @pytest.fixture
-def mnt(shared: Mount) -> Iterator[Path]:
-    yield shared.path
-    for backup in shared.path.iterdir():
-        os.truncate(backup / ".image", 0)
-        backup.rmdir()
-    set_attribute(shared.path, "size", "512m")
+def mnt(shared: Mount) -> Path:
+    return shared.path
 
 
 def ttmfs(*words: object, code: int = 0, **more: Any) -> str:
@@ -247,6 +236,7 @@ def test_whoever_wants_no_more_output_gets_none(mnt: Path) -> None:
             done = subprocess.run(
                 [*TTMFS, *map(str, words)],
                 cwd=REPOSITORY,
+                env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"},
                 stdout=output,
                 stderr=subprocess.PIPE,
                 timeout=20,
@@ -667,7 +657,7 @@ def test_a_bar_is_drawn_on_a_terminal_alone(mnt: Path, tmp_path: Path) -> None:
     backup, target = mnt / "a", tmp_path / "f"
     backup.mkdir()
     store(backup, NOISE[: 2 * PART])
-    text = seen("save", backup, target)
+    text = seen("save", backup, target, columns=140)
     assert re.search(r"save \S+/a .*█.* 100%  32M of 32M", text)
     assert re.search(r"\d[KMG]/s  \d:\d\d", text)
     text = ttmfs("save", "--force", backup, target, stdin=None)

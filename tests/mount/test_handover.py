@@ -161,8 +161,8 @@ def test_what_is_done_to_a_descriptor_is_not_done_to_the_daemon_s(mount: Mount) 
     """Flags and offset are its own: with O_APPEND in force on the daemon's, every page would go to the end."""
     with Backup.create(mount.path / "a") as backup:
         assert backup.is_native
-        fcntl.fcntl(backup._native, fcntl.F_SETFL, os.O_APPEND)
-        os.lseek(backup._native, 12345, os.SEEK_SET)
+        fcntl.fcntl(backup.fileno(), fcntl.F_SETFL, os.O_APPEND)
+        os.lseek(backup.fileno(), 12345, os.SEEK_SET)
         (mount.path / "a/3").write_bytes(b"there")
         assert backup.handles().tolist() == [3]
         assert backup.size == 1 << 20
@@ -172,7 +172,7 @@ def test_what_is_done_to_a_descriptor_is_not_done_to_the_daemon_s(mount: Mount) 
 def test_a_descriptor_outlives_the_backup_and_holds_its_memory_no_longer_than_itself(mount: Mount) -> None:
     backup = Backup.create(mount.path / "a")
     backup.backup_pages(np.ones((100, PAGE), np.uint8), 0)
-    fd = os.dup(backup._native)
+    fd = os.dup(backup.fileno())
     backup.fini()
     assert not os.fstat(fd).st_blocks, "what was in it was released"
     os.pwrite(fd, b"late", 0)

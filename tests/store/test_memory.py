@@ -71,7 +71,7 @@ def test_control_groups_of_version_2_are_read(tmp_path: Path, monkeypatch: pytes
     for name, text in files.items():
         (parent / name).write_text(text + "\n")
         (child / name).write_text({"memory.max": "max"}.get(name, text) + "\n")
-    monkeypatch.setattr(memory, "_control_groups", lambda: [child, parent])
+    monkeypatch.setattr(memory, "control_groups", lambda: [child, parent])
     (parent / "memory.swap.max").write_text("0\n")
     assert memory.available() == 603_000
     shutil.rmtree(parent)

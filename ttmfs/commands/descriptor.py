@@ -21,7 +21,7 @@ __all__ = ["COMMANDS", "file_of"]
 
 def file_of(backup: Backup) -> int:
     """The descriptor of a backup's own file, which stays the backup's; -1 if there is none to be had."""
-    return backup._native
+    return backup.fileno() if backup.is_native else -1
 
 
 def _add(parser: argparse.ArgumentParser) -> None:

@@ -173,9 +173,9 @@ def _memory() -> Iterator[Check]:
 def _group() -> Iterator[Check]:
     """The limits of this process' control group; a daemon of a service has its own."""
     ram = os.sysconf("SC_PHYS_PAGES") * BASE_PAGE_SIZE
-    for group in memory._control_groups():
+    for group in memory.control_groups():
         for name in "memory.max", "memory.limit_in_bytes", "memory.high":
-            limit = memory._number(group / name)
+            limit = memory.read_number(group / name)
             if limit is not None and limit < min(ram, _NO_LIMIT):
                 yield Check(
                     "control group", WARNING, f"{quoted(group)} has {name} of {size(limit)}",
