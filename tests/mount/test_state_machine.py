@@ -416,7 +416,7 @@ def test_dict_model_layer_and_mount_agree(site: Site, size: int) -> None:
         run_state_machine_as_test(
             Machine,
             settings=settings(
-                max_examples=14 if site.kind == "tmpfs" else 5,
+                max_examples=10 if site.kind == "tmpfs" else 4,
                 stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck),
             ),
         )  # fmt: skip
