@@ -11,11 +11,11 @@ trap 'rm -f "$log"' EXIT
 
 $pytest tests/arithmetic tests/store tests/model tests/face || exit
 # What a shell starts beside itself has interruptions ignored, which the tests send.
-{ make --no-print-directory lint && env --default-signal=INT,QUIT $pytest tests/house; } >"$log" 2>&1 &
+{ make --no-print-directory lint && env --default-signal=INT,QUIT $pytest tests/house tests/mount/test_soak.py; } >"$log" 2>&1 &
 beside=$!
-$pytest tests/mount
+$pytest tests/mount --ignore=tests/mount/test_soak.py
 status=$?
-echo "--- beside these: lint, and the tests of the house"
+echo "--- beside these: lint, the tests of the house, and a minute of mixed load"
 wait "$beside" || status=1
 cat "$log"
 exit "$status"
