@@ -357,6 +357,8 @@ def evictor() -> None:
                 intr = threading.Event()
                 if random_.random() < 0.3:
                     threading.Timer(random_.random() / 500, intr.set).start()
+                elif random_.random() < 0.1:
+                    intr.set()
                 try:
                     done["restored"] += array.restore(intr)
                 except InterruptedError:
@@ -378,7 +380,7 @@ def test_twice_the_memory_there_is_evicted_and_read_back_at_random(
     mountpoint: Path, tmp_path: Path, native: bool
 ) -> None:
     """xe_bo_shrink in user space: some purgeable, interruptions injected, all verified, nothing leaked."""
-    limit, arrays, pages = 80 << 20, 40, 1024
+    limit, arrays, pages = 96 << 20, 48, 1024
     assert arrays * pages * PAGE == 2 * limit
     options = "size=512m" + ("" if native else ",uid_size=512m")
     with swap(tmp_path, 512 << 20), ControlGroup(limit) as group, Mount(mountpoint, options, preexec_fn=group.join):
