@@ -290,8 +290,24 @@ class Backup:
 
     def handles(self) -> Uint64Array:
         """The handles of all pages stored, ascending, dtype uint64."""
-        found = [np.arange(first + 1, past + 1, dtype=np.uint64) for first, past in self._extents()]
+        found = [np.arange(first + 1, past + 1, dtype=np.uint64) for first, past in self.runs()]
         return np.concatenate(found) if found else np.empty(0, np.uint64)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """The runs of the pages stored, as (first index, index past the last), ascending."""
+        with _translated("listing pages"):
+            if self.is_native:
+                yield from linux.page_runs(self._native, self.page_size, 0, self._limit())
+                return
+            try:
+                text = os.getxattr(self._place, "user.ttmfs.map").decode()
+            except OSError as error:
+                if error.errno != errno.E2BIG:
+                    raise
+                names = np.array(sorted(map(int, os.listdir(self._place))), np.uint64)
+                yield from checked.runs(names)
+            else:
+                yield from ((first - 1, last) for first, last in (parse_ranges(text) if text else ()))
 
     def residency(self) -> Residency:
         """How many pages are in memory, and how many swapped out (with ``store=``: on the disk alone)."""
@@ -395,7 +411,7 @@ class Backup:
                 if (absent := self._first_absent(first, past)) is not None:
                     raise PageAbsent(f"handle {absent + 1} holds no page")
             return
-        extents = list(self._extents())
+        extents = list(self.runs())
         firsts = [first for first, _ in extents]
         for first, past in runs:
             place = bisect.bisect_right(firsts, first) - 1
@@ -454,22 +470,6 @@ class Backup:
 
     def _drop_ranges(self, ranges: list[tuple[int, int]]) -> None:
         os.setxattr(self._place, "user.ttmfs.drop", format_ranges(ranges).encode())
-
-    def _extents(self) -> Iterator[tuple[int, int]]:
-        """The runs of pages, as (first index, index past the last), ascending."""
-        with _translated("listing pages"):
-            if self.is_native:
-                yield from linux.page_runs(self._native, self.page_size, 0, self._limit())
-                return
-            try:
-                text = os.getxattr(self._place, "user.ttmfs.map").decode()
-            except OSError as error:
-                if error.errno != errno.E2BIG:
-                    raise
-                names = np.array(sorted(map(int, os.listdir(self._place))), np.uint64)
-                yield from checked.runs(names)
-            else:
-                yield from ((first - 1, last) for first, last in (parse_ranges(text) if text else ()))
 
     # --- within ---
 

@@ -99,12 +99,6 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _runs(backup: Backup) -> list[tuple[int, int]]:
-    from ..pages import runs
-
-    return runs(backup.handles())
-
-
 def _swapped(backup: Backup, first: int, past: int) -> int:
     return backup.residency_of(first, past).swapped if backup.is_native else 0
 
@@ -114,7 +108,7 @@ def _tell(path: str, backup: Backup) -> None:
     runs = [
         {"first": first + 1, "last": past}
         | ({"swapped": _swapped(backup, first, past) if where.swapped else 0} if backup.is_native else {})
-        for first, past in _runs(backup)
+        for first, past in backup.runs()
     ]
     about = {"backup": path, "page_size": backup.page_size, "size": backup.size}
     sys.stdout.write(json.dumps({**about, **where.__dict__, "runs": runs}, indent=1) + "\n")
@@ -122,7 +116,7 @@ def _tell(path: str, backup: Backup) -> None:
 
 def _view(backup: Backup, room: int, arguments: argparse.Namespace) -> View:
     """What is to be seen in at most so many cells."""
-    runs, limit, where = _runs(backup), backup.size // backup.page_size, backup.residency()
+    runs, limit, where = list(backup.runs()), backup.size // backup.page_size, backup.residency()
     first, past = 0, limit
     stored = (runs[0][0], runs[-1][1]) if runs else (0, limit)
     if runs and not arguments.whole and (arguments.stored or (stored[1] - stored[0]) * EMPTY_SHARE <= limit):

@@ -163,8 +163,7 @@ def _in_threads(work: Callable[[_Part], _Part | None], parts: Iterable[_Part]) -
 class _Source:
     """A backup to read from: its own file if that can be had, else ``.image``. Neither tells an absent page from zeros.
 
-    (Backup.copy_pages() does, by looking for the end of the run that a page is in, each time: of a long run that takes
-    longer than reading.)
+    (Backup.copy_pages() does, by looking for every page before and after; here that is done where zeros were read.)
     """
 
     def __init__(self, backup: Backup, path: str) -> None:
@@ -197,7 +196,7 @@ class _Source:
 
     def _has(self, part: _Part) -> bool:
         if self._own < 0:
-            return _by_part(_runs(self._backup), self._backup.page_size).get(part.number) == part.runs
+            return _by_part(self._backup.runs(), self._backup.page_size).get(part.number) == part.runs
         page_size = self._backup.page_size
         return all(
             linux.is_data(self._own, idx * page_size, page_size)
@@ -212,12 +211,6 @@ def _fill(file: int, view: memoryview, offset: int) -> None:
         if not (read := os.preadv(file, [view], offset)):
             raise OSError(errno.EIO, "it has become shorter")
         view, offset = view[read:], offset + read
-
-
-def _runs(backup: Backup) -> Runs:
-    from ..pages import runs
-
-    return runs(backup.handles())
 
 
 # --- save ---
@@ -331,7 +324,7 @@ class _Saving:
         header: dict[str, Any] = {"ttmfs": VERSION, "page_size": backup.page_size, "size": backup.size}
         header |= {"mode": stat.S_IMODE(found.st_mode) & SET_MODE, "of": self._now}
         text = _Text(header)
-        parts = [_Part(number, runs, None) for number, runs in _by_part(_runs(backup), backup.page_size).items()]
+        parts = [_Part(number, runs, None) for number, runs in _by_part(backup.runs(), backup.page_size).items()]
         with _Source(backup, self._path) as source:
             before = self._before(header)
             os.ftruncate(self._file, backup.size)
@@ -403,7 +396,7 @@ class _Saving:
                 return None
             if found := source.sum(part, lambda start, block: write_all(self._file, block, start)):
                 return part._replace(sum=found)
-            part = part._replace(runs=_by_part(_runs(backup), backup.page_size).get(part.number, []))
+            part = part._replace(runs=_by_part(backup.runs(), backup.page_size).get(part.number, []))
         raise CommandError(f"{quoted(self._path)}: its pages are being dropped all the time; let no one write to it", 1)
 
 
