@@ -73,9 +73,9 @@ def one_cpu() -> Iterator[None]:
 
 
 async def grown(loop: Loop, poll: BusyPoll) -> None:
-    """Have requests that come soon after each other, until they are polled for."""
+    """Have requests that come a little later than they are polled for, until that is as long as it gets."""
     while poll._window < LONGEST:
-        loop.request_in(0.0005)
+        loop.request_in(poll._window / 1e9 + 0.0005)
         assert await poll.wait()
         loop.read()
 

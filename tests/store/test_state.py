@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness import REPOSITORY, wait_until
+from stores import ControlGroup
 from ttmfs.errors import NotSupported
 from ttmfs.state import FAULT, HEADER, KEY, KILL, LONG, NOTES, POINTS, ROWS, State, identity
 
@@ -348,13 +349,18 @@ main()
     later.close()
 
 
-def test_an_oom_kill_is_two_points(state: State, quiet: int) -> None:
+@pytest.mark.usefixtures("quiet")
+def test_an_oom_kill_is_two_points(state: State) -> None:
     note(state, 0)
-    state.set("memory kills", oom_kills() - 1)  # as it was when that daemon started
+    before = oom_kills()
+    with ControlGroup(8 << 20, 0) as group:
+        command = [sys.executable, "-c", "bytearray(64 << 20)"]
+        died = subprocess.run(command, preexec_fn=group.join, timeout=30, check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert oom_kills() == before + 1, "this machine killed something meanwhile"
     assert state.suspects() == {REQUESTS[0]: FAULT}
     note(state, 0)
     assert state.suspects() == {REQUESTS[0]: KILL}
-    assert oom_kills() == quiet, "this machine killed something meanwhile"
 
 
 @pytest.mark.usefixtures("quiet")
