@@ -32,6 +32,7 @@ __all__ = [
     "handle_of",
     "inode",
     "own_of",
+    "split",
     "with_serial",
 ]
 
@@ -63,6 +64,11 @@ def backup_of(ino: int) -> int:
 def handle_of(ino: int) -> int:
     """The page's handle in an inode number or file handle, or 0, IMAGE or SHMEM."""
     return ino & _HANDLE_MASK
+
+
+def split(ino: int) -> tuple[int, int]:
+    """:func:`backup_of` and :func:`handle_of` at once, for each request that is read or written."""
+    return ino >> HANDLE_BITS & MAX_BACKUP_ID, ino & _HANDLE_MASK
 
 
 def with_serial(ino: int, serial: int) -> int:

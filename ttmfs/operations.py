@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import closing
 from functools import wraps
+from types import CoroutineType
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 
 import pyfuse3
@@ -45,38 +46,25 @@ SUSPECT_SECONDS = 10.0
 @overload
 def guarded(handler: "Handler[P, Coroutine[Any, Any, T]]") -> "Handler[P, Coroutine[Any, Any, T]]": ...
 @overload
-def guarded(handler: "Handler[P, T]") -> "Handler[P, Coroutine[Any, Any, T]]": ...
+def guarded(handler: "Handler[P, T | Coroutine[Any, Any, T]]") -> "Handler[P, Coroutine[Any, Any, T]]": ...
 def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, Any]]":
-    """The wrapper round every operation. Handlers that are plain functions wait for nothing, by their being that."""
-    name, waits, clock = handler.__name__, inspect.iscoroutinefunction(handler), time.perf_counter_ns
+    """The wrapper round every operation. What a handler gives is its answer, or a coroutine if that takes waiting."""
+    name, clock = handler.__name__, time.perf_counter_ns
     kind, telling = zlib.crc32(name.encode()), len(inspect.signature(handler).parameters) > 2
 
     @wraps(handler)
     async def operation(self: "Operations", *arguments: Any) -> Any:
-        start, notes = clock(), self._notes
+        start, notes, suspects = clock(), self._notes, self._suspects
         note = identity(kind, arguments[0], arguments[1]) if telling else kind << POINTS.bit_length()
         try:
-            if self._suspects:
+            if suspects:
                 note = self._admitted(name, note)
-            if not waits:
-                notes[0] = note  # no other handler runs meanwhile
-                try:
-                    return handler(self, *arguments)
-                finally:
-                    notes[0] = 0
-                    if self._suspects:
-                        self._suspects.pop(note & ~POINTS, None)
-            self.under_way += 1
-            slot = self._slots.pop()
-            notes[slot], notes[LATEST] = note, slot
+            notes[0] = note  # until it waits no other handler runs
             try:
-                return await handler(self, *arguments)
+                answer = handler(self, *arguments)
             finally:
-                notes[slot] = 0
-                self._slots.append(slot)
-                self.under_way -= 1
-                if self._suspects:  # it was carried out, and no one died
-                    self._suspects.pop(note & ~POINTS, None)
+                notes[0] = 0
+            return await self._waited_for(answer, note) if isinstance(answer, CoroutineType) else answer
         except FUSEError:
             raise
         except TtmfsError as error:
@@ -85,7 +73,9 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
             self.burst(name, error, arguments)
             raise FUSEError(errno.EIO) from None
         finally:
-            values, (total, buckets), took = self.metrics.values, self.metrics.places[name], clock() - start
+            if suspects:
+                self._acquit(note)
+            values, (total, buckets), took = self._values, self._places[name], clock() - start
             values[total] += took
             values[buckets[took.bit_length()]] += 1
             if self.debug:
@@ -131,7 +121,8 @@ class Operations(pyfuse3.Operations):
         self.metrics = metrics
         self.debug = debug
         self.under_way = 0  # handlers that wait for something
-        self._notes = state.notes  # what is being carried out: slot 0 for plain functions
+        self._notes = state.notes  # what is being carried out: slot 0 for what waits for nothing
+        self._values, self._places = metrics.values, metrics.places
         self._slots = list(range(1, LATEST))
         self._suspects = suspects  # requests that daemons died of, perhaps
         self._suspected_until = time.monotonic() + SUSPECT_SECONDS
@@ -139,7 +130,7 @@ class Operations(pyfuse3.Operations):
         self.lifetime = lifetime
         self._logged: set[tuple[str, object]] = set()
         # Used for every answer: pyfuse3 copies what it needs before anything else runs.
-        self._answer = EntryAttributes()
+        self._answer = self._lasting_entry()
         self._answered: Attributes | None = None
         self._absent = EntryAttributes()  # inode 0: there is none
         self._absent.entry_timeout = self._absent.attr_timeout = 0.0
@@ -188,6 +179,30 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EIO)
         return request | points
 
+    def _acquit(self, request: int) -> None:
+        """Forget what speaks against a request that was carried out, and no one died."""
+        if self._suspects.get(request & ~POINTS, 0) < CONDEMNED:
+            self._suspects.pop(request & ~POINTS, None)
+
+    async def _waited_for(self, answer: "Coroutine[Any, Any, T]", note: int) -> T:
+        """The answer of a handler that waits for something, and may be one of many that do."""
+        self.under_way += 1
+        slot = self._slots.pop()
+        self._notes[slot], self._notes[LATEST] = note, slot
+        try:
+            return await answer
+        finally:
+            self._notes[slot] = 0
+            self._slots.append(slot)
+            self.under_way -= 1
+
+    def _lasting_entry(self) -> EntryAttributes:
+        """An answer to fill, with what is the same in all of them."""
+        entry = EntryAttributes()
+        entry.st_blksize = self.pool.page_size
+        entry.entry_timeout = self.lifetime
+        return entry
+
     def _entry(self, ino: int, attributes: Attributes) -> EntryAttributes:
         entry = self._answer
         if attributes != self._answered:
@@ -201,11 +216,9 @@ class Operations(pyfuse3.Operations):
         return self._file
 
     def _fill(self, entry: EntryAttributes, attributes: Attributes) -> None:
-        entry.st_mode, entry.st_nlink, entry.st_size, entry.st_blocks = attributes[:4]
-        entry.st_uid, entry.st_gid, entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = attributes[4:9]
-        entry.st_blksize = self.pool.page_size
-        entry.entry_timeout = self.lifetime
-        entry.attr_timeout = self.lifetime if attributes.lasting else 0.0
+        entry.st_mode, entry.st_nlink, entry.st_size, entry.st_blocks, entry.st_uid, entry.st_gid, *times = attributes
+        entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns, lasting = times
+        entry.attr_timeout = self.lifetime if lasting else 0.0
 
     # --- names ---
 
@@ -301,12 +314,12 @@ class Operations(pyfuse3.Operations):
         return self._opened(self.tree.open(inode, flags))
 
     @guarded
-    async def read(self, fh: int, off: int, size: int) -> bytes:
-        return await self.tree.read(fh, off, size)
+    def read(self, fh: int, off: int, size: int) -> bytes | Coroutine[Any, Any, bytes]:
+        return self.tree.read(fh, off, size)
 
     @guarded
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self.tree.write(fh, off, buf)
+    def write(self, fh: int, off: int, buf: bytes) -> int | Coroutine[Any, Any, int]:
+        return self.tree.write(fh, off, buf)
 
     @guarded
     def flush(self, fh: int) -> None:
@@ -328,7 +341,7 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        filled, last, reply = EntryAttributes(), None, pyfuse3.readdir_reply
+        filled, last, reply = self._lasting_entry(), None, pyfuse3.readdir_reply
         with closing(self.tree.listing(fh, start_id)) as entries:
             for name, ino, attributes, next_id in entries:
                 if attributes is not last:

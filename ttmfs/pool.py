@@ -5,8 +5,9 @@ Concurrency: one thread; nothing is awaited between looking and acting, so each 
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from . import memory
@@ -20,6 +21,10 @@ __all__ = ["Pool", "Room", "bytes_avail", "open_pool"]
 bytes_avail = memory.bytes_avail
 
 NAME_MAX = 255
+
+HANDLES = 1024
+"""How many Backup objects are kept for the next request. They hold nothing but the id; to make one takes as long as to
+find out whether a page is there."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Pool:
         self.store = store
         asked = backup_size or options.backup_size
         self.backup_size = asked or self.whole_pages(store.room().f_blocks * self.page_size)
+        self.backup: Callable[[int], Backup] = lru_cache(HANDLES)(partial(Backup, store))
+        """The backup of an id. That it exists shows at its first use."""
 
     # --- backups ---
 
@@ -87,10 +94,6 @@ class Pool:
         id = self.store.find(name)
         self._check_empty(id, name)
         self.store.remove(id)
-
-    def backup(self, id: int) -> Backup:
-        """The backup of an id. That it exists shows at its first use."""
-        return Backup(self.store, id)
 
     def whole_pages(self, size: int) -> int:
         """A size in bytes, rounded up to whole pages. Raises InvalidArgument for what is no size."""

@@ -488,7 +488,7 @@ class _Session:
         else:
             self._busy_poll = BusyPoll(
                 self._session_fd, asleep, self._longest_poll,
-                lambda: self._operations.under_way + bool(self._ending.asked),
+                lambda: self._operations.under_way or self._ending.asked,
                 self._metrics.values, self._metrics.place("busy poll hits"), self._metrics.place("busy poll misses"),
             )  # fmt: skip
             before = signal.signal(signal.SIGALRM, self._busy_poll.alarm)
@@ -502,7 +502,7 @@ class _Session:
 
     async def _say_ready(self, serving: trio.CancelScope) -> None:
         await self._initialized.wait()
-        if self._busy_poll and not self._busy_poll.calls:
+        if self._busy_poll and not self._busy_poll.called:
             log.warning("pyfuse3 %s does not call its %s(): no busy polling", pyfuse3.__version__, WAIT)
         if self._ending.asked:
             return

@@ -234,10 +234,8 @@ def identity(operation: int, first: object, second: object) -> int:
     `operation` is what is asked, `first` and `second` are its first arguments, which count if they are numbers or
     bytes. (Python's own hash of bytes differs from one process to the next, that of numbers does not.)
     """
-    if isinstance(second, bytes):
-        second = zlib.crc32(second)
-    elif not isinstance(second, int):
-        second = 0
+    if not isinstance(second, int):
+        second = zlib.crc32(second) if isinstance(second, bytes) else 0
     return hash((operation, first, second)) & 0xFFFFFFFFFFFFFFF0 or POINTS + 1
 
 

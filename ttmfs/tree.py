@@ -32,8 +32,8 @@ import stat
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Generator, Mapping
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import trio
 
@@ -70,6 +70,7 @@ from .inodes import (
     handle_of,
     inode,
     own_of,
+    split,
     with_serial,
 )
 from .options import parse_size
@@ -154,6 +155,7 @@ class Tree:
         progress: "Callable[..., contextlib.AbstractContextManager[Progress]]",
     ) -> None:
         self.pool = pool
+        self._zeros = bytes(pool.page_size)
         self._progress = progress
         self._texts = texts
         self._names_dropped = names_dropped
@@ -178,23 +180,24 @@ class Tree:
                 id = self.pool.store.find(os.fsdecode(name))
                 return inode(id, 0), _directory(self.pool.backup(id).stat())
             return None
-        backup = self.backup(parent)
+        id = backup_of(parent)
         if handle := HIDDEN.get(name):
-            ino = inode(backup_of(parent), handle)
+            ino = inode(id, handle)
             return ino, self.attributes(ino)
-        handle = parse_page_name(name) or 0
+        handle, backup = parse_page_name(name) or 0, self.pool.backup(id)
         if not 0 < handle <= MAX_HANDLE or not backup.holds(handle - 1):
             return None
         found = backup.stat()
         if handle * self.pool.page_size > found.st_size:  # .shmem can have made it shorter
             return None
-        return inode(backup_of(parent), handle), self._page(found)
+        return inode(id, handle), self._page(found)
 
     def attributes(self, ino: int) -> Attributes:
         """The attributes of an inode. Raises PageDropped and BackupEnded if it is no more."""
-        if not backup_of(ino):
+        id, handle = split(ino)
+        if not id:
             return self._attributes_of_own(ino)
-        backup, handle = self.backup(ino), handle_of(ino)
+        backup = self.pool.backup(id)
         if 0 < handle <= MAX_HANDLE:
             _check_page(backup, handle)
             return self._page(backup.stat())
@@ -290,9 +293,9 @@ class Tree:
             raise InvalidArgument(f"{os.fsdecode(name)!r} is no handle: pages are named 1, 2, 3 and so on")
         if handle > MAX_HANDLE:
             raise OutOfBounds(f"the largest handle is {MAX_HANDLE}")
-        backup = self.backup(parent)
+        id = backup_of(parent)
+        backup, ino = self.pool.backup(id), inode(id, handle)
         backup.create_page(handle - 1)
-        ino = inode(backup_of(parent), handle)
         return _file_handle(ino, flags), ino, self._page(backup.stat())
 
     def drop_page(self, parent: int, name: bytes) -> None:
@@ -313,17 +316,18 @@ class Tree:
 
     def open(self, ino: int, flags: int) -> int:
         """open(2): a file handle. O_TRUNC comes as a truncation of its own (see the session's INIT)."""
-        if not backup_of(ino):
+        id, handle = split(ino)
+        if not id:
             if flags & (os.O_WRONLY | os.O_RDWR):
                 raise ReadOnlyEntry("this file can only be read")
             self.attributes(ino)
             return with_serial(ino, next(self._serial))
         if self._changed:
             self._have_asked_again(ino)
-        if handle_of(ino) == IMAGE:
-            self.backup(ino).stat()
+        if handle == IMAGE:
+            self.pool.backup(id).stat()
         else:
-            self._with_page(ino)
+            _check_page(self.pool.backup(id), handle)
         return _file_handle(ino, flags)
 
     def _have_asked_again(self, ino: int) -> None:
@@ -341,19 +345,33 @@ class Tree:
             self._attributes_changed(ino)
             raise AttributesChanged("the backup's mode or owner has changed")
 
-    async def read(self, fh: int, offset: int, size: int) -> bytes:
-        """read(2). Absent pages of an IMAGE are zeros; a page that was dropped raises PageDropped."""
-        if not backup_of(fh):
-            return await self._read_text(fh, offset, size)
-        handle, page_size = handle_of(fh), self.pool.page_size
-        backup, start = self.backup(fh), offset
-        if handle != IMAGE:
+    def read(self, fh: int, offset: int, size: int) -> "bytes | Coroutine[Any, Any, bytes]":
+        """read(2). Absent pages of an IMAGE are zeros; a page that was dropped raises PageDropped.
+
+        Gives a coroutine in place of the bytes only where they must be waited for.
+        """
+        id, handle = split(fh)
+        if not id:
+            return self._read_text(fh, offset, size)
+        backup = self.pool.backup(id)
+        if handle == IMAGE:
+            start = offset
+        else:
+            page_size = self.pool.page_size
             start, size = (handle - 1) * page_size + offset, max(0, min(size, page_size - offset))
-        if size and backup.is_out(start, size):
-            await backup.bring_in(start, size)
-        if handle != IMAGE:
-            _check_page(backup, handle)
-        return backup.read(start, size) if size else b""
+        if backup.is_out(start, size):
+            return self._read_later(backup, handle, start, size)
+        return self._read_now(backup, handle, start, size)
+
+    async def _read_later(self, backup: Backup, handle: int, start: int, size: int) -> bytes:
+        await backup.bring_in(start, size)
+        return self._read_now(backup, handle, start, size)
+
+    def _read_now(self, backup: Backup, handle: int, start: int, size: int) -> bytes:
+        data = backup.read(start, size) if size else b""
+        if handle != IMAGE and (data == self._zeros or size < len(self._zeros)):
+            _check_page(backup, handle)  # else they can only be those of a page that is there
+        return data
 
     async def _read_text(self, fh: int, offset: int, size: int) -> bytes:
         if not offset or fh not in self._read_texts:
@@ -361,30 +379,43 @@ class Tree:
             return text[offset : offset + size]
         return self._read_texts[fh][offset : offset + size]
 
-    async def write(self, fh: int, offset: int, data: bytes) -> int:
-        """write(2): bytes stored, fewer than given where the page, the backup or the room ends."""
-        if not fh & SYNC:
-            return await self._write(fh, offset, data)
-        with self._progress("write", fh, offset, zlib.crc32(data)) as progress:
-            if not progress.done:
-                progress.reach(await self._write(fh, offset, data))
-            start = offset if handle_of(fh) == IMAGE else (handle_of(fh) - 1) * self.pool.page_size + offset
-            await self.backup(fh).sync(start, progress.done)
-            return progress.done
+    def write(self, fh: int, offset: int, data: bytes) -> "int | Coroutine[Any, Any, int]":
+        """write(2): bytes stored, fewer than given where the page, the backup or the room ends.
 
-    async def _write(self, fh: int, offset: int, data: bytes) -> int:
-        handle, page_size, start = handle_of(fh), self.pool.page_size, offset
+        Gives a coroutine in place of the number only where something must be waited for.
+        """
+        if fh & SYNC:
+            return self._write_out(fh, offset, data)
+        id, handle = split(fh)
+        backup, start = self.pool.backup(id), offset
         if handle != IMAGE:
+            page_size = self.pool.page_size
             if offset >= page_size:
                 raise OutOfBounds(f"a page ends at byte {page_size}")
             data, start = data[: page_size - offset], (handle - 1) * page_size + offset
-        backup = self.backup(fh)
         if backup.is_out(start, len(data), to_write=True):
-            with self.pool.store.waiting.holding(backup.stat().st_uid, len(data)):
-                await backup.bring_in(start, len(data), to_write=True)
+            return self._write_later(backup, handle, start, data)
+        return self._write_now(backup, handle, start, data)
+
+    async def _write_later(self, backup: Backup, handle: int, start: int, data: bytes) -> int:
+        with self.pool.store.waiting.holding(backup.stat().st_uid, len(data)):
+            await backup.bring_in(start, len(data), to_write=True)
+        return self._write_now(backup, handle, start, data)
+
+    def _write_now(self, backup: Backup, handle: int, start: int, data: bytes) -> int:
         if handle != IMAGE:
             _check_page(backup, handle)
         return backup.write(start, data)
+
+    async def _write_out(self, fh: int, offset: int, data: bytes) -> int:
+        """A write opened O_SYNC: stored, and pushed out of memory."""
+        with self._progress("write", fh, offset, zlib.crc32(data)) as progress:
+            if not progress.done:
+                stored = self.write(fh & ~SYNC, offset, data)
+                progress.reach(stored if isinstance(stored, int) else await stored)
+            start = offset if handle_of(fh) == IMAGE else (handle_of(fh) - 1) * self.pool.page_size + offset
+            await self.backup(fh).sync(start, progress.done)
+            return progress.done
 
     async def sync(self, fh: int) -> None:
         """fsync(2): of a page, or of the IMAGE all pages, pushed out of memory to where they last."""
@@ -617,18 +648,17 @@ def _check_page(backup: Backup, handle: int) -> None:
 
 def _directory(found: os.stat_result) -> Attributes:
     """The attributes of a directory with the mode, owner and times of a file or directory of the store."""
-    mode = stat.S_IFDIR | found.st_mode & 0o7777
-    return Attributes(mode, 2, 0, 0, found.st_uid, found.st_gid, *_times(found))
+    return _attributes(stat.S_IFDIR | found.st_mode & 0o7777, 2, 0, 0, found)
 
 
 def _file(found: os.stat_result, size: int, blocks: int) -> Attributes:
     """The attributes of a file within a backup whose file in the store is `found`."""
-    mode = stat.S_IFREG | found.st_mode & 0o666
-    return Attributes(mode, 1, size, blocks, found.st_uid, found.st_gid, *_times(found))
+    return _attributes(stat.S_IFREG | found.st_mode & 0o666, 1, size, blocks, found)
 
 
-def _times(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_atime_ns, found.st_mtime_ns, found.st_ctime_ns
+def _attributes(mode: int, nlink: int, size: int, blocks: int, found: os.stat_result) -> Attributes:
+    times = found.st_atime_ns, found.st_mtime_ns, found.st_ctime_ns
+    return Attributes._make((mode, nlink, size, blocks, found.st_uid, found.st_gid, *times, True))
 
 
 def _file_handle(ino: int, flags: int) -> int:
