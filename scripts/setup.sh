@@ -4,6 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+PATH=$PATH:/usr/sbin:/sbin # which an ordinary user's may lack
 sudo=
 [ "$(id -u)" = 0 ] || sudo=sudo
 packages=
@@ -21,6 +22,8 @@ need bindfs bindfs
 need ps procps
 need systemd-run systemd
 need mandoc mandoc
+need mkfs.xfs xfsprogs
+need mkfs.btrfs btrfs-progs
 [ -e /usr/include/fuse3/fuse.h ] || packages="$packages libfuse3-dev"
 
 python=$(scripts/python.sh)

@@ -37,7 +37,7 @@ Handler: TypeAlias = Callable[Concatenate["Operations", P], T]
 
 CONDEMNED = 4
 """Points against a request (see the state) with which it is not carried out again: two daemons died of it by a fault or
-for want of memory, or four were killed, which may have been no fault of its."""
+for want of memory, or four were killed at it, which may have been no fault of its."""
 
 SUSPECT_SECONDS = 10.0
 """So long after its start a daemon thinks of what the one before may have died of."""

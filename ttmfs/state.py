@@ -48,7 +48,8 @@ POINTS = 0xF
 
 FAULT, KILL = 2, 1
 """What a death speaks against the request that was begun last, if it was a fault of the daemon's, or the kernel killed
-it for want of memory; and what any death speaks against each that was under way."""
+it for want of memory; and what it speaks against the others under way then, and a kill by whomever against the one that
+the loop was at. Requests that waited are no reason for that, and may take longer than from one kill to the next."""
 
 LATEST = NOTES - 1
 """The note that is none, but the slot of the request that was begun last, unless slot 0 holds one."""
@@ -186,16 +187,16 @@ class State:
         Forgets them: who is killed while it starts has not carried them out again.
         """
         killed = _killed_for_memory()
-        points = FAULT if self._faulted or killed > self.get("memory kills") else KILL
+        guilty = self._faulted or killed > self.get("memory kills")
         self.set("memory kills", killed)
         found: Counter[int] = Counter()
         latest = 0 if self.notes[0] else self.notes[LATEST]
         for slot, note in enumerate(self.notes[:LATEST]):
             if note:
-                more = points if slot == latest else KILL
+                more = (FAULT if slot == latest else KILL) if guilty else KILL if slot == 0 else 0
                 found[note & ~POINTS] = max(found[note & ~POINTS], min(POINTS, (note & POINTS) + more))
                 self.notes[slot] = 0
-        return dict(found)
+        return {request: points for request, points in found.items() if points}
 
     def take_last_words(self) -> str:
         """What the interpreter said when the last daemon died of a fault, in one line; empty if it did not."""

@@ -283,9 +283,10 @@ def note(state: State, *points: int) -> None:
         state.notes[slot * 700] = request | known
 
 
-def test_a_kill_is_one_point_against_each_request_that_was_under_way(state: State, quiet: int) -> None:
-    note(state, 0, 1, 3)
-    assert state.suspects() == {REQUESTS[0]: KILL, REQUESTS[1]: KILL + 1, REQUESTS[2]: KILL + 3}
+def test_a_kill_is_one_point_against_the_request_that_the_loop_was_at(state: State, quiet: int) -> None:
+    """And none against those that waited; what speaks against them already stays."""
+    note(state, 1, 0, 3)
+    assert state.suspects() == {REQUESTS[0]: KILL + 1, REQUESTS[2]: 3}
     assert state.suspects() == {}, "they are forgotten"
     assert oom_kills() == quiet, "this machine killed something meanwhile"
 
@@ -293,13 +294,13 @@ def test_a_kill_is_one_point_against_each_request_that_was_under_way(state: Stat
 @pytest.mark.usefixtures("quiet")
 def test_points_do_not_run_over_into_the_request(state: State) -> None:
     note(state, POINTS, POINTS - 1)
-    assert state.suspects() == {REQUESTS[0]: POINTS, REQUESTS[1]: POINTS}
+    assert state.suspects() == {REQUESTS[0]: POINTS, REQUESTS[1]: POINTS - 1}
 
 
 @pytest.mark.usefixtures("quiet")
 def test_of_the_same_request_twice_the_more_points_count(state: State) -> None:
-    state.notes[3], state.notes[2000] = REQUESTS[0] | 2, REQUESTS[0]
-    assert state.suspects() == {REQUESTS[0]: 3}
+    state.notes[0], state.notes[2000] = REQUESTS[0], REQUESTS[0] | 2
+    assert state.suspects() == {REQUESTS[0]: 2}
 
 
 @pytest.mark.usefixtures("quiet")
