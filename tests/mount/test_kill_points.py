@@ -817,7 +817,7 @@ FAR = 16 << 20
 def test_c22_what_is_stored_behind_a_bulk_drop_stays_though_the_drop_is_carried_out_twice(
     mountpoint: Path, way: str
 ) -> None:
-    pages = 300_000
+    pages = 250_000
     with Mount(mountpoint, "size=2g,restart_seconds=30") as mount:
         mount.expect_restarts()
         (mountpoint / "a").mkdir()
