@@ -38,12 +38,11 @@ import numpy as np
 from . import linux
 from . import pages as checked
 from .errors import (
+    ERRNO,
     BackupAbsent,
     BackupEnded,
-    BackupExists,
     BackupNotEmpty,
     InvalidArgument,
-    NameTooLong,
     NoRoom,
     NotPermitted,
     NotSupported,
@@ -52,6 +51,7 @@ from .errors import (
     TtmfsError,
 )
 from .handles import Uint64Array, format_ranges, page_name, parse_ranges
+from .mountinfo import ttmfs_on
 from .options import BASE_PAGE_SIZE
 from .page_array import PageArray, shrink
 
@@ -63,6 +63,9 @@ if TYPE_CHECKING:
     from .pages import PageBuffer
 
 __all__ = ["Backup", "PageArray", "Residency", "shrink"]
+
+MOUNT_ROOT = 1
+"""The inode number of a mount's root. FUSE_ROOT_ID"""
 
 REQUEST = 1 << 20
 """Bytes that one request through the mount carries at most."""
@@ -110,34 +113,61 @@ class Backup:
     """
 
     def __init__(self, directory: int, *, native: bool) -> None:
-        self._directory = directory  # O_PATH
-        self._files: dict[str, int] = {}
+        self._directory, self._mount = directory, -1  # O_PATH
+        self._files: dict[int, int] = {}  # .image, by how it was opened
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._native = -1
-        self.id = os.fstat(directory).st_ino
+        found = os.fstat(directory)
+        self.id = found.st_ino
         """The inode number of its directory, which no other backup of the mount ever has."""
-        self.page_size = self._page_size()
-        if native:
-            self._native = _descriptor(directory, self.id)
+        mount = ttmfs_on(found.st_dev)
+        if mount is None or found.st_ino == MOUNT_ROOT:
+            where = "the root of a mount" if mount else "in no mount"
+            raise InvalidArgument(f"{os.readlink(self._place)} is no backup: it is {where} of ttmfs")
+        try:
+            with _translated("looking at the mount"):
+                self._mount = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+                if os.fstat(self._mount).st_dev != found.st_dev:
+                    raise InvalidArgument(f"another mount lies over that of {os.readlink(self._place)}")
+                self.page_size = int(os.getxattr(f"/proc/self/fd/{self._mount}", "user.ttmfs.page_size"))
+            if native and mount.served_by in (0, os.geteuid()):  # another could give us any file to write to
+                self._native = _descriptor(self._mount, directory, self.id)
+        except BaseException:
+            if self._mount >= 0:
+                os.close(self._mount)
+            raise
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], size: int | None = None, *, native: bool = True) -> Self:
+    def create(
+        cls, path: str | os.PathLike[str], size: int | None = None, *, mode: int = 0o777, native: bool = True
+    ) -> Self:
         """Make an empty backup of `size` bytes (default: the mount's ``backup_size=``), and open it.
 
-        ``ttm_backup_shmem_create()``. The size is rounded up to whole pages and takes no memory. Raises BackupExists,
-        NoRoom and InvalidArgument.
+        ``ttm_backup_shmem_create()``. The size is rounded up to whole pages and takes no memory. `mode` are its mode
+        bits, less the umask. Raises BackupExists, NoRoom and InvalidArgument.
         """
+        above, name = os.path.split(os.path.normpath(path))
         with _translated(f"making {os.fspath(path)}"):
-            os.mkdir(path)
-        backup = cls.open(path, native=native)
-        try:
-            if size is not None:
-                backup.resize(size)
-        except BaseException:
-            backup.close()
-            os.rmdir(path)
-            raise
+            mount = os.open(above or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if ttmfs_on(os.fstat(mount).st_dev) is None:
+                    raise InvalidArgument(f"{above or '.'} is no mount of ttmfs: backups lie in the root of one")
+                os.mkdir(name, mode, dir_fd=mount)
+                try:
+                    backup = cls.open(path, native=native)
+                    try:
+                        if size is not None:
+                            backup.resize(size)
+                    except BaseException:
+                        backup.close()
+                        raise
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        os.rmdir(name, dir_fd=mount)
+                    raise
+            finally:
+                os.close(mount)
         return backup
 
     @classmethod
@@ -155,11 +185,11 @@ class Backup:
         """Let go of the backup, which stays. Not to be called while another thread works with it."""
         if self._threads:
             self._threads.shutdown()
-        for fd in (*self._files.values(), self._native, self._directory):
+        for fd in (*self._files.values(), self._native, self._directory, self._mount):
             if fd >= 0:
                 os.close(fd)
         self._files.clear()
-        self._native = self._directory = -1
+        self._native = self._directory = self._mount = -1
 
     def __enter__(self) -> Self:
         return self
@@ -232,9 +262,9 @@ class Backup:
         path = self.path
         with _translated("ending the backup"):
             for _ in range(3):  # another may store pages meanwhile
-                os.truncate(f"{self._place}/.image", 0)
+                os.ftruncate(self._image(os.O_WRONLY), 0)
                 try:
-                    os.rmdir(path)
+                    os.rmdir(os.path.basename(path), dir_fd=self._mount)
                     break
                 except OSError as error:
                     if error.errno != errno.ENOTEMPTY:
@@ -248,15 +278,15 @@ class Backup:
     @property
     def path(self) -> str:
         """Where it is, as of now: it may have been renamed."""
-        path = os.readlink(self._place)
+        above, name = os.path.split(os.readlink(self._place))
         with contextlib.suppress(OSError):
-            if os.stat(path, follow_symlinks=False).st_ino == self.id:
-                return path
+            if os.stat(name, dir_fd=self._mount, follow_symlinks=False).st_ino == self.id:
+                return os.path.join(above, name)
         # The kernel may have dropped the name that it was opened by, as it does with all when modes change.
-        with contextlib.suppress(OSError), os.scandir(f"{self._place}/..") as entries:
+        with contextlib.suppress(OSError), os.scandir(f"/proc/self/fd/{self._mount}") as entries:
             for entry in entries:
                 if entry.inode() == self.id:
-                    return os.path.join(os.path.dirname(path), entry.name)
+                    return os.path.join(above, entry.name)
         raise BackupEnded("the backup was ended")
 
     def fileno(self) -> int:
@@ -275,7 +305,7 @@ class Backup:
         """Bytes that it spans, stored or not."""
         with _translated("looking at the backup"):
             if not self.is_native:
-                return os.fstat(self._image()).st_size
+                return int(os.getxattr(self._place, "user.ttmfs.size"))
             found = os.fstat(self._native)
         if not found.st_nlink:
             raise BackupEnded("the backup was ended")
@@ -333,40 +363,40 @@ class Backup:
     def writeback(self) -> None:
         """Push every page on to swap, now (with ``store=``: to the disk). Best effort."""
         with _translated("writing back"):
-            os.fsync(self._image())
+            os.fsync(self._image(os.O_RDONLY))
 
     # --- the two ways ---
 
     def _store(self, idx: int, data: memoryview, writeback: bool) -> int:
         """Store whole pages from an index on; gives how many. NoRoom if none was."""
-        offset, done = idx * self.page_size, 0
+        offset, done, refused = idx * self.page_size, 0, None
+        # Each way stores what the one before found no room for: only the mount asks the reserve, and pushes pages out
+        # at once; but it also stores page by page where a file's room ends.
+        ways: list[Callable[[int, memoryview], int]] = []
+        ways += [partial(self._store_by_mount, os.O_WRONLY | os.O_SYNC)] * writeback
+        ways += [self._store_natively] * self.is_native
+        ways += [partial(self._store_by_mount, os.O_WRONLY)]
         with _translated("storing pages"):
-            if self.is_native and not writeback:
-                done = self._store_natively(offset, data)
-            image = self._image(os.O_SYNC * writeback)
-            while done < len(data):  # what is left, if its own file had no room: the mount stores page by page
-                try:
-                    done += os.pwrite(image, data[done : done + REQUEST], offset + done)
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or done < self.page_size:
-                        raise
-                    break
+            for way in ways:
+                while done < len(data):
+                    try:
+                        done += way(offset + done, data[done : done + STEP])
+                    except OSError as error:
+                        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+                            raise
+                        refused = error
+                        break
+            if refused and done < self.page_size:
+                raise refused
         return done // self.page_size
 
     def _store_natively(self, offset: int, data: memoryview) -> int:
-        done = 0
-        with contextlib.suppress(_NoRoomHere):
-            while done < len(data):
-                chunk = data[done : done + STEP]
-                try:
-                    if self.page_size > BASE_PAGE_SIZE:  # so that none is stored in part
-                        linux.reserve_range(self._native, offset + done, len(chunk))
-                    done += os.pwrite(self._native, chunk, offset + done)
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-                        raise
-                    raise _NoRoomHere from None
-        return done
+        if self.page_size > BASE_PAGE_SIZE:  # so that none is stored in part
+            linux.reserve_range(self._native, offset, len(data))
+        return os.pwrite(self._native, data, offset)
+
+    def _store_by_mount(self, flags: int, offset: int, data: memoryview) -> int:
+        return os.pwrite(self._image(flags), data[:REQUEST], offset)
 
     def _copy(self, dst: memoryview, runs: list[tuple[int, int]], intr: threading.Event | None) -> None:
         """Fill `dst` from the pages of runs of indices, one behind the other."""
@@ -393,16 +423,23 @@ class Backup:
                     self._read_page(view[done : done + self.page_size], idx)
                     done += self.page_size
                 return view
-            self._check_present(runs)
-            for first, past in runs:
-                part = view[done : done + (past - first) * self.page_size]
-                if self.is_native:
-                    self._read_natively(part, first * self.page_size)
-                else:
-                    _fill(self._image(), part, first * self.page_size, REQUEST)
-                done += len(part)
-            self._check_present(runs)  # none was dropped meanwhile, and read as zeros
+            self._read_runs(view, runs)
+            # Only zeros can be of no page. Who drops a page meanwhile and stores it again can still have it read so.
+            if zeros := list(_zero_pages(view, runs, self.page_size) if runs else ()):
+                self._check_present([(first, past) for _, (first, past) in zeros])
+                for part, run in zeros:
+                    self._read_runs(part, [run])
         return view
+
+    def _read_runs(self, view: memoryview, runs: list[tuple[int, int]]) -> None:
+        done = 0
+        for first, past in runs:
+            part = view[done : done + (past - first) * self.page_size]
+            if self.is_native:
+                self._read_natively(part, first * self.page_size)
+            else:
+                _fill(self._image(os.O_RDONLY), part, first * self.page_size, REQUEST)
+            done += len(part)
 
     def _check_present(self, runs: list[tuple[int, int]]) -> None:
         """PageAbsent unless every page of some runs is there."""
@@ -443,7 +480,7 @@ class Backup:
             other.result()
 
     def _read_page(self, dst: memoryview, idx: int) -> None:
-        file = os.open(f"{self._place}/{page_name(idx + 1).decode()}", os.O_RDONLY | os.O_CLOEXEC)
+        file = self._opened(page_name(idx + 1).decode(), os.O_RDONLY)
         try:
             _fill(file, dst, 0, REQUEST)
         except OSError as error:
@@ -480,27 +517,18 @@ class Backup:
             raise BackupEnded("it was closed")
         return f"/proc/self/fd/{self._directory}"
 
-    def _page_size(self) -> int:
-        try:
-            return int(os.getxattr(f"{self._place}/..", "user.ttmfs.page_size"))
-        except OSError as error:
-            if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                raise InvalidArgument(f"{self.path} is no backup: it does not lie in a mount of ttmfs") from None
-            raise _meaning(error, "asking for the page size") from error
-
-    def _image(self, flags: int = 0) -> int:
-        """A descriptor of ``.image``, to read and write if the mode bits allow that."""
-        key = f"image {flags}"
+    def _image(self, flags: int) -> int:
+        """A descriptor of ``.image``, opened so."""
         with self._lock:
-            if key not in self._files:
-                path, flags = f"{self._place}/.image", flags | os.O_CLOEXEC
-                try:
-                    self._files[key] = os.open(path, flags | os.O_RDWR)
-                except OSError as error:
-                    if error.errno not in (errno.EACCES, errno.EROFS):
-                        raise
-                    self._files[key] = os.open(path, flags | os.O_RDONLY)
-            return self._files[key]
+            if flags not in self._files:
+                self._files[flags] = self._opened(".image", flags)
+            return self._files[flags]
+
+    def _opened(self, name: str, flags: int) -> int:
+        """A descriptor of a file of the backup: one that is in it, whatever it is made to look like."""
+        if self._directory < 0:
+            raise BackupEnded("it was closed")
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -525,10 +553,6 @@ class Backup:
             raise InvalidArgument(f"index {idx} and {count} pages do not lie within the backup's {limit} pages")
 
 
-class _NoRoomHere(Exception):
-    """The backup's own file has no room; the mount, which stores page by page, may find some."""
-
-
 def _fill(fd: int, dst: memoryview, offset: int, step: int) -> None:
     """Fill a buffer from a file."""
     done = 0
@@ -538,19 +562,40 @@ def _fill(fd: int, dst: memoryview, offset: int, step: int) -> None:
         done += read
 
 
-def _descriptor(directory: int, id: int) -> int:
+def _zero_pages(
+    view: memoryview, runs: list[tuple[int, int]], size: int
+) -> Iterator[tuple[memoryview, tuple[int, int]]]:
+    """Of the pages of some runs, which lie one behind the other in `view`, those that are zeros throughout.
+
+    Gives runs of them: where each lies in `view`, and its indices.
+    """
+    words, row, rows = np.frombuffer(view, np.uint64).reshape(-1, size // 8), 0, STEP // size or 1
+    for first, past in runs:
+        for start in range(first, past, rows):
+            block = words[row : row + min(rows, past - start)]
+            found = np.flatnonzero(block[:, 0] == 0)
+            handles = found[~block[found].any(axis=1)].astype(np.uint64) + np.uint64(start + 1)
+            for begin, end in checked.runs(handles):
+                at = (row + begin - start) * size
+                yield view[at : at + (end - begin) * size], (begin, end)
+            row += len(block)
+
+
+def _descriptor(mount: int, directory: int, id: int) -> int:
     """The descriptor of a backup's own file, to read and to write; -1 if there is none to be had."""
-    place = f"/proc/self/fd/{directory}"
+    found = -1
     try:
-        with open(f"{place}/../.config", encoding="utf-8") as file:
-            config = json.load(file)
-        if not (path := config.get("descriptors")):
-            return -1
-        with contextlib.suppress(OSError):
-            return _handed_over(path, id)
-        return os.open(f"{place}/.shmem", os.O_RDWR | os.O_CLOEXEC)
+        config = os.open(".config", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=mount)
+        with open(config, encoding="utf-8") as file:
+            path = json.load(file).get("descriptors")
+        if path:
+            try:
+                found = _handed_over(path, id)
+            except OSError:
+                found = os.open(".shmem", os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
     except (OSError, ValueError):
         return -1
+    return found
 
 
 def _handed_over(path: str, id: int) -> int:
@@ -559,31 +604,27 @@ def _handed_over(path: str, id: int) -> int:
         connection.settimeout(ANSWER_SECONDS)
         connection.connect(path)
         connection.send(struct.pack("=Q", id))
-        answer, descriptors, _, _ = socket.recv_fds(connection, 4, 1)
+        answer, descriptors, _, _ = socket.recv_fds(connection, 4, 1, socket.MSG_CMSG_CLOEXEC)
     if len(answer) != 4 or (number := struct.unpack("=i", answer)[0]) or not descriptors:
         for fd in descriptors:
             os.close(fd)
         raise OSError(number if len(answer) == 4 else errno.EPROTO, "no descriptor")
-    os.set_inheritable(descriptors[0], False)
     return int(descriptors[0])
 
 
-_MEANINGS: dict[int, type[TtmfsError]] = {
-    errno.EINVAL: InvalidArgument,
-    errno.EFBIG: InvalidArgument,
-    errno.EEXIST: BackupExists,
-    errno.ENAMETOOLONG: NameTooLong,
-    errno.ENOSPC: NoRoom,
-    errno.EDQUOT: NoRoom,
+_MEANINGS = {number: kind for kind, number in ERRNO.items()} | {
+    errno.EFBIG: InvalidArgument,  # C10: of the programming interface
+    errno.ENOTDIR: InvalidArgument,
     errno.ENOMEM: NoRoom,
     errno.ESTALE: BackupEnded,
     errno.ENOENT: BackupEnded,
-    errno.EPERM: NotPermitted,
     errno.EACCES: NotPermitted,
-    errno.EBADF: NotPermitted,  # .image is open to read alone
     errno.EROFS: NotPermitted,
-    errno.ENOTDIR: InvalidArgument,
 }
+"""What the mount means by an errno: the one table read backwards, but for these."""
+
+_OUR_OWN = {errno.EINTR, errno.EMFILE, errno.ENFILE}
+"""What says nothing of the mount, but of this process: it is raised as it is."""
 
 
 def _meaning(error: OSError, what: str, absent: type[TtmfsError] = BackupEnded) -> TtmfsError:
@@ -596,7 +637,7 @@ def _meaning(error: OSError, what: str, absent: type[TtmfsError] = BackupEnded) 
 def _translated(what: str, absent: type[TtmfsError] = BackupEnded) -> Iterator[None]:
     try:
         yield
-    except InterruptedError:
-        raise
     except OSError as error:
+        if error.errno in _OUR_OWN:
+            raise
         raise _meaning(error, what, absent) from error

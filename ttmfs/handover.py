@@ -35,8 +35,8 @@ REQUEST, ANSWER = struct.Struct("=Q"), struct.Struct("=i")
 PATIENCE = 1.0
 """Seconds for which the daemon waits for a request."""
 
-AT_ONCE = 8
-"""Connections that one user may have open."""
+AT_ONCE, AT_ONCE_IN_ALL = 8, 64
+"""Connections that one user may have open, and all users: one may have many user ids (subuid(5))."""
 
 RETRY_SECONDS = 0.1
 
@@ -99,7 +99,7 @@ class Handover:
                     except OSError:
                         connection.close()
                         continue
-                    if self._connections[peer.uid] < AT_ONCE:
+                    if self._connections[peer.uid] < AT_ONCE and self._connections.total() < AT_ONCE_IN_ALL:
                         nursery.start_soon(self._answer, connection, peer)
                     else:
                         connection.close()
@@ -118,6 +118,7 @@ class Handover:
                 fd = -1
                 try:
                     fd, number = self._opened(request, peer), 0
+                    self._count()  # before it is given: who has it may ask for the count
                 except TtmfsError as error:
                     number = errno_of(error)
                 except OSError as error:
@@ -127,7 +128,6 @@ class Handover:
                 finally:
                     if fd >= 0:
                         os.close(fd)
-                        self._count()
         except OSError:  # it has gone
             return
         finally:

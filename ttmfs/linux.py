@@ -16,6 +16,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -277,23 +278,31 @@ class _Cachestat(ctypes.Structure):
 _NO_CACHESTAT = (errno.ENOSYS, errno.EPERM)
 """An older kernel, or a filter of system calls (of a container runtime, or a unit) that does not know it."""
 
-_where, _cachestat = _Range(), _Cachestat()  # kept: to make them anew takes longer than the call
-_at_where, _at_cachestat = ctypes.byref(_where), ctypes.byref(_cachestat)
+
+class _Asked(threading.local):
+    """What a thread asks cachestat(2) and is answered. Kept: to make it anew takes longer than the call."""
+
+    def __init__(self) -> None:
+        self.where, self.found = _Range(), _Cachestat()
+        self.at_where, self.at_found = ctypes.byref(self.where), ctypes.byref(self.found)
+
+
+_asked = _Asked()
 
 
 def residency(fd: int, offset: int, length: int) -> tuple[int, int]:
     """Of a file's range, the numbers of base pages that are in memory and that were evicted. Touches none.
 
     Of a tmpfs, evicted means swapped out. cachestat(2), Linux 6.5; before that, holes are taken for evicted pages.
-    For one thread only.
     """
-    _where.offset, _where.length = offset, length
-    if _libc.syscall(_CACHESTAT, fd, _at_where, _at_cachestat, 0) < 0:
+    asked = _asked
+    asked.where.offset, asked.where.length = offset, length
+    if _libc.syscall(_CACHESTAT, fd, asked.at_where, asked.at_found, 0) < 0:
         number = ctypes.get_errno()
         if number not in _NO_CACHESTAT:
             raise OSError(number, f"cachestat: {os.strerror(number)}")
         return _residency_by_mincore(fd, offset, length)
-    return _cachestat.cache, _cachestat.evicted
+    return asked.found.cache, asked.found.evicted
 
 
 def evicted(fd: int) -> int | None:
@@ -301,12 +310,13 @@ def evicted(fd: int) -> int | None:
 
     Takes time in proportion to what is there, not to how many runs of it there are.
     """
-    _where.offset, _where.length = 0, 0  # to the end
-    if _libc.syscall(_CACHESTAT, fd, _at_where, _at_cachestat, 0) < 0:
+    asked = _asked
+    asked.where.offset, asked.where.length = 0, 0  # to the end
+    if _libc.syscall(_CACHESTAT, fd, asked.at_where, asked.at_found, 0) < 0:
         if (number := ctypes.get_errno()) in _NO_CACHESTAT:
             return None
         raise OSError(number, f"cachestat: {os.strerror(number)}")
-    return int(_cachestat.evicted)
+    return int(asked.found.evicted)
 
 
 def _residency_by_mincore(fd: int, offset: int, length: int) -> tuple[int, int]:

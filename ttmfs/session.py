@@ -20,7 +20,6 @@ import inspect
 import json
 import logging
 import os
-import re
 import resource
 import signal
 import socket
@@ -41,6 +40,7 @@ from .handover import Handover
 from .inodes import CONFIG, STATS
 from .keeper import CONNECTION, RESTART, STATE, STORE, Keeper
 from .metrics import Metrics
+from .mountinfo import TYPE, mounted_at
 from .operations import Operations
 from .options import ExitCode, Options, escaped, format_size
 from .pool import Pool
@@ -211,7 +211,7 @@ def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, i
 
 def _is_dead(mountpoint: str) -> bool:
     """Whether no one serves the ttmfs at a path. Only for whoever has no connection to it: else it would be himself."""
-    if (what := _mounted_at(mountpoint)) and what[1] == "fuse.ttmfs":
+    if (what := mounted_at(mountpoint)) and what.type == TYPE:
         try:
             os.statvfs(mountpoint)
         except OSError as error:
@@ -287,8 +287,8 @@ def _checked_mountpoint(path: str) -> str:
     except FileNotFoundError:
         raise MountError(f"{path} does not exist; make it first: mkdir {path}") from None
     except OSError as error:
-        if error.errno == errno.ENOTCONN and (what := _mounted_at(os.path.abspath(path))):
-            if what[1] != "fuse.ttmfs":
+        if error.errno == errno.ENOTCONN and (what := mounted_at(os.path.abspath(path))):
+            if what.type != TYPE:
                 raise MountError(f"a dead mount is in the way at {path}; remove it: {FUSERMOUNT} -u {path}") from None
             log.warning("removing the dead ttmfs at %s", path)
             _unmount(os.path.abspath(path))
@@ -341,24 +341,13 @@ def is_automounter(mountpoint: str) -> bool:
     The kernel lets the automounter's process group past an autofs and has everyone else wait until the mount is there,
     so who mounts must stay in that group, up to the last child. (autofs_oz_mode(); systemd: x-systemd.automount)
     """
-    found = _mounted_at(mountpoint)
-    return found is not None and found[1] == "autofs" and f"pgrp={os.getpgrp()}" in found[2].split(",")
+    found = mounted_at(mountpoint)
+    return found is not None and found.type == "autofs" and f"pgrp={os.getpgrp()}" in found.options
 
 
 def _device_at(mountpoint: str) -> str | None:
     """The device number of what is mounted topmost at a path, without touching it; None if nothing is."""
-    return found[0] if (found := _mounted_at(mountpoint)) else None
-
-
-def _mounted_at(mountpoint: str) -> tuple[str, str, str] | None:
-    """Device number, type and the filesystem's own options of what is mounted topmost at a path."""
-    found = None
-    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
-        fields = line.split(b" ")
-        if re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), fields[4]) == os.fsencode(mountpoint):
-            dash = fields.index(b"-")
-            found = fields[2].decode(), fields[dash + 1].decode(), os.fsdecode(fields[dash + 3])
-    return found
+    return found.device if (found := mounted_at(mountpoint)) else None
 
 
 class _Session:

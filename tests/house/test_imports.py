@@ -10,12 +10,13 @@ from harness import REPOSITORY
 PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
-    "handles errors version options linux pages state keeper service memory waiting ledger quota store backup pool "
-    "inodes tree metrics handover operations busy_poll session background page_array client rescue mount_helper cli"
+    "handles errors version options linux mountinfo pages state keeper service memory waiting ledger quota store "
+    "backup pool inodes tree metrics handover operations busy_poll session background page_array client rescue "
+    "mount_helper cli"
 ).split()
 
 COMMANDS = "terminal command mounts png descriptor backups picture transfer doctor rescuing".split()
-USED_BY_COMMANDS = {"handles", "errors", "version", "options", "linux", "pages", "memory", "client", "rescue"}
+USED_BY_COMMANDS = set("handles errors version options linux mountinfo pages memory client rescue".split())
 """What they know of the rest: none of the server."""
 
 

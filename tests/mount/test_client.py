@@ -3,9 +3,12 @@
 import os
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,8 @@ import pytest
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from harness import Mount, names, run, set_attribute, wait_until
-from stores import slow_swap, swap
+from harness import REPOSITORY, Mount, names, run, set_attribute, wait_until
+from stores import ALICE, Place, as_user, slow_swap, swap
 from ttmfs.client import Backup, Residency
 from ttmfs.errors import (
     BackupAbsent,
@@ -439,6 +442,109 @@ def test_a_read_only_mount_is_read(mountpoint: Path, tmp_path: Path) -> None:
         assert (copied(backup, range(1, 101)) == NOISE[:100]).all()
         with pytest.raises(Exception, match=r"[Rr]ead-only|Bad file"):
             backup.backup_page(NOISE[0], 0)
+
+
+def test_c5_writeback_stores_what_is_stored_without_it(mountpoint: Path) -> None:
+    """Natively only the budget is asked, not the reserve, whether pages are pushed out or not."""
+    options = "size=1m,backup_size=2m,reserve=1t"
+    with Mount(mountpoint, options) as mount, Backup.create(mount.path / "a") as backup:
+        assert backup.is_native
+        assert [backup.backup_page(NOISE[0], idx, writeback=bool(idx)) for idx in range(2)] == [1, 2]
+        assert (copied(backup, [1, 2]) == NOISE[0]).all()
+        assert len(backup.backup_pages(NOISE[:300], 2, writeback=True)) == 254
+        with pytest.raises(NoRoom):
+            backup.backup_page(NOISE[0], 300, writeback=True)
+
+
+def test_pages_of_zeros_are_pages(a: Backup) -> None:
+    """Alone, and in runs between others and at both ends."""
+    pages = NOISE[:600].copy()
+    pages[[0, 5, 6, 7, 300, 599]] = 0
+    handles = a.backup_pages(pages, 3)
+    assert (copied(a, handles) == pages).all()
+    assert (copied(a, handles[[5, 0, 7]]) == 0).all()
+    a.drop(int(handles[6]))
+    with pytest.raises(PageAbsent, match=f"handle {handles[6]} "):
+        copied(a, handles)
+    assert (copied(a, handles[7:]) == pages[7:]).all()
+
+
+def test_what_only_looks_like_a_backup_is_none(mnt: Path, tmp_path: Path) -> None:
+    """Anyone can set attributes of his own directory, and put links in it: nothing is followed, nothing changed."""
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"secret")
+    fake = tmp_path / "fake" / "a"
+    fake.mkdir(parents=True)
+    for name in ".image", ".shmem", "1":
+        (fake / name).symlink_to(precious)
+    try:
+        os.setxattr(fake.parent, "user.ttmfs.page_size", b"4096")
+    except OSError:
+        pytest.fail("the filesystem of the tests has no user attributes")
+    for name in "pages", "size", "resident", "swapped":
+        os.setxattr(fake, f"user.ttmfs.{name}", b"4096")
+    for make, path in (Backup.open, fake), (Backup.create, fake.parent / "b"), (Backup.open, mnt):
+        with pytest.raises(InvalidArgument, match="of ttmfs"):
+            make(path)
+    assert sorted(os.listdir(fake.parent)) == ["a"]
+    for words in f"save {fake} {tmp_path}/copy", f"load --into {precious} {fake}", f"fini {fake}", f"ls {fake}":
+        assert "ttmfs" in run(f"{sys.executable} -m ttmfs {words} 2>&1", cwd=REPOSITORY, code=2)
+    assert precious.read_bytes() == b"secret"
+    assert not (tmp_path / "copy").exists()
+
+
+def test_no_directory_is_left_where_none_can_be_made(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="no mount of ttmfs"):
+        Backup.create(tmp_path / "a")
+    assert not names(tmp_path)
+
+
+def test_who_may_only_read_is_told_so(place: Place) -> None:
+    """Of a user whom the mode bits let read: what is refused is refused by them, in words."""
+    script = """
+import sys
+from ttmfs.client import Backup
+page = bytearray(4096)
+with Backup.open(sys.argv[1]) as backup:
+    backup.copy_page(page, 1)
+    print(backup.is_native, bytes(page[:4]))
+    try:
+        backup.backup_page(page, 0)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+    with place.directory("mnt") as path, Mount(path, "size=1m,allow_other,mode=1777") as mount:
+        with Backup.create(mount.path / "a", mode=0o755) as backup:
+            backup.backup_page(b"page".ljust(PAGE), 0)
+        command = [place.python, "-c", script, str(path / "a")]
+        done = subprocess.run(
+            command, cwd=place.path / "repository", capture_output=True, text=True, check=True, **as_user(ALICE)
+        )
+    assert done.stdout.splitlines() == ["False b'page'", "NotPermitted storing pages: Permission denied"]
+
+
+def test_fini_ends_the_backup_of_its_own_mount(tmp_path: Path) -> None:
+    """Also where another mount, with a backup of the same name and number, lies over it."""
+    place = tmp_path / "mnt"
+    place.mkdir()
+    with Mount(place, "size=1m") as below:
+        below_a = Backup.create(place / "a")
+        with Mount(place, "size=1m"), Backup.create(place / "a") as above_a:
+            assert above_a.id == below_a.id
+            below_a.fini()
+            assert names(place) == ["a"]
+        assert names(below.path) == []
+
+
+def test_threads_are_told_where_their_own_pages_are(mnt: Path) -> None:
+    with Backup.create(mnt / "a") as backup, ThreadPoolExecutor(3) as threads:
+        backup.backup_pages(NOISE[:256], 0)
+
+        def answers(count: int) -> set[Residency]:
+            return {backup.residency_of(0, count) for _ in range(3000)}
+
+        found = threads.map(answers, (1, 100, 256))
+        assert list(found) == [{Residency(count, count, 0)} for count in (1, 100, 256)]
 
 
 def test_it_leaves_no_descriptor_behind(mnt: Path) -> None:

@@ -13,9 +13,10 @@ from functools import lru_cache
 from typing import NoReturn
 
 from ..errors import TtmfsError
+from ..mountinfo import ttmfs_mounts
 from ..options import OptionError, parse_size
 from .command import Command, CommandError, reason
-from .mounts import attribute, check_backup, check_new, mounts, number, page_size_of_mount
+from .mounts import check_backup, check_new, is_backup, number, page_size_of_mount
 from .terminal import age, columns, has_colours, is_terminal, painted, quoted, size, table
 
 __all__ = ["COMMANDS"]
@@ -168,16 +169,15 @@ def _look(paths: list[str]) -> tuple[list[Row], int]:
         if (page_size := page_size_of_mount(path)) is not None:
             rows.extend(_rows(path, page_size))
             return
-        if os.path.isdir(path) and attribute(path, "pages") is not None:
+        if is_backup(path):
             above, name = os.path.split(os.path.realpath(path))
             rows.append(_row(above, name, number(above, "page_size"), os.stat(path)))
             return
-        os.stat(path)
         raise CommandError(f"{quoted(path)} is no mount of ttmfs, and no backup")
 
     if paths:
         return rows, _each("ls", paths, look)
-    found = sorted({mount.path for mount in mounts()})
+    found = sorted({mount.path for mount in ttmfs_mounts()})
     if not found:
         raise CommandError("there is no mount of ttmfs; mount.py makes one")
     return rows, 2 if _each("ls", found, look) == 2 else 0

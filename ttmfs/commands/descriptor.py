@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS", "file_of"]
 
+ANSWER_SECONDS = 2.0
+
 
 def file_of(backup: Backup) -> int:
     """The descriptor of a backup's own file, which stays the backup's; -1 if there is none to be had."""
@@ -73,6 +75,7 @@ def _why_none(path: str) -> str:
         return "its mode bits must let you read, write and enter it"
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(ANSWER_SECONDS)
             connection.connect(place)
     except OSError as error:
         return f"the daemon's socket {quoted(place)} is out of reach from here ({error.strerror})"

@@ -21,11 +21,11 @@ from typing import Literal, NamedTuple
 
 from .. import memory
 from ..linux import swap_space
+from ..mountinfo import Mounted, ttmfs_mounts
 from ..options import BASE_PAGE_SIZE
 from ..rescue import keepers
 from ..version import __version__
 from .command import Command, CommandError
-from .mounts import Mounted, mounts
 from .terminal import has_colours, painted, quoted, size
 
 __all__ = ["COMMANDS"]
@@ -57,7 +57,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    places = {mount.path: mount for mount in mounts()}
+    places = {mount.path: mount for mount in ttmfs_mounts()}
     if arguments.paths:
         wanted = {path: os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
                   for path in map(os.path.abspath, arguments.paths)}  # fmt: skip

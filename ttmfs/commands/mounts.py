@@ -1,45 +1,21 @@
-"""Which mounts of ttmfs there are, and which backups a path stands for: by attributes alone, quick, without numpy."""
+"""What a path stands for, a mount of ttmfs or a backup: quick, without numpy."""
 
 import contextlib
 import errno
 import json
 import os
-import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from .. import mountinfo
 from .command import CommandError, reason
 from .terminal import quoted
 
-__all__ = ["Mounted", "attribute", "check_backup", "check_new", "config", "mounts", "number", "page_size_of_mount"]
-
-TYPE = "fuse.ttmfs"
+__all__ = ["attribute", "check_backup", "check_new", "config", "is_backup", "number", "page_size_of_mount"]
 
 
-class Mounted(NamedTuple):
-    """A mount of ttmfs, as the kernel lists it. `device` is st_dev of what is in it."""
-
-    path: str
-    source: str
-    device: int
-    options: frozenset[str]
-
-
-def mounts() -> Iterator[Mounted]:
-    """All mounts of ttmfs that this process' mount namespace shows, untouched: some may be dead. See proc(5)."""
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        before, _, after = line.partition(b" - ")
-        kind, source, super_options, *_ = after.split(b" ")
-        _, _, device, root, path, options, *_ = before.split(b" ")
-        if kind == TYPE.encode() and root == b"/":
-            major, _, minor = device.partition(b":")
-            words = b",".join((options, super_options)).decode(errors="replace").split(",")
-            yield Mounted(_plain(path), _plain(source), os.makedev(int(major), int(minor)), frozenset(words))
-
-
-def _plain(word: bytes) -> str:
-    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), word))
+def is_ttmfs(path: str) -> bool:
+    """Whether a path lies in a mount of ttmfs. OSError if it is out of reach."""
+    return mountinfo.ttmfs_on(os.stat(path).st_dev) is not None
 
 
 def attribute(path: str, name: str) -> str | None:
@@ -60,19 +36,23 @@ def number(path: str, name: str) -> int:
 def page_size_of_mount(path: str) -> int | None:
     """The page size if a path is the root of a ttmfs; None if it is not. CommandError if it is out of reach."""
     try:
-        found = attribute(path, "page_size")
+        found = attribute(path, "page_size") if is_ttmfs(path) else None
     except OSError as error:
         hint = "; ttmfs doctor says what to do" if error.errno == errno.ENOTCONN else ""
         raise CommandError(reason(error, path) + hint) from None
     return None if found is None else int(found)
 
 
+def is_backup(path: str) -> bool:
+    """Whether a path is a backup. OSError if it is out of reach."""
+    return is_ttmfs(path) and os.path.isdir(path) and attribute(path, "pages") is not None
+
+
 def check_backup(path: str) -> None:
     """CommandError unless a path is a backup."""
     try:
-        if os.path.isdir(path) and attribute(path, "pages") is not None:
+        if is_backup(path):
             return
-        os.stat(path)
     except OSError as error:
         raise CommandError(reason(error, path)) from None
     what = "the root of a mount" if page_size_of_mount(path) else "not in a mount of ttmfs, or no directory there"

@@ -1,0 +1,64 @@
+"""The mounts that this process sees, as the kernel lists them. None is touched: some may be dead. See proc(5)."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["TYPE", "Mounted", "mounted_at", "mounts", "ttmfs_mounts", "ttmfs_on"]
+
+TYPE = "fuse.ttmfs"
+
+
+class Mounted(NamedTuple):
+    """A mount. `device` is MAJOR:MINOR; `options` are those of the mount and of the filesystem."""
+
+    path: str
+    root: str
+    type: str
+    source: str
+    device: str
+    options: frozenset[str]
+
+    @property
+    def st_dev(self) -> int:
+        """What stat(2) says of the files in it."""
+        major, _, minor = self.device.partition(":")
+        return os.makedev(int(major), int(minor))
+
+    @property
+    def served_by(self) -> int:
+        """The user who mounted, and serves, a FUSE filesystem."""
+        return next((int(word[8:]) for word in self.options if word.startswith("user_id=")), 0)
+
+
+def mounts() -> Iterator[Mounted]:
+    """All mounts of this process' mount namespace; of those on one path the topmost comes last."""
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
+        before, _, after = line.partition(b" - ")
+        kind, source, super_options, *_ = map(_plain, after.split(b" "))
+        _, _, device, root, path, options, *_ = map(_plain, before.split(b" "))
+        yield Mounted(path, root, kind, source, device, frozenset(f"{options},{super_options}".split(",")))
+
+
+def mounted_at(path: str) -> Mounted | None:
+    """What is mounted topmost at a real path; None if nothing is."""
+    return next((mount for mount in reversed(list(mounts())) if mount.path == path), None)
+
+
+def ttmfs_mounts() -> Iterator[Mounted]:
+    """All mounts of a whole ttmfs."""
+    return (mount for mount in mounts() if mount.type == TYPE and mount.root == "/")
+
+
+def ttmfs_on(st_dev: int) -> Mounted | None:
+    """The mount of the ttmfs whose files have this st_dev; None if they are of no ttmfs.
+
+    What a file says of itself, by extended attributes for one, anyone can make it say. This is the kernel's word.
+    """
+    return next((mount for mount in ttmfs_mounts() if mount.st_dev == st_dev), None)
+
+
+def _plain(word: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), word))
