@@ -40,6 +40,7 @@ from . import pages as checked
 from .errors import (
     ERRNO,
     BackupAbsent,
+    BackupClosed,
     BackupEnded,
     BackupNotEmpty,
     InvalidArgument,
@@ -108,8 +109,9 @@ class Residency:
 class Backup:
     """A backup of a mount, open. Make it with :meth:`create` or :meth:`open`; it is a context manager that closes it.
 
-    Counts are pages, indices begin at 0. Every method raises BackupEnded once the backup was ended, by whomever, or
-    closed here; StoreFailed if the mount or its store fails; NotPermitted for want of a right.
+    Counts are pages, indices begin at 0. Every method raises BackupEnded once the backup was ended, by whomever, and
+    BackupClosed once it was closed here, while its pages stay; StoreFailed if the mount or its store fails; NotPermitted
+    for want of a right.
     """
 
     def __init__(self, directory: int, *, native: bool) -> None:
@@ -118,6 +120,7 @@ class Backup:
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._native = -1
+        self._ended = False
         found = os.fstat(directory)
         self.id = found.st_ino
         """The inode number of its directory, which no other backup of the mount ever has."""
@@ -271,6 +274,7 @@ class Backup:
                         raise
             else:
                 raise BackupNotEmpty(f"{path} is being written to")
+        self._ended = True
         self.close()
 
     # --- what it holds ---
@@ -291,6 +295,7 @@ class Backup:
 
     def fileno(self) -> int:
         """The descriptor of its own file, which stays the backup's. Raises NotSupported unless it :attr:`is_native`."""
+        self._check_open()
         if not self.is_native:
             raise NotSupported("the backup's own file is not open here")
         return self._native
@@ -349,6 +354,7 @@ class Backup:
 
     def residency_of(self, first: int, past: int) -> Residency:
         """The same of the pages between two indices. Raises NotSupported unless it :attr:`is_native`."""
+        self._check_open()
         if not self.is_native:
             raise NotSupported("where single pages are is told by the backup's own file alone, which is not open here")
         with _translated("counting pages"):
@@ -513,9 +519,12 @@ class Backup:
     @property
     def _place(self) -> str:
         """A path of the directory, by its descriptor."""
-        if self._directory < 0:
-            raise BackupEnded("it was closed")
+        self._check_open()
         return f"/proc/self/fd/{self._directory}"
+
+    def _check_open(self) -> None:
+        if self._directory < 0:
+            raise BackupEnded("the backup was ended") if self._ended else BackupClosed("the backup was closed here")
 
     def _image(self, flags: int) -> int:
         """A descriptor of ``.image``, opened so."""
@@ -526,8 +535,7 @@ class Backup:
 
     def _opened(self, name: str, flags: int) -> int:
         """A descriptor of a file of the backup: one that is in it, whatever it is made to look like."""
-        if self._directory < 0:
-            raise BackupEnded("it was closed")
+        self._check_open()
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
 
     def _pool(self) -> ThreadPoolExecutor:

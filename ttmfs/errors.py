@@ -9,6 +9,7 @@ import errno
 __all__ = [
     "AttributesChanged",
     "BackupAbsent",
+    "BackupClosed",
     "BackupEnded",
     "BackupExists",
     "BackupNotEmpty",
@@ -69,6 +70,10 @@ class BackupNotEmpty(TtmfsError):
 
 class BackupEnded(TtmfsError):
     """The backup was ended (fini, rmdir) after the caller got hold of it."""
+
+
+class BackupClosed(TtmfsError):
+    """The caller closed it; the backup and its pages are still there."""
 
 
 class PageDropped(TtmfsError):
@@ -136,6 +141,7 @@ ERRNO: dict[type[TtmfsError], int] = {
     BackupExists: errno.EEXIST,
     BackupNotEmpty: errno.ENOTEMPTY,
     BackupEnded: errno.ESTALE,
+    BackupClosed: errno.EBADF,  # of the client alone, as of a descriptor that was closed
     PageDropped: errno.ESTALE,  # not ENOENT: on ESTALE from open the VFS looks the name up once more by itself
     AttributesChanged: errno.ESTALE,  # for which the VFS tries the open(2) once more, this time with what is true
     NoRoom: errno.ENOSPC,

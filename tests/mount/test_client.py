@@ -23,6 +23,7 @@ from stores import ALICE, Place, as_user, slow_swap, swap
 from ttmfs.client import Backup, Residency
 from ttmfs.errors import (
     BackupAbsent,
+    BackupClosed,
     BackupEnded,
     BackupExists,
     InvalidArgument,
@@ -295,6 +296,36 @@ def test_c13_after_fini_nothing_follows(a: Backup, mnt: Path) -> None:
                 with pytest.raises(BackupEnded):
                     call(backup)
     assert os.statvfs(mnt).f_bfree == os.statvfs(mnt).f_blocks
+
+
+def test_closed_is_not_ended(a: Backup, mnt: Path) -> None:
+    a.backup_pages(NOISE[:10], 0)
+    with Backup.open(mnt / "a", native=a.is_native) as closed:
+        pass
+    calls: list[Callable[[Backup], object]] = [
+        lambda backup: backup.backup_page(NOISE[0], 0),
+        lambda backup: backup.copy_page(bytearray(PAGE), 1, threading.Event()),
+        lambda backup: backup.drop(1),
+        lambda backup: list(backup.runs()),
+        lambda backup: backup.residency_of(0, 1),
+        Backup.residency,
+        Backup.writeback,
+        Backup.fini,
+        Backup.fileno,
+        lambda backup: backup.size,
+        lambda backup: backup.path,
+    ]
+    for call in calls:
+        with pytest.raises(BackupClosed):
+            call(closed)
+    closed.close()
+    assert a.residency().pages == 10
+    a.fini()
+    with pytest.raises(BackupEnded):
+        a.fini()
+    a.close()
+    with pytest.raises(BackupEnded):
+        a.fileno()
 
 
 def test_a_backup_that_is_renamed_stays_what_it_is(a: Backup, mnt: Path) -> None:
