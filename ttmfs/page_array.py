@@ -37,6 +37,10 @@ BATCH = 256
 """Pages that are backed up or restored by one call at most: so often an interruption is looked for."""
 
 
+MADV_DONTNEED_LOCKED = 24
+"""Since Linux 5.18; Python has no name for it."""
+
+
 class Store(Protocol):
     """What an array needs of a backup; :class:`ttmfs.client.Backup` is one."""
 
@@ -194,9 +198,18 @@ class PageArray:
         return found
 
     def _release(self, start: int, past: int) -> None:
-        """Give the memory of slots back to the system."""
-        if past > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start * self._size, (past - start) * self._size)
+        """Give the memory of slots back to the system; zeros are read there next. Nothing is raised."""
+        if past == start:
+            return
+        for advice in mmap.MADV_DONTNEED, MADV_DONTNEED_LOCKED:  # the second for a process that called mlockall
+            try:
+                self._map.madvise(advice, start * self._size, (past - start) * self._size)
+            except OSError as error:
+                if error.errno in (None, errno.EINTR):  # a signal handler's
+                    raise
+            else:
+                return
+        self._pages[start:past] = 0  # they are kept
 
     def _check(self) -> None:
         if self._destroyed:
