@@ -110,8 +110,8 @@ class Backup:
     """A backup of a mount, open. Make it with :meth:`create` or :meth:`open`; it is a context manager that closes it.
 
     Counts are pages, indices begin at 0. Every method raises BackupEnded once the backup was ended, by whomever, and
-    BackupClosed once it was closed here, while its pages stay; StoreFailed if the mount or its store fails; NotPermitted
-    for want of a right.
+    BackupClosed once it was closed here, which leaves its pages; StoreFailed if the mount or its store fails;
+    NotPermitted for want of a right.
     """
 
     def __init__(self, directory: int, *, native: bool) -> None:

@@ -10,6 +10,10 @@ pages of a buffer object: properties C17 to C21 of ``docs/contract.md``. A slot 
 The pages lie in one anonymous mapping, page i of the array at i * page_size; one that is backed up or purged is given
 back to the system. Page i is backed up at index ``first + i`` of the backup.
 
+Beside each slot is noted whether the backup may have a page of it (``_stored``). If the slot holds no handle, that page
+was left by an interruption, and is to be dropped. A handle whose page is not stored is *lost*: someone else dropped the
+page, and nothing is read or dropped by that handle again.
+
 One thread at a time may use an array; several arrays may share a backup, at different indices.
 """
 
@@ -22,8 +26,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from .errors import BackupEnded, InvalidArgument, PageAbsent, TtmfsError
-from .handles import Uint64Array, handle_to_page_ptr, page_ptr_to_handle
+from .errors import BackupClosed, BackupEnded, InvalidArgument, NoRoom, NotPermitted, PageAbsent, TtmfsError
+from .handles import Uint64Array, format_ranges, handle_to_page_ptr, page_ptr_to_handle
 
 if TYPE_CHECKING:
     import threading
@@ -36,6 +40,8 @@ __all__ = ["PageArray", "shrink"]
 BATCH = 256
 """Pages that are backed up or restored by one call at most: so often an interruption is looked for."""
 
+REFUSALS = (BackupClosed, BackupEnded, NoRoom, NotPermitted)
+"""Errors of storing that say that nothing was stored. After others some may have been."""
 
 MADV_DONTNEED_LOCKED = 24
 """Since Linux 5.18; Python has no name for it."""
@@ -48,6 +54,10 @@ class Store(Protocol):
     def page_size(self) -> int:
         """Bytes a page."""
 
+    @property
+    def size(self) -> int:
+        """Bytes that it spans as of now."""
+
     def backup_pages(self, pages: NDArray[np.uint8], idx: int, writeback: bool = False) -> Uint64Array:
         """Store pages at the indices from `idx` on; the handles of those that found room."""
 
@@ -59,7 +69,11 @@ class Store(Protocol):
 
 
 class PageArray:
-    """`count` slots, empty at first, over a backup. Index errors are IndexError, as of any array."""
+    """`count` slots, empty at first, over a backup. Index errors are IndexError, as of any array.
+
+    Raises InvalidArgument unless its indices lie within the backup. Destroy it before the backup is closed: what is
+    backed up cannot be restored or dropped any more then, and BackupClosed is raised.
+    """
 
     def __init__(self, backup: Store, count: int, first: int = 0) -> None:
         self._backup = backup
@@ -67,6 +81,10 @@ class PageArray:
         self._size = backup.page_size
         if count < 1 or first < 0 or self._size % mmap.PAGESIZE:
             raise InvalidArgument(f"an array has one slot or more, not {count}, and begins at index 0 or later")
+        if (limit := backup.size // self._size) < first + count:
+            raise InvalidArgument(
+                f"{count} slots from index {first} on do not lie within the backup's {limit} pages; resize it first"
+            )
         self._map = mmap.mmap(-1, count * self._size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._pages = np.frombuffer(self._map, np.uint8).reshape(count, self._size)
         self._slots = np.zeros(count, np.uint64)
@@ -78,7 +96,8 @@ class PageArray:
         return len(self._slots)
 
     def __repr__(self) -> str:
-        return f"<PageArray of {len(self)}: {self.populated} in memory, {self.backed_up} backed up>"
+        lost = f", {self.lost} lost" if self.lost else ""
+        return f"<PageArray of {len(self)}: {self.populated} in memory, {self.backed_up} backed up{lost}>"
 
     @property
     def slots(self) -> Uint64Array:
@@ -94,16 +113,24 @@ class PageArray:
 
     @property
     def backed_up(self) -> int:
-        """How many slots hold a handle."""
-        return int(np.count_nonzero(self._slots & np.uint64(1)))
+        """How many slots hold a handle by which :meth:`restore` has yet to bring the page back."""
+        return int(np.count_nonzero(self._is_handle() & self._stored))
+
+    @property
+    def lost(self) -> int:
+        """How many slots hold the handle of a page that :meth:`restore` found dropped by someone else."""
+        return int(np.count_nonzero(self._is_lost()))
 
     def __getitem__(self, slot: int) -> NDArray[np.uint8]:
         """The page in a slot, as a view of page_size bytes: to read and write until it is backed up or purged.
 
-        An empty slot gets a page of zeros. Raises InvalidArgument for one that is backed up: restore first.
+        An empty slot gets a page of zeros. Raises InvalidArgument for one that is backed up: restore first; PageAbsent
+        for one whose page is lost.
         """
         self._check()
         held = int(self._slots[slot])
+        if held & 1 and not self._stored[slot]:
+            raise PageAbsent(f"slot {slot}: the page of handle {held >> 1} was dropped by someone else")
         if held & 1:
             raise InvalidArgument(f"slot {slot} is backed up; restore the array first")
         self._slots[slot] = self._addresses[slot]
@@ -114,8 +141,9 @@ class PageArray:
         """Move pages out of memory, at most `limit`; gives how many. ``ttm_pool_backup()``.
 
         With `purge` they are thrown away and their slots are empty; else they are stored and their slots hold handles.
-        Empty slots are skipped. If storing fails part way, slots from there on stay pages, and the number done is given
-        if any was, else the error is raised. Raises InvalidArgument if any slot holds a handle already.
+        Empty slots are skipped, and so are those whose page is lost; but a purge empties all of these, uncounted, and
+        with a limit of 0 these alone. If storing fails part way, slots from there on stay pages, and the number done is
+        given if any was, else the error is raised. Raises InvalidArgument if any page is backed up already.
         """
         self._check()
         if self.backed_up:
@@ -123,21 +151,41 @@ class PageArray:
         if limit is not None and limit < 0:
             raise InvalidArgument(f"a limit is a number of pages, not {limit}")
         slots = np.flatnonzero(self._is_page())[:limit]
-        if purge:
-            for start, past in _runs(slots, len(self)):
-                self._release(start, past)
-                self._slots[start:past] = 0
-            return len(slots)
+        return self._purge(slots) if purge else self._backup_slots(slots, writeback)
+
+    def _purge(self, slots: NDArray[np.intp]) -> int:
+        emptied = self._is_lost()
+        emptied[slots] = True
+        for start, past in _runs(np.flatnonzero(emptied), len(self)):
+            self._release(start, past)  # first: an empty slot is one of zeros
+            self._slots[start:past] = 0
+        try:
+            self._drop()  # what an interruption left
+        except TtmfsError:
+            if not len(slots):
+                raise
+        return len(slots)
+
+    def _backup_slots(self, slots: NDArray[np.intp], writeback: bool) -> int:
+        if not len(slots):
+            return 0
+        within = slots[slots < self._within()]
+        if not len(within):
+            raise InvalidArgument("the pages do not lie within the backup any more: it was made smaller")
         done = 0
-        for start, past in _runs(slots, BATCH):
-            self._stored[start:past] = True
+        for start, past in _runs(within, BATCH):
+            before = self._stored[start:past].copy()
+            self._stored[start:past] = True  # an interruption may come before their handles do
             try:
                 handles = self._backup.backup_pages(self._pages[start:past], self._first + start, writeback)
-            except (TtmfsError, OSError):
+            except (TtmfsError, OSError) as error:
+                if isinstance(error, REFUSALS):
+                    self._stored[start:past] = before
                 if done:
                     return done
                 raise
             end = start + len(handles)
+            self._stored[end:past] = before[len(handles) :]
             self._slots[start:end] = handle_to_page_ptr(handles)
             self._release(start, end)
             done += end - start
@@ -149,53 +197,79 @@ class PageArray:
         """Bring every page back; gives how many. ``ttm_pool_restore_and_alloc()``.
 
         Some at once are copied, then dropped, and nothing is copied again. An interruption (InterruptedError, if `intr`
-        is set) or any other error keeps what is done: call it again and it goes on there. Raises PageAbsent if a page
-        was dropped by someone else; those before it are restored.
+        is set) or any other error keeps what is done: call it again and it goes on there. Pages that were dropped by
+        someone else do not keep it from restoring all others; at the end PageAbsent names their handles, now and at
+        every call, until a purge has emptied their slots.
         """
         self._check()
-        self._drop(self._stored & self._is_page())  # what an interruption left
+        self._forget_past_end()
         done = 0
-        for start, past in _runs(np.flatnonzero(self._slots & np.uint64(1)), BATCH):
+        for start, past in _runs(np.flatnonzero(self._is_handle() & self._stored), BATCH):
             if intr is not None and intr.is_set():
                 raise InterruptedError(errno.EINTR, "restoring was interrupted")
-            try:
-                self._restore(start, past, intr)
-            except PageAbsent:
-                for slot in range(start, past):  # as far as the one that is lost
-                    self._restore(slot, slot + 1, intr)
-            done += past - start
+            done += self._restore(start, past, intr)
+        self._drop()  # what an interruption left; last, so that no page waits for it
+        if self.lost:
+            runs = _runs(np.flatnonzero(self._is_lost()) + self._first + 1, len(self))
+            names = format_ranges([(first, past - 1) for first, past in runs])
+            raise PageAbsent(f"someone else dropped the pages of these handles: {names}; a purge empties their slots")
         return done
 
-    def _restore(self, start: int, past: int, intr: threading.Event | None) -> None:
+    def _restore(self, start: int, past: int, intr: threading.Event | None) -> int:
+        """Restore a run of slots but for the pages that are lost; gives how many."""
         handles = page_ptr_to_handle(self._slots[start:past])
-        self._backup.copy_pages(self._pages[start:past], handles, intr)
+        try:
+            self._backup.copy_pages(self._pages[start:past], handles, intr)
+        except PageAbsent:
+            if past - start == 1:
+                self._stored[start] = False  # its handle may become someone else's
+                return 0
+            middle = (start + past) // 2
+            return self._restore(start, middle, intr) + self._restore(middle, past, intr)
         self._slots[start:past] = self._addresses[start:past]  # from here on the backup is not read again
         self._backup.drop_pages(handles)
         self._stored[start:past] = False
+        return past - start
 
     def destroy(self) -> None:
         """Free pages and drop what is backed up, each exactly once. Nothing is left to be done with the array.
 
-        If dropping fails the error is raised, and it can be called again.
+        If dropping fails the error is raised, slots stay as they are, and it can be called again.
         """
         if self._destroyed:
             return
-        with contextlib.suppress(BackupEnded):  # and with it every page
-            self._drop(self._stored)
+        self._drop()
         self._release(0, len(self))
         self._slots[:] = 0
         self._destroyed = True  # the mapping goes when no view of it is left
 
-    def _drop(self, slots: NDArray[np.bool_]) -> None:
-        """Drop what some slots may have in the backup."""
-        indices = np.flatnonzero(slots)
-        if len(indices):
-            self._backup.drop_pages(indices.astype(np.uint64) + np.uint64(self._first + 1))
-            self._stored[indices] = False
+    def _drop(self) -> None:
+        """Drop all that the backup may have of the array."""
+        with contextlib.suppress(BackupEnded):  # and with it every page
+            self._forget_past_end()
+            if len(indices := np.flatnonzero(self._stored)):
+                self._backup.drop_pages(indices.astype(np.uint64) + np.uint64(self._first + 1))
+        self._stored[:] = False
+
+    def _forget_past_end(self) -> None:
+        """What lay past the end of a backup that was made smaller is gone, and asking for it is refused."""
+        if self._stored.any():
+            self._stored[self._within() :] = False
+
+    def _within(self) -> int:
+        """How many slots lie within the backup."""
+        return max(0, self._backup.size // self._size - self._first)
 
     def _is_page(self) -> NDArray[np.bool_]:
         found: NDArray[np.bool_] = (self._slots != 0) & (self._slots & np.uint64(1) == 0)
         return found
+
+    def _is_handle(self) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = self._slots & np.uint64(1) != 0
+        return found
+
+    def _is_lost(self) -> NDArray[np.bool_]:
+        return self._is_handle() & ~self._stored
 
     def _release(self, start: int, past: int) -> None:
         """Give the memory of slots back to the system; zeros are read there next. Nothing is raised."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from harness import Mount, set_attribute
 from stores import ControlGroup, swap
 from ttmfs.client import Backup, PageArray, shrink
-from ttmfs.errors import InvalidArgument, NoRoom, PageAbsent, StoreFailed
+from ttmfs.errors import BackupClosed, InvalidArgument, NoRoom, NotPermitted, PageAbsent, StoreFailed
 from ttmfs.handles import handle_to_page_ptr, page_ptr_is_handle
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -39,22 +39,30 @@ class Faulty:
         self._backup = backup
         self.page_size = backup.page_size
         self.bad: dict[str, set[int]] = {"backup": set(), "copy": set(), "drop": set()}
+        self.error: type[Exception] = StoreFailed
         self.copied: list[int] = []
         self.dropped: list[int] = []
+        self.gone: set[int] = set()
+
+    @property
+    def size(self) -> int:
+        return self._backup.size
 
     def _fail(self, verb: str, handles: Any) -> None:
         if hit := self.bad[verb] & set(map(int, handles)):
-            raise StoreFailed(f"{verb} of {hit} fails")
+            raise self.error(f"{verb} of {hit} fails")
 
     def backup_pages(self, pages: NDArray[np.uint8], idx: int, writeback: bool = False) -> NDArray[np.uint64]:
         good = next((n for n in range(len(pages)) if idx + n + 1 in self.bad["backup"]), len(pages))
         if not good:
-            raise StoreFailed("backing up fails")
-        return self._backup.backup_pages(pages[:good], idx, writeback)
+            raise self.error("backing up fails")
+        handles = self._backup.backup_pages(pages[:good], idx, writeback)
+        self.gone -= set(map(int, handles))
+        return handles
 
     def copy_pages(self, dst: NDArray[np.uint8], handles: NDArray[np.uint64], intr: Any = None) -> None:
         self._fail("copy", handles)
-        assert not set(map(int, handles)) & set(self.dropped), "C19: a dropped handle is never read again"
+        assert not set(map(int, handles)) & self.gone, "C19: a dropped handle is never read again"
         self._backup.copy_pages(dst, handles, intr)
         self.copied += map(int, handles)
 
@@ -62,6 +70,7 @@ class Faulty:
         self._fail("drop", handles)
         self._backup.drop_pages(handles)
         self.dropped += map(int, handles)
+        self.gone |= set(map(int, handles))
 
 
 def filled(store: Any, count: int = COUNT, first: int = 0, seed: int = 1) -> tuple[PageArray, NDArray[np.uint8]]:
@@ -153,6 +162,68 @@ def test_c17_where_room_ends(backup: Backup, shared: Mount) -> None:
         other.fini()
 
 
+def test_an_array_lies_within_its_backup(backup: Backup) -> None:
+    for count, first in (4097, 0), (1, 4096), (4096, 1):
+        with pytest.raises(InvalidArgument, match="4096 pages"):
+            PageArray(backup, count, first)
+    PageArray(backup, 4096).destroy()
+    PageArray(backup, 1, 4095).destroy()
+
+
+@pytest.mark.parametrize("first", [0, 4], ids=["from its start", "from its middle"])
+def test_c20_a_backup_made_smaller_afterwards_takes_what_fits(backup: Backup, first: int) -> None:
+    array, content = filled(backup, 16, first)
+    backup.resize(8 * PAGE)
+    assert array.backup() == 8 - first
+    assert array.restore() == 8 - first
+    backup.resize(4 * PAGE)
+    if first:
+        with pytest.raises(InvalidArgument, match="smaller"):
+            array.backup()
+    else:
+        assert array.backup() == 4
+    array.restore()
+    assert holds(array, content)
+    array.destroy()
+    assert backup.residency().pages == 0
+
+
+def test_c20_pages_that_lay_past_the_end_of_a_backup_made_smaller_are_lost(backup: Backup) -> None:
+    array, content = filled(backup, 16)
+    array.backup()
+    backup.drop_pages(np.arange(9, 17, dtype=np.uint64))
+    backup.resize(8 * PAGE)
+    with pytest.raises(PageAbsent, match="handles: 9-16;"):
+        array.restore()
+    assert all((array[slot] == content[slot]).all() for slot in range(8))
+    array.destroy()
+    others, _ = filled(backup, 8)
+    others.backup()
+    backup.drop_pages(np.arange(5, 9, dtype=np.uint64))
+    backup.resize(4 * PAGE)
+    others.destroy()
+    assert backup.residency().pages == 0
+
+
+def test_c20_what_was_refused_or_found_no_room_is_not_dropped(backup: Backup) -> None:
+    faulty = Faulty(backup)
+    array, content = filled(faulty)
+    faulty.error = NotPermitted
+    faulty.bad = {verb: set(range(1, 4097)) for verb in faulty.bad}
+    with pytest.raises(NotPermitted):
+        array.backup()
+    assert array.restore() == 0
+    assert holds(array, content)
+    array.destroy()
+    assert not faulty.dropped
+    faulty = Faulty(backup)
+    array, _ = filled(faulty)
+    faulty.bad["backup"] = {101}
+    assert array.backup() == 100
+    array.destroy()
+    assert faulty.dropped == list(range(1, 101))
+
+
 def test_a_limit_is_kept(backup: Backup) -> None:
     array, content = filled(backup)
     assert array.backup(limit=0) == 0
@@ -172,6 +243,23 @@ def test_c18_purge_frees_without_backing_up(backup: Backup) -> None:
     assert backup.residency().pages == 0
     assert not array[5].any(), "an empty slot gets a page of zeros"
     array.destroy()
+
+
+def test_c18_purge_drops_what_a_failed_restoring_left(backup: Backup) -> None:
+    faulty = Faulty(backup)
+    array, content = filled(faulty, 16)
+    array.backup()
+    faulty.bad["drop"] = {1}
+    with pytest.raises(StoreFailed):
+        array.restore()
+    assert (array.populated, backup.residency().pages) == (16, 16)
+    assert array.backup(purge=True, limit=10) == 10, "what is left cannot be dropped, which is told by no short count"
+    faulty.bad["drop"] = set()
+    assert array.backup(purge=True, limit=2) == 2
+    assert backup.residency().pages == 0
+    assert all((array[slot] == content[slot]).all() for slot in range(12, 16))
+    array.destroy()
+    assert faulty.dropped == list(range(1, 17))
 
 
 def test_c19_an_interruption_keeps_what_is_done_and_a_retry_goes_on(backup: Backup) -> None:
@@ -210,16 +298,83 @@ def test_c19_what_was_copied_is_not_read_again_though_dropping_it_failed(backup:
     array.destroy()
 
 
-def test_c11_a_page_that_another_dropped_is_told_and_those_before_it_are_back(backup: Backup) -> None:
-    array, content = filled(backup)
+def test_c19_pages_come_back_though_others_cannot_be_dropped(backup: Backup) -> None:
+    faulty = Faulty(backup)
+    array, content = filled(faulty)
     array.backup()
-    backup.drop(100)
+    faulty.bad["drop"] = {1, 257, 513}
+    for _ in range(COUNT // 256 + 1):
+        with pytest.raises(StoreFailed):
+            array.restore()
+    assert array.populated == COUNT
+    assert holds(array, content)
+    faulty.bad["drop"] = set()
+    array.restore()
+    array.destroy()
+    assert sorted(faulty.copied) == sorted(faulty.dropped) == list(range(1, COUNT + 1))
+
+
+LOST = [4, 100, 101, 256, 257, COUNT]
+"""Handles: of the first of a batch, of its last, of neighbours."""
+
+
+@pytest.fixture
+def array_with_lost_pages(backup: Backup) -> tuple[PageArray, NDArray[np.uint8], Faulty]:
+    """One that was restored but for some that someone else had dropped, who then stored pages of his own there."""
+    faulty = Faulty(backup)
+    array, content = filled(faulty)
+    array.backup()
+    backup.drop_pages(np.array(LOST, np.uint64))
+    with pytest.raises(PageAbsent, match="handles: 4,100-101,256-257,600;"):
+        array.restore()
+    for handle in LOST:
+        backup.backup_page(bytes(PAGE), handle - 1)
+    return array, content, faulty
+
+
+def test_c11_all_but_the_pages_that_another_dropped_come_back(
+    array_with_lost_pages: tuple[PageArray, NDArray[np.uint8], Faulty],
+) -> None:
+    array, content, faulty = array_with_lost_pages
+    kept = [slot for slot in range(COUNT) if slot + 1 not in LOST]
+    assert (array.populated, array.backed_up, array.lost) == (len(kept), 0, len(LOST))
+    assert repr(array) == f"<PageArray of {COUNT}: {len(kept)} in memory, 0 backed up, {len(LOST)} lost>"
+    with pytest.raises(PageAbsent, match="handle 4 "):
+        array[3]
+    with pytest.raises(PageAbsent, match="handles: 4,100"):
+        array.restore()  # C19: and what is there now is another's
+    assert shrink([array], COUNT) == len(kept), "one that has lost a page can leave memory still"
+    with pytest.raises(InvalidArgument, match="backed up already"):
+        array.backup(purge=True)
     with pytest.raises(PageAbsent):
         array.restore()
-    assert array.populated == 99
-    assert all((array[slot] == content[slot]).all() for slot in range(99))
+    assert all((array[slot] == content[slot]).all() for slot in kept)
+    assert sorted(faulty.copied) == sorted(faulty.dropped) == sorted(2 * [slot + 1 for slot in kept])
     array.destroy()
-    assert backup.residency().pages == 0
+
+
+def test_c18_a_purge_empties_the_slots_of_lost_pages(
+    array_with_lost_pages: tuple[PageArray, NDArray[np.uint8], Faulty], backup: Backup
+) -> None:
+    array, content, _ = array_with_lost_pages
+    assert array.backup(purge=True, limit=0) == 0
+    assert (array.populated, array.lost) == (COUNT - len(LOST), 0)
+    assert not array[3].any()
+    assert (array[4] == content[4]).all()
+    assert array.restore() == 0
+    assert array.backup(purge=True) == COUNT - len(LOST) + 1
+    assert not array.slots.any()
+    array.destroy()
+    assert backup.handles().tolist() == LOST, "another's"
+
+
+def test_c20_lost_pages_are_not_dropped_once_more(
+    array_with_lost_pages: tuple[PageArray, NDArray[np.uint8], Faulty], backup: Backup
+) -> None:
+    array, _, faulty = array_with_lost_pages
+    array.destroy()
+    assert not set(faulty.dropped) & set(LOST)
+    assert backup.handles().tolist() == LOST, "another's"
 
 
 def test_c20_destroying_a_half_restored_array_frees_each_exactly_once(backup: Backup) -> None:
@@ -241,6 +396,23 @@ def test_c20_destroying_a_half_restored_array_frees_each_exactly_once(backup: Ba
     for call in array.backup, array.restore, lambda: array[0]:
         with pytest.raises(InvalidArgument, match="destroyed"):
             call()
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["natively", "through the mount"])
+def test_c20_destroying_after_the_backup_was_closed_is_refused(backup: Backup, native: bool) -> None:
+    with Backup.open(backup.path, native=native) as closed:
+        array, content = filled(closed)
+        other, _ = filled(closed, 10, first=COUNT)
+        array.backup()
+        slots = array.slots.copy()
+    for call in array.restore, array.destroy, array.destroy, other.backup:
+        with pytest.raises(BackupClosed):
+            call()
+    assert (array.slots == slots).all()
+    pages = np.empty_like(content)
+    backup.copy_pages(pages, backup.handles())
+    assert (pages == content).all()
+    other.destroy()  # nothing of it was stored
 
 
 def test_destroying_after_the_backup_ended_is_well(backup: Backup) -> None:
