@@ -48,7 +48,10 @@ MADV_DONTNEED_LOCKED = 24
 
 
 class Store(Protocol):
-    """What an array needs of a backup; :class:`ttmfs.client.Backup` is one."""
+    """What an array needs of a backup; :class:`ttmfs.client.Backup` is one. Its errors are TtmfsError.
+
+    Whatever else comes out of it is an exception of a signal handler, and ends what was under way.
+    """
 
     @property
     def page_size(self) -> int:
@@ -178,7 +181,7 @@ class PageArray:
             self._stored[start:past] = True  # an interruption may come before their handles do
             try:
                 handles = self._backup.backup_pages(self._pages[start:past], self._first + start, writeback)
-            except (TtmfsError, OSError) as error:
+            except TtmfsError as error:
                 if isinstance(error, REFUSALS):
                     self._stored[start:past] = before
                 if done:
@@ -304,7 +307,7 @@ def shrink(arrays: Iterable[PageArray], pages: int, *, writeback: bool = False) 
             continue
         try:
             done += array.backup(writeback=writeback, limit=pages - done)
-        except (TtmfsError, OSError) as error:
+        except TtmfsError as error:
             failure = failure or error
     if failure and not done:
         raise failure

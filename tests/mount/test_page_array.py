@@ -162,6 +162,26 @@ def test_c17_where_room_ends(backup: Backup, shared: Mount) -> None:
         other.fini()
 
 
+def test_c17_an_exception_of_a_signal_handler_is_no_failure_of_the_store(backup: Backup) -> None:
+    """InterruptedError is an OSError, and means that the caller wants it to end."""
+    faulty = Faulty(backup)
+    array, content = filled(faulty)
+    faulty.bad["backup"], faulty.error = {257}, InterruptedError
+    with pytest.raises(InterruptedError):
+        array.backup()
+    assert array.backed_up == 256
+    array.restore()
+    other, _ = filled(backup, 10, first=COUNT)
+    with pytest.raises(InterruptedError):
+        shrink([other, array], 1000)
+    assert (other.backed_up, array.backed_up) == (10, 256)
+    array.restore()
+    assert holds(array, content)
+    array.destroy()
+    other.destroy()
+    assert backup.residency().pages == 0
+
+
 def test_an_array_lies_within_its_backup(backup: Backup) -> None:
     for count, first in (4097, 0), (1, 4096), (4096, 1):
         with pytest.raises(InvalidArgument, match="4096 pages"):
