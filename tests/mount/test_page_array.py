@@ -1,19 +1,18 @@
 """The caller's side of the contract (C17 to C21), and evicting twice the memory there is, as xe_bo_shrink does."""
 
+import contextlib
 import inspect
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from harness import Mount, set_attribute
@@ -461,34 +460,103 @@ class Interrupted(Exception):
     """What a signal handler raises, anywhere."""
 
 
-@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
-@hypothesis.given(st.integers(0, 2**32), st.integers(1, 60))
-def test_an_exception_at_any_line_loses_nothing(backup: Backup, seed: int, after: int) -> None:
-    """As a signal handler's: raised at a line of the array's own code."""
-    array, content = filled(backup, 12, seed=seed)
-    left = after
+class Interruption:
+    """Raises at one of the lines of the array's own code, or when the backup is just about to answer it."""
 
-    def tracer(frame: Any, event: str, _: Any) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename.endswith("page_array.py") and event == "line":
-            left -= 1
-            if not left:
+    VERBS = ("backup_pages", "copy_pages", "drop_pages")
+
+    def __init__(self, after: int) -> None:
+        self._left = after
+        self.came = False
+
+    def _trace(self, frame: Any, event: str, _: Any) -> Any:
+        code = frame.f_code
+        own = code.co_filename.endswith("page_array.py") and event == "line"
+        answers = code.co_filename.endswith("client.py") and code.co_name in self.VERBS and event == "return"
+        if own or answers:
+            self._left -= 1
+            if not self._left:
+                self.came = True
                 raise Interrupted
-        return tracer
+        return self._trace
 
-    for call in array.backup, array.restore:
-        sys.settrace(tracer)
+    def during(self, call: Callable[[], object]) -> None:
+        before = self.came
+        sys.settrace(self._trace)
         try:
             call()
         except Interrupted:
-            pass
+            assert self.came
+        else:
+            assert self.came == before, "it comes out"
         finally:
             sys.settrace(None)
+
+
+def there_and_back(_: Backup, array: PageArray, content: NDArray[np.uint8], interruption: Interruption) -> None:
+    interruption.during(array.backup)
+    assert array.populated + array.backed_up == len(array)
+    interruption.during(array.restore)
     while array.backed_up:
         array.restore()
     assert holds(array, content)
-    array.destroy()
+
+
+def with_a_page_lost(backup: Backup, array: PageArray, content: NDArray[np.uint8], interruption: Interruption) -> None:
+    def restore() -> None:
+        with contextlib.suppress(PageAbsent):
+            array.restore()
+
+    interruption.during(array.backup)
+    lost = {3} & set(np.flatnonzero(array.slots & np.uint64(1)).tolist())
+    backup.drop(4)
+    interruption.during(restore)
+    restore()
+    backup.backup_page(bytes(PAGE), 3)
+    interruption.during(restore)
+    restore()
+    assert (array.lost, array.backed_up) == (len(lost), 0)
+    assert all((array[slot] == content[slot]).all() for slot in {*range(len(array))} - lost)
+    assert backup.handles().tolist() == [4], "another's"
+    interruption.during(lambda: array.backup(purge=True, limit=0))
+    array.backup(purge=True, limit=0)
+    assert array.populated == len(array) - len(lost)
+    backup.drop(4)
+
+
+def purged(backup: Backup, array: PageArray, _: NDArray[np.uint8], interruption: Interruption) -> None:
+    interruption.during(array.backup)
+    interruption.during(array.restore)
+    while array.backed_up:
+        array.restore()
+    interruption.during(lambda: array.backup(purge=True))
+    array.backup(purge=True)
+    assert not array.slots.any()
     assert backup.residency().pages == 0
+    assert not any(array[slot].any() for slot in range(len(array)))
+
+
+def destroyed(_: Backup, array: PageArray, _content: NDArray[np.uint8], interruption: Interruption) -> None:
+    array.backup(limit=len(array) // 2)
+    interruption.during(array.destroy)
+
+
+@pytest.mark.parametrize(
+    ("story", "lines"), [(there_and_back, 60), (with_a_page_lost, 150), (purged, 80), (destroyed, 10)]
+)
+def test_an_exception_at_any_line_loses_nothing(
+    backup: Backup, story: Callable[[Backup, PageArray, NDArray[np.uint8], Interruption], None], lines: int
+) -> None:
+    """As a signal handler's: at each line in turn, until it comes no more."""
+    after, interruption = 0, Interruption(0)
+    while interruption.came or not after:
+        after += 1
+        interruption = Interruption(after)
+        array, content = filled(backup, 12, seed=after)
+        story(backup, array, content, interruption)
+        array.destroy()
+        assert backup.residency().pages == 0
+    assert after > lines, "it came at every line"
 
 
 # --- locked memory ---
