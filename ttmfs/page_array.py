@@ -223,12 +223,14 @@ class PageArray:
         handles = page_ptr_to_handle(self._slots[start:past])
         try:
             self._backup.copy_pages(self._pages[start:past], handles, intr)
-        except PageAbsent:
-            if past - start == 1:
-                self._stored[start] = False  # its handle may become someone else's
-                return 0
-            middle = (start + past) // 2
-            return self._restore(start, middle, intr) + self._restore(middle, past, intr)
+        except TtmfsError as error:
+            if past - start > 1:  # for all that come before the page to blame, and for those behind one that is lost
+                middle = (start + past) // 2
+                return self._restore(start, middle, intr) + self._restore(middle, past, intr)
+            if not isinstance(error, PageAbsent):
+                raise
+            self._stored[start] = False  # its handle may become someone else's
+            return 0
         self._slots[start:past] = self._addresses[start:past]  # from here on the backup is not read again
         self._backup.drop_pages(handles)
         self._stored[start:past] = False
