@@ -17,24 +17,24 @@
 
 static void check(int ok, const char *what)
 {
-	if (!ok) {
-		fprintf(stderr, "evict: %s: %s\n", what, strerror(errno));
+	if (!ok && fprintf(stderr, "evict: %s: %s\n", what, strerror(errno)))
 		exit(1);
-	}
 }
 
 int main(int argc, char **argv)
 {
 	check((errno = EINVAL, argc == 3), "usage: evict BACKUP PAGES");
-	size_t size = sysconf(_SC_PAGESIZE), count = strtoul(argv[2], NULL, 10), length = count * size;
-	char path[4096], drop[64], *pages = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	char path[4096], drop[64], page_size[32] = "";
+	check(!mkdir(argv[1], 0700), argv[1]); /* ttm_backup_shmem_create() */
+	snprintf(path, sizeof path, "%s/..", argv[1]);
+	check(getxattr(path, "user.ttmfs.page_size", page_size, sizeof page_size - 1) > 0, path);
+	size_t count = strtoul(argv[2], NULL, 10), length = count * strtoul(page_size, NULL, 10);
+	char *pages = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	check(pages != MAP_FAILED, "mmap");
 	for (size_t i = 0; i < length; i += sizeof(size_t))
 		*(size_t *)(pages + i) = i * 0x9E3779B97F4A7C15; /* something to recognise */
 
-	check(!mkdir(argv[1], 0700), argv[1]); /* ttm_backup_shmem_create() */
-	snprintf(path, sizeof path, "%s/.image", argv[1]);
-	int image = open(path, O_RDWR | O_CLOEXEC);
+	int image = (snprintf(path, sizeof path, "%s/.image", argv[1]), open(path, O_RDWR | O_CLOEXEC));
 	check(image >= 0, path);
 
 	for (size_t done = 0; done < length;) { /* ttm_backup_backup_page(), up to 256 pages a request */

@@ -6,6 +6,7 @@ set -eu
 umask 022 # every user is to run it
 cd "$(dirname "$0")/.."
 prefix=${PREFIX:-/usr/local}
+case $prefix in /*) ;; *) echo "install: PREFIX must be an absolute path, not $prefix" >&2; exit 1 ;; esac
 home=$prefix/lib/ttmfs
 
 commands="ttmfs ttmfs-service mount.py"
@@ -42,7 +43,10 @@ done
 mkdir -p "$prefix/bin" "$prefix/lib/systemd/system" "$prefix/lib/systemd/user"
 mkdir -p "$prefix/share/man/man1" "$prefix/share/man/man5" "$prefix/share/man/man8"
 for command in $commands; do ln -sf "$home/bin/$command" "$prefix/bin/$command"; done
-for unit in $units; do ln -sf "$home/lib/systemd/$unit" "$prefix/lib/systemd/$unit"; done
+for unit in $units; do # with the program's path: systemd looks for one without below /usr and /usr/local alone
+    rm -f "$prefix/lib/systemd/$unit"
+    sed "s|^ExecStart=ttmfs-service|ExecStart=$prefix/bin/ttmfs-service|" "$home/lib/systemd/$unit" >"$prefix/lib/systemd/$unit"
+done
 for page in $pages; do ln -sf "$home/share/man/$page" "$prefix/share/man/$page"; done
 ln -sf mount.ttmfs.8 "$prefix/share/man/man8/mount.fuse.ttmfs.8"
 for helper in $helpers; do ln -sf "$home/bin/$helper" "/sbin/$helper"; done

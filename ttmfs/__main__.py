@@ -1,7 +1,16 @@
-"""``python -m ttmfs``: the command."""
+"""The command ``ttmfs``, and ``python -m ttmfs``.
 
+Up to :func:`ttmfs.cli.main` an interruption ends the process as it would end any program that has not begun, and not in
+the middle of an import, with a traceback.
+"""
+
+import signal
 import sys
+
+if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where the caller has it ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from .cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ A command's module is imported when the command is used, so that none waits for 
 import argparse
 import importlib
 import os
+import signal
 import sys
 
 from .commands.command import Command, CommandError, reason
@@ -60,9 +61,21 @@ def parser(*used: str) -> argparse.ArgumentParser:
     return whole
 
 
+def _have_standard_files() -> None:
+    """Have standard input, output and error, whichever the caller closed: else a backup's file could become one."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
 def main() -> int:
     """From argv to an exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if interrupted."""
     name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    _have_standard_files()
     try:
         try:
             arguments = parser(name).parse_args()
@@ -71,6 +84,10 @@ def main() -> int:
             raise
         command: Command = arguments.command
         name = command.name
+        if command.uses_client:
+            importlib.import_module(".client", __package__)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # nothing is imported any more: see __main__.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         status = command.run(arguments)
         sys.stdout.flush()
         return status

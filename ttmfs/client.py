@@ -388,10 +388,10 @@ class Backup:
                     try:
                         done += way(offset + done, data[done : done + STEP])
                     except OSError as error:
-                        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
-                            raise
                         refused = error
                         break
+                if refused and refused.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+                    break
             if refused and done < self.page_size:
                 raise refused
         return done // self.page_size

@@ -23,6 +23,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
@@ -282,7 +283,7 @@ def _checked_mountpoint(path: str) -> str:
     """The real path of a directory to mount on."""
     try:
         os.statvfs(path)  # unlike stat(2) it asks whoever serves what is mounted there, so it finds a dead mount
-        if not os.path.isdir(path):
+        if not stat.S_ISDIR(os.stat(path).st_mode):
             raise MountError(f"{path} is no directory; give an empty one")
     except FileNotFoundError:
         raise MountError(f"{path} does not exist; make it first: mkdir {path}") from None
@@ -310,6 +311,8 @@ def _mount(source: str, mountpoint: str, options: Options) -> int:
         if result.returncode:
             text = result.stderr.strip().removeprefix(f"{FUSERMOUNT}: ") or f"exit status {result.returncode}"
             lacking = "/dev/fuse" in text or "fuse device" in text
+            if lacking and "ermission denied" in text:
+                text += "; as root: chmod 0666 /dev/fuse, which udev does on most systems"
             code = ExitCode.SYSTEM if lacking else ExitCode.FAILED
             raise MountError(f"{FUSERMOUNT} cannot mount at {mountpoint}: {text}", code)
         _, descriptors, _, _ = socket.recv_fds(here, 1, 1)

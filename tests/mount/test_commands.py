@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 import stores
-from harness import REPOSITORY, Mount, attribute, count, opened, run, set_attribute, wait_until
+from harness import REPOSITORY, Mount, attribute, count, names, opened, run, set_attribute, wait_until
 from stores import ALICE, BOB, Place, as_user
 from ttmfs import cli
 
@@ -243,6 +243,44 @@ def test_whoever_wants_no_more_output_gets_none(mnt: Path) -> None:
                 check=False,
             )
         assert (done.returncode, done.stderr) == (141, b""), words
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_files_that_are_closed_are_no_fault_and_no_backup(mnt: Path, closed: str) -> None:
+    """Else the first file opened would get the number of one, and what is printed."""
+    (mnt / "a").mkdir()
+    store(mnt / "a", PAGE * b"x")
+    for words, code in ("map A", 0), ("writeback A", 0), ("--help", 0), ("create A", 2), ("ls /", 2):
+        words = words.replace("A", f"{mnt}/a")
+        assert "Traceback" not in run(f"({sys.executable} -m ttmfs {words} {closed}) 2>&1", cwd=REPOSITORY, code=code)
+    assert content(mnt / "a") == {1: PAGE * b"x"}
+
+
+def test_an_interruption_at_any_moment_is_no_fault(mnt: Path) -> None:
+    """Before the command has begun it ends the process, as any; then it is said in a line."""
+    seen = set()
+    for milliseconds in range(15, 200, 8):
+        command = [*TTMFS, "ls", "--watch=60", mnt]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:
+            time.sleep(milliseconds / 1000)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        seen.add(process.returncode)
+        if process.returncode == 1 and b"ttmfs" not in said:
+            continue  # Python itself has not begun
+        assert b"Traceback" not in said, said.decode()
+    assert seen >= {-signal.SIGINT, 0}
+
+
+def test_what_cannot_be_meant_together_is_refused(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    for words, why in (
+        ("ls --watch=abc", "'abc' is no number of seconds, and no path"),
+        (f"map --json -o {tmp_path}/a.png {mnt}/a", "give one of the two"),
+        (f"create {mnt}/.hidden", "begin with a dot"),
+    ):
+        assert why in ttmfs(*words.split(), code=2)
+    assert not names(tmp_path)
 
 
 def test_fini_ends_backups_with_their_pages_and_nothing_else(mnt: Path) -> None:

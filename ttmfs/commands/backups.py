@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..errors import TtmfsError
 from ..mountinfo import ttmfs_mounts
@@ -127,6 +127,8 @@ def _ls(arguments: argparse.Namespace) -> int:
         try:
             seconds = float(arguments.watch)
         except ValueError:  # it was the first path
+            if not os.path.lexists(arguments.watch):
+                raise CommandError(f"--watch: {arguments.watch!r} is no number of seconds, and no path") from None
             paths.insert(0, arguments.watch)
             seconds = SECONDS
         if not 0.1 <= seconds <= 86400:
@@ -138,7 +140,8 @@ def _ls(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:  # is how it ends
             return 0
     rows, status = _look(paths)
-    _show(rows, arguments)
+    if rows or status < 2:
+        _show(rows, arguments)
     return status
 
 
@@ -263,18 +266,30 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="MNT/NAME", help="a backup")
 
 
+def _add_writeback(parser: argparse.ArgumentParser) -> None:
+    _add_paths(parser)
+    parser.add_argument("--json", action="store_true", help="a list of objects: backup, page_size, counts of pages")
+
+
 def _writeback(arguments: argparse.Namespace) -> int:
+    done: list[dict[str, Any]] = []
+
     def writeback(path: str) -> None:
         check_backup(path)
         from ..client import Backup
 
         with Backup.open(path, native=False) as backup:
             backup.writeback()
-            where = backup.residency()
-        resident, swapped = (size(count * backup.page_size) for count in (where.resident, where.swapped))
-        sys.stdout.write(f"{quoted(path)}: {swapped} out of memory, {resident} in memory\n")
+            done.append({"backup": path, "page_size": backup.page_size, **asdict(backup.residency())})
 
-    return _each("writeback", arguments.paths, writeback)
+    status = _each("writeback", arguments.paths, writeback)
+    if arguments.json:
+        sys.stdout.write(json.dumps(done, indent=2) + "\n")
+        return status
+    for found in done:
+        resident, swapped = (size(found[where] * found["page_size"]) for where in ("resident", "swapped"))
+        sys.stdout.write(f"{quoted(found['backup'])}: {swapped} out of memory, {resident} in memory\n")
+    return status
 
 
 def _fini(arguments: argparse.Namespace) -> int:
@@ -298,6 +313,7 @@ examples:
   ttmfs create -s 64m -m 700 /mnt/ttm/{a,b,c}      each spans 64 MiB""",
         _add_create,
         _create,
+        uses_client=True,
     ),
     Command(
         "ls",
@@ -319,9 +335,11 @@ examples:
         """\
 examples:
   ttmfs writeback /mnt/ttm/bo7
-  ttmfs writeback /mnt/ttm/*""",
-        _add_paths,
+  ttmfs writeback /mnt/ttm/*
+  ttmfs writeback --json /mnt/ttm/bo7 | jq '.[].swapped'""",
+        _add_writeback,
         _writeback,
+        uses_client=True,
     ),
     Command(
         "fini",
@@ -332,5 +350,6 @@ examples:
   ttmfs fini /mnt/ttm/*         all of them; the mount stays""",
         _add_paths,
         _fini,
+        uses_client=True,
     ),
 )

@@ -21,6 +21,7 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], object]
     run: Callable[[argparse.Namespace], int]
     interrupted: str = "interrupted"  # what is said then
+    uses_client: bool = False  # whose import takes a moment
 
 
 class CommandError(Exception):

@@ -95,5 +95,6 @@ examples:
   ttmfs fd /mnt/ttm/bo7 -- fallocate -p -o 8192 -l 4096 {}""",
         _add,
         _run,
+        uses_client=True,
     ),
 )

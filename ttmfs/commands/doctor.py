@@ -189,7 +189,7 @@ def _rights() -> Iterator[Check]:
     if os.geteuid():
         try:
             may = not subprocess.run(
-                ["unshare", "-U", "true"], capture_output=True, timeout=ANSWER_SECONDS, check=False
+                ["unshare", "-U", "-r", "-m", "true"], capture_output=True, timeout=ANSWER_SECONDS, check=False
             ).returncode
         except (OSError, subprocess.TimeoutExpired):
             may = False

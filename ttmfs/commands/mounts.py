@@ -61,7 +61,10 @@ def check_backup(path: str) -> None:
 
 def check_new(path: str) -> None:
     """CommandError unless a backup could be made there, but for the mount's own refusals."""
-    above = os.path.dirname(os.path.normpath(path)) or "."
+    above, name = os.path.split(os.path.normpath(path))
+    above = above or "."
+    if name[:1] == ".":
+        raise CommandError(f"{quoted(path)}: names that begin with a dot are the mount's own")
     if page_size_of_mount(above) is None:
         raise CommandError(f"{quoted(above)} is no mount of ttmfs: backups lie in the root of one, such as MNT/a")
 

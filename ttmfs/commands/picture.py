@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .command import Command, CommandError, reason
 from .mounts import check_backup
 from .png import BLUE, GREY, LETTER, LINE_HEIGHT, ORANGE, PURPLE, Canvas
-from .terminal import columns, has_colours, is_utf8, painted, quoted, size
+from .terminal import columns, has_colours, is_terminal, is_utf8, painted, quoted, size
 
 if TYPE_CHECKING:
     from ..client import Backup
@@ -83,6 +83,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.json and arguments.output:
+        raise CommandError("--json is text, on standard output; -o writes a PNG: give one of the two")
+    if str(arguments.output) == "-" and is_terminal(sys.stdout):
+        raise CommandError("a PNG is nothing for a terminal: send it to a file or a program")
     check_backup(arguments.backup)
     from ..client import Backup
 
@@ -242,5 +246,6 @@ examples:
   ttmfs map --json /mnt/ttm/bo7 | jq '.runs | length'""",
         _add,
         _run,
+        uses_client=True,
     ),
 )
