@@ -260,7 +260,7 @@ def test_an_interruption_at_any_moment_is_no_fault(mnt: Path) -> None:
     """Before the command has begun it ends the process, as any; then it is said in a line."""
     seen = set()
     for milliseconds in range(15, 200, 8):
-        command = [*TTMFS, "ls", "--watch=60", mnt]
+        command = [*TTMFS, "ls", "--watch=60", str(mnt)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:
             time.sleep(milliseconds / 1000)
             process.send_signal(signal.SIGINT)

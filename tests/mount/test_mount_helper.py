@@ -275,7 +275,8 @@ def test_manual_pages_are_where_man_looks(machine: Machine) -> None:
 
 def test_uninstall_takes_away_ours_and_nothing_else(machine: Machine) -> None:
     helpers, home = " ".join(f"/sbin/{name}" for name in HELPERS), "/usr/local/lib/ttmfs"
-    links = "find /sbin/ /usr/local/bin /usr/local/lib/systemd /usr/local/share/man -lname '*ttmfs*'"
+    links = "find /sbin/ /usr/local/bin /usr/local/lib/systemd /usr/local/share/man "
+    links += "'(' -lname '*ttmfs*' -o -name '*ttmfs*' ')'"
     machine.run(f"PREFIX=/opt/other scripts/install.sh uninstall; ls {helpers}")
     assert len(machine.run(links).split()) > 10
     machine.run(f"{links} -print0 | tar -cPf /run/links.tar --null -T -; cp -al {home} {home}.kept")
