@@ -18,6 +18,7 @@ from typing import Any
 
 import bandwidth
 import clients
+import floor
 import idle
 import latency
 import listing
@@ -31,6 +32,7 @@ GROUPS = {
     "operations": operations,
     "clients": clients,
     "bandwidth": bandwidth,
+    "floor": floor,
     "latency": latency,
     "listing": listing,
     "memory": memory,

@@ -27,6 +27,7 @@ from processes import uninterrupted
 __all__ = [
     "BINDFS",
     "EXAMPLE",
+    "NULL",
     "OFF",
     "SIDE_BY_SIDE",
     "TMPFS",
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 TTMFS, OFF, EXAMPLE, BINDFS, TMPFS = SIDE_BY_SIDE = ("ttmfs", "ttmfs busy_poll=off", "tmpfs.py", "bindfs", "tmpfs")
+
+NULL = "null.py"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WAIT_SECONDS, FETCH_SECONDS = 30.0, 120.0
@@ -237,6 +240,14 @@ class Bindfs(_Daemon):
                 self._below.path.rmdir()
 
 
+class Null(_Daemon):
+    """pyfuse3 with nothing behind it."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__(name, size)
+        self.command = [sys.executable, str(Path(__file__).with_name("null.py"))]
+
+
 class Example(_Daemon):
     """The filesystem ``examples/tmpfs.py`` of pyfuse3."""
 
@@ -280,6 +291,7 @@ def side_by_side(size: int, names: Sequence[str] = SIDE_BY_SIDE) -> tuple[list[S
         TTMFS: lambda: Ttmfs(TTMFS, size),
         OFF: lambda: Ttmfs(OFF, size, "busy_poll=off"),
         EXAMPLE: lambda: Example(EXAMPLE, size),
+        NULL: lambda: Null(NULL, size),
         BINDFS: lambda: Bindfs(BINDFS, size),
         TMPFS: lambda: Tmpfs(TMPFS, size),
     }

@@ -256,6 +256,12 @@ class Backup:
         except OSError as error:
             raise from_os_error(error, "reading pages") from error
 
+    def overwrite(self, offset: int, data: bytes) -> int:
+        """As :meth:`write`, of bytes of one page that is there, which takes no room."""
+        if offset + len(data) > (size := self.size):  # .shmem can have cut it in the middle of the page
+            data = data[: max(0, size - offset)]
+        return self._write(offset, data)
+
     def write(self, offset: int, data: bytes | memoryview) -> int:
         """Store bytes, which makes every page that they touch exist. Gives how many were stored.
 
@@ -308,9 +314,15 @@ class Backup:
 
     def create_page(self, idx: int) -> None:
         """Store a zero page unless there is a page already. Raises OutOfBounds and NoRoom."""
-        if (idx + 1) * self._page_size > self.size:
-            raise OutOfBounds(f"the backup ends at page {self.size // self._page_size}")
-        if self.holds(idx):
+        last = (idx + 1) * self._page_size - 1
+        try:  # one look for both, the end and the page: who makes a page was told that there is none
+            if os.lseek(self._store.descriptor(self._id), last, os.SEEK_HOLE) != last:
+                return
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise from_os_error(error, "looking for a page") from error
+            raise OutOfBounds(f"the backup ends at page {self.size // self._page_size}") from None
+        if self._page_size > BASE_PAGE_SIZE and self.holds(idx):  # of which the end may not have been written
             return
         if not self._store.admit(self._id, 1):
             raise self._store.refusal(self._id)

@@ -216,8 +216,10 @@ class Operations(pyfuse3.Operations):
         return self._file
 
     def _fill(self, entry: EntryAttributes, attributes: Attributes) -> None:
-        entry.st_mode, entry.st_nlink, entry.st_size, entry.st_blocks, entry.st_uid, entry.st_gid, *times = attributes
-        entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns, lasting = times
+        (
+            entry.st_mode, entry.st_nlink, entry.st_size, entry.st_blocks, entry.st_uid, entry.st_gid,
+            entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns, lasting,
+        ) = attributes  # fmt: skip
         entry.attr_timeout = self.lifetime if lasting else 0.0
 
     # --- names ---

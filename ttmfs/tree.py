@@ -403,9 +403,10 @@ class Tree:
         return self._write_now(backup, handle, start, data)
 
     def _write_now(self, backup: Backup, handle: int, start: int, data: bytes) -> int:
-        if handle != IMAGE:
-            _check_page(backup, handle)
-        return backup.write(start, data)
+        if handle == IMAGE:
+            return backup.write(start, data)
+        _check_page(backup, handle)
+        return backup.overwrite(start, data)
 
     async def _write_out(self, fh: int, offset: int, data: bytes) -> int:
         """A write opened O_SYNC: stored, and pushed out of memory."""

@@ -16,7 +16,7 @@ import pytest
 from harness import REPOSITORY, children, mounts_below, wait_until
 
 BENCH = REPOSITORY / "benchmarks/bench.py"
-GROUPS = "operations clients bandwidth latency listing memory idle".split()
+GROUPS = "operations clients bandwidth floor latency listing memory idle".split()
 BESIDE = "tmpfs.py", "bindfs"  # Debian's package and pip bring them; where they cannot be had, that is said
 pytest.importorskip("matplotlib", reason="the extra bench is not installed")
 

@@ -1,0 +1,106 @@
+"""What pyfuse3 and the kernel take when there is nothing behind them (``null.py``), and how much of ttmfs that is."""
+
+import contextlib
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+from bandwidth import WAYS
+from plan import Plan
+from report import Target, ratio, spread, table
+from systems import BINDFS, NULL, TMPFS, TTMFS, Ttmfs, mounted, side_by_side
+from workloads import (
+    OPERATIONS,
+    REQUEST_BYTES,
+    UNKNOWN,
+    Cost,
+    Pages,
+    buffer,
+    know_names,
+    measure,
+    pause,
+    transfer,
+    write_image,
+)
+
+__all__ = ["report", "run", "targets"]
+
+HELD = ("stat uncached", "pread", "pwrite")
+CREATE = "create+write+close"
+
+
+def run(plan: Plan, directory: Path) -> dict[str, Any]:
+    """Microseconds an operation, and MiB/s of requests of 1 MiB, a round each; systems in turns."""
+    size = 4 * plan.operations * os.sysconf("SC_PAGE_SIZE") + 2 * plan.bulk_bytes + (64 << 20)
+    systems, missing = side_by_side(size, (NULL, TTMFS, BINDFS, TMPFS))
+    names = [system.name for system in systems]
+    kinds = [name for name in OPERATIONS if name != UNKNOWN]
+    costs: dict[str, dict[str, list[Cost]]] = {kind: {name: [] for name in names} for kind in kinds}
+    speeds: dict[str, dict[str, list[float]]] = {way: {name: [] for name in names} for way in WAYS}
+    request = buffer(REQUEST_BYTES)
+    with mounted(directory, systems), contextlib.ExitStack() as stack:
+        homes = {system.name: system.new("a") for system in systems}
+        files = {}
+        for system in systems:
+            name = ".image" if isinstance(system, Ttmfs) or system.name == NULL else "file"
+            flags = os.O_RDWR if name == ".image" else os.O_RDWR | os.O_CREAT
+            files[system.name] = os.open(homes[system.name] / name, flags)
+            stack.callback(os.close, files[system.name])
+            write_image(files[system.name], plan.bulk_bytes, request)
+        for turn in range(plan.rounds + 1):
+            order = systems[turn % len(systems) :] + systems[: turn % len(systems)]
+            # ttmfs' .image lies over its page files: these begin behind what it holds.
+            skipped = plan.bulk_bytes // os.sysconf("SC_PAGE_SIZE")
+            pages = {
+                system.name: Pages(
+                    [f"{homes[system.name]}/{skipped + handle}" for handle in range(1, plan.operations + 1)],
+                    system.page_size,
+                    os.urandom(system.page_size),
+                )
+                for system in systems
+            }
+            for kind, system in itertools.product(kinds, order):
+                its = pages[system.name]
+                if kind != CREATE:
+                    know_names(its)
+                with its.holding(plan.held) if kind in HELD else contextlib.nullcontext():
+                    cost = measure(system, kind, its)
+                if turn:
+                    costs[kind][system.name].append(cost)
+            for (way, act), name in itertools.product(WAYS.items(), [system.name for system in order]):
+                pause()
+                speed = plan.bulk_bytes / (1 << 20) / transfer(act, files[name], plan.bulk_bytes, request)
+                if turn:
+                    speeds[way][name].append(speed)
+    latency = {
+        kind: {name: [round(cost.latency, 3) for cost in its] for name, its in row.items()}
+        for kind, row in costs.items()
+    }
+    return {"systems": names, "missing": missing, "microseconds": latency, "mib_per_second": speeds}
+
+
+def targets(_: dict[str, Any]) -> list[Target]:
+    """None: it is what others' targets are to be read with."""
+    return []
+
+
+def report(found: dict[str, Any]) -> str:
+    names, latency, speeds = found["systems"], found["microseconds"], found["mib_per_second"]
+
+    def rows(figures: dict[str, dict[str, list[float]]], digits: int) -> list[list[str]]:
+        return [
+            [what, *(f"{spread(row[name], digits)} [{ratio(row[name], row[NULL]):.2f}]" for name in names)]
+            for what, row in figures.items()
+        ]
+
+    parts = [
+        "null.py is pyfuse3 with ttmfs' polling and answers that are ready: what is not the filesystem's.\n"
+        "Microseconds an operation; in brackets, of null.py.",
+        table(("operation", *names), rows(latency, 1)),
+        "Requests of 1 MiB over pages that are there, MiB/s. Of null.py what is written is copied twice, and what is\n"
+        "read once.",
+        table(("", *names), rows(speeds, 0)),
+    ]
+    parts += [f"NOT MEASURED: {name}: {why}" for name, why in found["missing"].items()]
+    return "\n\n".join(parts)
