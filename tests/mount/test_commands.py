@@ -148,6 +148,20 @@ def test_create_makes_backups_of_a_size_and_mode(mnt: Path) -> None:
     assert count(mnt / "c", "size") == 64 * MIB
 
 
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("there was no need to")
+
+
+def test_create_makes_a_private_backup_in_one_step(mnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it could be opened by anyone before its mode is changed."""
+    ttmfs("create", "-m", "777", mnt / "all")
+    assert stat.S_IMODE((mnt / "all").stat().st_mode) == 0o777, "what the umask takes is given back"
+    monkeypatch.setattr(os, "chmod", refuse)
+    ttmfs("create", "-m", "700", mnt / "mine")
+    ttmfs("create", mnt / "usual")
+    assert [stat.S_IMODE((mnt / name).stat().st_mode) for name in ("mine", "usual")] == [0o700, 0o755]
+
+
 def test_create_goes_on_after_one_that_cannot_be_made(mnt: Path, tmp_path: Path) -> None:
     text = ttmfs("create", tmp_path / "x", mnt / "a", mnt / "a", "/nowhere/x", code=1)
     assert (mnt / "a").is_dir()

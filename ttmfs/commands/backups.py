@@ -61,8 +61,8 @@ def _create(arguments: argparse.Namespace) -> int:
     except OptionError as error:
         raise CommandError(f"--size: {error}") from None
     try:
-        mode = None if arguments.mode is None else int(arguments.mode, 8)
-        if mode is not None and not 0 <= mode <= 0o7777:
+        mode = 0o777 if arguments.mode is None else int(arguments.mode, 8)
+        if not 0 <= mode <= 0o7777:
             raise ValueError
     except ValueError:
         raise CommandError(f"--mode: {arguments.mode!r} is no mode: write it in octal, such as 0750") from None
@@ -73,8 +73,8 @@ def _create(arguments: argparse.Namespace) -> int:
 
         if spans and spans > MOST_PAGES * number(os.path.dirname(os.path.normpath(path)) or ".", "page_size"):
             raise CommandError(f"{quoted(path)}: a backup has at most {MOST_PAGES} pages")
-        with Backup.create(path, spans, native=False):
-            if mode is not None:
+        with Backup.create(path, spans, mode=mode, native=False):  # so that it never lets in more than is asked for
+            if arguments.mode is not None and mode & ~os.stat(path).st_mode:  # the umask took some of it
                 os.chmod(path, mode)
 
     return _each("create", arguments.paths, create)
