@@ -32,15 +32,15 @@ __all__ = [
     "INTERRUPTED",
     "PART",
     "PIECE",
+    "Digest",
     "RescueError",
-    "Sum",
     "add_arguments",
     "data_runs",
+    "digests_of",
     "keepers",
     "line_of",
     "partial_name",
     "run",
-    "sums_of",
     "total_of",
     "write_all",
 ]
@@ -256,19 +256,19 @@ def _opened(name: str, directory: int) -> int:
 
 def _summed(fd: int, copy_to: int | None = None) -> tuple[str, int]:
     """The checksum of a sparse file and how many pieces of it are data, which are copied to another file on the way."""
-    return total_of(sums_of(fd, copy_to))
+    return total_of(digests_of(fd, copy_to))
 
 
-class Sum(NamedTuple):
-    """The checksum of a part, in hexadecimal digits, and how many pieces it has that are not all zeros."""
+class Digest(NamedTuple):
+    """The SHA-256 of a part, in hexadecimal digits, and how many pieces it has that are not all zeros."""
 
-    digest: str
+    sha256: str
     pieces: int
 
     @classmethod
-    def of(cls, blocks: Iterable[tuple[int, bytes | memoryview]]) -> "Sum":
+    def of(cls, blocks: Iterable[tuple[int, bytes | memoryview]]) -> "Digest":
         """Of the blocks of data in a part, with their positions in the backup, ascending and in whole pieces."""
-        digest, pieces = hashlib.sha256(), 0
+        sha256, pieces = hashlib.sha256(), 0
         for position, block in blocks:
             for start in range(0, len(block), _AT_ONCE):
                 words: list[bytes] = []
@@ -276,14 +276,14 @@ class Sum(NamedTuple):
                     piece = bytes(block[at : at + PIECE])
                     if piece != ZEROS:
                         words += ((position + at) // PIECE).to_bytes(8, "little"), piece.ljust(PIECE, b"\0")
-                digest.update(b"".join(words))
+                sha256.update(b"".join(words))
                 pieces += len(words) // 2
-        return cls(digest.hexdigest(), pieces)
+        return cls(sha256.hexdigest(), pieces)
 
 
-def sums_of(fd: int, copy_to: int | None = None) -> dict[int, Sum]:
-    """The checksums of the parts of a sparse file that have data, by number."""
-    sums: dict[int, Sum] = {}
+def digests_of(fd: int, copy_to: int | None = None) -> dict[int, Digest]:
+    """The digests of the parts of a sparse file that have data, by number."""
+    digests: dict[int, Digest] = {}
     runs: dict[int, list[tuple[int, int]]] = {}
     for start, end in data_runs(fd):
         while start < end:
@@ -292,20 +292,20 @@ def sums_of(fd: int, copy_to: int | None = None) -> dict[int, Sum]:
             start = runs[number][-1][1]
         # What is complete by now need not wait for the end: a file may have more runs than there is memory for.
         for number in [number for number in runs if (number + 1) * PART <= end]:
-            sums[number] = Sum.of(_blocks(fd, runs.pop(number), copy_to))
+            digests[number] = Digest.of(_blocks(fd, runs.pop(number), copy_to))
     for number, those in runs.items():
-        sums[number] = Sum.of(_blocks(fd, those, copy_to))
-    return sums
+        digests[number] = Digest.of(_blocks(fd, those, copy_to))
+    return digests
 
 
-def total_of(sums: dict[int, Sum]) -> tuple[str, int]:
+def total_of(digests: dict[int, Digest]) -> tuple[str, int]:
     """The checksum of a backup from those of its parts, and its pieces."""
-    digest, pieces = hashlib.sha256(), 0
-    for number, part in sorted(sums.items()):
+    sha256, pieces = hashlib.sha256(), 0
+    for number, part in sorted(digests.items()):
         if part.pieces:
-            digest.update(number.to_bytes(8, "little") + bytes.fromhex(part.digest))
+            sha256.update(number.to_bytes(8, "little") + bytes.fromhex(part.sha256))
             pieces += part.pieces
-    return digest.hexdigest(), pieces
+    return sha256.hexdigest(), pieces
 
 
 def _blocks(fd: int, runs: Iterable[tuple[int, int]], copy_to: int | None) -> Iterator[tuple[int, bytes]]:
@@ -327,18 +327,19 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def data_runs(fd: int) -> Iterator[tuple[int, int]]:
-    """The runs of data of a file, to whole pieces, as (start, end) in bytes."""
-    end = 0
-    while True:
+def data_runs(fd: int, position: int = 0, past: int = 2**63 - 1) -> Iterator[tuple[int, int]]:
+    """The runs of data of a file, or of a range of it in whole pieces, to whole pieces, as (start, end) in bytes."""
+    while position < past:
         try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
+            start = os.lseek(fd, position, os.SEEK_DATA)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
             return
-        end = -(-os.lseek(fd, start, os.SEEK_HOLE) // PIECE) * PIECE
-        yield start // PIECE * PIECE, end
+        if start >= past:
+            return
+        position = min(past, -(-os.lseek(fd, start, os.SEEK_HOLE) // PIECE) * PIECE)
+        yield start // PIECE * PIECE, position
 
 
 def _told(line: str) -> str:

@@ -40,7 +40,19 @@ from .. import linux
 from ..errors import NoRoom
 from ..handles import format_ranges, parse_ranges
 from ..pages import flat
-from ..rescue import BLOCK, CHECKSUMS, PART, PIECE, Sum, data_runs, line_of, partial_name, sums_of, total_of, write_all
+from ..rescue import (
+    BLOCK,
+    CHECKSUMS,
+    PART,
+    PIECE,
+    Digest,
+    data_runs,
+    digests_of,
+    line_of,
+    partial_name,
+    total_of,
+    write_all,
+)
 from .command import Command, CommandError, reason
 from .descriptor import file_of
 from .mounts import check_backup, check_new
@@ -66,7 +78,7 @@ class _Part(NamedTuple):
 
     number: int
     runs: Runs
-    sum: Sum | None
+    sum: Digest | None
 
     @property
     def pages(self) -> int:
@@ -76,14 +88,16 @@ class _Part(NamedTuple):
     def line(self) -> str:
         assert self.sum
         ranges = format_ranges([(first + 1, past) for first, past in self.runs])
-        return f"{self.number} {self.sum.pieces} {self.sum.digest} {ranges}\n"
+        return f"{self.number} {self.sum.pieces} {self.sum.sha256} {ranges}\n"
 
     @classmethod
     def parse(cls, line: str) -> _Part:
         number, pieces, digest, ranges = line.split(" ")
         if len(bytes.fromhex(digest)) != 32:
             raise ValueError("no checksum")
-        return cls(int(number), [(first - 1, last) for first, last in parse_ranges(ranges)], Sum(digest, int(pieces)))
+        return cls(
+            int(number), [(first - 1, last) for first, last in parse_ranges(ranges)], Digest(digest, int(pieces))
+        )
 
 
 @dataclass
@@ -178,7 +192,7 @@ class _Source:
         if self._file != self._own:
             os.close(self._file)
 
-    def sum(self, part: _Part, then: Callable[[int, memoryview], object] = lambda *_: None) -> Sum | None:
+    def sum(self, part: _Part, then: Callable[[int, memoryview], object] = lambda *_: None) -> Digest | None:
         """The checksum of a part, each block of which is given to `then`. None if a page of it is no more."""
         page_size, buffer = self._backup.page_size, memoryview(bytearray(BLOCK))
 
@@ -190,7 +204,7 @@ class _Source:
                     then(start, block)
                     yield start, block
 
-        found = Sum.of(blocks())
+        found = Digest.of(blocks())
         is_full = found.pieces == part.pages * page_size // PIECE  # and so none was read where there is nothing
         return found if is_full or self._has(part) else None
 
@@ -411,7 +425,7 @@ def _is_sound(file: int, part: _Part, page_size: int) -> bool:
                 _fill(file, block, start)
                 yield start, block
 
-    return Sum.of(blocks()) == part.sum
+    return Digest.of(blocks()) == part.sum
 
 
 def _told(arguments: argparse.Namespace, text: _Text, verb: str, **more: object) -> int:
@@ -476,7 +490,7 @@ def _beside(path: Path, file: int) -> _Text | None:
         return text
     if not (line := line_of(path.name, path.parent)):
         return None
-    sums = sums_of(file)
+    sums = digests_of(file)
     if (*total_of(sums), length) != line:
         raise CommandError(f"{name} is damaged: its checksum is not the one in {quoted(path.parent / CHECKSUMS)}")
     return _Text({"size": length}, {number: _Part(number, [], found) for number, found in sums.items()})
@@ -606,7 +620,7 @@ class _Loading:
             _fill(self._file, flat(those)[: max(0, self._end - start)], start)
         if part.sum:
             data = ((run[0] * page_size, flat(those)) for run, those in zip(part.runs, pages, strict=True))
-            if Sum.of(_in_blocks(data)) != part.sum:
+            if Digest.of(_in_blocks(data)) != part.sum:
                 return None
         for (first, past), those in zip(part.runs, pages, strict=True):
             if len(backup.backup_pages(those, first)) < past - first:
