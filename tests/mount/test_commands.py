@@ -1,12 +1,17 @@
 """The commands of ``ttmfs`` on real mounts: what they do, what they refuse, what a terminal sees, and interruptions."""
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import io
 import json
+import mmap
 import os
 import pty
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -27,7 +32,7 @@ import pytest
 import stores
 from harness import REPOSITORY, Mount, attribute, count, names, opened, run, set_attribute, wait_until
 from stores import ALICE, BOB, Place, as_user
-from ttmfs import cli
+from ttmfs import cli, linux
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
@@ -98,7 +103,6 @@ def on_terminal(
 ) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
     """Run a command on a terminal of its own; gives the other end of it."""
     ours, theirs = pty.openpty()
-    import fcntl
     import termios
 
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
@@ -477,7 +481,7 @@ def test_what_was_saved_is_loaded_at_the_same_handles(pair: Path, tmp_path: Path
     before = content(pair / "a")
     text = ttmfs("save", "--verify", pair / "a", tmp_path / "f")
     assert f"saved: {len(before)} pages" in text
-    assert sorted(os.listdir(tmp_path)) == sorted({"f", "f.ttmfs", "mnt", *os.listdir(tmp_path)})
+    assert sorted(set(os.listdir(tmp_path)) - {"mnt", "store"}) == ["f", "f.ttmfs"]
     assert image(tmp_path / "f") == image(pair / "a/.image")
     assert (tmp_path / "f").stat().st_blocks * 512 <= (len(before) + 4) * page
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o640
@@ -533,6 +537,65 @@ def flip(path: Path, offset: int) -> None:
         os.pwrite(fd, bytes([byte ^ 1]), offset)
 
 
+def sealed(lines: str) -> str:
+    """A manifest of these lines."""
+    return f"{lines}end {hashlib.sha256(lines.encode()).hexdigest()}\n"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("1-4096", "1-1099511627776"),  # beyond the part
+        ("1-4096", "4097-8192"),  # in another part
+        ("1-4096", "2-3,1"),
+        ("1-4096", "1-4,4-8"),
+        ("1-4096", ""),
+        ("size=67108864", "size=16384"),  # beyond the end
+        ("size=67108864", "size=67108865"),
+        ("page_size=4096", "page_size=0"),
+        ("page_size=4096", "page_size=12288"),
+        ("mode=755", "mode=1755"),
+        ("\n0 ", "\n-1 "),
+        ("\n1 ", "\n0 "),
+        ("\n1 ", "\n\n1 "),
+        ("ttmfs 2", "ttmfs 3"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused_though_it_is_whole(
+    mnt: Path, tmp_path: Path, wrong: tuple[str, str]
+) -> None:
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE[: 2 * PART])
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    manifest = tmp_path / "f.ttmfs"
+    lines = manifest.read_text().rpartition("end ")[0]
+    assert sealed(lines) == manifest.read_text()
+    assert wrong[0] in lines
+    manifest.write_text(sealed(lines.replace(*wrong, 1)))
+    assert "f.ttmfs is damaged" in ttmfs("load", tmp_path / "f", mnt / "b", code=2)
+    assert not (mnt / "b").exists()
+
+
+@pytest.mark.parametrize("wrong", [("mode=755", "mode=777"), (" 3-4", " 3-5")])
+def test_a_manifest_that_was_changed_is_found(mnt: Path, tmp_path: Path, wrong: tuple[str, str]) -> None:
+    """Pages of zeros are under no digest but the manifest's own."""
+    (mnt / "a").mkdir()
+    for handle in "34":
+        (mnt / "a" / handle).touch()
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    text = (tmp_path / "f.ttmfs").read_text()
+    assert wrong[0] in text
+    (tmp_path / "f.ttmfs").write_text(text.replace(*wrong))
+    for words in ["--check", tmp_path / "f"], [tmp_path / "f", mnt / "b"]:
+        assert "f.ttmfs is damaged" in ttmfs("load", *words, code=2)
+
+
+def test_check_gives_programs_the_plain_name(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    ttmfs("save", mnt / "a", tmp_path / ODD)
+    assert json.loads(ttmfs("load", "--check", "--json", tmp_path / ODD)) == {"file": str(tmp_path / ODD), "ok": True}
+
+
 def test_a_damaged_part_is_told_and_not_stored(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[: 3 * PART])
@@ -551,9 +614,9 @@ def test_a_damaged_part_is_told_and_not_stored(mnt: Path, tmp_path: Path) -> Non
     assert "bytes, and had" in ttmfs("load", tmp_path / "f", mnt / "c", code=2)
     os.truncate(tmp_path / "f", 64 * MIB)
     text = (tmp_path / "f.ttmfs").read_text()
-    (tmp_path / "f.ttmfs").write_text(text.replace('"page_size": 4096', '"page_size": 65536'))
+    (tmp_path / "f.ttmfs").write_text(sealed("ttmfs 2 page_size=65536 size=67108864 mode=755\n"))
     assert "handles would not be the same" in ttmfs("load", tmp_path / "f", mnt / "c", code=2)
-    for damaged in text[:-1].rpartition("\n")[0] + "\n", text.replace(" 1-", " 2-"), text[100:], "", "{}\n", "\0" * 99:
+    for damaged in text[:-1].rpartition("\n")[0] + "\n", text + "\n", text[100:], "", "{}\n", "\0" * 99:
         (tmp_path / "f.ttmfs").write_text(damaged)
         assert "f.ttmfs is damaged" in ttmfs("load", tmp_path / "f", mnt / "c", code=2)
     assert not (mnt / "c").exists()
@@ -594,10 +657,9 @@ def pages_of(backup: Path) -> int:
     return count(backup, "pages") if backup.exists() else 0
 
 
-def parts_noted(note: Path) -> int:
-    with contextlib.suppress(FileNotFoundError):
-        return note.read_text().count("\n") - 1
-    return 0
+def bytes_in(partial: Path) -> int:
+    """Bytes that a save has written by now."""
+    return partial.stat().st_blocks * 512 if partial.exists() else 0
 
 
 @pytest.fixture
@@ -611,31 +673,192 @@ def large(mnt: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
+def first_data(path: Path) -> int:
+    with opened(path) as fd:
+        return os.lseek(fd, 0, os.SEEK_DATA)
+
+
 def test_a_save_that_is_killed_goes_on_and_looks_whole_only_when_it_is(large: tuple[Path, Path]) -> None:
     backup, target = large
-    note, chance = target.with_name(".f.partial.ttmfs"), random.Random(os.environ.get("CI"))
+    hidden, chance = target.with_name(".f.partial"), random.Random(os.environ.get("CI"))
     kills = damaged = 0
     while not target.exists() or not kills:
         for path in target, target.with_name("f.ttmfs"):  # it was through before it could be killed
             path.unlink(missing_ok=True)
-        before, more = parts_noted(note), chance.randrange(3)
+        before, more = bytes_in(hidden), chance.randrange(3 * PART)
         with started("save", backup, target) as client:
-            wait_for(client, partial(parts_noted, note), before + more)
+            wait_for(client, partial(bytes_in, hidden), before + more)
             client.kill()
         kills += client.returncode == -signal.SIGKILL
         assert client.returncode in (0, -signal.SIGKILL)
-        if kills and not damaged and not target.exists():
+        if bytes_in(hidden) and not damaged:
             damaged = 1
-            number = int(note.read_text().splitlines()[1].split(" ")[0])
-            flip(target.with_name(".f.partial"), number * PART + 99)  # what a machine that failed may have lost
-    if note.exists():  # killed between the last two steps
-        ttmfs("save", backup, target)
-    lines = [line.split(" ")[0] for line in target.with_name("f.ttmfs").read_text().splitlines()[1:] if line[0] != "e"]
-    assert set(lines) == {str(n) for n in range(8)}
-    assert len(lines) == 8 + damaged, "each part was copied once, but for the one that was lost"
+            flip(hidden, first_data(hidden) + 99)  # what a machine that failed may have lost
+    if hidden.exists():  # killed between the last two steps
+        ttmfs("save", "--force", backup, target)
     assert "OK" in ttmfs("load", "--check", target)
     assert image(target) == image(backup / ".image")
     assert not list(target.parent.glob(".*"))
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def bytes_written() -> int:
+    """By this process."""
+    return int(re.findall(r"wchar: (\d+)", Path("/proc/self/io").read_text())[0])
+
+
+@pytest.fixture(params=[1, 2], ids=["before the manifest has its name", "before the file has its name"])
+def stopped(request: pytest.FixtureRequest, mnt: Path, tmp_path: Path) -> Path:
+    """Where a save that was to replace a file was stopped in its last steps."""
+    target, calls = tmp_path / "f", 0
+    replace = os.replace
+
+    def stop(*names: Any, **directories: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == request.param:
+            raise KeyboardInterrupt
+        replace(*names, **directories)
+
+    (mnt / "old").mkdir()
+    store(mnt / "old", NOISE[:PAGE])
+    ttmfs("save", mnt / "old", target)
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE[: 3 * PART])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        ttmfs("save", "--force", mnt / "a", target, code=130)
+    assert image(target) == image(mnt / "old/.image")
+    return target
+
+
+def test_a_save_that_was_stopped_in_its_last_steps_is_ended_by_the_same_command(mnt: Path, stopped: Path) -> None:
+    assert "is there already" in ttmfs("save", mnt / "a", stopped, code=2)
+    before = bytes_written()
+    assert "saved: " in ttmfs("save", "--force", mnt / "a", stopped)
+    assert bytes_written() < before + MIB, "what was there was not copied again"
+    assert image(stopped) == image(mnt / "a/.image")
+    assert "OK" in ttmfs("load", "--check", stopped)
+    assert not list(stopped.parent.glob(".*"))
+
+
+def test_what_an_interrupted_save_has_left_is_never_taken_for_another_backup(mnt: Path, stopped: Path) -> None:
+    (mnt / "other").mkdir()
+    set_attribute(mnt / "other", "size", 2 * PART)
+    store(mnt / "other", NOISE[MIB : 2 * MIB], PART)
+    ttmfs("save", "--force", mnt / "other", stopped)
+    assert image(stopped) == image(mnt / "other/.image")
+    assert "OK" in ttmfs("load", "--check", stopped)
+    ttmfs("load", stopped, mnt / "b")
+    assert content(mnt / "b") == content(mnt / "other")
+
+
+def test_a_file_that_does_not_belong_to_its_manifest_yet_is_not_loaded(mnt: Path, stopped: Path) -> None:
+    if (stopped.parent / ".f.partial.ttmfs").exists():
+        assert "OK" in ttmfs("load", "--check", stopped), "nothing was replaced yet"
+        return
+    assert "damaged: 3 of 3" in ttmfs("load", "--check", stopped, code=1)
+    assert "nothing of" in ttmfs("load", stopped, mnt / "b", code=2)
+    assert not (mnt / "b").exists()
+
+
+def cannot(*_: object) -> None:
+    raise OSError(errno.EOPNOTSUPP, "no holes")
+
+
+@pytest.mark.parametrize("has_holes", [True, False])
+def test_what_was_dropped_since_an_interruption_is_not_in_the_file(
+    mnt: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch, has_holes: bool
+) -> None:
+    backup, pages = mnt / "a", PART // PAGE
+    set_attribute(backup, "drop", f"{pages + 1}-{2 * pages},{2 * pages + 7}")
+    if not has_holes:
+        monkeypatch.setattr(linux, "punch_hole", cannot)
+    ttmfs("save", "--force", backup, stopped)
+    if has_holes:
+        assert stopped.stat().st_blocks * 512 < 2 * PART + MIB
+    assert image(stopped) == image(backup / ".image")
+    ttmfs("load", stopped, mnt / "b")
+    assert content(mnt / "b") == content(backup)
+
+
+def test_what_was_stored_through_a_mapping_since_an_interruption_is_in_the_file(mnt: Path, tmp_path: Path) -> None:
+    """Which changes no time, if the page was written to before."""
+    backup, target = mnt / "a", tmp_path / "f"
+    backup.mkdir()
+    store(backup, NOISE[:PART])
+    with opened(backup / ".shmem") as fd, mmap.mmap(fd, PART) as memory:
+        memory[:5] = b"first"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", interrupt)
+            ttmfs("save", backup, target, code=130)
+        memory[:5] = b"later"
+    ttmfs("save", backup, target)
+    assert image(target)[:5] == b"later"
+    assert "OK" in ttmfs("load", "--check", target)
+
+
+def test_a_save_keeps_off_a_file_that_another_makes(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    hidden = tmp_path / ".f.partial"
+    hidden.touch()
+    with opened(hidden) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        assert "is being written by another" in ttmfs("save", mnt / "a", tmp_path / "f", code=2)
+        assert os.path.samestat(hidden.stat(), os.fstat(fd)), "which it has not begun yet"
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    assert sorted(os.listdir(tmp_path)) == ["f", "f.ttmfs"]
+
+
+def test_a_save_follows_no_link_and_takes_over_no_file_of_others(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE[:PAGE])
+    precious, hidden = tmp_path / "precious", tmp_path / ".f.partial"
+    precious.write_text("precious")
+
+    def touch(owner: int, mode: int) -> None:
+        hidden.touch()
+        hidden.chmod(mode)
+        os.chown(hidden, owner, owner)
+
+    for make in (
+        partial(hidden.symlink_to, precious),
+        partial(hidden.hardlink_to, precious),
+        partial(os.mkfifo, hidden),
+        partial(touch, ALICE, 0o600),
+        partial(touch, 0, 0o620),
+    ):
+        make()
+        assert ".f.partial is in the way" in ttmfs("save", mnt / "a", tmp_path / "f", code=2)
+        hidden.unlink()
+    hidden.with_name(".f.partial.ttmfs").symlink_to(precious)
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    assert precious.read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["f", "f.ttmfs", "precious"]
+
+
+def test_a_save_replaces_nothing_unasked(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    (tmp_path / "f.ttmfs").write_text("somebody's")
+    assert "f.ttmfs is there already" in ttmfs("save", mnt / "a", tmp_path / "f", code=2)
+    assert "File name too long" in ttmfs("save", mnt / "a", tmp_path / ("f" * 253), code=2)
+    assert os.listdir(tmp_path) == ["f.ttmfs"]
+    (tmp_path / "d.ttmfs").mkdir()
+    assert "is a directory" in ttmfs("save", "--force", mnt / "a", tmp_path / "d", code=2)
+
+
+def test_a_saved_file_is_the_callers_and_lets_in_others_as_the_backup_does(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    for mode, gid, expected in (0o777, 0, 0o666), (0o750, 0, 0o640), (0o775, ALICE, 0o604), (0o070, 0, 0o660):
+        os.chown(mnt / "a", ALICE, gid)
+        os.chmod(mnt / "a", mode)
+        ttmfs("save", "--force", mnt / "a", tmp_path / "f")
+        for name in "f", "f.ttmfs":
+            found = (tmp_path / name).stat()
+            assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 0, expected)
 
 
 def amid_a_save(
@@ -644,7 +867,7 @@ def amid_a_save(
     """Do something to a save when a part of it is done; its exit status and output."""
     for _ in range(5):
         with started("save", backup, target) as client:
-            wait_for(client, partial(parts_noted, target.with_name(".f.partial.ttmfs")), 0)
+            wait_for(client, partial(bytes_in, target.with_name(".f.partial")), 0)
             act(client)
             out, err = client.communicate(timeout=30)
         if client.returncode:
@@ -654,14 +877,13 @@ def amid_a_save(
     raise AssertionError("it is always through before")
 
 
-def test_ctrl_c_is_answered_in_a_line_and_what_changed_since_is_saved_anew(large: tuple[Path, Path]) -> None:
+def test_ctrl_c_is_answered_in_a_line_and_what_changed_since_is_saved_as_it_is_now(large: tuple[Path, Path]) -> None:
     backup, target = large
     status, out, err = amid_a_save(backup, target, lambda client: client.send_signal(signal.SIGINT))
     assert (status, out) == (130, b"")
     assert err == b"ttmfs save: interrupted; the same command goes on where it was\n"
     (backup / "1").write_bytes(b"changed")
-    text = ttmfs("save", backup, target)
-    assert "it begins anew" in text
+    ttmfs("save", backup, target)
     assert image(target) == image(backup / ".image")
 
 
@@ -703,6 +925,101 @@ def test_a_load_that_is_killed_goes_on(large: tuple[Path, Path], mnt: Path) -> N
         if kills == 1:
             assert "--continue goes on" in ttmfs("load", target, mnt / "b", code=2)
     assert image(mnt / "b/.image") == expected
+
+
+def limited(length: int) -> Callable[[], None]:
+    """Lets a process write no file, and so no page, past a length."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (length, length))
+
+
+def test_a_load_that_fails_says_what_is_there(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE[: 3 * PART])
+    os.chmod(mnt / "a", 0o555)
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    text = ttmfs("load", tmp_path / "f", mnt / "b", code=2, preexec_fn=limited(0))
+    assert f"{mnt}/b: File too large; nothing is stored, and {mnt}/b was not made" in text
+    assert not (mnt / "b").exists()
+    text = ttmfs("load", tmp_path / "f", mnt / "b", code=1, preexec_fn=limited(2 * PART + 5 * PAGE))
+    assert f"of {3 * PART // PAGE} to be stored" in text
+    assert f"ttmfs load --continue {tmp_path}/f {mnt}/b goes on" in text
+    assert f"; {count(mnt / 'b', 'pages')} pages are there" in text
+    assert stat.S_IMODE((mnt / "b").stat().st_mode) == 0o700, "until all of it is there"
+    ttmfs("load", "--continue", tmp_path / "f", mnt / "b")
+    assert stat.S_IMODE((mnt / "b").stat().st_mode) == 0o555
+    assert image(mnt / "b/.image") == image(mnt / "a/.image")
+
+
+def test_a_load_whose_mount_dies_says_so(large: tuple[Path, Path], mountpoint: Path, tmp_path: Path) -> None:
+    backup, target = large
+    ttmfs("save", backup, target)
+    (tmp_path / "store").mkdir()
+    with (
+        Mount(mountpoint, f"store={tmp_path}/store") as mount,  # where every page goes through it
+        started("load", target, mountpoint / "b") as client,
+    ):
+        wait_for(client, lambda: pages_of(mountpoint / "b"), 2 * PART // PAGE)
+        mount.kill_both()
+        _, error = client.communicate(timeout=30)
+    assert client.returncode == 1, error
+    assert b"goes on" in error
+    assert b"Traceback" not in error
+
+
+def test_a_file_of_which_nothing_is_sound_makes_no_backup(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE[:PAGE])
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    flip(tmp_path / "f", 1)
+    assert f"{mnt}/b was not made" in ttmfs("load", tmp_path / "f", mnt / "b", code=2)
+    assert not (mnt / "b").exists()
+    (mnt / "a/1").write_bytes(b"other")
+    before = content(mnt / "a")
+    assert f"{mnt}/a is as it was" in ttmfs("load", "--into", tmp_path / "f", mnt / "a", code=2)
+    assert content(mnt / "a") == before
+
+
+def test_a_backup_is_private_until_all_of_it_is_loaded(
+    mnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mnt / "a").mkdir(mode=0o751)
+    store(mnt / "a", NOISE[:PAGE])
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    run("cp --sparse=always f plain; chmod 640 plain", cwd=tmp_path)
+    changes: list[tuple[int, int, int]] = []
+    chmod = os.chmod
+
+    def noted(path: str, mode: int) -> None:
+        changes.append((stat.S_IMODE(os.stat(path).st_mode), count(Path(path), "pages"), mode))
+        chmod(path, mode)
+
+    monkeypatch.setattr(os, "chmod", noted)
+    ttmfs("load", tmp_path / "f", mnt / "b")
+    ttmfs("load", tmp_path / "plain", mnt / "c")
+    assert changes == [(0o700, 1, 0o751), (0o700, 1, 0o750)]
+    ttmfs("create", "-m", "700", mnt / "mine")
+    ttmfs("load", "--into", tmp_path / "f", mnt / "mine")
+    assert len(changes) == 2, "its mode stays"
+
+
+def test_what_another_user_has_put_there_lets_nobody_in(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir(mode=0o755)
+    store(mnt / "a", NOISE[:PAGE])
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    os.chown(tmp_path / "f.ttmfs", ALICE, ALICE)
+    assert "another user's than the file" in ttmfs("load", tmp_path / "f", mnt / "b", code=2)
+    os.chown(tmp_path / "f", ALICE, ALICE)
+    ttmfs("load", tmp_path / "f", mnt / "b")
+    (tmp_path / "f.ttmfs").unlink()
+    ttmfs("load", tmp_path / "f", mnt / "c")
+    for name in "bc":
+        found = (mnt / name).stat()
+        assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o700)
+        assert content(mnt / name) == content(mnt / "a")
+    os.mkfifo(tmp_path / "fifo")
+    assert "is no file" in ttmfs("load", tmp_path / "fifo", mnt / "d", code=2)
+    os.mkfifo(tmp_path / "f.ttmfs")
+    assert "f.ttmfs is damaged" in ttmfs("load", tmp_path / "f", mnt / "d", code=2)
 
 
 def test_a_bar_is_drawn_on_a_terminal_alone(mnt: Path, tmp_path: Path) -> None:

@@ -1,23 +1,23 @@
 """``save`` and ``load``: a backup to a sparse file, and back to the same handles.
 
 FILE is the backup's bytes at their places, as ``ttmfs rescue`` and ``store=`` have them, and can be read without ttmfs.
-What a sparse file cannot be relied on to carry stands in a text beside it, FILE.ttmfs: the page size, which handles
-hold pages (many copying tools make holes of zeros, or zeros of holes), and the checksum of each part of 16 MiB with
-data. It is a file, since extended attributes are left behind by most tools and filesystems:
+What a sparse file cannot be relied on to carry stands in a manifest beside it, FILE.ttmfs: page size, mode, which
+handles hold pages (many copying tools make holes of zeros, or zeros of holes), and the digest of each part of 16 MiB
+with pages. It is a file, since extended attributes are left behind by most tools and filesystems:
 
-    {"ttmfs": 1, "page_size": 4096, "size": 67108864, "mode": 493, "of": [...]}
-    NUMBER PIECES CHECKSUM HANDLES          of each part, in any order: 0 4096 9f86d0... 1-4096
-    end PIECES CHECKSUM PAGES               of all; without this line it is not whole
+    ttmfs 2 page_size=4096 size=67108864 mode=755
+    NUMBER PIECES SHA256 HANDLES            of each part, ascending: 0 4096 9f86d0... 1-4096
+    end SHA256                              of every byte before this line
 
-The checksums are those of :mod:`ttmfs.rescue`, whose copies can be loaded too.
+The digests of parts are those of :mod:`ttmfs.rescue`, whose copies can be loaded too.
 
-Going on. ``save`` writes to hidden files, .FILE.partial and .FILE.partial.ttmfs, and adds a part's line once the part
-is written. They get their names when all of it is on the disk, so what is called FILE is whole. Run again, parts with a
-line are not copied again if they still have its checksum; everything is, if the backup was changed since (st_mtime).
-``load`` keeps no note: a part of a backup that has the checksum it should have is left as it is.
+Going on. ``save`` writes to a hidden file, .FILE.partial. Run again, it compares each part of it with the backup and
+copies those that differ. There is no journal, which could be torn, or tell of another backup, or of this one as it was.
+When all is on the disk the manifest gets its name, then FILE. Interrupted in between, FILE is not what the manifest
+tells, which ``load`` finds, and the same command ends it. ``load`` keeps no journal either: a part of a backup that has
+the digest it should have is left as it is.
 
-Concurrency: parts are copied by several threads; a part belongs to one. All that is noted, and told, is the main
-thread's.
+Concurrency: parts are copied by several threads; a part belongs to one. What became of them is the main thread's.
 """
 
 from __future__ import annotations
@@ -26,18 +26,21 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import hashlib
+import itertools
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from .. import linux
-from ..errors import NoRoom
+from ..errors import NoRoom, StoreFailed, TtmfsError
 from ..handles import format_ranges, parse_ranges
 from ..pages import flat
 from ..rescue import (
@@ -63,85 +66,104 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS"]
 
-SIDECAR = ".ttmfs"
-VERSION = 1
+MANIFEST = ".ttmfs"
+VERSION = 2
 THREADS = 4
 TRIES = 5
-SET_MODE = 0o777
+PRIVATE = 0o700
+"""The mode of a backup until all of it is loaded."""
 
 Runs = list[tuple[int, int]]
 """Runs of pages, as (first index, index past the last)."""
 
+T = TypeVar("T")
+
+
+# --- the manifest ---
+
 
 class _Part(NamedTuple):
-    """A part of 16 MiB: which pages it has, and their checksum, if that is known."""
+    """A part of 16 MiB: which pages it has, and their digest, if that is known."""
 
     number: int
     runs: Runs
-    sum: Digest | None
+    digest: Digest | None
 
     @property
     def pages(self) -> int:
         return sum(past - first for first, past in self.runs)
 
     @property
+    def ranges(self) -> str:
+        """Their handles."""
+        return format_ranges([(first + 1, past) for first, past in self.runs])
+
+    @property
     def line(self) -> str:
-        assert self.sum
-        ranges = format_ranges([(first + 1, past) for first, past in self.runs])
-        return f"{self.number} {self.sum.pieces} {self.sum.sha256} {ranges}\n"
+        assert self.digest
+        return f"{self.number} {self.digest.pieces} {self.digest.sha256} {self.ranges}\n"
 
     @classmethod
-    def parse(cls, line: str) -> _Part:
-        number, pieces, digest, ranges = line.split(" ")
-        if len(bytes.fromhex(digest)) != 32:
-            raise ValueError("no checksum")
-        return cls(
-            int(number), [(first - 1, last) for first, last in parse_ranges(ranges)], Digest(digest, int(pieces))
+    def parse(cls, line: str, page_size: int, length: int) -> _Part:
+        """ValueError if it is none of a backup that spans `length` bytes."""
+        number, pieces, sha256, ranges = line.split(" ")
+        part = cls(
+            int(number), [(first - 1, last) for first, last in parse_ranges(ranges)], Digest(sha256, int(pieces))
         )
+        step = PART // page_size
+        borders = part.number * step, min((part.number + 1) * step, length // page_size)
+        edges = [borders[0], *itertools.chain(*part.runs), borders[1]]
+        if edges != sorted(edges):
+            raise ValueError(f"part {part.number} has handles that do not ascend, or do not lie in it")
+        return part
 
 
-@dataclass
-class _Text:
-    """What stands in FILE.ttmfs."""
+@dataclass(frozen=True)
+class _Manifest:
+    """What FILE.ttmfs tells."""
 
-    header: dict[str, Any]
-    parts: dict[int, _Part] = field(default_factory=dict)
+    page_size: int
+    size: int
+    mode: int
+    parts: dict[int, _Part]
 
     @property
     def pages(self) -> int:
         return sum(part.pages for part in self.parts.values())
 
     @property
-    def total(self) -> tuple[str, int]:
-        """The checksum of all, and the pieces."""
-        return total_of({number: part.sum for number, part in self.parts.items() if part.sum})
+    def checksum(self) -> str:
+        """That of the whole, as ``ttmfs rescue`` reckons it."""
+        return total_of({number: part.digest for number, part in self.parts.items() if part.digest})[0]
 
     @property
-    def end(self) -> str:
-        """The last line."""
-        checksum, pieces = self.total
-        return f"end {pieces} {checksum} {self.pages}\n"
+    def text(self) -> str:
+        head = f"ttmfs {VERSION} page_size={self.page_size} size={self.size} mode={self.mode:03o}\n"
+        lines = head + "".join(self.parts[number].line for number in sorted(self.parts))
+        return f"{lines}end {hashlib.sha256(lines.encode()).hexdigest()}\n"
 
     @classmethod
-    def read(cls, path: Path, *, whole: bool) -> _Text:
-        """OSError if there is none. ValueError if it is not what it should be; unless `whole`, it may end anywhere."""
-        first, *lines = path.read_text(encoding="ascii").split("\n")
-        text = cls(json.loads(first))
-        if not isinstance(text.header, dict) or text.header.get("ttmfs") != VERSION:
-            raise ValueError("of another version, or no such text")
-        end = ""
-        for line in lines[:-1]:  # what has no line end was cut off
-            if line.startswith("end "):
-                end = line + "\n"
-                continue
-            part = _Part.parse(line)
-            text.parts[part.number] = part  # the last line of a part counts
-        if whole:
-            if end != text.end:
-                raise ValueError("it is not whole")
-            if not all(isinstance(text.header.get(key), int) for key in ("page_size", "size", "mode")):
-                raise ValueError("its first line lacks something")
-        return text
+    def parse(cls, data: bytes) -> _Manifest:
+        """ValueError if it is not what was written."""
+        if not data.startswith(b"ttmfs %d " % VERSION):
+            raise ValueError("of another version, or no manifest")
+        lines, _, end = data.rpartition(b"end ")
+        if end != hashlib.sha256(lines).hexdigest().encode() + b"\n":
+            raise ValueError("it is not whole, or was changed")
+        first, *rest = lines.decode("ascii").split("\n")[:-1]
+        if not (match := re.fullmatch(r"ttmfs \d+ page_size=(\d+) size=(\d+) mode=([0-7]{3})", first)):
+            raise ValueError("its first line lacks something")
+        page_size, length, mode = int(match[1]), int(match[2]), int(match[3], 8)
+        if not page_size or page_size % PIECE or PART % page_size or not length or length % page_size:
+            raise ValueError("no backup has such sizes")
+        parts = [_Part.parse(line, page_size, length) for line in rest]
+        if any(after.number <= before.number for before, after in itertools.pairwise(parts)):
+            raise ValueError("its parts do not ascend")
+        return cls(page_size, length, mode, {part.number: part for part in parts})
+
+
+def _manifest_of(path: Path) -> Path:
+    return path.with_name(path.name + MANIFEST)
 
 
 def _by_part(runs: Iterable[tuple[int, int]], page_size: int) -> dict[int, Runs]:
@@ -156,10 +178,13 @@ def _by_part(runs: Iterable[tuple[int, int]], page_size: int) -> dict[int, Runs]
     return parts
 
 
-def _in_threads(work: Callable[[_Part], _Part | None], parts: Iterable[_Part]) -> Iterator[tuple[_Part, _Part | None]]:
+# --- reading parts ---
+
+
+def _in_threads(work: Callable[[_Part], T], parts: Iterable[_Part]) -> Iterator[tuple[_Part, T]]:
     """What `work` makes of each part, as it is done. At an exception no further part is begun."""
     with ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)))) as threads:
-        waiting: dict[Future[_Part | None], _Part] = {}
+        waiting: dict[Future[T], _Part] = {}
         todo = iter(parts)
         try:
             while True:
@@ -174,49 +199,14 @@ def _in_threads(work: Callable[[_Part], _Part | None], parts: Iterable[_Part]) -
             raise
 
 
-class _Source:
-    """A backup to read from: its own file if that can be had, else ``.image``. Neither tells an absent page from zeros.
-
-    (Backup.copy_pages() does, by looking for every page before and after; here that is done where zeros were read.)
-    """
-
-    def __init__(self, backup: Backup, path: str) -> None:
-        self._backup = backup
-        self._own = file_of(backup)
-        self._file = self._own if self._own >= 0 else os.open(f"{path}/.image", os.O_RDONLY | os.O_CLOEXEC)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file != self._own:
-            os.close(self._file)
-
-    def sum(self, part: _Part, then: Callable[[int, memoryview], object] = lambda *_: None) -> Digest | None:
-        """The checksum of a part, each block of which is given to `then`. None if a page of it is no more."""
-        page_size, buffer = self._backup.page_size, memoryview(bytearray(BLOCK))
-
-        def blocks() -> Iterator[tuple[int, memoryview]]:
-            for first, past in part.runs:
-                for start in range(first * page_size, past * page_size, BLOCK):
-                    block = buffer[: min(BLOCK, past * page_size - start)]
-                    _fill(self._file, block, start)
-                    then(start, block)
-                    yield start, block
-
-        found = Digest.of(blocks())
-        is_full = found.pieces == part.pages * page_size // PIECE  # and so none was read where there is nothing
-        return found if is_full or self._has(part) else None
-
-    def _has(self, part: _Part) -> bool:
-        if self._own < 0:
-            return _by_part(self._backup.runs(), self._backup.page_size).get(part.number) == part.runs
-        page_size = self._backup.page_size
-        return all(
-            linux.is_data(self._own, idx * page_size, page_size)
-            for first, past in part.runs
-            for idx in range(first, past)
-        )
+def _blocks(file: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
+    """What a file has in ranges of bytes, with positions, each in the memory of the one before."""
+    buffer = memoryview(bytearray(BLOCK))
+    for start, end in ranges:
+        for position in range(start, end, BLOCK):
+            block = buffer[: min(BLOCK, end - position)]
+            _fill(file, block, position)
+            yield position, block
 
 
 def _fill(file: int, view: memoryview, offset: int) -> None:
@@ -225,6 +215,94 @@ def _fill(file: int, view: memoryview, offset: int) -> None:
         if not (read := os.preadv(file, [view], offset)):
             raise OSError(errno.EIO, "it has become shorter")
         view, offset = view[read:], offset + read
+
+
+def _bytes_of(part: _Part, page_size: int) -> Iterator[tuple[int, int]]:
+    """The ranges of bytes of its pages."""
+    return ((first * page_size, past * page_size) for first, past in part.runs)
+
+
+def _is_sound(file: int, part: _Part, page_size: int) -> bool:
+    """Whether a file can be read where the pages of a part should be, and has there what it should have."""
+    with contextlib.suppress(OSError):
+        return Digest.of(_blocks(file, _bytes_of(part, page_size))) == part.digest
+    return False
+
+
+class _Source:
+    """A backup to read from: its own file if that can be had, else ``.image``. Neither tells an absent page from zeros.
+
+    (Backup.copy_pages() does, by looking for every page before and after; here that is done where zeros were read.)
+    What fails raises StoreFailed.
+    """
+
+    def __init__(self, backup: Backup, path: str) -> None:
+        self._backup = backup
+        self._own = file_of(backup)
+        with _failing():
+            self._file = self._own if self._own >= 0 else os.open(f"{path}/.image", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file != self._own:
+            os.close(self._file)
+
+    def parts(self) -> dict[int, Runs]:
+        """The runs of its pages, by part."""
+        return _by_part(self._backup.runs(), self._backup.page_size)
+
+    def blocks(self, part: _Part) -> Iterator[tuple[int, memoryview]]:
+        """What the pages of a part hold."""
+        blocks = _blocks(self._file, _bytes_of(part, self._backup.page_size))
+        while True:
+            with _failing():
+                block = next(blocks, None)
+            if block is None:
+                return
+            yield block
+
+    def digest(self, part: _Part) -> Digest | None:
+        """That of a part. None if a page of it is no more."""
+        return self.confirmed(part, Digest.of(self.blocks(part)))
+
+    def confirmed(self, part: _Part, digest: Digest) -> Digest | None:
+        """The digest of what was read of a part, unless a page of it is no more, and was read as zeros."""
+        is_full = (
+            digest.pieces == part.pages * self._backup.page_size // PIECE
+        )  # so none was read where there is nothing
+        return digest if is_full or self._has(part) else None
+
+    def _has(self, part: _Part) -> bool:
+        if self._own < 0:
+            return self.parts().get(part.number) == part.runs
+        page_size = self._backup.page_size
+        with _failing():
+            return all(
+                linux.is_data(self._own, idx * page_size, page_size)
+                for first, past in part.runs
+                for idx in range(first, past)
+            )
+
+
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
+    """A backup that cannot be read, as an error of its own: others are of files."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailed(f"reading pages: {error.strerror}") from error
+
+
+def _report(arguments: argparse.Namespace, manifest: _Manifest, verb: str, **more: object) -> None:
+    """Say what was done."""
+    pages, count = manifest.pages, manifest.pages * manifest.page_size
+    if arguments.json:
+        found = {"backup": arguments.backup, "file": str(arguments.file), "pages": pages, "bytes": count}
+        sys.stdout.write(json.dumps({**found, "checksum": manifest.checksum, **more}) + "\n")
+    else:
+        sys.stdout.write(f"{verb}: {pages} pages, {size(count)}, checksum {manifest.checksum[:16]}\n")
 
 
 # --- save ---
@@ -241,203 +319,248 @@ def _add_save(parser: argparse.ArgumentParser) -> None:
 def _save(arguments: argparse.Namespace) -> int:
     check_backup(arguments.backup)
     target: Path = arguments.file
-    partial = target.parent / partial_name(target.name)
-    note = partial.with_name(partial.name + SIDECAR)
-    sidecar = target.with_name(target.name + SIDECAR)
-    if target.is_dir():
-        raise CommandError(f"{quoted(target)} is a directory: give the name of a file")
-    if os.path.lexists(target) and not partial.exists() and _is_whole(note):  # only its last step was left
-        os.replace(note, sidecar)
-        text = _Text.read(sidecar, whole=True)
-        return _told(arguments, text, "saved, but for its name, before this")
-    if os.path.lexists(target) and not arguments.force:
-        raise CommandError(f"{quoted(target)} is there already; --force replaces it once the new one is whole")
+    for path in target, _manifest_of(target):
+        if path.is_dir():
+            raise CommandError(f"{quoted(path)} is a directory: give the name of a file")
     from ..client import Backup
 
-    with Backup.open(arguments.backup) as backup, _locked(partial) as file:
-        saved = _Saving(backup, arguments.backup, file, note)
+    with Backup.open(arguments.backup) as backup, _partial_of(target) as partial:
+        if (taken := partial.taken()) and not arguments.force:
+            raise CommandError(f"{quoted(taken)} is there already; --force replaces it once the new one is whole")
+        saving = _Saving(backup, arguments.backup, partial.file)
         try:
-            text = saved.run(verify=arguments.verify)
-            with open(note, "a", encoding="ascii") as written:
-                written.write(text.end)
-                written.flush()
-                os.fsync(written.fileno())
-        except OSError as error:
-            raise CommandError(
-                f"{reason(error, error.filename or partial)}; what is there stays, and the same command goes on", 1
-            ) from None
-        os.replace(partial, target)
-        os.replace(note, sidecar)
-        directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-        if saved.changed():
-            _told(arguments, text, "saved")
-            raise CommandError(
-                f"{quoted(arguments.backup)} was changed meanwhile: {quoted(target)} has each page as of when it was "
-                "read, not all as of one moment; to have that, let no one write, and save it again with --force",
-                1,
+            manifest = saving.run(verify=arguments.verify)
+            partial.publish(manifest, saving.file_mode())
+        except (TtmfsError, OSError) as error:
+            where = (
+                arguments.backup
+                if isinstance(error, TtmfsError)
+                else target.parent / (error.filename or partial.path.name)
             )
-    return _told(arguments, text, "saved")
+            why = reason(error, where)
+            if not os.fstat(partial.file).st_size:
+                raise CommandError(why) from None
+            raise CommandError(f"{why}; what is there stays, and the same command goes on", 1) from None
+        has_changed = saving.has_changed()
+    _report(arguments, manifest, "saved")
+    if has_changed:
+        raise CommandError(
+            f"{quoted(arguments.backup)} was changed meanwhile: {quoted(target)} has each page as of when it was "
+            "read, not all as of one moment; to have that, let no one write, and save it again with --force",
+            1,
+        )
+    return 0
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        _Text.read(path, whole=True)
-    except (OSError, ValueError):
-        return False
-    return True
+@dataclass(frozen=True)
+class _Partial:
+    """FILE while it is made: its descriptor, and the directory, held open, in which it has a name of its own."""
+
+    target: Path
+    directory: int
+    file: int
+
+    @property
+    def path(self) -> Path:
+        return self.target.parent / partial_name(self.target.name)
+
+    def taken(self) -> Path | None:
+        """What would be replaced. A manifest without FILE is nobody's if an interrupted save may have left it."""
+        names = [self.target] if os.fstat(self.file).st_size else [self.target, _manifest_of(self.target)]
+        return next((path for path in names if self._stat(path.name)), None)
+
+    def is_in_place(self) -> bool:
+        """Whether its name is still that of the file that is open."""
+        found = self._stat(self.path.name)
+        return found is not None and os.path.samestat(found, os.fstat(self.file))
+
+    def publish(self, manifest: _Manifest, mode: int) -> None:
+        """Give the file and its manifest their names, once both are on the disk."""
+        if not self.is_in_place():
+            raise OSError(errno.ENOENT, "it was taken away meanwhile")
+        written = self._written(manifest, mode)
+        # The manifest first: interrupted in between, the next save finds all of the file there, and ends what was left.
+        self._rename(written, _manifest_of(self.target).name)
+        self._rename(self.path.name, self.target.name)
+        _let_in(self.file, mode)
+        os.fsync(self.directory)
+
+    def _written(self, manifest: _Manifest, mode: int) -> str:
+        """Write the manifest; under which name."""
+        name = self.path.name + MANIFEST
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.directory)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with open(os.open(name, flags, 0o600, dir_fd=self.directory), "w", encoding="ascii") as file:
+            file.write(manifest.text)
+            file.flush()
+            _let_in(file.fileno(), mode)
+            os.fsync(file.fileno())
+        return name
+
+    def _rename(self, old: str, new: str) -> None:
+        os.replace(old, new, src_dir_fd=self.directory, dst_dir_fd=self.directory)
+
+    def _stat(self, name: str) -> os.stat_result | None:
+        try:
+            return os.stat(name, dir_fd=self.directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+
+def _let_in(file: int, mode: int) -> None:
+    with contextlib.suppress(PermissionError):  # a filesystem without modes
+        os.fchmod(file, mode)
 
 
 @contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[int]:
+def _partial_of(target: Path) -> Iterator[_Partial]:
     """The file that is being made, which no one else makes at the same time."""
-    try:
-        file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise CommandError(reason(error)) from None
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file), os.stat(partial)):
+            directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, directory)
+            partial = _Partial(target, directory, _open_partial(partial_name(target.name), directory, target.parent))
+            stack.callback(os.close, partial.file)
+        except OSError as error:
+            raise CommandError(reason(error)) from None
+        try:
+            fcntl.flock(partial.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not partial.is_in_place():  # the other is through, and it was FILE that was locked
                 raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
-            raise CommandError(f"{quoted(partial)} is being written by another ttmfs save") from None
-        yield file
-    finally:
-        with contextlib.suppress(OSError):
-            if not os.fstat(file).st_size:  # it has not begun
-                partial.unlink()
+        except BlockingIOError:
+            raise CommandError(f"{quoted(partial.path)} is being written by another ttmfs save") from None
+        try:
+            yield partial
+        finally:
+            if not os.fstat(partial.file).st_size and partial.is_in_place():  # it has not begun
+                os.unlink(partial.path.name, dir_fd=directory)
+
+
+def _open_partial(name: str, directory: int, above: Path) -> int:
+    """Make the file, or open what an earlier save has left. Whoever may write to the directory may have put it there.
+
+    So no link is followed, and nobody else may be able to write to it, or to open it under another name.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.suppress(FileExistsError):
+        return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory)
+    refused = CommandError(
+        f"{quoted(above / name)} is in the way, and no ttmfs save of yours has left it: see whose it is, and remove it"
+    )
+    try:
+        file = os.open(name, flags, dir_fd=directory)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise refused from None
+        raise
+    found = os.fstat(file)
+    is_sole = found.st_nlink == 1 and not found.st_mode & 0o022
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or not is_sole:
         os.close(file)
+        raise refused
+    return file
 
 
 class _Saving:
     """A save under way."""
 
-    def __init__(self, backup: Backup, path: str, file: int, note: Path) -> None:
+    def __init__(self, backup: Backup, path: str, file: int) -> None:
         self._backup = backup
         self._path = path
         self._file = file
-        self._note = note
-        self._now = self._state()
+        self._found = self._stat()
+        self._size = backup.size
 
-    def changed(self) -> bool:
+    def has_changed(self) -> bool:
         """Whether the backup is not any more what it was at the beginning."""
-        return self._state() != self._now
+        try:
+            found, length = self._stat(), self._backup.size
+        except (TtmfsError, OSError):  # it was ended
+            return True
+        before = self._found
+        return (found.st_ino, found.st_mtime_ns, length) != (before.st_ino, before.st_mtime_ns, self._size)
 
-    def _state(self) -> list[int]:
+    def _stat(self) -> os.stat_result:
         os.close(os.open(self._path, os.O_RDONLY | os.O_DIRECTORY))  # so that the kernel asks anew
-        found = os.stat(self._path)
-        return [found.st_ino, found.st_mtime_ns, self._backup.size]
+        return os.stat(self._path)
 
-    def run(self, *, verify: bool) -> _Text:
-        """Copy what is not copied yet; what is to stand beside the file."""
-        backup, found = self._backup, os.stat(self._path)
-        header: dict[str, Any] = {"ttmfs": VERSION, "page_size": backup.page_size, "size": backup.size}
-        header |= {"mode": stat.S_IMODE(found.st_mode) & SET_MODE, "of": self._now}
-        text = _Text(header)
-        parts = [_Part(number, runs, None) for number, runs in _by_part(backup.runs(), backup.page_size).items()]
+    def file_mode(self) -> int:
+        """The file's: it is the caller's, and lets in others as the backup does; a group only if it is the same."""
+        group = 0o060 if os.fstat(self._file).st_gid == self._found.st_gid else 0
+        return 0o600 | self._found.st_mode & (0o006 | group)
+
+    def run(self, *, verify: bool) -> _Manifest:
+        """Make the file what the backup is, and see that it is on the disk."""
+        backup = self._backup
         with _Source(backup, self._path) as source:
-            before = self._before(header)
-            os.ftruncate(self._file, backup.size)
+            parts = [_Part(number, runs, None) for number, runs in source.parts().items()]
+            self._prepare({part.number for part in parts})
             total = sum(part.pages for part in parts) * backup.page_size
             with Progress(f"save {quoted(self._path)}", total) as progress:
-                self._copy(source, parts, before, text, progress)
-                os.fchmod(self._file, stat.S_IMODE(found.st_mode) & 0o666)
-                with contextlib.suppress(OSError):  # not root
-                    os.fchown(self._file, found.st_uid, found.st_gid)
+                copied = self._copy(source, parts, progress)
+                os.utime(self._file, ns=(self._found.st_atime_ns, self._found.st_mtime_ns))
                 progress.note("to the disk")
                 os.fsync(self._file)
                 if verify:
                     progress.note("reading it back")
-                    self._verify(text.parts.values())
-        os.utime(self._file, ns=(found.st_atime_ns, found.st_mtime_ns))
-        return text
+                    self._verify(copied.values())
+        return _Manifest(backup.page_size, self._size, self._found.st_mode & 0o777, copied)
 
-    def _copy(
-        self, source: _Source, parts: list[_Part], before: dict[int, _Part], text: _Text, progress: Progress
-    ) -> None:
-        """Copy the parts that are not there from `before`, and note each."""
+    def _prepare(self, numbers: set[int]) -> None:
+        """Take away what an earlier save has left in parts without pages."""
+        os.ftruncate(self._file, self._size)
+        for number in _by_part(((start // PIECE, end // PIECE) for start, end in data_runs(self._file)), PIECE):
+            if number not in numbers and self._digest(number).pieces:
+                self._clear(number)
 
-        def work(part: _Part) -> _Part | None:
-            if (known := before.get(part.number)) and known.runs == part.runs and self._is_sound(known):
-                return known
-            return self._copied(source, part)
+    def _copy(self, source: _Source, parts: list[_Part], progress: Progress) -> dict[int, _Part]:
+        copied: dict[int, _Part] = {}
+        for part, (done, was_there) in _in_threads(lambda part: self._copied(source, part), parts):
+            if done:
+                copied[done.number] = done
+            progress.advance(part.pages * self._backup.page_size, skipped=was_there)
+        return copied
 
-        with open(self._note, "a", encoding="ascii") as note:
-            for part, done in _in_threads(work, parts):
-                is_old = done is before.get(part.number)
-                if done:
-                    if not is_old:
-                        note.write(done.line)
-                        note.flush()
-                    text.parts[done.number] = done
-                progress.advance(part.pages * self._backup.page_size, skipped=is_old)
-
-    def _verify(self, parts: Iterable[_Part]) -> None:
-        for part, done in _in_threads(lambda part: part if self._is_sound(part) else None, parts):
-            if not done:
-                raise OSError(errno.EIO, f"part {part.number} is not what was written; is the disk sound?")
-
-    def _before(self, header: dict[str, Any]) -> dict[int, _Part]:
-        """The parts that were copied before an interruption, if nothing has changed since; else it is begun anew."""
-        try:
-            text = _Text.read(self._note, whole=False)
-        except (OSError, ValueError):
-            text = _Text({})
-        if text.header == header:
-            return text.parts
-        if text.header:
-            sys.stderr.write("ttmfs save: the backup was changed since the save was interrupted; it begins anew\n")
-        os.ftruncate(self._file, 0)
-        self._note.write_text(json.dumps(header) + "\n", encoding="ascii")
-        return {}
-
-    def _is_sound(self, part: _Part) -> bool:
-        """Whether a part of the file has the checksum noted: a machine that failed may have lost some of it."""
-        return _is_sound(self._file, part, self._backup.page_size)
-
-    def _copied(self, source: _Source, part: _Part) -> _Part | None:
-        """Copy a part. None if by now there is nothing in it."""
-        backup = self._backup
+    def _copied(self, source: _Source, part: _Part) -> tuple[_Part | None, bool]:
+        """Copy a part, None if by now there is nothing in it; and whether it was there already."""
+        there = self._digest(part.number)
+        if there.pieces and source.digest(part) == there:
+            return part._replace(digest=there), True
+        is_clear = not there.pieces
         for _ in range(TRIES):
-            with contextlib.suppress(OSError):  # a filesystem without: zeros are there then, and the text tells
-                linux.punch_hole(self._file, part.number * PART, PART)
-
+            if not is_clear:
+                self._clear(part.number)
             if not part.runs:
-                return None
-            if found := source.sum(part, lambda start, block: write_all(self._file, block, start)):
-                return part._replace(sum=found)
-            part = part._replace(runs=_by_part(backup.runs(), backup.page_size).get(part.number, []))
+                return None, False
+            if digest := source.confirmed(part, Digest.of(self._written(source.blocks(part)))):
+                return part._replace(digest=digest), False
+            part, is_clear = part._replace(runs=source.parts().get(part.number, [])), False
         raise CommandError(f"{quoted(self._path)}: its pages are being dropped all the time; let no one write to it", 1)
 
+    def _written(self, blocks: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
+        for position, block in blocks:
+            write_all(self._file, block, position)
+            yield position, block
 
-def _is_sound(file: int, part: _Part, page_size: int) -> bool:
-    """Whether a file has, where the pages of a part should be, what is to be there. OSError if it is too short."""
-    buffer = memoryview(bytearray(BLOCK))
+    def _digest(self, number: int) -> Digest:
+        """That of all that the file has in a part."""
+        start = number * PART
+        return Digest.of(_blocks(self._file, data_runs(self._file, start, min(start + PART, self._size))))
 
-    def blocks() -> Iterator[tuple[int, memoryview]]:
-        for first, past in part.runs:
-            for start in range(first * page_size, past * page_size, BLOCK):
-                block = buffer[: min(BLOCK, past * page_size - start)]
-                _fill(file, block, start)
-                yield start, block
+    def _clear(self, number: int) -> None:
+        start, end = number * PART, min((number + 1) * PART, self._size)
+        try:
+            linux.punch_hole(self._file, start, end - start)
+        except OSError:  # a filesystem without
+            for position in range(start, end, BLOCK):
+                write_all(self._file, bytes(min(BLOCK, end - position)), position)
 
-    return Digest.of(blocks()) == part.sum
-
-
-def _told(arguments: argparse.Namespace, text: _Text, verb: str, **more: object) -> int:
-    """Say what was done."""
-    checksum, _ = text.total
-    pages, count = text.pages, text.pages * text.header["page_size"]
-    if arguments.json:
-        found = {"backup": arguments.backup, "file": str(arguments.file), "pages": pages, "bytes": count}
-        sys.stdout.write(json.dumps({**found, "checksum": checksum, **more}) + "\n")
-    else:
-        sys.stdout.write(f"{verb}: {pages} pages, {size(count)}, checksum {checksum[:16]}\n")
-    return 0
+    def _verify(self, parts: Iterable[_Part]) -> None:
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+        for part, is_sound in _in_threads(lambda part: _is_sound(self._file, part, self._backup.page_size), parts):
+            if not is_sound:
+                raise OSError(errno.EIO, f"part {part.number} is not what was written; is the disk sound?")
 
 
 # --- load ---
@@ -447,9 +570,12 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="what ttmfs save or rescue made, or any sparse file")
     parser.add_argument("backup", metavar="MNT/NAME", nargs="?", help="the backup; made if there is none")
     parser.add_argument(
-        "--into", "--continue", dest="into", action="store_true",
-        help="store into a backup that holds pages, over those of the same handles; what it has already stays: "
-        "so a load that was interrupted goes on",
+        "--continue", dest="goes_on", action="store_true",
+        help="go on with a load that was interrupted, or had no room: what is there already stays",
+    )  # fmt: skip
+    parser.add_argument(
+        "--into", action="store_true",
+        help="store into a backup that holds other pages, over those of the same handles; its mode stays",
     )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="read the pages back when all are stored")
     parser.add_argument("--check", action="store_true", help="compare FILE with its checksum, and load nothing")
@@ -459,184 +585,247 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
 def _load(arguments: argparse.Namespace) -> int:
     if bool(arguments.backup) == arguments.check:
         raise CommandError("--check takes a FILE alone" if arguments.check else "give the backup, MNT/NAME")
-    try:
-        file = os.open(arguments.file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise CommandError(reason(error)) from None
-    try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise CommandError(f"{quoted(arguments.file)} is no file")
-        text = _beside(arguments.file, file)
-        return _checked(arguments, file, text) if arguments.check else _loaded(arguments, file, text)
-    finally:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = _open(arguments.file)
+        except OSError as error:
+            raise CommandError(reason(error, arguments.file)) from None
+        stack.callback(os.close, file)
+        known = _known(arguments.file, file)
+        return _check(arguments, file, known) if arguments.check else _loaded(arguments, file, known)
+
+
+def _open(path: Path) -> int:
+    """Open a file to read. OSError if it is none, at which nothing waits."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
+        raise OSError(errno.EINVAL, "it is no file")
+    return file
 
 
-def _beside(path: Path, file: int) -> _Text | None:
-    """What is known of a file: from FILE.ttmfs; or from the checksums of a rescue, which are checked here."""
+def _known(path: Path, file: int) -> _Manifest | dict[int, Digest] | None:
+    """What is known of a file: its manifest; or the digests of a rescue, which are compared here; or nothing."""
     length, name = os.fstat(file).st_size, quoted(path)
-    sidecar = path.with_name(path.name + SIDECAR)
     try:
-        text = _Text.read(sidecar, whole=True)
+        manifest = _read_manifest(_manifest_of(path), os.fstat(file).st_uid)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         raise CommandError(
-            f"{quoted(sidecar)} is damaged ({reason(error)}): without it, {name} can be loaded unchecked"
+            f"{quoted(_manifest_of(path))} is damaged ({reason(error)}): without it, {name} can be loaded unchecked"
         ) from None
     else:
-        if text.header["size"] != length:
-            raise CommandError(f"{name} is damaged: it has {length} bytes, and had {text.header['size']} when saved")
-        return text
+        if manifest.size != length:
+            raise CommandError(f"{name} is damaged: it has {length} bytes, and had {manifest.size} when saved")
+        return manifest
     if not (line := line_of(path.name, path.parent)):
         return None
-    sums = digests_of(file)
-    if (*total_of(sums), length) != line:
+    digests = digests_of(file)
+    if (*total_of(digests), length) != line:
         raise CommandError(f"{name} is damaged: its checksum is not the one in {quoted(path.parent / CHECKSUMS)}")
-    return _Text({"size": length}, {number: _Part(number, [], found) for number, found in sums.items()})
+    return digests
 
 
-def _checked(arguments: argparse.Namespace, file: int, text: _Text | None) -> int:
+def _read_manifest(path: Path, owner: int) -> _Manifest:
+    """The manifest of a file of `owner`. OSError and ValueError if there is none, or none that can be believed."""
+    with open(_open(path), "rb") as file:
+        whose = os.fstat(file.fileno()).st_uid
+        if not _is_trusted(whose) and whose != owner:
+            raise CommandError(f"{quoted(path)} is another user's than the file that it is about: see who put it there")
+        manifest = _Manifest.parse(file.read())
+    return manifest if _is_trusted(whose) else replace(manifest, mode=PRIVATE)
+
+
+def _is_trusted(uid: int) -> bool:
+    """Whether a file of theirs may say whom to let in."""
+    return uid in (0, os.geteuid())
+
+
+def _check(arguments: argparse.Namespace, file: int, known: _Manifest | dict[int, Digest] | None) -> int:
     """``--check``."""
     name = quoted(arguments.file)
-    if text is None:
-        raise CommandError(f"{name} has no checksum beside it: neither {name}{SIDECAR} nor a line of {CHECKSUMS}")
-    if "page_size" in text.header:  # a rescue's was checked as a whole
-        damaged = [n for n, part in text.parts.items() if not _is_sound(file, part, text.header["page_size"])]
-        if damaged:
-            raise CommandError(f"{name} is damaged: {len(damaged)} of {len(text.parts)} parts of 16 MiB", 1)
-    sys.stdout.write(f"{name}: OK\n" if not arguments.json else json.dumps({"file": name, "ok": True}) + "\n")
+    if known is None:
+        raise CommandError(f"{name} has no checksum beside it: neither {name}{MANIFEST} nor a line of {CHECKSUMS}")
+    if isinstance(known, _Manifest):  # a rescue's was compared as a whole
+        parts, page_size = known.parts.values(), known.page_size
+        sound = [is_sound for _, is_sound in _in_threads(lambda part: _is_sound(file, part, page_size), parts)]
+        if not all(sound):
+            raise CommandError(f"{name} is damaged: {sound.count(False)} of {len(sound)} parts of 16 MiB", 1)
+    found = json.dumps({"file": str(arguments.file), "ok": True}) if arguments.json else f"{name}: OK"
+    sys.stdout.write(found + "\n")
     return 0
 
 
-def _loaded(arguments: argparse.Namespace, file: int, text: _Text | None) -> int:
+def _loaded(arguments: argparse.Namespace, file: int, known: _Manifest | dict[int, Digest] | None) -> int:
     name, path = quoted(arguments.file), arguments.backup
-    length, made = os.fstat(file).st_size, not os.path.lexists(arguments.backup)
+    length, is_new = os.fstat(file).st_size, not os.path.lexists(arguments.backup)
     if not length:
         raise CommandError(f"{name} is empty: no backup spans nothing")
-    (check_new if made else check_backup)(path)
+    (check_new if is_new else check_backup)(path)
     from ..client import Backup
 
-    backup = Backup.create(path, length) if made else Backup.open(path)
-    with backup:
+    with Backup.create(path, length, mode=PRIVATE) if is_new else Backup.open(path) as backup:
         try:
-            what = _what_to_load(name, file, text, backup.page_size)
-            if not made and not arguments.into and backup.residency().pages:
-                raise CommandError(
-                    f"{quoted(path)} holds pages: --continue goes on with a load that was interrupted, "
-                    "or stores over what is there"
-                )
-            if backup.size < length:
-                backup.resize(length)
+            manifest = _manifest_to_load(name, file, known, backup.page_size)
+            if known is None:
+                sys.stderr.write(f"ttmfs load: {name} has no checksum beside it: nothing tells whether it is sound\n")
+            return _Loading(arguments, file, backup, manifest, is_new=is_new).run()
         except BaseException:
-            if made:
-                backup.fini()
+            if is_new:
+                _end_if_empty(backup)
             raise
-        if text is None:
-            sys.stderr.write(f"ttmfs load: {name} has no checksum beside it, so nothing tells whether it is sound\n")
-        elif made and "mode" in text.header:
-            os.chmod(path, text.header["mode"] & SET_MODE)
-        return _Loading(arguments, file, backup, what).run()
 
 
-def _what_to_load(name: str, file: int, text: _Text | None, page_size: int) -> _Text:
-    """The parts of a file, with their pages: as they were saved; of another file, wherever it has data."""
-    if text and "page_size" in text.header:
-        if text.header["page_size"] != page_size:
+def _end_if_empty(backup: Backup) -> None:
+    with contextlib.suppress(TtmfsError, OSError):  # what is in the way of that was in the way before
+        if not backup.residency().pages:
+            backup.fini()
+
+
+def _manifest_to_load(name: str, file: int, known: _Manifest | dict[int, Digest] | None, page_size: int) -> _Manifest:
+    """The manifest of a file: its own; or of what has none, wherever it has data."""
+    if isinstance(known, _Manifest):
+        if known.page_size != page_size:
             raise CommandError(
-                f"{name} holds pages of {size(text.header['page_size'])}, the mount such of {size(page_size)}: "
+                f"{name} holds pages of {size(known.page_size)}, the mount such of {size(page_size)}: "
                 "handles would not be the same; use a mount with that page_size="
             )
-        return text
-    length = os.fstat(file).st_size
-    if text and length % page_size:
+        return known
+    found = os.fstat(file)
+    if known and found.st_size % page_size:
         raise CommandError(f"{name} does not hold whole pages of {size(page_size)}")
     runs: Runs = []
     for start, end in data_runs(file):
-        first, past = start // page_size, -(-min(end, length) // page_size)
+        first, past = start // page_size, -(-min(end, found.st_size) // page_size)
         if runs and first <= runs[-1][1]:
             runs[-1] = runs[-1][0], past
         else:
             runs.append((first, past))
-    known = text.parts if text else {}
-    parts = {n: _Part(n, runs, known[n].sum if n in known else None) for n, runs in _by_part(runs, page_size).items()}
-    return _Text({"size": length, "page_size": page_size}, parts)
+    digests = known or {}
+    parts = {number: _Part(number, runs, digests.get(number)) for number, runs in _by_part(runs, page_size).items()}
+    mode = found.st_mode & 0o666
+    mode |= (mode & 0o444) >> 2  # who may read a file may enter a directory
+    return _Manifest(page_size, found.st_size, mode if _is_trusted(found.st_uid) else PRIVATE, parts)
 
 
 class _Loading:
     """A load under way."""
 
-    def __init__(self, arguments: argparse.Namespace, file: int, backup: Backup, text: _Text) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, file: int, backup: Backup, manifest: _Manifest, *, is_new: bool
+    ) -> None:
         self._arguments = arguments
         self._file = file
         self._backup = backup
-        self._text = text
+        self._manifest = manifest
+        self._is_new = is_new
+        self._goes_on = arguments.goes_on or arguments.into
+        self._path = quoted(arguments.backup)
         self._end = os.fstat(file).st_size
 
     def run(self) -> int:
         """Store the parts that are not there yet. The exit status."""
-        arguments, text, page_size = self._arguments, self._text, self._backup.page_size
-        path, name = quoted(arguments.backup), quoted(arguments.file)
-        damaged: list[_Part] = []
-        stored = 0
-        try:
-            with Progress(f"load {path}", text.pages * page_size) as progress:
-                for part, done in _in_threads(self._stored, (text.parts[n] for n in sorted(text.parts))):
-                    if done is None:
-                        damaged.append(part)
-                    else:
-                        stored += part.pages
-                    progress.advance(part.pages * page_size, skipped=done is not part)
-                if arguments.verify:
-                    progress.note("reading it back")
-                    self._verify([part for part in text.parts.values() if part not in damaged])
-        except NoRoom as error:
+        before = self._backup.residency().pages
+        if before and not self._goes_on:
             raise CommandError(
-                f"{reason(error, arguments.backup)}: {stored} of {text.pages} pages are stored, each whole. Make room "
-                f"(setfattr -n user.ttmfs.size gives the mount more), then ttmfs load --continue {name} {path}", 1
-            ) from None  # fmt: skip
-        for part in damaged:
-            ranges = format_ranges([(first + 1, past) for first, past in part.runs])
-            if len(ranges) > 60:
-                ranges = f"{part.runs[0][0] + 1} to {part.runs[-1][1]}"
-            sys.stderr.write(f"ttmfs load: {name} is damaged: pages of the handles {ranges} were not stored\n")
+                f"{self._path} holds pages: --continue goes on with a load that was interrupted, "
+                "--into stores over what is there"
+            )
+        stored: dict[int, _Part] = {}
+        try:
+            if self._backup.size < self._end:
+                self._backup.resize(self._end)
+            self._store(stored)
+            damaged = [part for number, part in self._manifest.parts.items() if number not in stored]
+            if not damaged and (self._is_new or self._arguments.goes_on):
+                self._let_in()
+            has_lost = self._backup.residency().pages < sum(part.pages for part in stored.values())
+        except (TtmfsError, OSError) as error:
+            raise self._stopped(error, before, is_partial=bool(stored)) from None
+        self._tell(damaged)
         if damaged and not stored:
-            raise CommandError(f"nothing of {name} is what was saved; {path} is as it was")
-        if self._backup.residency().pages < stored:
-            raise CommandError(f"{path} has lost pages while they were loaded: others drop them", 1)
-        _told(arguments, text, "loaded", damaged=sum(part.pages for part in damaged))
+            what = "was not made" if self._is_new else "is as it was"
+            raise CommandError(f"nothing of {quoted(self._arguments.file)} is what was saved; {self._path} {what}")
+        if has_lost:
+            raise CommandError(f"{self._path} has lost pages while they were loaded: others drop them", 1)
+        done = replace(self._manifest, parts=stored)
+        _report(self._arguments, done, "loaded", damaged=sum(part.pages for part in damaged))
         return 1 if damaged else 0
 
-    def _stored(self, part: _Part) -> _Part | None:
-        """Store a part: gives it; another if it was there already; None, and nothing is stored, if it is damaged."""
+    def _store(self, stored: dict[int, _Part]) -> None:
+        """Store the parts, each of which is added to `stored` once it is."""
+        manifest, page_size = self._manifest, self._backup.page_size
+        with Progress(f"load {self._path}", manifest.pages * page_size) as progress:
+            for part, (done, was_there) in _in_threads(self._stored, manifest.parts.values()):
+                if done:
+                    stored[done.number] = done
+                progress.advance(part.pages * page_size, skipped=was_there or not done)
+            if self._arguments.verify:
+                progress.note("reading it back")
+                self._verify(stored.values())
+
+    def _let_in(self) -> None:
+        """Give the backup its mode, which may shut out even its owner from storing: so last of all."""
+        path = self._backup.path
+        if os.stat(path).st_mode & 0o777 != self._manifest.mode:
+            os.chmod(path, self._manifest.mode)
+
+    def _stopped(self, error: TtmfsError | OSError, before: int, *, is_partial: bool) -> CommandError:
+        """Why it did not come to its end, what is there by now, and what to do. `before`: pages there were."""
+        why, hint = reason(error, self._arguments.backup), ""
+        with contextlib.suppress(TtmfsError, OSError):  # the mount may be what failed
+            held = self._backup.residency().pages
+            if self._is_new and not held:
+                return CommandError(f"{why}; nothing is stored, and {self._path} was not made")
+            is_partial |= held > before
+            hint = f"; {held} pages are there, of {self._manifest.pages} to be stored"
+        if isinstance(error, NoRoom):
+            hint += ". Make room (setfattr -n user.ttmfs.size gives the mount more), then"
+        else:
+            hint += ". When that is mended,"
+        file = quoted(self._arguments.file)
+        how = "--into" if self._arguments.into else "--continue"
+        return CommandError(f"{why}{hint} ttmfs load {how} {file} {self._path} goes on", 1 if is_partial else 2)
+
+    def _tell(self, damaged: list[_Part]) -> None:
+        name = quoted(self._arguments.file)
+        for part in damaged:
+            ranges = part.ranges if len(part.ranges) <= 60 else f"{part.runs[0][0] + 1} to {part.runs[-1][1]}"
+            sys.stderr.write(f"ttmfs load: {name} is damaged: pages of the handles {ranges} were not stored\n")
+
+    def _stored(self, part: _Part) -> tuple[_Part | None, bool]:
+        """Store a part, None if it is damaged and nothing was stored; and whether it was there already."""
         import numpy as np
 
         backup, page_size = self._backup, self._backup.page_size
-        if self._arguments.into and part.sum and self._is_there(part):
-            return part._replace(runs=[])
+        if self._goes_on and part.digest and self._is_there(part):
+            return part, True
         pages = [np.zeros((past - first, page_size), np.uint8) for first, past in part.runs]
-        for (first, _), those in zip(part.runs, pages, strict=True):
-            start = first * page_size  # the last page may not be whole: then it ends with zeros
-            _fill(self._file, flat(those)[: max(0, self._end - start)], start)
-        if part.sum:
-            data = ((run[0] * page_size, flat(those)) for run, those in zip(part.runs, pages, strict=True))
-            if Digest.of(_in_blocks(data)) != part.sum:
-                return None
+        starts = [first * page_size for first, _ in part.runs]
+        try:
+            for start, those in zip(starts, pages, strict=True):
+                _fill(self._file, flat(those)[: max(0, self._end - start)], start)  # the last page may not be whole
+        except OSError:  # the file cannot be read there
+            return None, False
+        digest = Digest.of(_in_blocks(zip(starts, map(flat, pages), strict=True)))
+        if part.digest not in (None, digest):
+            return None, False
         for (first, past), those in zip(part.runs, pages, strict=True):
             if len(backup.backup_pages(those, first)) < past - first:
                 raise NoRoom("no room for more pages")
-        return part
+        return part._replace(digest=digest), False
 
     def _is_there(self, part: _Part) -> bool:
         with _Source(self._backup, self._arguments.backup) as source:
-            return source.sum(part) == part.sum
+            return source.digest(part) == part.digest
 
-    def _verify(self, parts: list[_Part]) -> None:
-        for part, done in _in_threads(lambda part: part if not part.sum or self._is_there(part) else None, parts):
-            if not done:
+    def _verify(self, parts: Iterable[_Part]) -> None:
+        for part, is_there in _in_threads(self._is_there, parts):
+            if not is_there:
                 raise CommandError(
-                    f"part {part.number} of {quoted(self._arguments.backup)} is not what was stored: does another "
-                    "write to it? ttmfs load --continue stores it again", 1
+                    f"part {part.number} of {self._path} is not what was stored: does another write to it? "
+                    "ttmfs load --continue stores it again", 1
                 )  # fmt: skip
 
 
@@ -650,8 +839,9 @@ COMMANDS = (
     Command(
         "save",
         "Save a backup to a sparse file FILE, page i at byte i * page_size, and what is to be known of it to\n"
-        "FILE.ttmfs: page size, which handles hold pages, checksums. Both get their names when they are whole and on\n"
-        "the disk. After an interruption of any kind the same command goes on where it was.\n\n"
+        "FILE.ttmfs: page size, mode, which handles hold pages, checksums. Both get their names when they are whole\n"
+        "and on the disk. After an interruption of any kind the same command goes on: it compares what is there with\n"
+        "the backup, and copies the rest. FILE is yours, and lets in others as the backup does.\n\n"
         "What is stored or dropped meanwhile may be in FILE or not: each page is as it was at some moment. If the\n"
         "backup was changed, that is said, and the exit status is 1.",
         """\
@@ -668,7 +858,8 @@ examples:
         "Load a backup from what ttmfs save or ttmfs rescue made: the same pages, at the same handles. Each part of\n"
         "16 MiB is stored only if it has its checksum; parts that are damaged are told and left out, and the exit\n"
         "status is 1. Another sparse file is loaded as it is: what is data there becomes pages.\n\n"
-        "After an interruption of any kind, and if there was no room, --continue goes on.",
+        "Until all of it is stored a new backup has mode 0700; then the one that was saved, or FILE's, unless those\n"
+        "are another user's. After an interruption of any kind, and if there was no room, --continue goes on.",
         """\
 examples:
   ttmfs load /var/backups/bo7 /mnt/ttm/bo7
