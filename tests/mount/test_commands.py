@@ -845,6 +845,7 @@ def test_a_save_replaces_nothing_unasked(mnt: Path, tmp_path: Path) -> None:
     (tmp_path / "f.ttmfs").write_text("somebody's")
     assert "f.ttmfs is there already" in ttmfs("save", mnt / "a", tmp_path / "f", code=2)
     assert "File name too long" in ttmfs("save", mnt / "a", tmp_path / ("f" * 253), code=2)
+    assert f"{tmp_path}/none: No such file" in ttmfs("save", mnt / "a", tmp_path / "none/f", code=2)
     assert os.listdir(tmp_path) == ["f.ttmfs"]
     (tmp_path / "d.ttmfs").mkdir()
     assert "is a directory" in ttmfs("save", "--force", mnt / "a", tmp_path / "d", code=2)
@@ -1020,6 +1021,19 @@ def test_what_another_user_has_put_there_lets_nobody_in(mnt: Path, tmp_path: Pat
     assert "is no file" in ttmfs("load", tmp_path / "fifo", mnt / "d", code=2)
     os.mkfifo(tmp_path / "f.ttmfs")
     assert "f.ttmfs is damaged" in ttmfs("load", tmp_path / "f", mnt / "d", code=2)
+
+
+def test_nothing_is_loaded_into_anothers_backup_unasked(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE[:PAGE])
+    ttmfs("save", mnt / "a", tmp_path / "f")
+    (mnt / "b").mkdir()
+    os.chown(mnt / "b", ALICE, ALICE)
+    for words in [], ["--continue"]:
+        assert "is another user's" in ttmfs("load", *words, tmp_path / "f", mnt / "b", code=2)
+    assert not content(mnt / "b")
+    ttmfs("load", "--into", tmp_path / "f", mnt / "b")
+    assert content(mnt / "b") == content(mnt / "a")
 
 
 def test_a_bar_is_drawn_on_a_terminal_alone(mnt: Path, tmp_path: Path) -> None:

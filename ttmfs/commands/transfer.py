@@ -236,8 +236,10 @@ class _Source:
     What fails raises StoreFailed.
     """
 
-    def __init__(self, backup: Backup, path: str) -> None:
+    def __init__(self, backup: Backup, path: str, length: int) -> None:
+        """Its first `length` bytes: it may be made larger meanwhile."""
         self._backup = backup
+        self._limit = length // backup.page_size
         self._own = file_of(backup)
         with _failing():
             self._file = self._own if self._own >= 0 else os.open(f"{path}/.image", os.O_RDONLY | os.O_CLOEXEC)
@@ -251,7 +253,8 @@ class _Source:
 
     def parts(self) -> dict[int, Runs]:
         """The runs of its pages, by part."""
-        return _by_part(self._backup.runs(), self._backup.page_size)
+        runs = ((first, min(past, self._limit)) for first, past in self._backup.runs() if first < self._limit)
+        return _by_part(runs, self._backup.page_size)
 
     def blocks(self, part: _Part) -> Iterator[tuple[int, memoryview]]:
         """What the pages of a part hold."""
@@ -332,12 +335,7 @@ def _save(arguments: argparse.Namespace) -> int:
             manifest = saving.run(verify=arguments.verify)
             partial.publish(manifest, saving.file_mode())
         except (TtmfsError, OSError) as error:
-            where = (
-                arguments.backup
-                if isinstance(error, TtmfsError)
-                else target.parent / (error.filename or partial.path.name)
-            )
-            why = reason(error, where)
+            why = reason(error, arguments.backup if isinstance(error, TtmfsError) else partial.path_of(error))
             if not os.fstat(partial.file).st_size:
                 raise CommandError(why) from None
             raise CommandError(f"{why}; what is there stays, and the same command goes on", 1) from None
@@ -357,12 +355,13 @@ class _Partial:
     """FILE while it is made: its descriptor, and the directory, held open, in which it has a name of its own."""
 
     target: Path
+    path: Path
     directory: int
     file: int
 
-    @property
-    def path(self) -> Path:
-        return self.target.parent / partial_name(self.target.name)
+    def path_of(self, error: OSError) -> Path:
+        """Which file an error is of."""
+        return self.path.with_name(error.filename) if isinstance(error.filename, str) else self.path
 
     def taken(self) -> Path | None:
         """What would be replaced. A manifest without FILE is nobody's if an interrupted save may have left it."""
@@ -417,13 +416,14 @@ def _let_in(file: int, mode: int) -> None:
 def _partial_of(target: Path) -> Iterator[_Partial]:
     """The file that is being made, which no one else makes at the same time."""
     with contextlib.ExitStack() as stack:
+        path = target.parent / partial_name(target.name)
         try:
             directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            stack.callback(os.close, directory)
-            partial = _Partial(target, directory, _open_partial(partial_name(target.name), directory, target.parent))
-            stack.callback(os.close, partial.file)
         except OSError as error:
-            raise CommandError(reason(error)) from None
+            raise CommandError(reason(error, target.parent)) from None
+        stack.callback(os.close, directory)
+        partial = _Partial(target, path, directory, _open_partial(path, directory))
+        stack.callback(os.close, partial.file)
         try:
             fcntl.flock(partial.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not partial.is_in_place():  # the other is through, and it was FILE that was locked
@@ -437,23 +437,21 @@ def _partial_of(target: Path) -> Iterator[_Partial]:
                 os.unlink(partial.path.name, dir_fd=directory)
 
 
-def _open_partial(name: str, directory: int, above: Path) -> int:
+def _open_partial(path: Path, directory: int) -> int:
     """Make the file, or open what an earlier save has left. Whoever may write to the directory may have put it there.
 
     So no link is followed, and nobody else may be able to write to it, or to open it under another name.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    with contextlib.suppress(FileExistsError):
-        return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory)
     refused = CommandError(
-        f"{quoted(above / name)} is in the way, and no ttmfs save of yours has left it: see whose it is, and remove it"
+        f"{quoted(path)} is in the way, and no ttmfs save of yours has left it: see whose it is, and remove it"
     )
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        file = os.open(name, flags, dir_fd=directory)
+        with contextlib.suppress(FileExistsError):
+            return os.open(path.name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory)
+        file = os.open(path.name, flags, dir_fd=directory)
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise refused from None
-        raise
+        raise refused if error.errno == errno.ELOOP else CommandError(reason(error, path)) from None
     found = os.fstat(file)
     is_sole = found.st_nlink == 1 and not found.st_mode & 0o022
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or not is_sole:
@@ -493,7 +491,7 @@ class _Saving:
     def run(self, *, verify: bool) -> _Manifest:
         """Make the file what the backup is, and see that it is on the disk."""
         backup = self._backup
-        with _Source(backup, self._path) as source:
+        with _Source(backup, self._path, self._size) as source:
             parts = [_Part(number, runs, None) for number, runs in source.parts().items()]
             self._prepare({part.number for part in parts})
             total = sum(part.pages for part in parts) * backup.page_size
@@ -575,7 +573,7 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--into", action="store_true",
-        help="store into a backup that holds other pages, over those of the same handles; its mode stays",
+        help="store into a backup that holds other pages, or is another user's; its mode stays",
     )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="read the pages back when all are stored")
     parser.add_argument("--check", action="store_true", help="compare FILE with its checksum, and load nothing")
@@ -726,6 +724,10 @@ class _Loading:
 
     def run(self) -> int:
         """Store the parts that are not there yet. The exit status."""
+        if (self._is_new or not self._arguments.into) and os.stat(self._backup.path).st_uid != os.geteuid():
+            raise CommandError(
+                f"{self._path} is another user's, who could read what is loaded: --into does it all the same"
+            )
         before = self._backup.residency().pages
         if before and not self._goes_on:
             raise CommandError(
@@ -817,7 +819,7 @@ class _Loading:
         return part._replace(digest=digest), False
 
     def _is_there(self, part: _Part) -> bool:
-        with _Source(self._backup, self._arguments.backup) as source:
+        with _Source(self._backup, self._arguments.backup, self._backup.size) as source:
             return source.digest(part) == part.digest
 
     def _verify(self, parts: Iterable[_Part]) -> None:
