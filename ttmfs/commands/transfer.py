@@ -814,8 +814,9 @@ class _Loading:
         if part.digest not in (None, digest):
             return None, False
         for (first, past), those in zip(part.runs, pages, strict=True):
-            if len(backup.backup_pages(those, first)) < past - first:
-                raise NoRoom("no room for more pages")
+            done = 0
+            while done < past - first:  # what was not stored is tried once more, to be told why
+                done += len(backup.backup_pages(those[done:], first + done))
         return part._replace(digest=digest), False
 
     def _is_there(self, part: _Part) -> bool:
@@ -854,6 +855,7 @@ examples:
         _add_save,
         _save,
         "interrupted; the same command goes on where it was",
+        uses_client=True,
     ),
     Command(
         "load",
@@ -870,5 +872,6 @@ examples:
         _add_load,
         _load,
         "interrupted; ttmfs load --continue goes on where it was",
+        uses_client=True,
     ),
 )
