@@ -290,6 +290,21 @@ def test_an_interruption_at_any_moment_is_no_fault(mnt: Path) -> None:
     assert seen >= {-signal.SIGINT, 0}
 
 
+def test_save_replaces_regular_files_alone(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    os.mknod(tmp_path / "null", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "directory").mkdir()
+    before = names(tmp_path)
+    for name in before:
+        assert "give the name of a file" in ttmfs("save", "-f", mnt / "a", tmp_path / name, code=2)
+    for text in "-", f"{tmp_path}/new/":
+        assert "is no name of a file" in ttmfs("save", "-f", mnt / "a", text, code=2, cwd=tmp_path)
+    assert names(tmp_path) == before
+    assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
+
+
 def test_what_cannot_be_meant_together_is_refused(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     for words, why in (

@@ -311,9 +311,15 @@ def _report(arguments: argparse.Namespace, manifest: _Manifest, verb: str, **mor
 # --- save ---
 
 
+def _file_name(text: str) -> Path:
+    if text == "-" or text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file, which it must be: a pipe cannot be sparse")
+    return Path(text)
+
+
 def _add_save(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backup", metavar="MNT/NAME", help="the backup")
-    parser.add_argument("file", metavar="FILE", type=Path, help="the file to make, and FILE.ttmfs beside it")
+    parser.add_argument("file", metavar="FILE", type=_file_name, help="the file to make, and FILE.ttmfs beside it")
     parser.add_argument("-f", "--force", action="store_true", help="replace FILE, once the new one is whole")
     parser.add_argument("--verify", action="store_true", help="read FILE back before it gets its name")
     parser.add_argument("--json", action="store_true", help="say in JSON what was saved")
@@ -323,8 +329,11 @@ def _save(arguments: argparse.Namespace) -> int:
     check_backup(arguments.backup)
     target: Path = arguments.file
     for path in target, _manifest_of(target):
-        if path.is_dir():
-            raise CommandError(f"{quoted(path)} is a directory: give the name of a file")
+        with contextlib.suppress(FileNotFoundError):
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode):  # a file in the place of a device would be hard to find
+                what = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link"}.get(stat.S_IFMT(mode), "a device or pipe")
+                raise CommandError(f"{quoted(path)} is {what}: give the name of a file")
     from ..client import Backup
 
     with Backup.open(arguments.backup) as backup, _partial_of(target) as partial:
