@@ -293,6 +293,11 @@ class Backup:
                     return os.path.join(above, entry.name)
         raise BackupEnded("the backup was ended")
 
+    def open_file(self, name: str, flags: int) -> int:
+        """A new descriptor of a file of the backup, ``.image`` or a page, for the caller to close. OSError as open(2)."""
+        self._check_open()
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+
     def fileno(self) -> int:
         """The descriptor of its own file, which stays the backup's. Raises NotSupported unless it :attr:`is_native`."""
         self._check_open()
@@ -486,7 +491,7 @@ class Backup:
             other.result()
 
     def _read_page(self, dst: memoryview, idx: int) -> None:
-        file = self._opened(page_name(idx + 1).decode(), os.O_RDONLY)
+        file = self.open_file(page_name(idx + 1).decode(), os.O_RDONLY)
         try:
             _fill(file, dst, 0, REQUEST)
         except OSError as error:
@@ -530,13 +535,8 @@ class Backup:
         """A descriptor of ``.image``, opened so."""
         with self._lock:
             if flags not in self._files:
-                self._files[flags] = self._opened(".image", flags)
+                self._files[flags] = self.open_file(".image", flags)
             return self._files[flags]
-
-    def _opened(self, name: str, flags: int) -> int:
-        """A descriptor of a file of the backup: one that is in it, whatever it is made to look like."""
-        self._check_open()
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:

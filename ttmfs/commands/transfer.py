@@ -236,13 +236,13 @@ class _Source:
     What fails raises StoreFailed.
     """
 
-    def __init__(self, backup: Backup, path: str, length: int) -> None:
+    def __init__(self, backup: Backup, length: int) -> None:
         """Its first `length` bytes: it may be made larger meanwhile."""
         self._backup = backup
         self._limit = length // backup.page_size
         self._own = file_of(backup)
         with _failing():
-            self._file = self._own if self._own >= 0 else os.open(f"{path}/.image", os.O_RDONLY | os.O_CLOEXEC)
+            self._file = self._own if self._own >= 0 else backup.open_file(".image", os.O_RDONLY)
 
     def __enter__(self) -> Self:
         return self
@@ -500,7 +500,7 @@ class _Saving:
     def run(self, *, verify: bool) -> _Manifest:
         """Make the file what the backup is, and see that it is on the disk."""
         backup = self._backup
-        with _Source(backup, self._path, self._size) as source:
+        with _Source(backup, self._size) as source:
             parts = [_Part(number, runs, None) for number, runs in source.parts().items()]
             self._prepare({part.number for part in parts})
             total = sum(part.pages for part in parts) * backup.page_size
@@ -829,7 +829,7 @@ class _Loading:
         return part._replace(digest=digest), False
 
     def _is_there(self, part: _Part) -> bool:
-        with _Source(self._backup, self._arguments.backup, self._backup.size) as source:
+        with _Source(self._backup, self._backup.size) as source:
             return source.digest(part) == part.digest
 
     def _verify(self, parts: Iterable[_Part]) -> None:
