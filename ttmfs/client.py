@@ -294,7 +294,7 @@ class Backup:
         raise BackupEnded("the backup was ended")
 
     def open_file(self, name: str, flags: int) -> int:
-        """A new descriptor of a file of the backup, ``.image`` or a page, for the caller to close. OSError as open(2)."""
+        """A new descriptor of a file of the backup, ``.image`` or a page: the caller's. OSError as of open(2)."""
         self._check_open()
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
 
