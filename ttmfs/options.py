@@ -34,7 +34,7 @@ BASE_PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
 LARGEST_PAGE_SIZE = 2 << 20
 
 _SUFFIXES = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-_SIZE = re.compile(r"([0-9]{1,19})([kmgt]?)", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"([0-9]{1,64})([kmgt]?)", re.IGNORECASE | re.ASCII)
 _PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # what a file offset can reach
 

@@ -51,7 +51,7 @@ def _each(command: str, paths: list[str], work: Callable[[str], object]) -> int:
 
 def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="MNT/NAME", help="the backup to make, in the root of a mount")
-    parser.add_argument("-s", "--size", metavar="SIZE", help="bytes it spans, or with k, m, g, t behind the number")
+    parser.add_argument("-s", "--size", metavar="SIZE", help="bytes it spans, or with k, m, g, t, or %% of the RAM")
     parser.add_argument("-m", "--mode", metavar="MODE", help="its mode bits, in octal (0777 less the umask)")
 
 

@@ -70,7 +70,7 @@ def _why_none(path: str) -> str:
             return "the backups lie in a directory (store=, or a user without user namespaces), and are counted there"
         if found.get("uid_size"):
             return "what users store is counted by the daemon (uid_size=)"
-        return "the daemon had no place for its socket: /run of root, or XDG_RUNTIME_DIR of a user"
+        return "the daemon found no place for its socket: a user must mount with XDG_RUNTIME_DIR set, root with /run"
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         return "its mode bits must let you read, write and enter it"
     try:
