@@ -47,28 +47,27 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
             flags = os.O_RDWR if name == ".image" else os.O_RDWR | os.O_CREAT
             files[system.name] = os.open(homes[system.name] / name, flags)
             stack.callback(os.close, files[system.name])
-            write_image(files[system.name], plan.bulk_bytes, request)
         for turn in range(plan.rounds + 1):
             order = systems[turn % len(systems) :] + systems[: turn % len(systems)]
-            # ttmfs' .image lies over its page files: these begin behind what it holds.
-            skipped = plan.bulk_bytes // os.sysconf("SC_PAGE_SIZE")
-            pages = {
-                system.name: Pages(
-                    [f"{homes[system.name]}/{skipped + handle}" for handle in range(1, plan.operations + 1)],
-                    system.page_size,
-                    os.urandom(system.page_size),
-                )
-                for system in systems
-            }
+            pages = {system.name: Pages.of(homes[system.name], plan.operations, system.page_size) for system in systems}
             for kind, system in itertools.product(kinds, order):
                 its = pages[system.name]
-                if kind != CREATE:
+                if kind == CREATE:
+                    its.content = os.urandom(its.size)
+                else:
                     know_names(its)
                 with its.holding(plan.held) if kind in HELD else contextlib.nullcontext():
                     cost = measure(system, kind, its)
                 if turn:
                     costs[kind][system.name].append(cost)
-            for (way, act), name in itertools.product(WAYS.items(), [system.name for system in order]):
+        for file in files.values():
+            write_image(file, plan.bulk_bytes, request)
+        for turn in range(
+            plan.rounds + 1
+        ):  # by itself: after so much work the two would run on different CPUs for a while
+            for (way, act), name in itertools.product(
+                WAYS.items(), names[turn % len(names) :] + names[: turn % len(names)]
+            ):
                 pause()
                 speed = plan.bulk_bytes / (1 << 20) / transfer(act, files[name], plan.bulk_bytes, request)
                 if turn:

@@ -152,19 +152,20 @@ class Progress:
         spent, worked = self._drawn - self._began, self._done - self._skipped
         share = self._done / self._total if self._total else 1.0
         rate = worked / spent if spent > 0 else 0.0
-        tail = f" {share:4.0%}  {size(self._done)} of {size(self._total)}"
+        tail = f" {share:4.0%}  {size(self._done):>5} of {size(self._total)}"
         if note:
             tail += f"  {note}"
         elif rate:
             left = (self._total - self._done) / rate
-            tail += f"  {size(rate)}/s  " + (f"{_clock(left)} left" if left else _clock(spent))
-        width = columns() - 1
-        room = min(30, width - len(self._what) - len(tail) - 4)
-        bar = ""
+            tail += f"  {size(rate):>5}/s  " + (f"{_clock(left)} left" if left else _clock(spent)).ljust(9)
+        full, empty, cut = ("█", "░", "…") if is_utf8(sys.stderr) else ("#", ".", "~")
+        what, width = self._what, columns() - 1
+        if len(what) > (room := width - len(tail)):  # the end of a path tells more than its beginning
+            what = cut + what[len(what) - max(0, room - 1) :]
+        bar, room = "", min(30, width - len(what) - len(tail) - 1)
         if room >= 5:
-            full, empty = ("█", "░") if is_utf8(sys.stderr) else ("#", ".")
             filled = int(share * room)
             bar = f" {full * filled}{empty * (room - filled)}"
         with contextlib.suppress(OSError):  # a bar that no one sees is no reason to stop
-            sys.stderr.write("\r" + f"{self._what}{bar}{tail}"[:width] + "\x1b[K")
+            sys.stderr.write("\r" + f"{what}{bar}{tail}"[:width] + "\x1b[K")
             sys.stderr.flush()
