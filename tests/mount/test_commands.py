@@ -1056,11 +1056,12 @@ def test_a_bar_is_drawn_on_a_terminal_alone(mnt: Path, tmp_path: Path) -> None:
     backup.mkdir()
     store(backup, NOISE[: 2 * PART])
     text = seen("save", backup, target, columns=140)
-    assert re.search(r"save \S+/a .*█.* 100%  32M of 32M", text)
+    assert re.search(r"save \S+/a .*█.* 100% +32M of 32M", text)
     assert re.search(r"\d[KMG]/s  \d:\d\d", text)
     text = ttmfs("save", "--force", backup, target, stdin=None)
     assert text.startswith("saved: "), "and nothing on standard error"
     text = seen("load", target, mnt / "b", columns=60)
+    assert re.search(r"…\S*/b .*\d[KMG]/s  \d:\d\d", text), "the name is cut, not the figures"
     assert max(len(re.sub(r"\x1b\[[^m]*[mK]", "", part)) for part in re.split(r"[\r\n]+", text) if "%" in part) < 60
     assert "\r" not in seen("load", "--continue", target, mnt / "b", TERM="dumb").replace("\r\n", "\n")
 
