@@ -25,6 +25,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import struct
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,6 +65,9 @@ if TYPE_CHECKING:
     from .pages import PageBuffer
 
 __all__ = ["Backup", "PageArray", "Residency", "shrink"]
+
+PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+"""How directories are opened: to name what is in them, whatever is done to their paths."""
 
 MOUNT_ROOT = 1
 """The inode number of a mount's root. FUSE_ROOT_ID"""
@@ -114,8 +118,9 @@ class Backup:
     NotPermitted for want of a right.
     """
 
-    def __init__(self, directory: int, *, native: bool) -> None:
-        self._directory, self._mount = directory, -1  # O_PATH
+    def __init__(self, directory: int, mount: int, *, native: bool) -> None:
+        """By descriptors of its directory and of the mount's root, each a PLACE, which are its own from then on."""
+        self._directory, self._mount = directory, mount
         self._files: dict[int, int] = {}  # .image, by how it was opened
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -124,22 +129,16 @@ class Backup:
         found = os.fstat(directory)
         self.id = found.st_ino
         """The inode number of its directory, which no other backup of the mount ever has."""
-        mount = ttmfs_on(found.st_dev)
-        if mount is None or found.st_ino == MOUNT_ROOT:
-            where = "the root of a mount" if mount else "in no mount"
+        served = ttmfs_on(found.st_dev)
+        if served is None or found.st_ino == MOUNT_ROOT:
+            where = "the root of a mount" if served else "in no mount"
             raise InvalidArgument(f"{os.readlink(self._place)} is no backup: it is {where} of ttmfs")
-        try:
-            with _translated("looking at the mount"):
-                self._mount = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
-                if os.fstat(self._mount).st_dev != found.st_dev:
-                    raise InvalidArgument(f"another mount lies over that of {os.readlink(self._place)}")
-                self.page_size = int(os.getxattr(f"/proc/self/fd/{self._mount}", "user.ttmfs.page_size"))
-            if native and mount.served_by in (0, os.geteuid()):  # another could give us any file to write to
-                self._native = _descriptor(self._mount, directory, self.id)
-        except BaseException:
-            if self._mount >= 0:
-                os.close(self._mount)
-            raise
+        if os.fstat(mount).st_dev != found.st_dev:
+            raise InvalidArgument(f"another mount lies over that of {os.readlink(self._place)}")
+        with _translated("asking for the page size"):
+            self.page_size = int(os.getxattr(f"/proc/self/fd/{mount}", "user.ttmfs.page_size"))
+        if native and served.served_by in (0, os.geteuid()):  # another could give us any file to write to
+            self._native = _descriptor(mount, directory, self.id)
 
     @classmethod
     def create(
@@ -151,38 +150,36 @@ class Backup:
         bits, less the umask. Raises BackupExists, NoRoom and InvalidArgument.
         """
         above, name = os.path.split(os.path.normpath(path))
-        with _translated(f"making {os.fspath(path)}"):
-            mount = os.open(above or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                if ttmfs_on(os.fstat(mount).st_dev) is None:
-                    raise InvalidArgument(f"{above or '.'} is no mount of ttmfs: backups lie in the root of one")
-                os.mkdir(name, mode, dir_fd=mount)
-                try:
-                    backup = cls.open(path, native=native)
-                    try:
-                        if size is not None:
-                            backup.resize(size)
-                    except BaseException:
-                        backup.close()
-                        raise
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        os.rmdir(name, dir_fd=mount)
-                    raise
-            finally:
-                os.close(mount)
+        with _translated(f"making {os.fspath(path)}"), contextlib.ExitStack() as undo:
+            mount = os.open(above or ".", PLACE)
+            undo.callback(os.close, mount)
+            if ttmfs_on(os.fstat(mount).st_dev) is None:
+                raise InvalidArgument(f"{above or '.'} is no mount of ttmfs: backups lie in the root of one")
+            os.mkdir(name, mode | stat.S_IWUSR, dir_fd=mount)  # as long as it takes to give it its size
+            undo.callback(_remove, name, mount)
+            directory = os.open(name, PLACE, dir_fd=mount)
+            undo.callback(os.close, directory)
+            backup = cls(directory, mount, native=native)
+            if backup.is_native:
+                undo.callback(os.close, backup.fileno())
+            if size is not None:
+                backup.resize(size)
+            if not mode & stat.S_IWUSR:
+                os.chmod(backup._place, stat.S_IMODE(os.fstat(directory).st_mode) & ~stat.S_IWUSR)
+            undo.pop_all()
         return backup
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, native: bool = True) -> Self:
         """Open a backup that there is. With `native` false every call goes through the mount. Raises BackupAbsent."""
-        with _translated(f"opening {os.fspath(path)}", absent=BackupAbsent):
-            directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            return cls(directory, native=native)
-        except BaseException:
-            os.close(directory)
-            raise
+        with _translated(f"opening {os.fspath(path)}", absent=BackupAbsent), contextlib.ExitStack() as undo:
+            directory = os.open(path, PLACE)
+            undo.callback(os.close, directory)
+            mount = os.open("..", PLACE, dir_fd=directory)
+            undo.callback(os.close, mount)
+            backup = cls(directory, mount, native=native)
+            undo.pop_all()
+        return backup
 
     def close(self) -> None:
         """Let go of the backup, which stays. Not to be called while another thread works with it."""
@@ -393,6 +390,8 @@ class Backup:
                     try:
                         done += way(offset + done, data[done : done + STEP])
                     except OSError as error:
+                        if error.errno in _INTERRUPTIONS:
+                            raise
                         refused = error
                         break
                 if refused and refused.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
@@ -570,6 +569,12 @@ def _fill(fd: int, dst: memoryview, offset: int, step: int) -> None:
         done += read
 
 
+def _remove(name: str, mount: int) -> None:
+    """Take back a backup that was just made, if no one has stored in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(name, dir_fd=mount)
+
+
 def _zero_pages(
     view: memoryview, runs: list[tuple[int, int]], size: int
 ) -> Iterator[tuple[memoryview, tuple[int, int]]]:
@@ -631,7 +636,10 @@ _MEANINGS = {number: kind for kind, number in ERRNO.items()} | {
 }
 """What the mount means by an errno: the one table read backwards, but for these."""
 
-_OUR_OWN = {errno.EINTR, errno.EMFILE, errno.ENFILE}
+_INTERRUPTIONS = (None, errno.EINTR)
+"""Of an exception of a signal handler's."""
+
+_OUR_OWN = (*_INTERRUPTIONS, errno.EMFILE, errno.ENFILE)
 """What says nothing of the mount, but of this process: it is raised as it is."""
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import statistics
 import subprocess
 import sys
@@ -552,6 +553,45 @@ with Backup.open(sys.argv[1]) as backup:
             command, cwd=place.path / "repository", capture_output=True, text=True, check=True, **as_user(ALICE)
         )
     assert done.stdout.splitlines() == ["False b'page'", "NotPermitted storing pages: Permission denied"]
+
+
+def test_a_mode_that_lets_no_one_in_can_be_made(place: Place) -> None:
+    script = """
+import sys
+from ttmfs.client import Backup
+for mode in 0o600, 0o400, 0:
+    with Backup.create(f"{sys.argv[1]}/{mode:o}", 1 << 20, mode=mode) as backup:
+        print(backup.is_native)
+"""
+    with place.directory("mnt") as path, Mount(path, "size=1m,allow_other,mode=1777") as mount:
+        command = [place.python, "-c", script, str(path)]
+        done = subprocess.run(
+            command, cwd=place.path / "repository", capture_output=True, text=True, check=False, **as_user(ALICE)
+        )
+        assert done.returncode == 0, done.stderr
+        assert {name: stat.S_IMODE((path / name).stat().st_mode) for name in names(mount.path)} == {
+            "0": 0, "400": 0o400, "600": 0o600
+        }  # fmt: skip
+    assert done.stdout.split() == ["False"] * 3
+
+
+def test_an_exception_of_a_signal_handler_is_no_failure_of_the_store(mnt: Path) -> None:
+    """Also one that is an OSError, and though pages were stored before it."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("time is up")
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        with Backup.create(mnt / "a", 1 << 30, native=False) as backup:
+            pages = np.ones((131072, PAGE), np.uint8)
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            with pytest.raises(TimeoutError, match="time is up"):
+                backup.backup_pages(pages, 0)
+            assert len(backup.handles()) < len(pages)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_fini_ends_the_backup_of_its_own_mount(tmp_path: Path) -> None:
