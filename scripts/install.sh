@@ -17,7 +17,9 @@ helpers="mount.ttmfs mount.fuse.ttmfs"
 reload() { [ ! -d /run/systemd/system ] || systemctl daemon-reload; }
 
 if [ "${1:-install}" = uninstall ]; then
-    for command in $commands; do rm -f "$prefix/bin/$command"; done
+    for command in $commands; do
+        [ "$(readlink "$prefix/bin/$command")" != "$home/bin/$command" ] || rm "$prefix/bin/$command" # only ours
+    done
     for unit in $units; do rm -f "$prefix/lib/systemd/$unit"; done
     for page in $pages; do rm -f "$prefix/share/man/$page"; done
     rm -f "$prefix/share/man/man8/mount.fuse.ttmfs.8"
@@ -30,6 +32,13 @@ if [ "${1:-install}" = uninstall ]; then
     exit
 fi
 
+for command in $commands; do
+    path=$prefix/bin/$command
+    if [ -e "$path" ] && [ "$(readlink "$path")" != "$home/bin/$command" ]; then
+        echo "install: $path is another's: take it away first, or choose another PREFIX" >&2
+        exit 1
+    fi
+done
 for helper in $helpers; do
     case $(readlink "/sbin/$helper" || :) in
     */lib/ttmfs/bin/"$helper") ;; # an earlier one of ours

@@ -5,13 +5,13 @@ set -u
 cd "$(dirname "$0")/.."
 sudo=
 [ "$(id -u)" = 0 ] || sudo=sudo
-pytest="$sudo .venv/bin/python -m pytest"
+# Interruptions are sent, which what a shell starts beside itself would have ignored.
+pytest="$sudo env --default-signal=INT,QUIT .venv/bin/python -m pytest"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
 $pytest tests/arithmetic tests/store tests/model tests/face || exit
-# What a shell starts beside itself has interruptions ignored, which the tests send.
-{ make --no-print-directory lint && env --default-signal=INT,QUIT $pytest tests/house tests/mount/test_soak.py; } >"$log" 2>&1 &
+{ make --no-print-directory lint && $pytest tests/house tests/mount/test_soak.py; } >"$log" 2>&1 &
 beside=$!
 $pytest tests/mount --ignore=tests/mount/test_soak.py
 status=$?

@@ -149,6 +149,7 @@ def test_a_first_start_that_fails_is_not_tried_again(machine: Machine) -> None:
     service = Service(machine, "wrong")
     service.unit("start", code=1)
     wait_until(lambda: service.unit.state == ("failed", "failed"), "the end")
+    wait_until(lambda: len(service.logged(ERROR)) > 1, "both to be in the journal")
     first, second = service.logged(ERROR)
     assert "unknown option 'szie=64m', perhaps 'size'" in first
     assert "not tried again" in second
