@@ -53,6 +53,7 @@ from .errors import (
     TtmfsError,
 )
 from .handles import Uint64Array, format_ranges, page_name, parse_ranges
+from .memory import Swap
 from .mountinfo import ttmfs_on
 from .options import BASE_PAGE_SIZE
 from .page_array import PageArray, shrink
@@ -125,6 +126,7 @@ class Backup:
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._native = -1
+        self._swap = Swap()
         self._ended = False
         found = os.fstat(directory)
         self.id = found.st_ino
@@ -401,6 +403,7 @@ class Backup:
         return done // self.page_size
 
     def _store_natively(self, offset: int, data: memoryview) -> int:
+        self._touching()
         if self.page_size > BASE_PAGE_SIZE:  # so that none is stored in part
             linux.reserve_range(self._native, offset, len(data))
         return os.pwrite(self._native, data, offset)
@@ -474,7 +477,13 @@ class Backup:
         run = next(linux.page_runs(self._native, size, first, past), (past, past))
         return None if run == (first, past) else run[1] if run[0] == first else first
 
+    def _touching(self) -> None:
+        """To be called before pages are stored or read natively: that is charged to this process' control group."""
+        if self._swap.used:
+            self._swap.page_in_begins()
+
     def _read_natively(self, dst: memoryview, offset: int) -> None:
+        self._touching()
         workers = min(4, len(os.sched_getaffinity(0)))
         if len(dst) < PARALLEL or workers == 1:
             _fill(self._native, dst, offset, STEP)
