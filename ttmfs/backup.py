@@ -259,7 +259,9 @@ class Backup:
     def overwrite(self, offset: int, data: bytes) -> int:
         """As :meth:`write`, of bytes of one page that is there, which takes no room."""
         if offset + len(data) > (size := self.size):  # .shmem can have cut it in the middle of the page
-            data = data[: max(0, size - offset)]
+            if offset >= size:
+                raise OutOfBounds(f"the backup ends at byte {size}")
+            data = data[: size - offset]
         return self._write(offset, data)
 
     def write(self, offset: int, data: bytes | memoryview) -> int:

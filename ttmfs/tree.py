@@ -369,7 +369,7 @@ class Tree:
 
     def _read_now(self, backup: Backup, handle: int, start: int, size: int) -> bytes:
         data = backup.read(start, size) if size else b""
-        if handle != IMAGE and (data == self._zeros or size < len(self._zeros)):
+        if handle != IMAGE and (len(data) < len(self._zeros) or data == self._zeros):
             _check_page(backup, handle)  # else they can only be those of a page that is there
         return data
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import itertools
 import mmap
 import os
@@ -684,3 +685,20 @@ def test_random_attributes(kept: Path, victim: Path, where: str, name: bytes, va
     assert os.listxattr(path, follow_symlinks=False) == []
     assert content(kept) == INTACT
     os.setxattr(kept.parent, "user.ttmfs.size", b"8m")
+
+
+def test_a_page_that_is_cut_off_through_shmem_ends_there_and_then_is_gone(backup: Path) -> None:
+    """No read of it is empty, and no write of it is of nothing, for which a program would try for ever."""
+    with opened(backup / "1", os.O_RDWR | os.O_CREAT) as fd:
+        os.pwrite(fd, b"x" * PAGE, 0)
+        os.truncate(backup / ".shmem", 100)
+        assert os.pread(fd, PAGE, 0) == b"x" * 100
+        assert os.pwrite(fd, b"y" * PAGE, 50) == 50
+        with raises_errno(errno.EFBIG):
+            os.pwrite(fd, b"y", 100)
+        assert (backup / ".shmem").stat().st_size == 100
+        os.truncate(backup / ".shmem", 0)
+        with raises_errno(errno.ESTALE):
+            os.pread(fd, PAGE, 0)
+        with raises_errno(errno.ESTALE):
+            os.pwrite(fd, b"y", 0)
