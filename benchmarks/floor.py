@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bandwidth import WAYS
+from operations import HELD, figures
 from plan import Plan
 from report import Target, ratio, spread, table
-from systems import BINDFS, NULL, TMPFS, TTMFS, Ttmfs, mounted, side_by_side
+from systems import BINDFS, NULL, TMPFS, TTMFS, System, mounted, side_by_side
 from workloads import (
     OPERATIONS,
     REQUEST_BYTES,
@@ -26,7 +27,6 @@ from workloads import (
 
 __all__ = ["report", "run", "targets"]
 
-HELD = ("stat uncached", "pread", "pwrite")
 CREATE = "create+write+close"
 
 
@@ -34,49 +34,56 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
     """Microseconds an operation, and MiB/s of requests of 1 MiB, a round each; systems in turns."""
     size = 4 * plan.operations * os.sysconf("SC_PAGE_SIZE") + 2 * plan.bulk_bytes + (64 << 20)
     systems, missing = side_by_side(size, (NULL, TTMFS, BINDFS, TMPFS))
-    names = [system.name for system in systems]
-    kinds = [name for name in OPERATIONS if name != UNKNOWN]
-    costs: dict[str, dict[str, list[Cost]]] = {kind: {name: [] for name in names} for kind in kinds}
-    speeds: dict[str, dict[str, list[float]]] = {way: {name: [] for name in names} for way in WAYS}
-    request = buffer(REQUEST_BYTES)
-    with mounted(directory, systems), contextlib.ExitStack() as stack:
+    with mounted(directory, systems):
         homes = {system.name: system.new("a") for system in systems}
+        costs = _operations(plan, systems, homes)
+        speeds = _transfers(plan, homes)  # last: after so much work client and daemon run on different CPUs for a while
+    return {
+        "systems": list(homes),
+        "missing": missing,
+        "microseconds": figures(costs, "latency"),
+        "mib_per_second": speeds,
+    }
+
+
+def _operations(plan: Plan, systems: list[System], homes: dict[str, Path]) -> dict[str, dict[str, list[Cost]]]:
+    kinds = [name for name in OPERATIONS if name != UNKNOWN]
+    costs: dict[str, dict[str, list[Cost]]] = {kind: {name: [] for name in homes} for kind in kinds}
+    for turn in range(plan.rounds + 1):
+        order = systems[turn % len(systems) :] + systems[: turn % len(systems)]
+        pages = {system.name: Pages.of(homes[system.name], plan.operations, system.page_size) for system in systems}
+        for kind, system in itertools.product(kinds, order):
+            its = pages[system.name]
+            if kind == CREATE:
+                its.content = os.urandom(its.size)
+            else:
+                know_names(its)
+            with its.holding(plan.held) if kind in HELD else contextlib.nullcontext():
+                cost = measure(system, kind, its)
+            if turn:
+                costs[kind][system.name].append(cost)
+    return costs
+
+
+def _transfers(plan: Plan, homes: dict[str, Path]) -> dict[str, dict[str, list[float]]]:
+    names, request = list(homes), buffer(REQUEST_BYTES)
+    speeds: dict[str, dict[str, list[float]]] = {way: {name: [] for name in names} for way in WAYS}
+    with contextlib.ExitStack() as stack:
         files = {}
-        for system in systems:
-            name = ".image" if isinstance(system, Ttmfs) or system.name == NULL else "file"
-            flags = os.O_RDWR if name == ".image" else os.O_RDWR | os.O_CREAT
-            files[system.name] = os.open(homes[system.name] / name, flags)
-            stack.callback(os.close, files[system.name])
+        for name, home in homes.items():
+            has_image = name in (TTMFS, NULL)
+            path, flags = home / (".image" if has_image else "file"), os.O_RDWR | (0 if has_image else os.O_CREAT)
+            files[name] = os.open(path, flags)
+            stack.callback(os.close, files[name])
+            write_image(files[name], plan.bulk_bytes, request)
         for turn in range(plan.rounds + 1):
-            order = systems[turn % len(systems) :] + systems[: turn % len(systems)]
-            pages = {system.name: Pages.of(homes[system.name], plan.operations, system.page_size) for system in systems}
-            for kind, system in itertools.product(kinds, order):
-                its = pages[system.name]
-                if kind == CREATE:
-                    its.content = os.urandom(its.size)
-                else:
-                    know_names(its)
-                with its.holding(plan.held) if kind in HELD else contextlib.nullcontext():
-                    cost = measure(system, kind, its)
-                if turn:
-                    costs[kind][system.name].append(cost)
-        for file in files.values():
-            write_image(file, plan.bulk_bytes, request)
-        for turn in range(
-            plan.rounds + 1
-        ):  # by itself: after so much work the two would run on different CPUs for a while
-            for (way, act), name in itertools.product(
-                WAYS.items(), names[turn % len(names) :] + names[: turn % len(names)]
-            ):
+            order = names[turn % len(names) :] + names[: turn % len(names)]
+            for (way, act), name in itertools.product(WAYS.items(), order):
                 pause()
                 speed = plan.bulk_bytes / (1 << 20) / transfer(act, files[name], plan.bulk_bytes, request)
                 if turn:
                     speeds[way][name].append(speed)
-    latency = {
-        kind: {name: [round(cost.latency, 3) for cost in its] for name, its in row.items()}
-        for kind, row in costs.items()
-    }
-    return {"systems": names, "missing": missing, "microseconds": latency, "mib_per_second": speeds}
+    return speeds
 
 
 def targets(_: dict[str, Any]) -> list[Target]:

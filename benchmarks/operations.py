@@ -23,7 +23,7 @@ from workloads import (
     measure,
 )
 
-__all__ = ["report", "run", "targets"]
+__all__ = ["HELD", "figures", "report", "run", "targets"]
 
 FILES = ("create+write+close", "open+read+close", "open+write+close", "unlink")
 HELD = ("stat uncached", "pread", "pwrite")
@@ -70,9 +70,9 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
         "held": plan.held,
         "missing": missing,
         "systems": [system.name for system in systems],
-        "microseconds": _all(costs, "latency"),
-        "daemon_cpu_microseconds": _all(costs, "daemon"),
-        "client_cpu_microseconds": _all(costs, "client"),
+        "microseconds": figures(costs, "latency"),
+        "daemon_cpu_microseconds": figures(costs, "daemon"),
+        "client_cpu_microseconds": figures(costs, "client"),
         "cached": {
             name: [other for other, its in row.items() if other in (EXAMPLE, BINDFS) and _not_asked(its)]
             for name, row in costs.items()
@@ -95,7 +95,8 @@ def _requests(system: System) -> Counter[str]:
     return system.requests() if isinstance(system, Ttmfs) else Counter()
 
 
-def _all(costs: dict[str, dict[str, list[Cost]]], what: str) -> dict[str, dict[str, list[float]]]:
+def figures(costs: dict[str, dict[str, list[Cost]]], what: str) -> dict[str, dict[str, list[float]]]:
+    """What each operation took on each system, a round each: one of the fields of Cost."""
     return {
         operation: {name: [round(getattr(cost, what), 3) for cost in its] for name, its in row.items()}
         for operation, row in costs.items()

@@ -258,11 +258,7 @@ class Backup:
 
     def overwrite(self, offset: int, data: bytes) -> int:
         """As :meth:`write`, of bytes of one page that is there, which takes no room."""
-        if offset + len(data) > (size := self.size):  # .shmem can have cut it in the middle of the page
-            if offset >= size:
-                raise OutOfBounds(f"the backup ends at byte {size}")
-            data = data[: size - offset]
-        return self._write(offset, data)
+        return self._write(offset, data[: self._end_of(offset, len(data)) - offset])  # .shmem can have cut the page
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
         """Store bytes, which makes every page that they touch exist. Gives how many were stored.
@@ -270,11 +266,7 @@ class Backup:
         That is fewer than given where the backup or the room ends. Raises OutOfBounds past the end and NoRoom if
         nothing could be stored; no page is ever left stored in part.
         """
-        end = offset + len(data)
-        if end > (size := self.size):
-            if offset >= size:
-                raise OutOfBounds(f"the backup ends at byte {size}")
-            end = size
+        end = self._end_of(offset, len(data))
         first, past = offset // self._page_size, -(-end // self._page_size)  # pages are stored whole
         if (admitted := self._store.admit(self._id, past - first)) < past - first:
             past = self._past_of_room(first, past, admitted)
@@ -298,6 +290,14 @@ class Backup:
             if position < past:
                 break
         return position - offset
+
+    def _end_of(self, offset: int, length: int) -> int:
+        """Where a range of bytes ends within the backup. Raises OutOfBounds if it begins past the end."""
+        if offset + length <= (size := self.size):
+            return offset + length
+        if offset >= size:
+            raise OutOfBounds(f"the backup ends at byte {size}")
+        return size
 
     def _write(self, offset: int, data: bytes | memoryview) -> int:
         """Store bytes, at most a STEP, as far as the filesystem has room."""

@@ -605,19 +605,17 @@ def _zero_pages(
 
 def _descriptor(mount: int, directory: int, id: int) -> int:
     """The descriptor of a backup's own file, to read and to write; -1 if there is none to be had."""
-    found = -1
     try:
         config = os.open(".config", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=mount)
         with open(config, encoding="utf-8") as file:
             path = json.load(file).get("descriptors")
-        if path:
-            try:
-                found = _handed_over(path, id)
-            except OSError:
-                found = os.open(".shmem", os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
+        if not path:
+            return -1
+        with contextlib.suppress(OSError):
+            return _handed_over(path, id)
+        return os.open(".shmem", os.O_RDWR | os.O_CLOEXEC, dir_fd=directory)
     except (OSError, ValueError):
         return -1
-    return found
 
 
 def _handed_over(path: str, id: int) -> int:

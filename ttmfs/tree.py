@@ -227,12 +227,6 @@ class Tree:
         """The backup that an inode or file handle belongs to."""
         return self.pool.backup(backup_of(ino))
 
-    def _with_page(self, ino: int) -> Backup:
-        """The backup of a page's inode or file handle. PageDropped if the page is no more."""
-        backup = self.backup(ino)
-        _check_page(backup, handle_of(ino))
-        return backup
-
     def _page(self, found: os.stat_result) -> Attributes:
         """The attributes of the pages, the same for all, of the backup whose file in the store is `found`."""
         return _file(found, self.pool.page_size, self.pool.page_size // 512)
@@ -435,19 +429,21 @@ class Tree:
 
     async def truncate(self, ino: int, size: int, pid: int = 0) -> None:
         """truncate(2) by a thread: bytes of a page past `size` become zeros; pages of an IMAGE past it are dropped."""
-        handle, page_size = handle_of(ino), self.pool.page_size
-        if not backup_of(ino) or not handle or handle == SHMEM:
+        (id, handle), page_size = split(ino), self.pool.page_size
+        if not id or not handle or handle == SHMEM:
             raise NotPermitted("this has no size to change")
+        backup = self.pool.backup(id)
         if handle != IMAGE:
             if size > page_size:
                 raise OutOfBounds(f"a page ends at byte {page_size}")
-            await self.backup(ino).bring_in((handle - 1) * page_size + size, page_size - size, to_write=True)
-            self._with_page(ino).zero(handle - 1, size)
+            await backup.bring_in((handle - 1) * page_size + size, page_size - size, to_write=True)
+            _check_page(backup, handle)
+            backup.zero(handle - 1, size)
             return
-        await self.backup(ino).bring_in(size, -size % page_size, to_write=True)  # zeroed, not dropped
+        await backup.bring_in(size, -size % page_size, to_write=True)  # zeroed, not dropped
         with self._progress("truncate", ino, size, pid) as progress:
-            await self.backup(ino).truncate(size, progress)
-        self._forget_extents(backup_of(ino), size // page_size, MAX_HANDLE)
+            await backup.truncate(size, progress)
+        self._forget_extents(id, size // page_size, MAX_HANDLE)
         self._names_dropped()
 
     def change(self, ino: int, *, mode: int | None = None, uid: int | None = None, gid: int | None = None,

@@ -232,8 +232,8 @@ def _is_sound(file: int, part: _Part, page_size: int) -> bool:
 class _Source:
     """A backup to read from: its own file if that can be had, else ``.image``. Neither tells an absent page from zeros.
 
-    (Backup.copy_pages() does, by looking for every page before and after; here that is done where zeros were read.)
-    What fails raises StoreFailed.
+    Where zeros were read that is looked for. (As Backup.copy_pages() does, which would need memory for each part.) What
+    fails raises StoreFailed.
     """
 
     def __init__(self, backup: Backup, length: int) -> None:
