@@ -279,6 +279,20 @@ class Client:
         finally:
             os.close(fd)
 
+    @contextlib.contextmanager
+    def opened_memory(self) -> Iterator[int]:
+        """The memory itself. A link whose process is killed while it is followed leads nowhere, and then elsewhere."""
+        followed = os.readlink(link := f"{self.name}/.shmem")
+        try:
+            fd = os.open(link, os.O_RDWR)
+        except FileNotFoundError:
+            assert os.readlink(link) != followed, "where the link leads there is nothing"
+            fd = os.open(link, os.O_RDWR)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
     def path(self, index: int) -> str:
         return f"{self.name}/{index + 1}"
 
@@ -442,7 +456,7 @@ class Client:
         if (index := self.stored()) is None:
             return
         offset, data = self.part()
-        with self.opened(f"{self.name}/.shmem") as fd:
+        with self.opened_memory() as fd:
             assert os.pwrite(fd, data, index * self.page_size + offset) == len(data)
             self.know(index, offset, data)
             self.check(index, os.pread(fd, self.page_size, index * self.page_size))

@@ -327,8 +327,7 @@ def test_the_link_to_the_memory_leads_there_as_soon_as_the_keeper_it_led_through
 
 
 def test_c22_kills_of_either_are_not_noticed_under_load(mountpoint: Path) -> None:
-    """Who is just following `.shmem` when the keeper is killed that it leads through finds nothing: it is left out."""
-    with Kept(mountpoint, "size=128m") as mount, Load(mountpoint, clients=3, shmem=False) as load:
+    with Kept(mountpoint, "size=128m") as mount, Load(mountpoint, clients=3) as load:
         mount.expect_restarts()
         for _ in range(6):
             load.wait_for_steps(50)
