@@ -54,9 +54,10 @@ else
     chmod 755 "$deb"
     (
         cd "$deb"
-        fetch() { apt-get download -qq -o APT::Sandbox::User=root prometheus; }
+        download() { apt-get download -qq -o APT::Sandbox::User=root "$1"; }
+        fetch() { download promtool 2>/dev/null || download prometheus; } # a package of its own since Debian 13
         fetch 2>/dev/null || { $sudo apt-get update -qq && fetch; }
-        dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool >promtool
+        dpkg-deb --fsys-tarfile ./*.deb | tar -xO ./usr/bin/promtool >promtool
     )
     install -m 755 "$deb/promtool" .venv/bin/promtool
     rm -rf "$deb"
