@@ -19,8 +19,8 @@ COMMANDS = {
     "create": ("backups", "make backups"),
     "ls": ("backups", "list backups: pages, sizes, what is in memory and what is swapped out"),
     "map": ("picture", "draw which pages of a backup are absent, in memory, and swapped out"),
-    "save": ("transfer", "save a backup to a sparse file, with its checksum"),
-    "load": ("transfer", "load a backup from a sparse file, at the same handles"),
+    "save": ("save", "save a backup to a sparse file, with its checksum"),
+    "load": ("load", "load a backup from a sparse file, at the same handles"),
     "writeback": ("backups", "push backups out of memory, to swap, now"),
     "fini": ("backups", "end backups, with all their pages"),
     "fd": ("descriptor", "run a program with a backup's own descriptor, for native speed"),
@@ -100,5 +100,5 @@ def main() -> int:
         why, status = str(error), error.status
     except (TtmfsError, OSError) as error:
         why, status = reason(error), 2
-    sys.stderr.write(f"ttmfs {name}: {why}\n")
+    sys.stderr.write(f"{f'ttmfs {name}'.rstrip()}: {why}\n")
     return status

@@ -15,7 +15,7 @@ ORDER = (
     "mount_helper cli"
 ).split()
 
-COMMANDS = "terminal command mounts png descriptor backups picture transfer doctor rescuing".split()
+COMMANDS = "terminal command mounts png descriptor backups picture saved save load doctor rescuing".split()
 USED_BY_COMMANDS = set("handles errors version options linux mountinfo pages memory client rescue".split())
 """What they know of the rest: none of the server."""
 
