@@ -47,7 +47,6 @@ FEW = 1024
 WINDOW = 1 << 20
 """Bytes that are pushed out of memory at a time, in between which others are served."""
 
-
 BRING_IN_TRIES = 3
 """Pages can be swapped out again before they are copied. After so many tries the copy waits for them itself."""
 
@@ -418,9 +417,7 @@ class Backup:
             with trio.CancelScope(shield=not abandon):
                 async with self._store.waiting.turn(self.stat().st_uid):
                     try:
-                        file = linux.Duplicate(
-                            self._store.descriptor(self._id)
-                        )  # the store may close its own meanwhile
+                        file = linux.Duplicate(self._store.descriptor(self._id))  # it may close its own meanwhile
                     except OSError as error:
                         raise from_os_error(error, "bringing pages in") from error
                     await trio.to_thread.run_sync(_touch, file, offset, length, abandon_on_cancel=abandon)
