@@ -22,6 +22,7 @@ need bindfs bindfs
 need ps procps
 need systemd-run systemd
 need mandoc mandoc
+need mkfs.ext4 e2fsprogs
 need mkfs.xfs xfsprogs
 need mkfs.btrfs btrfs-progs
 [ -e /usr/include/fuse3/fuse.h ] || packages="$packages libfuse3-dev"
