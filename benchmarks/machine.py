@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyfuse3
+
 __all__ = ["SETTLED", "SLAB", "Slab", "anonymous", "available", "describe", "record"]
 
 SLAB = ("SUnreclaim", "SReclaimable")
@@ -22,7 +24,7 @@ QUIET_SECONDS, LOOK_SECONDS = 10.0, 0.1  # spent on slab that moves; between two
 
 def record() -> dict[str, Any]:
     models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    libfuse = ctypes.CDLL("libfuse3.so.3")
+    libfuse = ctypes.CDLL(pyfuse3.__file__)  # through which its names are found, whichever version it is
     libfuse.fuse_pkgversion.restype = ctypes.c_char_p
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

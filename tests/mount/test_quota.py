@@ -3,7 +3,6 @@
 import errno
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,10 +116,10 @@ print(stored)
 """
 
 
-def test_c16_eight_processes_of_a_user_race_for_the_last_pages(mnt: Path) -> None:
+def test_c16_eight_processes_of_a_user_race_for_the_last_pages(mnt: Path, place: Place) -> None:
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(mnt / f"b{number}"), "page" if number % 2 else "image"],
+            [place.python, "-c", WRITER, str(mnt / f"b{number}"), "page" if number % 2 else "image"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **as_user(ALICE),
         )
         for number in range(8)

@@ -640,6 +640,7 @@ def test_numpy_memmap_of_what_is_no_shared_memory(full: Path, name: str) -> None
     assert private.tobytes() == expected
     private[0] ^= 255
     assert (full / name).read_bytes() == expected
+    del private  # with its descriptor, which the exceptions to come would keep
     for mode in "r", "r+":
         with raises_errno(errno.ENODEV):
             np.memmap(full / name, mode=mode)
