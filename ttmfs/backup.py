@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from . import linux
-from . import pages as checked
+from . import checked, linux
 from .errors import BackupEnded, InvalidArgument, NoRoom, OutOfBounds, PageAbsent, TtmfsError, from_os_error
 from .options import BASE_PAGE_SIZE
 from .state import Progress
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from .checked import PageBuffer
     from .handles import Uint64Array
-    from .pages import PageBuffer
     from .store import Store
 
 __all__ = ["Backup"]
@@ -413,7 +412,7 @@ class Backup:
         for _ in range(BRING_IN_TRIES):
             if not self.is_out(offset, length):
                 return
-            self._store.swap.page_in_begins()
+            self._store.swap.renew_counts()
             with trio.CancelScope(shield=not abandon):
                 async with self._store.waiting.turn(self.stat().st_uid):
                     try:
@@ -546,14 +545,14 @@ class Backup:
         if self._store.in_memory and sum(linux.residency(fd, first, past - first)) * BASE_PAGE_SIZE == past - first:
             return end  # they have it all: fallocate(2) looks at every base page, 95 us for 2 MiB
         try:
-            linux.reserve_range(fd, first, past - first)
+            linux.allocate_range(fd, first, past - first)
             return end
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.ENOMEM):
                 raise
         for start in range(first, past, page_size):
             try:
-                linux.reserve_range(fd, start, page_size)
+                linux.allocate_range(fd, start, page_size)
             except OSError:
                 if not linux.is_data(fd, start, page_size):
                     linux.punch_hole(fd, start, page_size)  # disks keep what they had found room for

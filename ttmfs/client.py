@@ -36,8 +36,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 
-from . import linux
-from . import pages as checked
+from . import checked, linux
 from .errors import (
     ERRNO,
     BackupAbsent,
@@ -53,6 +52,7 @@ from .errors import (
     TtmfsError,
 )
 from .handles import Uint64Array, format_ranges, page_name, parse_ranges
+from .inodes import ROOT
 from .memory import Swap
 from .mountinfo import ttmfs_on
 from .options import BASE_PAGE_SIZE
@@ -63,15 +63,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from .pages import PageBuffer
+    from .checked import PageBuffer
 
 __all__ = ["Backup", "PageArray", "Residency", "shrink"]
 
 PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 """How directories are opened: to name what is in them, whatever is done to their paths."""
-
-MOUNT_ROOT = 1
-"""The inode number of a mount's root. FUSE_ROOT_ID"""
 
 REQUEST = 1 << 20
 """Bytes that one request through the mount carries at most."""
@@ -87,9 +84,6 @@ FEW = 4
 
 LOOKS = 10
 """To look for a page takes so many times as long as to pass one on the way to the end of its run, which can be far."""
-
-LONGEST_VALUE = 65536
-"""Bytes of an extended attribute. XATTR_SIZE_MAX"""
 
 LOOK_SECONDS = 0.02
 """How often a wait that may be ended is looked at."""
@@ -132,7 +126,7 @@ class Backup:
         self.id = found.st_ino
         """The inode number of its directory, which no other backup of the mount ever has."""
         served = ttmfs_on(found.st_dev)
-        if served is None or found.st_ino == MOUNT_ROOT:
+        if served is None or found.st_ino == ROOT:
             where = "the root of a mount" if served else "in no mount"
             raise InvalidArgument(f"{os.readlink(self._place)} is no backup: it is {where} of ttmfs")
         if os.fstat(mount).st_dev != found.st_dev:
@@ -405,7 +399,7 @@ class Backup:
     def _store_natively(self, offset: int, data: memoryview) -> int:
         self._touching()
         if self.page_size > BASE_PAGE_SIZE:  # so that none is stored in part
-            linux.reserve_range(self._native, offset, len(data))
+            linux.allocate_range(self._native, offset, len(data))
         return os.pwrite(self._native, data, offset)
 
     def _store_by_mount(self, flags: int, offset: int, data: memoryview) -> int:
@@ -480,7 +474,7 @@ class Backup:
     def _touching(self) -> None:
         """To be called before pages are stored or read natively: that is charged to this process' control group."""
         if self._swap.used:
-            self._swap.page_in_begins()
+            self._swap.renew_counts()
 
     def _read_natively(self, dst: memoryview, offset: int) -> None:
         self._touching()
@@ -518,7 +512,7 @@ class Backup:
             part: list[tuple[int, int]] = []
             for first, past in runs:
                 part.append((first + 1, past))
-                if len(part) >= LONGEST_VALUE // len(f"{2**30}-{2**30},"):
+                if len(part) >= linux.XATTR_SIZE_MAX // len(f"{2**30}-{2**30},"):
                     self._drop_ranges(part)
                     part = []
             if part:

@@ -1,7 +1,10 @@
-"""The few system calls that Python lacks. Each raises OSError with the errno and what was tried.
+"""The few system calls that Python lacks.
+
+Each raises OSError with the errno and what was tried, unless it says otherwise.
 
 Numbers are those of the generic table, the same on every architecture for calls this new
-(``include/uapi/asm-generic/unistd.h``). All of it is synchronous: none of these calls waits for anything but memory.
+(``include/uapi/asm-generic/unistd.h``). All of it is synchronous: it waits for nothing but memory and the filesystem
+below, except where a function says more.
 
 Run as a program, by its path, this file is the helper through which a user without privilege makes and resizes a tmpfs:
 what needs a user namespace happens there, and the caller stays outside.
@@ -22,7 +25,9 @@ from typing import Any
 
 __all__ = [
     "CAP_SYS_RESOURCE",
+    "XATTR_SIZE_MAX",
     "Duplicate",
+    "allocate_range",
     "is_data",
     "is_tmpfs",
     "lock_memory",
@@ -36,7 +41,6 @@ __all__ = [
     "punch_hole",
     "rename",
     "renounce",
-    "reserve_range",
     "residency",
     "resize_tmpfs",
     "resize_tmpfs_as_user",
@@ -68,6 +72,7 @@ _TMPFS_MAGIC = 0x01021994
 _MADV_PAGEOUT, _MADV_POPULATE_READ = 21, 22
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _CAPABILITY_VERSION_3 = 0x20080522
+XATTR_SIZE_MAX = 65536  # bytes of an extended attribute, include/uapi/linux/limits.h
 CAP_SYS_RESOURCE = 24
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
@@ -150,7 +155,7 @@ def _run_helper(*arguments: str, keep: tuple[int, ...]) -> None:
         raise OSError(helper.returncode, helper.stderr.strip() or os.strerror(helper.returncode))
 
 
-def _help(command: str, *arguments: str) -> None:
+def _helper_main(command: str, *arguments: str) -> None:
     """What the helper does."""
     if command == "make":
         channel, words = int(arguments[0]), arguments[1:]
@@ -166,9 +171,7 @@ def _help(command: str, *arguments: str) -> None:
     else:
         directory, namespace, size = map(int, arguments)
         _checked(_libc.setns(namespace, _CLONE_NEWUSER), "setns user namespace")
-        _checked(
-            _libc.unshare(_CLONE_NEWNS), "unshare mount namespace"
-        )  # fspick asks for rights over the mount namespace
+        _checked(_libc.unshare(_CLONE_NEWNS), "unshare mount namespace")  # fspick asks for rights over it
         resize_tmpfs(directory, size)
 
 
@@ -195,7 +198,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     _checked(_libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length), "fallocate punch")
 
 
-def reserve_range(fd: int, offset: int, length: int) -> None:
+def allocate_range(fd: int, offset: int, length: int) -> None:
     """Allocate what a range of a file lacks, all of it or (ENOSPC) nothing. It is a hole to SEEK_DATA until written."""
     while _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length) < 0:
         if ctypes.get_errno() != errno.EINTR:  # any signal, or a suspend of the machine; of tmpfs on older kernels
@@ -453,7 +456,7 @@ def renounce(capability: int) -> None:
 
 if __name__ == "__main__":
     try:
-        _help(*sys.argv[1:])
+        _helper_main(*sys.argv[1:])
     except OSError as failure:
         sys.stderr.write(str(failure.strerror))
         sys.exit(failure.errno)

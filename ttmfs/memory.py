@@ -1,4 +1,7 @@
-"""What the machine, and the control group of this process, can still give. Read anew at every call, in bytes."""
+"""What the machine, and the control group of this process, can still give. In bytes.
+
+Read anew at every call; where it is asked for each page, at most so long ago as :class:`Reserve` and :class:`Swap` say.
+"""
 
 import contextlib
 import os
@@ -81,7 +84,7 @@ class Swap:
             self._used, self._expires = free < size, now + self.LIFETIME
         return self._used
 
-    def page_in_begins(self) -> None:
+    def renew_counts(self) -> None:
         """Have the kernel count anew what is in the control group of this process.
 
         It decides by these numbers which pages it may swap out to make room, yet they are up to two seconds old. If

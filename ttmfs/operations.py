@@ -1,8 +1,9 @@
-"""The pyfuse3 face: it translates between pyfuse3's types and the tree's, and does nothing else.
+"""The pyfuse3 face: it translates between pyfuse3's types and the tree's.
 
 Every handler goes through one wrapper, which turns the model's errors into errno, counts, times and logs. An unforeseen
 exception is EIO to the caller and a traceback in the log; the mount lives on. (Anything but FUSEError that left a
-handler would end pyfuse3's loop and with it the mount.)
+handler would end pyfuse3's loop and with it the mount.) The wrapper also notes in the state which request is carried
+out, so that one of which daemons die is refused in the end (:mod:`ttmfs.state`).
 """
 
 import errno
@@ -50,7 +51,8 @@ def guarded(handler: "Handler[P, T | Coroutine[Any, Any, T]]") -> "Handler[P, Co
 def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, Any]]":
     """The wrapper round every operation. What a handler gives is its answer, or a coroutine if that takes waiting."""
     name, clock = handler.__name__, time.perf_counter_ns
-    kind, telling = zlib.crc32(name.encode()), len(inspect.signature(handler).parameters) > 2
+    kind = zlib.crc32(name.encode())
+    telling = len(inspect.signature(handler).parameters) > 2  # two arguments tell a request from others of its kind
 
     @wraps(handler)
     async def operation(self: "Operations", *arguments: Any) -> Any:
@@ -70,7 +72,7 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
         except TtmfsError as error:
             raise FUSEError(self.refused(name, error)) from None
         except Exception as error:
-            self.burst(name, error, arguments)
+            self.unforeseen(name, error, arguments)
             raise FUSEError(errno.EIO) from None
         finally:
             if suspects:
@@ -151,7 +153,7 @@ class Operations(pyfuse3.Operations):
             log.debug("%s: %s: %s", operation, errno.errorcode[number], error)
         return number
 
-    def burst(self, operation: str, error: Exception, arguments: tuple[Any, ...]) -> None:
+    def unforeseen(self, operation: str, error: Exception, arguments: tuple[Any, ...]) -> None:
         """Log an exception that nobody foresaw, once for each place that it comes from, lest a caller fill the log."""
         self.metrics.count_error(operation, errno.EIO)
         trace = error.__traceback__
@@ -378,11 +380,11 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        return self.tree.get_attribute(inode, name)
+        return self.tree.get_xattr(inode, name)
 
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.tree.set_attribute(inode, name, value, Caller(ctx.uid, ctx.pid))
+        await self.tree.set_xattr(inode, name, value, Caller(ctx.uid, ctx.pid))
 
     @guarded
     def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
@@ -390,4 +392,4 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        self.tree.remove_attribute(inode, name)
+        self.tree.remove_xattr(inode, name)

@@ -219,7 +219,7 @@ TABLE = {
         Option("gid", "GID", _parse_gid, str, "group of the root directory (who mounts)"),
         Option("backup_size", "SIZE", _parse_positive_size, format_size, "size of a backup that mkdir makes (size)"),
         Option("page_size", "SIZE", parse_size, format_size, "bytes a page, a power of two up to 2m (the system's)"),
-        Option("uid_size", "SIZE", _parse_positive_size, format_size, "what one user but root may store (no bound)"),
+        Option("uid_size", "SIZE", _parse_positive_size, format_size, "what one user except root may store (no limit)"),
         Option("reserve", "SIZE", parse_size, format_size, "memory and swap that storing leaves free (64m)"),
         Option("busy_poll", "auto|off|US", _parse_busy_poll, _format_busy_poll, "how long to poll for requests (auto)"),
         Option(
@@ -316,13 +316,13 @@ class Options:
         values: dict[str, Any] = {}
         kernel: dict[str, None] = {}
         for word in (word for text in texts for word in split(text)):
-            name, equals, text = word.partition("=")
+            name, equals, value = word.partition("=")
             if option := TABLE.get(name):
                 if bool(option.value) != bool(equals):
                     raise OptionError(f"{name} needs a value: {name}={option.value}" if option.value else
                                       f"{name} is a flag and takes no value")  # fmt: skip
                 try:
-                    values[name] = option.parse(text)
+                    values[name] = option.parse(value)
                 except OptionError as error:
                     raise OptionError(f"{name}: {error}") from None
             elif word == "rw":
@@ -336,6 +336,7 @@ class Options:
 
     def show(self) -> str:
         """What differs from the default, as an ``-o`` string that :meth:`parse` reads back."""
+        # Some defaults go by other options: what is shown must differ from the default that it would then have.
         default = Options(page_size=self.page_size, size=self.size, store=self.store)
         plain = Options(store=self.store)
         unset = {"store": None, "size": plain.size, "page_size": plain.page_size}
@@ -387,7 +388,8 @@ def unknown(word: str, known: Iterable[str]) -> OptionError:
 def help_text() -> str:
     """The options and the exit codes, for ``--help``."""
     rows = [(o.name + ("=" + o.value if o.value else ""), o.help) for o in TABLE.values()]
-    options = "\n".join(f"  {name:<18} {help_}" for name, help_ in rows)
+    width = max(len(name) for name, _ in rows)
+    options = "\n".join(f"  {name:<{width}} {help_}" for name, help_ in rows)
     codes = "\n".join(f"  {code.value:<3} {code.meaning}" for code in ExitCode)
     return f"""\
 options (in brackets the default):

@@ -47,7 +47,7 @@ MADV_DONTNEED_LOCKED = 24
 """Since Linux 5.18; Python has no name for it."""
 
 
-class Store(Protocol):
+class PageStore(Protocol):
     """What an array needs of a backup; :class:`ttmfs.client.Backup` is one. Its errors are TtmfsError.
 
     Whatever else comes out of it is an exception of a signal handler, and ends what was under way.
@@ -78,7 +78,7 @@ class PageArray:
     backed up cannot be restored or dropped any more then, and BackupClosed is raised.
     """
 
-    def __init__(self, backup: Store, count: int, first: int = 0) -> None:
+    def __init__(self, backup: PageStore, count: int, first: int = 0) -> None:
         self._backup = backup
         self._first = first
         self._size = backup.page_size

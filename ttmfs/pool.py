@@ -22,7 +22,7 @@ bytes_avail = memory.bytes_avail
 
 NAME_MAX = 255
 
-HANDLES = 1024
+BACKUPS_KEPT = 1024
 """How many Backup objects are kept for the next request. They hold nothing but the id; to make one takes as long as to
 find out whether a page is there."""
 
@@ -52,7 +52,7 @@ class Pool:
         self.store = store
         asked = backup_size or options.backup_size
         self.backup_size = asked or self.whole_pages(store.room().f_blocks * self.page_size)
-        self.backup: Callable[[int], Backup] = lru_cache(HANDLES)(partial(Backup, store))
+        self.backup: Callable[[int], Backup] = lru_cache(BACKUPS_KEPT)(partial(Backup, store))
         """The backup of an id. That it exists shows at its first use."""
 
     # --- backups ---

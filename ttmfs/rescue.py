@@ -1,7 +1,8 @@
 """Getting backups out of a keeper that gave up, or out of any directory of backups: sparse files with checksums.
 
 Standard library alone, and nothing of the package: it must work when the rest of it does not. So it can be run by its
-path too. It changes nothing of what it reads.
+path too. It changes nothing of what it reads, but for the moment in which it opens a file whose mode shuts out its own
+user.
 
 The checksum of a backup is made of those of its parts of 16 MiB, so that parts can be summed, and found to be damaged,
 by themselves. A part's is the SHA-256 over what is in it, in ascending order: of each piece of 4096 bytes that is not

@@ -385,7 +385,7 @@ class _Session:
         )  # fmt: skip
         pool.store.remember = state.set
         if process.held and process.keeper and process.keeper.pid:
-            pool.store.is_held_by(process.keeper.pid)
+            pool.store.lead_paths_through(process.keeper.pid)
         if not self._operations.lifetime:
             log.info("this kernel cannot be told to forget names, so it is asked to keep none")
 
@@ -526,7 +526,7 @@ class _Session:
         """Requests are answered from here on."""
         self.served = True
         if self._process.keeper:
-            self._hand_over(self._process.keeper, besides=self._process.held)
+            self._give_to_keeper(self._process.keeper, besides=self._process.held)
         log.info("serving %s", self._mountpoint)  # known to all: a signal from here on is no interrupted start
         self._process.ready()
 
@@ -557,7 +557,7 @@ class _Session:
             return None
         return MountError("the keeper was killed before the mount answered; mount again")
 
-    def _hand_over(self, keeper: Keeper, besides: dict[str, int]) -> bool:
+    def _give_to_keeper(self, keeper: Keeper, besides: dict[str, int]) -> bool:
         """Have a keeper hold what the next daemon needs, but for what it holds, and know that this one serves.
 
         The state first: who finds it without the rest knows that that is lost, and makes no empty mount in its place.
@@ -569,7 +569,7 @@ class _Session:
         try:
             keeper.keep({name: fd for name, fd in kept.items() if besides.get(name) != fd}, "READY=1")
             if keeper.pid and not besides:
-                store.is_held_by(keeper.pid)
+                store.lead_paths_through(keeper.pid)
         except OSError as error:
             log.warning("the keeper does not hear: %s", error)
             return False
@@ -597,7 +597,7 @@ class _Session:
                 await trio.sleep(KEEPER_RETRY_SECONDS)
                 continue
             log.warning("the keeper was killed: %s is another", keeper.pid)
-            heard = self._hand_over(keeper, besides={})
+            heard = self._give_to_keeper(keeper, besides={})
             pause = 0.0 if heard else min(KEEPER_RETRY_SECONDS, 2 * pause or FIRST_RETRY_SECONDS)
             await trio.sleep(pause)  # one that cannot even start is not to be started without end
 

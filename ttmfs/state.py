@@ -163,13 +163,13 @@ class State:
                 self._progress[2 * row] = 0
                 self._free.append(row)
             self._unfinished.clear()
-        identity = zlib.crc32(repr(request).encode()) | 1 << 32
-        if identity in self._unfinished:
-            row = self._unfinished.pop(identity)
+        key = zlib.crc32(repr(request).encode()) | 1 << 32
+        if key in self._unfinished:
+            row = self._unfinished.pop(key)
         elif self._free:
             row = self._free.pop()
             self._progress[2 * row + 1] = 0
-            self._progress[2 * row] = identity
+            self._progress[2 * row] = key
         else:
             yield Progress()
             return

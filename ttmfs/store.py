@@ -1,4 +1,4 @@
-"""Where backups live: one directory, in which each backup is a sparse file. All the state of ttmfs is in there.
+"""Where backups live: one directory, in which each backup is a sparse file. All pages are in there.
 
 The directory is the root of a private tmpfs, or one of somebody's on any filesystem that can tell pages apart. On the
 tmpfs a backup's id is its file's inode number, which is never given out twice, and the kernel keeps the budget; in
@@ -537,7 +537,7 @@ class Store:
             self._place = None
         return f"{self._place or f'/proc/{os.getpid()}/fd/{self._directory}'}/{name}"
 
-    def is_held_by(self, pid: int) -> None:
+    def lead_paths_through(self, pid: int) -> None:
         """Have :meth:`path` lead through a process that holds the directory open too, and may outlive this one."""
         ours, self._place = os.fstat(self._directory), None
         with contextlib.suppress(OSError):  # it has just died, or may not be looked into

@@ -73,6 +73,7 @@ from .inodes import (
     split,
     with_serial,
 )
+from .linux import XATTR_SIZE_MAX
 from .options import parse_size
 from .pool import Pool, bytes_avail
 from .state import Progress
@@ -87,7 +88,6 @@ HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
 LIFETIME = 1.0
 """Seconds for which the kernel may keep a name and its attributes: so late may it learn what .shmem changed."""
 
-XATTR_SIZE_MAX = 65536
 KEPT = 64
 """How many listings and texts under way are kept. One that was lost is made anew from its offset."""
 
@@ -317,14 +317,14 @@ class Tree:
             self.attributes(ino)
             return with_serial(ino, next(self._serial))
         if self._changed:
-            self._have_asked_again(ino)
+            self._require_fresh(ino)
         if handle == IMAGE:
             self.pool.backup(id).stat()
         else:
             _check_page(self.pool.backup(id), handle)
         return _file_handle(ino, flags)
 
-    def _have_asked_again(self, ino: int) -> None:
+    def _require_fresh(self, ino: int) -> None:
         """See that the kernel decides by a page's mode and owner of now. AttributesChanged if it cannot have.
 
         It has forgotten the names of a backup's pages when these changed, and asks for what is looked up again. What is
@@ -540,15 +540,15 @@ class Tree:
 
     # --- extended attributes ---
 
-    def get_attribute(self, ino: int, name: bytes) -> bytes:
+    def get_xattr(self, ino: int, name: bytes) -> bytes:
         """getxattr(2). Raises NoSuchAttribute if there is none of that name, or it can only be set."""
-        if (attribute := self._attributes_at(ino).get(name)) and attribute.get:
+        if (attribute := self._xattrs_at(ino).get(name)) and attribute.get:
             return str(attribute.get(self, ino)).encode()
         raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
 
-    async def set_attribute(self, ino: int, name: bytes, value: bytes, caller: Caller) -> None:
+    async def set_xattr(self, ino: int, name: bytes, value: bytes, caller: Caller) -> None:
         """setxattr(2), of the few attributes that can be set."""
-        if not (attribute := self._attributes_at(ino).get(name)):
+        if not (attribute := self._xattrs_at(ino).get(name)):
             raise NotSupported(f"there is no attribute {os.fsdecode(name)!r} here, and none can be added")
         if not attribute.set:
             raise NotPermitted(f"{os.fsdecode(name)} can only be read")
@@ -557,16 +557,16 @@ class Tree:
         except ValueError as error:  # what no text, no size or no list of handles is
             raise InvalidArgument(f"{os.fsdecode(name)}: {error}") from None
 
-    def remove_attribute(self, ino: int, name: bytes) -> None:
+    def remove_xattr(self, ino: int, name: bytes) -> None:
         """removexattr(2): none can be."""
-        if name not in self._attributes_at(ino):
+        if name not in self._xattrs_at(ino):
             raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
         raise NotPermitted(f"{os.fsdecode(name)} cannot be removed")
 
-    def _attributes_at(self, ino: int) -> "dict[bytes, _Attribute]":
+    def _xattrs_at(self, ino: int) -> "dict[bytes, _Xattr]":
         if ino == ROOT:
-            return _ROOT_ATTRIBUTES
-        return _BACKUP_ATTRIBUTES if backup_of(ino) and not handle_of(ino) else {}
+            return _ROOT_XATTRS
+        return _BACKUP_XATTRS if backup_of(ino) and not handle_of(ino) else {}
 
     async def set_budget(self, _: int, value: str, caller: Caller) -> None:
         """Change what all backups together may hold."""
@@ -614,26 +614,26 @@ class Tree:
         self._names_dropped()
 
 
-class _Attribute(NamedTuple):
+class _Xattr(NamedTuple):
     """How an extended attribute is had and set; None where it is not. A setter's arguments: inode, text, who asks."""
 
     get: Callable[[Tree, int], object] | None
     set: Callable[[Tree, int, str, Caller], Awaitable[None]] | None = None
 
 
-_ROOT_ATTRIBUTES = {
-    b"user.ttmfs.bytes_avail": _Attribute(lambda *_: bytes_avail()),
-    b"user.ttmfs.page_size": _Attribute(lambda tree, _: tree.pool.page_size),
-    b"user.ttmfs.size": _Attribute(lambda tree, _: tree.pool.room().size, Tree.set_budget),
+_ROOT_XATTRS = {
+    b"user.ttmfs.bytes_avail": _Xattr(lambda *_: bytes_avail()),
+    b"user.ttmfs.page_size": _Xattr(lambda tree, _: tree.pool.page_size),
+    b"user.ttmfs.size": _Xattr(lambda tree, _: tree.pool.room().size, Tree.set_budget),
 }
 
-_BACKUP_ATTRIBUTES = {
-    b"user.ttmfs.size": _Attribute(lambda tree, ino: tree.backup(ino).size, Tree.set_backup_size),
-    b"user.ttmfs.pages": _Attribute(lambda tree, ino: tree.backup(ino).pages),
-    b"user.ttmfs.resident": _Attribute(lambda tree, ino: tree.backup(ino).resident),
-    b"user.ttmfs.swapped": _Attribute(lambda tree, ino: tree.backup(ino).swapped),
-    b"user.ttmfs.map": _Attribute(Tree.map),
-    b"user.ttmfs.drop": _Attribute(None, Tree.drop_handles),
+_BACKUP_XATTRS = {
+    b"user.ttmfs.size": _Xattr(lambda tree, ino: tree.backup(ino).size, Tree.set_backup_size),
+    b"user.ttmfs.pages": _Xattr(lambda tree, ino: tree.backup(ino).pages),
+    b"user.ttmfs.resident": _Xattr(lambda tree, ino: tree.backup(ino).resident),
+    b"user.ttmfs.swapped": _Xattr(lambda tree, ino: tree.backup(ino).swapped),
+    b"user.ttmfs.map": _Xattr(Tree.map),
+    b"user.ttmfs.drop": _Xattr(None, Tree.drop_handles),
 }
 
 

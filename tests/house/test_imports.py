@@ -1,6 +1,7 @@
 """The order of the modules: each imports only from those above it, and pyfuse3 stays in its two."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ from harness import REPOSITORY
 PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
-    "handles errors version options linux mountinfo pages state keeper service memory waiting ledger quota store "
+    "handles errors version options linux mountinfo checked state keeper service memory waiting ledger quota store "
     "backup pool inodes tree metrics handover operations busy_poll session background page_array client rescue "
     "mount_helper cli"
 ).split()
 
 COMMANDS = "terminal command mounts png descriptor backups picture saved save load doctor rescuing".split()
-USED_BY_COMMANDS = set("handles errors version options linux mountinfo pages memory client rescue".split())
+USED_BY_COMMANDS = set("handles errors version options linux mountinfo checked memory inodes client rescue".split())
 """What they know of the rest: none of the server."""
 
 
@@ -37,6 +38,11 @@ def test_every_module_has_its_place() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__", "__main__"}
 
 
+def test_the_map_for_contributors_shows_every_module() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    assert set(re.findall(r"`ttmfs/(\w+)\.py`", text)) == {*ORDER, "__init__", "__main__"}
+
+
 @pytest.mark.parametrize("module", ORDER)
 def test_imports_point_up_the_list_only(module: str) -> None:
     own = imports_of(PACKAGE / f"{module}.py") & set(ORDER)
@@ -48,7 +54,7 @@ def test_every_command_has_its_place() -> None:
 
 
 @pytest.mark.parametrize("module", COMMANDS)
-def test_commands_stand_on_the_client_alone(module: str) -> None:
+def test_commands_know_nothing_of_the_server(module: str) -> None:
     own = imports_of(PACKAGE / "commands" / f"{module}.py")
     assert own & set(ORDER) <= USED_BY_COMMANDS
     assert own & set(COMMANDS) <= set(COMMANDS[: COMMANDS.index(module)])

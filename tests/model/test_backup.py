@@ -440,7 +440,7 @@ async def test_allocated_but_unwritten_room_is_no_page() -> None:
     async with ttmfs.open_pool(size=8 * PAGE) as pool:
         backup = await pool.create("a")
         fd = os.open(pool.store.path("a"), os.O_RDWR)
-        linux.reserve_range(fd, 0, 2 * PAGE)
+        linux.allocate_range(fd, 0, 2 * PAGE)
         os.close(fd)
         assert list(backup.extents()) == []
         with pytest.raises(ttmfs.PageAbsent):

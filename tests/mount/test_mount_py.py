@@ -793,8 +793,8 @@ session.NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 99, 0)
         ("truncate", "setattr", "truncate -s 5 a/1"),
         ("listing", "readdir", "ls a"),
         ("target", "lookup", "readlink -v a/.shmem"),
-        ("get_attribute", "getxattr", "getfattr -n user.ttmfs.pages a"),
-        ("set_attribute", "setxattr", "setfattr -n user.ttmfs.size -v 1m a"),
+        ("get_xattr", "getxattr", "getfattr -n user.ttmfs.pages a"),
+        ("set_xattr", "setxattr", "setfattr -n user.ttmfs.size -v 1m a"),
     ],
 )
 def test_a_fault_in_a_handler_is_a_logged_eio_and_the_mount_lives_on(

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 from ..errors import TtmfsError
+from ..inodes import MAX_HANDLE
 from ..mountinfo import ttmfs_mounts
 from ..options import OptionError, parse_size
 from .command import Command, CommandError, reason
@@ -23,8 +24,6 @@ __all__ = ["COMMANDS"]
 
 LEFT = frozenset({"OWNER", "NAME"})
 SECONDS = 2.0
-
-MOST_PAGES = 2**30 - 3
 
 AT_ONCE = 4
 """Backups that are asked about at once: while one request is answered the next ones are on their way."""
@@ -71,8 +70,8 @@ def _create(arguments: argparse.Namespace) -> int:
         check_new(path)
         from ..client import Backup
 
-        if spans and spans > MOST_PAGES * number(os.path.dirname(os.path.normpath(path)) or ".", "page_size"):
-            raise CommandError(f"{quoted(path)}: a backup has at most {MOST_PAGES} pages")
+        if spans and spans > MAX_HANDLE * number(os.path.dirname(os.path.normpath(path)) or ".", "page_size"):
+            raise CommandError(f"{quoted(path)}: a backup has at most {MAX_HANDLE} pages")
         with Backup.create(path, spans, mode=mode, native=False):  # so that it never lets in more than is asked for
             if arguments.mode is not None and mode & ~os.stat(path).st_mode:  # the umask took some of it
                 os.chmod(path, mode)

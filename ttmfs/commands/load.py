@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checked import flat
 from ..errors import NoRoom, TtmfsError
-from ..pages import flat
 from ..rescue import BLOCK, CHECKSUMS, Digest, data_runs, digests_of, line_of, total_of
 from .command import Command, CommandError, reason
 from .mounts import check_backup, check_new
