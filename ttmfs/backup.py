@@ -4,7 +4,8 @@ A backup is a sparse file. A page exists if and only if its range holds data (SE
 The verbs mirror ``drivers/gpu/drm/ttm/ttm_backup.c``; what they promise is numbered in ``docs/contract.md``.
 
 Concurrency: one thread. Between finding out whether a page is there and acting on that nothing is awaited, so each verb
-happens at once. Only whoever holds the file itself (``.shmem``) can change it meanwhile. What may wait for a disk or
+of one page happens at once; of many, `copy_pages` may wait between runs, and `drop_pages` and `fini` let others in
+every 16 MiB. Only whoever holds the file itself (``.shmem``) can change it meanwhile. What may wait for a disk or
 for swap waits in a thread, which touches pages that are there and changes nothing: first the pages are brought in, then
 the loop looks again, and copies.
 """
@@ -54,7 +55,8 @@ class Backup:
     """A backup of a pool, as :meth:`ttmfs.Pool.create` and :meth:`ttmfs.Pool.open` give it. Counts are pages.
 
     After :meth:`fini`, by whomever, every method raises :class:`ttmfs.BackupEnded`. The async methods are trio's, but
-    reach no checkpoint while the pages concerned are in memory.
+    those of one page reach no checkpoint while it is in memory. What follows "by ranges of bytes" is the mount's, and
+    may change.
     """
 
     __slots__ = ("_id", "_page_size", "_store")
@@ -245,7 +247,7 @@ class Backup:
         except OSError as error:
             raise from_os_error(error, "looking at a backup") from error
 
-    # --- by ranges of bytes ---
+    # --- by ranges of bytes: what a mount needs beside the verbs ---
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on, fewer at the end of the backup; absent pages read as zeros."""

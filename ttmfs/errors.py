@@ -7,6 +7,7 @@ them by class. Each carries a sentence for a person.
 import errno
 
 __all__ = [
+    "ERRNO",
     "AttributesChanged",
     "BackupAbsent",
     "BackupClosed",

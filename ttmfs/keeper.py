@@ -45,6 +45,7 @@ __all__ = [
     "STATE",
     "STORE",
     "Keeper",
+    "another",
     "become",
     "inherited",
 ]

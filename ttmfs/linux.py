@@ -28,6 +28,7 @@ __all__ = [
     "XATTR_SIZE_MAX",
     "Duplicate",
     "allocate_range",
+    "evicted",
     "is_data",
     "is_tmpfs",
     "lock_memory",

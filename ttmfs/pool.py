@@ -16,7 +16,7 @@ from .errors import BackupAbsent, BackupNotEmpty, InvalidArgument, NameTooLong
 from .options import TABLE, OptionError, Options, unknown
 from .store import Store
 
-__all__ = ["Pool", "Room", "bytes_avail", "open_pool"]
+__all__ = ["NAME_MAX", "Pool", "Room", "bytes_avail", "open_pool"]
 
 bytes_avail = memory.bytes_avail
 

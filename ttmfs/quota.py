@@ -8,7 +8,7 @@ Concurrency: one thread.
 
 from collections import Counter
 
-__all__ = ["Quota"]
+__all__ = ["UNBOUND", "Quota"]
 
 UNBOUND = 2**63 - 1
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from .errors import NotSupported
 
-__all__ = ["POINTS", "Progress", "State", "identity"]
+__all__ = ["LATEST", "POINTS", "Progress", "State", "identity"]
 
 FORMAT = 1
 HEADER = 4096  # one page: written at once, or not at all

@@ -113,6 +113,18 @@ class Store:
     """The directory of the backups' files, however it was got.
 
     Owns what it is made from, also if that fails; :meth:`close` gives it up, and with it a tmpfs and all its pages.
+
+    What of it depends on how it was got::
+
+                                   private tmpfs   directory on a tmpfs   directory on a disk
+        in_memory                  yes             yes                    no
+        is_private (no ledger)     yes             no                     no
+        keeps_count                with uid_size   yes                    yes
+        shares_files               not with uid_size   no                 no
+
+    `in_memory`: pages are swapped out, not written to a disk. `is_private`: nobody else makes or removes files there.
+    `keeps_count`: each change of pages is counted here, beside the kernel. `grain`: bytes, the least that the
+    filesystem tells as data; pages larger than that are allocated whole before they are written.
     """
 
     def __init__(
