@@ -8,6 +8,7 @@ from typing import NoReturn
 
 try:
     from ttmfs import background, session
+    from ttmfs.fusermount import MountError
     from ttmfs.options import ExitCode, OptionError, Options, help_text
     from ttmfs.version import __version__
 except ImportError as error:
@@ -44,7 +45,7 @@ def main() -> int:
         return session.serve(*what, background.begin(*what, foreground=arguments.foreground))
     except OptionError as error:
         parser.error(str(error))
-    except session.MountError as error:
+    except MountError as error:
         logging.error("%s", error)
         return error.code
     except KeyboardInterrupt:

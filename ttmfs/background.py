@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import keeper
-from .keeper import STARTS, Keeper
+from .fusermount import is_automounter
+from .keeper import ENDING, STARTS, Keeper
 from .options import ExitCode, Options
 from .service import note_service
-from .session import ENDING, is_automounter
 
 __all__ = ["Process", "begin", "prepare"]
 

@@ -37,6 +37,7 @@ import time
 
 __all__ = [
     "CONNECTION",
+    "ENDING",
     "LEDGER",
     "LEFT",
     "NAMESPACE",

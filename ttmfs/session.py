@@ -23,7 +23,6 @@ import os
 import resource
 import signal
 import socket
-import stat
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
@@ -34,27 +33,26 @@ from typing import Protocol, Self
 import pyfuse3
 import trio
 
-from . import linux
+from . import fusermount, linux
 from .busy_poll import BusyPoll
 from .errors import NotSupported, TtmfsError
+from .fusermount import MountError, checked_mountpoint, device_at, is_dead
 from .handover import Handover
 from .inodes import CONFIG, STATS
-from .keeper import CONNECTION, RESTART, STATE, STORE, Keeper
+from .keeper import CONNECTION, ENDING, RESTART, STATE, STORE, Keeper
 from .metrics import Metrics
-from .mountinfo import TYPE, mounted_at
 from .operations import Operations
-from .options import ExitCode, Options, escaped, format_size
+from .options import ExitCode, Options, format_size
 from .pool import Pool
 from .state import State
 from .store import Store
 from .tree import LIFETIME, Tree
 from .version import __version__
 
-__all__ = ["MountError", "Process", "is_automounter", "serve"]
+__all__ = ["Process", "serve"]
 
 log = logging.getLogger(__name__)
 
-FUSERMOUNT = "fusermount3"
 FUSE_MIN_READ_BUFFER = 8192
 INIT_FLAGS_OFFSET, ATOMIC_O_TRUNC = 40 + 12, 1 << 3
 INIT_VERSION_OFFSET, RESEND_SINCE = 40, (7, 40)
@@ -63,9 +61,6 @@ NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)
 
 NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 8, 0)
 """fuse_out_header of the notification that makes the kernel forget every name it was given (seen on Linux 6.18)."""
-
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""The signals that ask for the end. RESTART asks for another daemon in this one's place."""
 
 WAIT = "_wait_fuse_readable"
 """The function in which pyfuse3's loop waits for the next request, found anew at each. The one private thing that is
@@ -76,18 +71,9 @@ MOST_WAITING = 10_000
 
 ANSWER_SECONDS = 10.0
 FIRST_RETRY_SECONDS, KEEPER_RETRY_SECONDS = 0.05, 5.0
-UNMOUNT_SECONDS = 10.0
 LINGER_SECONDS = 1.0
 START_SECONDS, STATUS_SECONDS = 0.1, 5.0
 """How often a service manager is told the status: as soon as there is one, and then."""
-
-
-class MountError(Exception):
-    """The mount cannot be had. The text is for the user's eyes; `code` is how the program should exit."""
-
-    def __init__(self, text: str, code: ExitCode = ExitCode.FAILED) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 class Process(Protocol):
@@ -146,7 +132,7 @@ def serve(source: str, mountpoint: str, options: Options, process: Process) -> E
                     process.keeper.tell("STOPPING=1", "FDSTOREREMOVE=1", f"FDNAME={CONNECTION}")
             os.close(mount.connection)
             if not resumed and (session is None or (session.mounted and not session.served)):
-                _unmount(mount.mountpoint)  # a start that failed leaves no mount behind
+                fusermount.unmount(mount.mountpoint)  # a start that failed leaves no mount behind
             mount.pool.close(leave=leave)
             mount.state.close()
     if session.failure:
@@ -160,7 +146,7 @@ def serve(source: str, mountpoint: str, options: Options, process: Process) -> E
 
 def _make(source: str, mountpoint: str, options: Options) -> _Mount:
     """A new mount of a new pool."""
-    mountpoint = _checked_mountpoint(mountpoint)
+    mountpoint = checked_mountpoint(mountpoint)
     if options.store and _lies_in(mountpoint, options.store):  # it would ask itself for the names there
         raise MountError(f"{mountpoint} lies within the store {options.store}; mount it elsewhere")
     with contextlib.ExitStack() as undo:
@@ -203,31 +189,21 @@ def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, i
     if CONNECTION in held:
         log.info("taking over %s: no page and no open file is lost", mountpoint)
         return _Mount(mountpoint, held[CONNECTION], pool, state, begun=True)
-    if (device := _device_at(mountpoint)) and device == state.header["device"] and _is_dead(mountpoint):
-        _unmount(mountpoint)
+    if (device := device_at(mountpoint)) and device == state.header["device"] and is_dead(mountpoint):
+        fusermount.unmount(mountpoint)
     connection = _connected(source, mountpoint, options, state)
     log.warning("mounted %s anew over the pages that were kept: none is lost, files that were open are", mountpoint)
     return _Mount(mountpoint, connection, pool, state, begun=False)
 
 
-def _is_dead(mountpoint: str) -> bool:
-    """Whether no one serves the ttmfs at a path. Only for whoever has no connection to it: else it would be himself."""
-    if (what := mounted_at(mountpoint)) and what.type == TYPE:
-        try:
-            os.statvfs(mountpoint)
-        except OSError as error:
-            return error.errno == errno.ENOTCONN
-    return False
-
-
 def _connected(source: str, mountpoint: str, options: Options, state: State) -> int:
     """Mount, and note in the state what the kernel says first. Gives the connection."""
-    connection = _mount(source, mountpoint, options)
+    connection = fusermount.mount(source, mountpoint, options)
     try:
         first = os.read(connection, FUSE_MIN_READ_BUFFER)
-        state.update(init=first.hex(), device=_device_at(mountpoint))
+        state.update(init=first.hex(), device=device_at(mountpoint))
     except BaseException as error:
-        _unmount(mountpoint)
+        fusermount.unmount(mountpoint)
         os.close(connection)
         if isinstance(error, OSError):
             raise MountError(f"{mountpoint} was unmounted before it could answer") from error
@@ -277,80 +253,6 @@ def _lies_in(path: str, directory: str) -> bool:
         store = os.stat(directory)
         return any(os.path.samestat(os.stat(parent), store) for parent in Path(path).parents)
     return False
-
-
-def _checked_mountpoint(path: str) -> str:
-    """The real path of a directory to mount on."""
-    try:
-        os.statvfs(path)  # unlike stat(2) it asks whoever serves what is mounted there, so it finds a dead mount
-        if not stat.S_ISDIR(os.stat(path).st_mode):
-            raise MountError(f"{path} is no directory; give an empty one")
-    except FileNotFoundError:
-        raise MountError(f"{path} does not exist; make it first: mkdir {path}") from None
-    except OSError as error:
-        if error.errno == errno.ENOTCONN and (what := mounted_at(os.path.abspath(path))):
-            if what.type != TYPE:
-                raise MountError(f"a dead mount is in the way at {path}; remove it: {FUSERMOUNT} -u {path}") from None
-            log.warning("removing the dead ttmfs at %s", path)
-            _unmount(os.path.abspath(path))
-            return _checked_mountpoint(path)
-        raise MountError(f"{path}: {error.strerror}") from None
-    return os.path.realpath(path)
-
-
-def _mount(source: str, mountpoint: str, options: Options) -> int:
-    """Let fusermount3 mount, and take the connection from it. It passes it over the socket of _FUSE_COMMFD."""
-    words = [f"fsname={escaped(source or 'none')}", "subtype=ttmfs"]
-    if options.allow_other or os.geteuid():  # else root alone is let in, whom no mode bits hold up (Operations.access)
-        words.append("default_permissions")  # costs a round trip for a directory's attributes after each change of it
-    words += ["allow_other"] * options.allow_other + ["ro"] * options.ro + [*options.kernel]
-    here, there = socket.socketpair()
-    with here:
-        with there:
-            result = _fusermount(["-o", ",".join(words), "--", mountpoint], there.fileno())
-        if result.returncode:
-            text = result.stderr.strip().removeprefix(f"{FUSERMOUNT}: ") or f"exit status {result.returncode}"
-            lacking = "/dev/fuse" in text or "fuse device" in text
-            if lacking and "ermission denied" in text:
-                text += "; as root: chmod 0666 /dev/fuse, which udev does on most systems"
-            code = ExitCode.SYSTEM if lacking else ExitCode.FAILED
-            raise MountError(f"{FUSERMOUNT} cannot mount at {mountpoint}: {text}", code)
-        _, descriptors, _, _ = socket.recv_fds(here, 1, 1)
-    (connection,) = descriptors
-    os.set_inheritable(connection, False)
-    return connection
-
-
-def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "_FUSE_COMMFD": str(channel), "LC_ALL": "C"}
-    keep = () if channel is None else (channel,)
-    try:
-        return subprocess.run(
-            [FUSERMOUNT, *arguments], env=environment, pass_fds=keep, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, errors="replace", timeout=UNMOUNT_SECONDS, check=False,
-            start_new_session=not is_automounter(arguments[-1]),  # a Ctrl-C is for us
-        )  # fmt: skip
-    except FileNotFoundError:
-        raise MountError(f"{FUSERMOUNT} is not installed; install the package fuse3", ExitCode.SYSTEM) from None
-    except subprocess.TimeoutExpired:
-        raise MountError(f"{FUSERMOUNT} did not answer within {UNMOUNT_SECONDS:.0f} s", ExitCode.SYSTEM) from None
-    except OSError as error:
-        raise MountError(f"{FUSERMOUNT} cannot be run: {error.strerror}", ExitCode.SYSTEM) from None
-
-
-def is_automounter(mountpoint: str) -> bool:
-    """Whether this process mounts for an automounter that waits for just that.
-
-    The kernel lets the automounter's process group past an autofs and has everyone else wait until the mount is there,
-    so who mounts must stay in that group, up to the last child. (autofs_oz_mode(); systemd: x-systemd.automount)
-    """
-    found = mounted_at(mountpoint)
-    return found is not None and found.type == "autofs" and f"pgrp={os.getpgrp()}" in found.options
-
-
-def _device_at(mountpoint: str) -> str | None:
-    """The device number of what is mounted topmost at a path, without touching it; None if nothing is."""
-    return found.device if (found := mounted_at(mountpoint)) else None
 
 
 class _Session:
@@ -605,7 +507,7 @@ class _Session:
     def mounted(self) -> bool:
         """Whether it is what is seen at the mountpoint: no one has unmounted it, or mounted over it."""
         device: str | None = self._mount.state.header["device"]
-        return _device_at(self._mountpoint) == device
+        return device_at(self._mountpoint) == device
 
     async def _end_on_signal(self, serving: trio.CancelScope) -> None:
         number = await self._ending.wait()
@@ -624,7 +526,7 @@ class _Session:
                 self._process.keeper.tell("STOPPING=1")
         log.info("%s: unmounting %s", number.name, self._mountpoint)
         if self.mounted:
-            await trio.to_thread.run_sync(_unmount, self._mountpoint, limiter=trio.CapacityLimiter(1))
+            await trio.to_thread.run_sync(fusermount.unmount, self._mountpoint, limiter=trio.CapacityLimiter(1))
         await trio.sleep(LINGER_SECONDS)  # the loop ends by itself unless a client still has files open
         pyfuse3.terminate()
         serving.cancel()  # those who wait for swap or a disk
@@ -659,14 +561,3 @@ def _config(options: Options, pool: Pool, process: Process, handover: Handover |
     who = {"daemon_pid": os.getpid(), "keeper_pid": process.keeper.pid if process.keeper else None}
     where = {"descriptors": handover.path if handover else None}
     return json.dumps(options.as_dict() | now | who | where, indent=2).encode() + b"\n"
-
-
-def _unmount(mountpoint: str) -> None:
-    """Take the mount out of the tree, also while it is in use (lazily)."""
-    try:
-        result = _fusermount(["-u", "-z", "--", mountpoint])
-    except MountError as error:
-        log.error("%s", error)
-        return
-    if result.returncode:
-        log.error("cannot unmount %s: %s", mountpoint, result.stderr.strip())

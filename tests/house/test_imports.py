@@ -11,9 +11,9 @@ from harness import REPOSITORY
 PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
-    "handles errors version options linux mountinfo checked state keeper service memory waiting ledger quota store "
-    "backup pool inodes tree metrics handover operations busy_poll session background page_array client rescue "
-    "mount_helper cli"
+    "handles errors version options linux mountinfo fusermount checked state keeper service memory waiting ledger "
+    "quota store backup pool inodes tree metrics handover operations busy_poll session background page_array client "
+    "rescue mount_helper cli"
 ).split()
 
 COMMANDS = "terminal command mounts png descriptor backups picture saved save load doctor rescuing".split()
