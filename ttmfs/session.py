@@ -118,6 +118,11 @@ def serve(source: str, mountpoint: str, options: Options, process: Process) -> E
         except TtmfsError as error:
             code = ExitCode.SYSTEM if isinstance(error, NotSupported) else ExitCode.FAILED
             raise MountError(str(error), code) from error
+        # What becomes of the pages:               of a new mount             of one taken over
+        #   it ended, by unmounting or a signal    released                   released
+        #   RESTART                                left to the next daemon    left
+        #   it failed before it served             released, and unmounted    left, for another try
+        #   an exception when it served            left if there is a keeper  left
         leave, session = resumed, None
         try:
             session = _Session(mount, options, ending, process)
