@@ -18,14 +18,14 @@ __all__ = ["COMMANDS", "main", "parser"]
 COMMANDS = {
     "create": ("backups", "make backups"),
     "ls": ("backups", "list backups: pages, sizes, what is in memory and what is swapped out"),
-    "map": ("picture", "draw which pages of a backup are absent, in memory, and swapped out"),
+    "map": ("map", "draw which pages of a backup are absent, in memory, and swapped out"),
     "save": ("save", "save a backup to a sparse file, with its checksum"),
     "load": ("load", "load a backup from a sparse file, at the same handles"),
     "writeback": ("backups", "push backups out of memory, to swap, now"),
     "fini": ("backups", "end backups, with all their pages"),
-    "fd": ("descriptor", "run a program with a backup's own descriptor, for native speed"),
+    "fd": ("fd", "run a program with a backup's own descriptor, for native speed"),
     "doctor": ("doctor", "look at the machine and its mounts, and say what to do"),
-    "rescue": ("rescuing", "get backups out of a keeper that gave up, as sparse files with checksums"),
+    "rescue": ("rescue", "get backups out of a keeper that gave up, as sparse files with checksums"),
 }
 """Each command's module, and what it does."""
 

@@ -47,5 +47,5 @@ def test_help_is_there_at_once() -> None:
     text = subprocess.run(
         [sys.executable, "-c", loaded], cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=True
     ).stdout
-    assert not {"numpy", "trio", "pyfuse3", "ttmfs.commands.saved", "ttmfs.linux"} & set(text.split())
+    assert not {"numpy", "trio", "pyfuse3", "ttmfs.commands.manifest", "ttmfs.linux"} & set(text.split())
     assert time.monotonic() < began + 2

@@ -16,19 +16,20 @@ ORDER = (
     "rescue mount_helper cli"
 ).split()
 
-COMMANDS = "terminal command mounts png descriptor backups picture saved save load doctor rescuing".split()
+COMMANDS = "terminal command mounts png manifest backups map save load fd doctor rescue".split()
 USED_BY_COMMANDS = set("handles errors version options linux mountinfo checked memory inodes client rescue".split())
 """What they know of the rest: none of the server."""
 
 
 def imports_of(path: Path) -> set[str]:
-    """The modules that a file imports; those of ttmfs without the package's name."""
+    """The modules that a file imports; those of its own package without a name before, of that above it with a dot."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level:
-            found.update([node.module] if node.module else [alias.name for alias in node.names])
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found.update("." * (node.level - 1) + name for name in names)
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module or "")
     return found
@@ -56,7 +57,7 @@ def test_every_command_has_its_place() -> None:
 @pytest.mark.parametrize("module", COMMANDS)
 def test_commands_know_nothing_of_the_server(module: str) -> None:
     own = imports_of(PACKAGE / "commands" / f"{module}.py")
-    assert own & set(ORDER) <= USED_BY_COMMANDS
+    assert own & {f".{name}" for name in ORDER} <= {f".{name}" for name in USED_BY_COMMANDS}
     assert own & set(COMMANDS) <= set(COMMANDS[: COMMANDS.index(module)])
     assert not own & {"pyfuse3", "trio"}
 

@@ -22,8 +22,8 @@ from ..checked import flat
 from ..errors import NoRoom, TtmfsError
 from ..rescue import BLOCK, CHECKSUMS, Digest, data_runs, digests_of, line_of, total_of
 from .command import Command, CommandError, reason
+from .manifest import MANIFEST, Manifest, Part, Runs, Source, by_part, fill, in_threads, manifest_of, matches, report
 from .mounts import check_backup, check_new
-from .saved import MANIFEST, Manifest, Part, Runs, Source, by_part, fill, in_threads, manifest_of, matches, report
 from .terminal import Progress, quoted, size
 
 if TYPE_CHECKING:

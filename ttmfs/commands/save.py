@@ -23,8 +23,8 @@ from .. import linux
 from ..errors import TtmfsError
 from ..rescue import BLOCK, PART, PIECE, Digest, data_runs, partial_name, write_all
 from .command import Command, CommandError, reason
+from .manifest import MANIFEST, Manifest, Part, Source, blocks_of, by_part, in_threads, manifest_of, matches, report
 from .mounts import check_backup
-from .saved import MANIFEST, Manifest, Part, Source, blocks_of, by_part, in_threads, manifest_of, matches, report
 from .terminal import Progress, quoted
 
 if TYPE_CHECKING:

@@ -7,23 +7,14 @@ import errno
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING
 
 from .command import Command, CommandError
 from .mounts import check_backup, config
 from .terminal import quoted
 
-if TYPE_CHECKING:
-    from ..client import Backup
-
-__all__ = ["COMMANDS", "file_of"]
+__all__ = ["COMMANDS"]
 
 ANSWER_SECONDS = 2.0
-
-
-def file_of(backup: Backup) -> int:
-    """The descriptor of a backup's own file, which stays the backup's; -1 if there is none to be had."""
-    return backup.fileno() if backup.is_native else -1
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +35,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from ..client import Backup
 
     with Backup.open(arguments.backup) as backup:
-        if file_of(backup) < 0:
+        if not backup.is_native:
             raise CommandError(
                 f"no descriptor of {quoted(arguments.backup)} is to be had: {_why_none(arguments.backup)}; "
                 "its .image serves whoever may read it"
             )
-        file = os.dup(file_of(backup))
+        file = os.dup(backup.fileno())
     os.set_inheritable(file, True)
     sys.stdout.flush()
     try:

@@ -33,7 +33,6 @@ from .. import linux
 from ..errors import StoreFailed
 from ..handles import format_ranges, parse_ranges
 from ..rescue import BLOCK, PART, PIECE, Digest, total_of
-from .descriptor import file_of
 from .terminal import size
 
 if TYPE_CHECKING:
@@ -233,7 +232,7 @@ class Source:
         """Its first `length` bytes: it may be made larger meanwhile."""
         self._backup = backup
         self._limit = length // backup.page_size
-        self._own = file_of(backup)
+        self._own = backup.fileno() if backup.is_native else -1
         with _failing():
             self._file = self._own if self._own >= 0 else backup.open_file(".image", os.O_RDONLY)
 
