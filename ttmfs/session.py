@@ -226,7 +226,7 @@ class _Ending:
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
-        self._wake: Callable[[], object] = bool  # does nothing
+        self._wake: Callable[[], object] = lambda: None
 
     def __enter__(self) -> Self:
         for number in (*ENDING, RESTART):

@@ -34,7 +34,7 @@ class Waiting:
         self._turns: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
         self._held: Counter[int] = Counter()
         self.count = 0
-        self.done: Callable[[int], object] = bool
+        self.done: Callable[[int], object] = lambda _: None
         """Told of each request that has waited, how many ns."""
 
     @contextlib.asynccontextmanager
