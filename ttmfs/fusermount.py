@@ -6,6 +6,8 @@ import os
 import socket
 import stat
 import subprocess
+import sys
+from pathlib import Path
 
 from .mountinfo import TYPE, mounted_at
 from .options import ExitCode, Options, escaped
@@ -16,6 +18,9 @@ log = logging.getLogger(__name__)
 
 FUSERMOUNT = "fusermount3"
 ANSWER_SECONDS = 10.0
+
+NEEDED = (os.path.dirname(os.path.realpath(__file__)), os.path.realpath(sys.executable), sys.prefix, "/dev", "/usr/bin")
+"""What must not be hidden by a mount: the daemons to come are started from there."""
 
 
 class MountError(Exception):
@@ -32,6 +37,8 @@ def checked_mountpoint(path: str) -> str:
         os.statvfs(path)  # unlike stat(2) it asks whoever serves what is mounted there, so it finds a dead mount
         if not stat.S_ISDIR(os.stat(path).st_mode):
             raise MountError(f"{path} is no directory; give an empty one")
+        if hidden := next((place for place in NEEDED if Path(place).is_relative_to(os.path.realpath(path))), None):
+            raise MountError(f"a mount on {path} would hide {hidden}, which it needs; give an empty directory")
     except FileNotFoundError:
         raise MountError(f"{path} does not exist; make it first: mkdir {path}") from None
     except OSError as error:

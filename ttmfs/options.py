@@ -115,7 +115,7 @@ def format_size(size: int) -> str:
     return str(size)
 
 
-def _parse_positive_size(text: str) -> int:
+def _parse_budget(text: str) -> int:
     if not (size := parse_size(text)):
         raise OptionError(
             "0 is not offered: to tmpfs it means no limit, which lets any writer use up the machine's memory"
@@ -123,8 +123,14 @@ def _parse_positive_size(text: str) -> int:
     return size
 
 
+def _parse_positive_size(text: str) -> int:
+    if not (size := parse_size(text)):
+        raise OptionError("0 is not offered: leave the option out for its default")
+    return size
+
+
 def _parse_count(text: str) -> int:
-    if "%" in text:
+    if "%" in text or not _SIZE.fullmatch(text):
         raise OptionError(f"{text!r} is no number: write one such as 10000 or 64k")
     return parse_size(text)
 
@@ -211,7 +217,7 @@ def _flag(name: str, help_: str) -> Option:
 TABLE = {
     option.name: option
     for option in (
-        Option("size", "SIZE", _parse_positive_size, format_size, "what all backups together may hold (50% of RAM)"),
+        Option("size", "SIZE", _parse_budget, format_size, "what all backups together may hold (50% of RAM)"),
         Option("nr_inodes", "N", _parse_count, str, "number of backups, plus 1; 0: no limit (as for tmpfs)"),
         Option("store", "DIR", str, escaped, "keep the backups in DIR, for good (in memory of their own)"),
         Option("mode", "MODE", _parse_mode, "{:04o}".format, "mode of the root directory, in octal (0755)"),
@@ -226,7 +232,7 @@ TABLE = {
             "keeper", "on|off", _parse_switch, _format_switch, "survive the daemon's death: a process keeps all (on)"
         ),
         Option("restart_tries", "N", _parse_tries, str, "failed starts of a daemon until the keeper gives up (5)"),
-        Option("restart_seconds", "S", _parse_seconds, str, "seconds without an answer until it gives up (10)"),
+        Option("restart_seconds", "S", _parse_seconds, str, "seconds after a death until it gives up (10)"),
         Option(
             "resend",
             "on|off",

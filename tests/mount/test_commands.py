@@ -48,8 +48,10 @@ def mnt(shared: Mount) -> Path:
     return shared.path
 
 
-def ttmfs(*words: object, code: int = 0, **more: Any) -> str:
+def ttmfs(*words: object, code: int | None = 0, **more: Any) -> str:
     """Run a command; what it wrote. Its standard error comes behind its output, and holds no traceback.
+
+    `code` is the exit status that it must have, None any.
 
     As a process, if anything about that is said, or it becomes another; else as the function that it is, which takes a
     third of the time, and leaves no descriptor open.
@@ -61,7 +63,7 @@ def ttmfs(*words: object, code: int = 0, **more: Any) -> str:
         command = [*more.pop("command", TTMFS), *map(str, words)]
         done = subprocess.run(command, capture_output=True, timeout=60, check=False, **more)
         status, text = done.returncode, (done.stdout + done.stderr).decode()
-    assert status == code, f"{words}: {status}\n{text}"
+    assert code is None or status == code, f"{words}: {status}\n{text}"
     assert "Traceback" not in text
     return text
 
@@ -291,6 +293,29 @@ def test_an_interruption_at_any_moment_is_no_fault(mnt: Path) -> None:
         if milliseconds > 200 and seen >= {-signal.SIGINT, 0}:
             break
     assert seen >= {-signal.SIGINT, 0}
+
+
+def test_a_name_in_the_wrong_place_is_told_so(mnt: Path, tmp_path: Path) -> None:
+    (mnt / "a").mkdir()
+    assert f"{mnt} is the root of a mount: name a backup in it, such as {mnt}/a" in ttmfs("create", mnt, code=2)
+    for target in mnt / "x", mnt / "a/x":
+        assert f"{target} lies in a mount of ttmfs, which holds no files" in ttmfs("save", mnt / "a", target, code=2)
+    (tmp_path / "f").write_bytes(PAGE * b"x")
+    (mnt / "b").mkdir()
+    (mnt / "b" / "1").write_bytes(b"x")
+    assert f"load: {mnt}/{'n' * 256}: " in ttmfs("load", tmp_path / "f", mnt / ("n" * 256), code=2)
+
+
+def test_doctor_tells_of_a_full_mount(mnt: Path) -> None:
+    (mnt / "a").mkdir()
+    size = os.statvfs(mnt).f_blocks * PAGE
+    assert "is full" not in ttmfs("doctor", mnt, code=None)
+    set_attribute(mnt / "a", "size", size)
+    with opened(mnt / "a" / ".image") as image:
+        for position in range(0, size, PART):
+            os.pwrite(image, bytes(min(PART, size - position)), position)
+    assert os.statvfs(mnt).f_bavail == 0
+    assert "setfattr -n user.ttmfs.size -v SIZE" in ttmfs("doctor", mnt, code=None)
 
 
 def test_save_replaces_regular_files_alone(mnt: Path, tmp_path: Path) -> None:
@@ -621,6 +646,7 @@ def test_a_damaged_part_is_told_and_not_stored(mnt: Path, tmp_path: Path) -> Non
     flip(tmp_path / "f", PART + 12345)
     step = PART // PAGE
     assert "1 of 3 parts" in ttmfs("load", "--check", tmp_path / "f", code=1)
+    assert '"ok": false}' in ttmfs("load", "--check", "--json", tmp_path / "f", code=1)
     text = ttmfs("load", tmp_path / "f", mnt / "b", code=1)
     assert f"handles {step + 1}-{2 * step} were not stored" in text
     assert attribute(mnt / "b", "map") == f"1-{step},{2 * step + 1}-{3 * step}"

@@ -264,6 +264,8 @@ mkdir mnt/a; rmdir mnt/a; wait $log; umount mnt
         ("mount.py missing", 32, "missing does not exist; make it first: mkdir missing"),
         ("mount.py -f missing", 32, "missing does not exist"),
         ("mount.py file", 32, "file is no directory"),
+        ("mount.py /", 32, "a mount on / would hide /.*, which it needs"),
+        ("mount.py -f /usr", 32, "a mount on /usr would hide /usr/.*; give an empty directory"),
         ("mount.py file/x", 32, "file/x: Not a directory"),
         ("mount.py loop", 32, "loop: Too many levels of symbolic links"),
         ("PATH=/nonexistent mount.py mnt", 2, "fusermount3 is not installed; install the package fuse3"),

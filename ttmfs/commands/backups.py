@@ -1,6 +1,7 @@
 """Making backups, a table of them, pushing them out of memory, ending them."""
 
 import argparse
+import errno
 import json
 import os
 import pwd
@@ -179,10 +180,19 @@ def _look(paths: list[str]) -> tuple[list[Row], int]:
 
     if paths:
         return rows, _each("ls", paths, look)
-    found = sorted({mount.path for mount in ttmfs_mounts()})
+    found = sorted({mount.path for mount in ttmfs_mounts() if _is_shown(mount.path)})
     if not found:
-        raise CommandError("there is no mount of ttmfs; mount.py makes one")
+        raise CommandError("there is no mount of ttmfs that is shown to you; mount.py makes one")
     return rows, 2 if _each("ls", found, look) == 2 else 0
+
+
+def _is_shown(mount: str) -> bool:
+    """Whether a mount lets its caller in. One that is dead is told of."""
+    try:
+        os.statvfs(mount)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EPERM)
+    return True
 
 
 def _rows(mount: str, page_size: int) -> Iterator[Row]:

@@ -248,7 +248,7 @@ PROBE = """
 import json, os, sys
 answer = {}
 try:
-    os.statvfs(sys.argv[1])
+    answer["full"] = not os.statvfs(sys.argv[1]).f_bavail
     answer["config"] = json.load(open(sys.argv[1] + "/.config"))
     text = open(sys.argv[1] + "/.stats").read()
     answer["version"] = text.split('ttmfs_build_info{version="')[1].split('"')[0]
@@ -304,6 +304,11 @@ def _mount(mount: Mounted) -> Iterator[Check]:
     else:
         found = answer.get("config")
         yield from _alive(what, found if isinstance(found, dict) else {}, str(answer.get("version")))
+        if answer.get("full"):
+            yield Check(
+                what, WARNING, "is full: what is stored now is refused (ENOSPC)",
+                f"drop pages, or give it more: setfattr -n user.ttmfs.size -v SIZE {what}",
+            )  # fmt: skip
 
 
 def _alive(what: str, found: dict[str, object], version: str) -> Iterator[Check]:

@@ -35,6 +35,10 @@ PRIVATE = 0o700
 """The mode of a backup until all of it is loaded."""
 
 
+class _Damaged(CommandError):
+    """A file that is not what was saved."""
+
+
 def _add_load(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="what ttmfs save or rescue made, or any sparse file")
     parser.add_argument("backup", metavar="MNT/NAME", nargs="?", help="the backup; made if there is none")
@@ -60,8 +64,13 @@ def _load(arguments: argparse.Namespace) -> int:
         except OSError as error:
             raise CommandError(reason(error, arguments.file)) from None
         stack.callback(os.close, file)
-        known = _known(arguments.file, file)
-        return _check(arguments, file, known) if arguments.check else _loaded(arguments, file, known)
+        try:
+            known = _known(arguments.file, file)
+            return _check(arguments, file, known) if arguments.check else _loaded(arguments, file, known)
+        except _Damaged:
+            if arguments.check and arguments.json:
+                sys.stdout.write(_checked(arguments.file, ok=False) + "\n")
+            raise
 
 
 def _open(path: Path) -> int:
@@ -86,13 +95,13 @@ def _known(path: Path, file: int) -> Manifest | dict[int, Digest] | None:
         ) from None
     else:
         if manifest.size != length:
-            raise CommandError(f"{name} is damaged: it has {length} bytes, and had {manifest.size} when saved")
+            raise _Damaged(f"{name} is damaged: it has {length} bytes, and had {manifest.size} when saved")
         return manifest
     if not (line := line_of(path.name, path.parent)):
         return None
     digests = digests_of(file)
     if (*total_of(digests), length) != line:
-        raise CommandError(f"{name} is damaged: its checksum is not the one in {quoted(path.parent / CHECKSUMS)}")
+        raise _Damaged(f"{name} is damaged: its checksum is not the one in {quoted(path.parent / CHECKSUMS)}")
     return digests
 
 
@@ -119,11 +128,15 @@ def _check(arguments: argparse.Namespace, file: int, known: Manifest | dict[int,
     if isinstance(known, Manifest):  # a rescue's was compared as a whole
         parts, page_size = known.parts.values(), known.page_size
         sound = [is_sound for _, is_sound in in_threads(lambda part: matches(file, part, page_size), parts)]
-        if not all(sound):
-            raise CommandError(f"{name} is damaged: {sound.count(False)} of {len(sound)} parts of 16 MiB", 1)
-    found = json.dumps({"file": str(arguments.file), "ok": True}) if arguments.json else f"{name}: OK"
-    sys.stdout.write(found + "\n")
+        if damaged := sound.count(False):
+            raise _Damaged(f"{name} is damaged: {damaged} of {len(sound)} parts of 16 MiB", 1)
+    sys.stdout.write((_checked(arguments.file, ok=True) if arguments.json else f"{name}: OK") + "\n")
     return 0
+
+
+def _checked(file: Path, *, ok: bool) -> str:
+    """What --check --json says."""
+    return json.dumps({"file": str(file), "ok": ok})
 
 
 def _loaded(arguments: argparse.Namespace, file: int, known: Manifest | dict[int, Digest] | None) -> int:
@@ -134,7 +147,11 @@ def _loaded(arguments: argparse.Namespace, file: int, known: Manifest | dict[int
     (check_new if is_new else check_backup)(path)
     from ..client import Backup
 
-    with Backup.create(path, length, mode=PRIVATE) if is_new else Backup.open(path) as backup:
+    try:
+        opened = Backup.create(path, length, mode=PRIVATE) if is_new else Backup.open(path)
+    except (TtmfsError, OSError) as error:
+        raise CommandError(reason(error, path)) from None
+    with opened as backup:
         try:
             manifest = _manifest_to_load(name, file, known, backup.page_size)
             if known is None:

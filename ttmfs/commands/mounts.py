@@ -66,6 +66,8 @@ def check_new(path: str) -> None:
     if name[:1] == ".":
         raise CommandError(f"{quoted(path)}: names that begin with a dot are the mount's own")
     if page_size_of_mount(above) is None:
+        if os.path.isdir(path) and page_size_of_mount(path):
+            raise CommandError(f"{quoted(path)} is the root of a mount: name a backup in it, such as {quoted(path)}/a")
         raise CommandError(f"{quoted(above)} is no mount of ttmfs: backups lie in the root of one, such as MNT/a")
 
 

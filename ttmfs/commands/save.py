@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from .. import linux
 from ..errors import TtmfsError
+from ..mountinfo import ttmfs_on
 from ..rescue import BLOCK, PART, PIECE, Digest, data_runs, partial_name, write_all
 from .command import Command, CommandError, reason
 from .manifest import MANIFEST, Manifest, Part, Source, blocks_of, by_part, in_threads, manifest_of, matches, report
@@ -155,6 +156,8 @@ def _partial_of(target: Path) -> Iterator[_Partial]:
         except OSError as error:
             raise CommandError(reason(error, target.parent)) from None
         stack.callback(os.close, directory)
+        if ttmfs_on(os.fstat(directory).st_dev):
+            raise CommandError(f"{quoted(target)} lies in a mount of ttmfs, which holds no files: save it elsewhere")
         partial = _Partial(target, path, directory, _open_partial(path, directory))
         stack.callback(os.close, partial.file)
         try:
