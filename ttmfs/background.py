@@ -3,9 +3,9 @@
 import contextlib
 import faulthandler
 import logging
-import logging.handlers
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,14 +21,20 @@ __all__ = ["Process", "begin", "prepare"]
 SYSLOG = "/dev/log"
 
 
+LOG_DAEMON = 3 << 3
+PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+
+
+def _priority_of(record: logging.LogRecord) -> int:
+    """That of syslog(3)."""
+    return next((number for level, number in PRIORITIES if record.levelno >= level), 7)
+
+
 class _Journal(logging.Formatter):
     """One line an event, its priority before it, as sd-daemon(3) has it."""
 
-    PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-
     def format(self, record: logging.LogRecord) -> str:
-        priority = next((number for level, number in self.PRIORITIES if record.levelno >= level), 7)
-        return f"<{priority}>" + " | ".join(super().format(record).splitlines())
+        return f"<{_priority_of(record)}>" + " | ".join(super().format(record).splitlines())
 
 
 def _is_journal() -> bool:
@@ -155,14 +161,44 @@ def _end(child: int) -> None:
         os.waitpid(child, 0)
 
 
+class _Syslog(logging.Handler):
+    """syslog(3) that waits for no one: what it does not take at once is lost. The library's handler would wait.
+
+    A log that no one reads, or that waits for memory itself, must not stop the mount.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._socket: socket.socket | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = f"<{LOG_DAEMON | _priority_of(record)}>ttmfs[{os.getpid()}]: {self.format(record)}\0".encode()
+        for _ in range(2):  # the second time to a syslog that was started anew
+            try:
+                if self._socket is None:
+                    self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+                    self._socket.connect(SYSLOG)
+                self._socket.send(message)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._disconnect()
+            else:
+                return
+
+    def close(self) -> None:
+        self._disconnect()
+        super().close()
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
 def _log_to_syslog() -> None:
-    """Send the log to where a daemon's belongs; nowhere if there is no syslog."""
+    """Send the log to where a daemon's belongs; nowhere while there is no syslog."""
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
-    with contextlib.suppress(OSError):
-        handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
-        handler.setFormatter(logging.Formatter(f"ttmfs[{os.getpid()}]: %(message)s"))
-        root.addHandler(handler)
-    if not root.handlers:
-        root.addHandler(logging.NullHandler())
+    root.addHandler(_Syslog())

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from . import checked, linux
-from .errors import BackupEnded, InvalidArgument, NoRoom, OutOfBounds, PageAbsent, TtmfsError, from_os_error
+from .errors import InvalidArgument, NoRoom, OutOfBounds, PageAbsent, TtmfsError, from_os_error
 from .options import BASE_PAGE_SIZE
 from .state import Progress
 
@@ -416,12 +416,19 @@ class Backup:
                 return
             self._store.swap.renew_counts()
             with trio.CancelScope(shield=not abandon):
-                async with self._store.waiting.turn(self.stat().st_uid):
+                async with self._store.waiting.page_in(self.stat().st_uid):
                     try:
                         file = linux.Duplicate(self._store.descriptor(self._id))  # it may close its own meanwhile
                     except OSError as error:
                         raise from_os_error(error, "bringing pages in") from error
-                    await trio.to_thread.run_sync(_touch, file, offset, length, abandon_on_cancel=abandon)
+                    await trio.to_thread.run_sync(
+                        _touch,
+                        file,
+                        offset,
+                        length,
+                        abandon_on_cancel=abandon,
+                        limiter=self._store.waiting.page_ins.limiter,
+                    )
 
     def _needed_to_write(self, offset: int, length: int) -> tuple[int, int]:
         """The range that must be in memory for another to be written, as (offset, length)."""
@@ -441,28 +448,33 @@ class Backup:
             return
         end = -(-(offset + length) // BASE_PAGE_SIZE) * BASE_PAGE_SIZE
         offset -= offset % BASE_PAGE_SIZE  # a write opened O_SYNC may begin anywhere
-        while offset < end and linux.swap_space()[1]:
-            try:
-                fd = self._store.descriptor(self._id)
-                found = _resident_run(fd, offset, min(end, os.fstat(fd).st_size), self._page_size)
-                if found is None:
-                    return
-                start, offset = found
-                if offset > start:
-                    # On the loop: no one drops a page between our seeing that it is there and its being mapped.
-                    address, size = linux.map_resident(fd, start, offset - start), offset - start
-                    self._store.swap.page_out_begins()
-                    try:
-                        await trio.to_thread.run_sync(linux.page_out, address, size)
-                        if linux.residency(self._store.descriptor(self._id), start, size)[0]:
-                            again = partial(linux.page_out, address, size, from_all_cpus=True)
-                            await trio.to_thread.run_sync(again)
-                    finally:
-                        linux.unmap(address, size)
-                else:
-                    await trio.lowlevel.checkpoint()
-            except (OSError, BackupEnded):
-                return
+        with contextlib.suppress(TtmfsError, OSError):
+            owner = self.stat().st_uid
+            while offset < end and linux.swap_space()[1]:
+                async with self._store.waiting.syncs.turn(owner):
+                    offset = await self._push_out_window(offset, end)
+
+    async def _push_out_window(self, offset: int, end: int) -> int:
+        """Push the next pages of a range in a tmpfs out of memory, a WINDOW at most. Gives where to go on."""
+        fd = self._store.descriptor(self._id)
+        found = _resident_run(fd, offset, min(end, os.fstat(fd).st_size), self._page_size)
+        if found is None:
+            return end
+        start, past = found
+        if past == start:
+            await trio.lowlevel.checkpoint()
+            return past
+        # On the loop: no one drops a page between our seeing that it is there and its being mapped.
+        address, size = linux.map_resident(fd, start, past - start), past - start
+        run_sync = partial(trio.to_thread.run_sync, limiter=self._store.waiting.syncs.limiter)
+        self._store.swap.page_out_begins()
+        try:
+            await run_sync(linux.page_out, address, size)
+            if linux.residency(self._store.descriptor(self._id), start, size)[0]:
+                await run_sync(partial(linux.page_out, address, size, from_all_cpus=True))
+        finally:
+            linux.unmap(address, size)
+        return past
 
     async def sync(self, offset: int, length: int) -> None:
         """Have the pages of a range where they last longest: swapped out, or on the disk.

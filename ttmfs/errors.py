@@ -8,6 +8,7 @@ import errno
 
 __all__ = [
     "ERRNO",
+    "AccessDenied",
     "AttributesChanged",
     "BackupAbsent",
     "BackupClosed",
@@ -105,6 +106,10 @@ class NotPermitted(TtmfsError):
     """No one may do this here, whatever the mode bits say."""
 
 
+class AccessDenied(TtmfsError):
+    """The mode bits do not allow it."""
+
+
 class ReadOnlyEntry(TtmfsError):
     """The entry can be read only."""
 
@@ -151,6 +156,7 @@ ERRNO: dict[type[TtmfsError], int] = {
     OutOfBounds: errno.EFBIG,  # as at RLIMIT_FSIZE; EINVAL would make tools blame their own flags
     NotPermitted: errno.EPERM,
     ReadOnlyEntry: errno.EACCES,
+    AccessDenied: errno.EACCES,
     WrongParent: errno.EXDEV,  # what makes mv copy and remove instead
     NameTooLong: errno.ENAMETOOLONG,
     TooLong: errno.E2BIG,

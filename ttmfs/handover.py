@@ -19,10 +19,10 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
 
 import trio
 
+from .access import Someone, allows
 from .errors import TtmfsError, errno_of
 from .inodes import backup_of, handle_of
 from .pool import Pool
@@ -46,13 +46,6 @@ _OVERFLOW_UID = 65534
 _READ_WRITE_REACH = 0o7
 
 
-class _Peer(NamedTuple):
-    """Who is at the other end of a connection."""
-
-    uid: int
-    groups: frozenset[int]
-
-
 class Handover:
     """Gives out the descriptors of one mount's backups.
 
@@ -74,6 +67,7 @@ class Handover:
             os.chmod(directory, 0o755)  # whatever the umask: the socket has a mode of its own
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)  # of a daemon before
+        _remove_abandoned(os.path.dirname(path))
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._listener.bind(path)
@@ -110,7 +104,7 @@ class Handover:
             os.unlink(self.path)
         self._listener.close()
 
-    async def _answer(self, connection: trio.socket.SocketType, peer: _Peer) -> None:
+    async def _answer(self, connection: trio.socket.SocketType, peer: Someone) -> None:
         self._connections[peer.uid] += 1
         try:
             with connection, trio.move_on_after(PATIENCE):
@@ -135,7 +129,7 @@ class Handover:
             if not self._connections[peer.uid]:
                 del self._connections[peer.uid]
 
-    def _opened(self, request: bytes, peer: _Peer) -> int:
+    def _opened(self, request: bytes, peer: Someone) -> int:
         """A new open file description of a backup's file. OSError for what is refused."""
         if len(request) != REQUEST.size:
             raise OSError(errno.EINVAL, "no inode number")
@@ -148,18 +142,30 @@ class Handover:
             raise OSError(errno.EACCES, "whoever has no number in this user namespace")
         if not self._reaches(peer):
             raise OSError(errno.EACCES, "the mount is not shown to this user")
-        if not _allows(self._pool.backup(backup_of(ino)).stat(), peer, _READ_WRITE_REACH):
+        if not allows(self._pool.backup(backup_of(ino)).stat(), peer, _READ_WRITE_REACH):
             raise OSError(errno.EACCES, "the backup's mode bits do not allow it")
         return self._pool.store.opened_anew(backup_of(ino))
 
-    def _reaches(self, peer: _Peer) -> bool:
+    def _reaches(self, peer: Someone) -> bool:
         """Whether the mount's root can be passed: as fuse_allow_current_process() and the root's mode bits have it."""
         if not self._open_to_others:
             return peer.uid == self._owner
-        return _allows(self._pool.store.stat(), peer, os.X_OK)
+        return allows(self._pool.store.stat(), peer, os.X_OK)
 
 
-def _peer(connection: trio.socket.SocketType) -> _Peer:
+def _remove_abandoned(directory: str) -> None:
+    """Remove the sockets of daemons that were killed for good. (One that is being replaced makes its own anew.)"""
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+                caller.setblocking(False)
+                try:
+                    caller.connect(entry.path)
+                except ConnectionRefusedError:
+                    os.unlink(entry.path)
+
+
+def _peer(connection: trio.socket.SocketType) -> Someone:
     _, uid, gid = struct.unpack("=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     try:
         found = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
@@ -167,15 +173,7 @@ def _peer(connection: trio.socket.SocketType) -> _Peer:
         if error.errno != errno.ERANGE:
             raise
         found = b""  # more than fit: it counts as in none, and has .image
-    return _Peer(uid, frozenset({gid, *struct.unpack(f"={len(found) // 4}I", found)}))
-
-
-def _allows(found: os.stat_result, peer: _Peer, wanted: int) -> bool:
-    """Whether mode bits let someone do what is wanted, as generic_permission() decides it."""
-    if not peer.uid:
-        return True
-    shift = 6 if peer.uid == found.st_uid else 3 if found.st_gid in peer.groups else 0
-    return found.st_mode >> shift & wanted == wanted
+    return Someone(uid, frozenset({gid, *struct.unpack(f"={len(found) // 4}I", found)}))
 
 
 def _rights(fd: int) -> list[tuple[int, int, bytes]]:

@@ -178,7 +178,9 @@ class Keeper:
                 self.tell("BARRIER=1", descriptors=(barrier,))
             finally:
                 os.close(barrier)
-            if not select.select([heard], [], [], BARRIER_SECONDS)[0]:
+            poll = select.poll()  # select(2) knows no descriptor above 1023
+            poll.register(heard, select.POLLIN)
+            if not poll.poll(BARRIER_SECONDS * 1000):
                 raise TimeoutError("the keeper does not answer")
             if self.pid is not None and not os.read(heard, 1):
                 raise ConnectionRefusedError("the keeper died")

@@ -40,6 +40,8 @@ CONDEMNED = 4
 """Points against a request (see the state) with which it is not carried out again: two daemons died of it by a fault or
 for want of memory, or four were killed at it, which may have been no fault of its."""
 
+_WANTED = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK, os.O_ACCMODE: os.R_OK | os.W_OK}
+
 SUSPECT_SECONDS = 10.0
 """So long after its start a daemon thinks of what the one before may have died of."""
 
@@ -243,6 +245,8 @@ class Operations(pyfuse3.Operations):
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
         if fields.update_size:
+            if self.tree.doubts and fh is None:
+                self.tree.check_access(inode, os.W_OK, Caller(ctx.uid, ctx.gid, ctx.pid))
             await self.tree.truncate(inode, attr.st_size, ctx.pid)
         self.tree.change(
             inode,
@@ -315,6 +319,9 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        if self.tree.doubts:
+            wanted = _WANTED[flags & os.O_ACCMODE]
+            self.tree.check_access(inode, wanted, Caller(ctx.uid, ctx.gid, ctx.pid))
         return self._opened(self.tree.open(inode, flags))
 
     @guarded
@@ -384,7 +391,7 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.tree.set_xattr(inode, name, value, Caller(ctx.uid, ctx.pid))
+        await self.tree.set_xattr(inode, name, value, Caller(ctx.uid, ctx.gid, ctx.pid))
 
     @guarded
     def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:

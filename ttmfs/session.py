@@ -194,6 +194,7 @@ def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, i
     if CONNECTION in held:
         log.info("taking over %s: no page and no open file is lost", mountpoint)
         return _Mount(mountpoint, held[CONNECTION], pool, state, begun=True)
+    state.forget_unfinished()  # who waited for it got an error
     if (device := device_at(mountpoint)) and device == state.header["device"] and is_dead(mountpoint):
         fusermount.unmount(mountpoint)
     connection = _connected(source, mountpoint, options, state)
@@ -286,6 +287,8 @@ class _Session:
 
         texts = {STATS: stats, CONFIG: config}
         tree = Tree(pool, texts, self._forget_names, self._forget_attributes, state.progress)
+        if mount.begun:
+            tree.doubt_all()
         self._operations = Operations(
             tree, pool, metrics, state, init=self._connect,
             lifetime=LIFETIME if self._forget_names() else 0.0, debug=options.debug, suspects=state.suspects(),

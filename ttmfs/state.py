@@ -159,10 +159,7 @@ class State:
         for, one begins from the start.
         """
         if self._unfinished and time.monotonic() > self._unfinished_until:  # whoever asked has gone
-            for row in self._unfinished.values():
-                self._progress[2 * row] = 0
-                self._free.append(row)
-            self._unfinished.clear()
+            self.forget_unfinished()
         key = zlib.crc32(repr(request).encode()) | 1 << 32
         if key in self._unfinished:
             row = self._unfinished.pop(key)
@@ -173,11 +170,25 @@ class State:
         else:
             yield Progress()
             return
+        ended = True
         try:
             yield Progress(self._progress, 2 * row + 1)
+        except Exception:  # which is its answer
+            raise
+        except BaseException:  # cancelled, since another daemon takes over: that carries it out again
+            ended = False
+            raise
         finally:
+            if ended:
+                self._progress[2 * row] = 0
+                self._free.append(row)
+
+    def forget_unfinished(self) -> None:
+        """Nothing is carried out again that a daemon before has begun: whoever asks for the like asks anew."""
+        for row in self._unfinished.values():
             self._progress[2 * row] = 0
             self._free.append(row)
+        self._unfinished.clear()
 
     # --- what a daemon died of ---
 

@@ -712,8 +712,9 @@ class Store:
             raise StoreFailed("syncing a backup: it failed before, so pages may be lost; copy out what is there")
         of = self._directory if id is None else self.descriptor(id)
         try:
-            files = [linux.Duplicate(fd) for fd in (of, self._directory)]
-            await trio.to_thread.run_sync(_sync, files)
+            owner, files = os.fstat(of).st_uid, [linux.Duplicate(fd) for fd in (of, self._directory)]
+            async with self.waiting.syncs.turn(owner):
+                await trio.to_thread.run_sync(_sync, files, limiter=self.waiting.syncs.limiter)
         except OSError as error:
             if id is not None:
                 self._failed.add(id)

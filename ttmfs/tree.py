@@ -37,8 +37,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import trio
 
+from .access import allows, process
 from .backup import Backup
 from .errors import (
+    AccessDenied,
     AttributesChanged,
     BackupAbsent,
     BackupEnded,
@@ -94,6 +96,9 @@ KEPT = 64
 TURN_SECONDS = 0.002
 """For so long pages of a list of ranges, which can be 32,768, are dropped before others are served."""
 
+ALL = 0
+"""In the place of a backup's id, any of them."""
+
 EXTENT_SECONDS = 1.0
 """How long a listing trusts what it knows of the pages to come: so late may it see what .shmem drops."""
 
@@ -114,9 +119,10 @@ class Attributes(NamedTuple):
 
 
 class Caller(NamedTuple):
-    """Who asks: a user, and the thread, which asks for one thing at a time."""
+    """Who asks: a user and group, and the thread, which asks for one thing at a time."""
 
     uid: int
+    gid: int
     pid: int
 
 
@@ -162,9 +168,9 @@ class Tree:
         self._attributes_changed = attributes_changed
         # Directories that a daemon before opened are open still: two of one handle would share what is kept of them.
         self._serial = itertools.count(secrets.randbits(HANDLE_BITS))
-        # Backups whose mode or owner changed just now: until when the kernel may think otherwise of their pages, and of
-        # which it was told.
-        self._changed: dict[int, tuple[float, set[int]]] = {}
+        # Backups whose mode or owner changed just now, ALL for any: until when the kernel may think otherwise of their
+        # pages, and of which it was told.
+        self.doubts: dict[int, tuple[float, set[int]]] = {}
         self._read_texts: _Kept[bytes] = _Kept()
         # Of open directories: index to go on from, end of the run of pages that it is in, and when that was looked up.
         self._extents: _Kept[tuple[int, int, float]] = _Kept()
@@ -316,13 +322,29 @@ class Tree:
                 raise ReadOnlyEntry("this file can only be read")
             self.attributes(ino)
             return with_serial(ino, next(self._serial))
-        if self._changed:
+        if self.doubts:
             self._require_fresh(ino)
         if handle == IMAGE:
             self.pool.backup(id).stat()
         else:
             _check_page(self.pool.backup(id), handle)
         return _file_handle(ino, flags)
+
+    def doubt_all(self) -> None:
+        """Of any backup the mode or owner may have changed just now: a daemon before knew of which."""
+        self.doubts[ALL] = time.monotonic() + 1.5 * LIFETIME, set()
+
+    def check_access(self, ino: int, wanted: int, caller: Caller) -> None:
+        """AccessDenied unless a caller may do what is wanted (R_OK, W_OK) by the mode of now.
+
+        To be asked while there are `doubts`, before a file is opened or cut: then the kernel has decided by what it
+        knew. It may know the old mode even after it was told, if it was just changing the page's size.
+        """
+        id = backup_of(ino)
+        if id and (id in self.doubts or ALL in self.doubts):
+            found = self.pool.backup(id).stat()
+            if not allows(found, process(*caller), wanted):
+                raise AccessDenied("the backup's mode and owner of now do not allow it")
 
     def _require_fresh(self, ino: int) -> None:
         """See that the kernel decides by a page's mode and owner of now. AttributesChanged if it cannot have.
@@ -331,10 +353,10 @@ class Tree:
         reached without a name, by a descriptor in /proc, it may judge by what it knew, for as long as that lasts.
         """
         now = time.monotonic()
-        for id, (until, _) in list(self._changed.items()):
+        for id, (until, _) in list(self.doubts.items()):
             if until < now:
-                del self._changed[id]
-        if backup_of(ino) in self._changed and ino not in (told := self._changed[backup_of(ino)][1]):
+                del self.doubts[id]
+        if backup_of(ino) in self.doubts and ino not in (told := self.doubts[backup_of(ino)][1]):
             told.add(ino)
             self._attributes_changed(ino)
             raise AttributesChanged("the backup's mode or owner has changed")
@@ -404,12 +426,14 @@ class Tree:
 
     async def _write_out(self, fh: int, offset: int, data: bytes) -> int:
         """A write opened O_SYNC: stored, and pushed out of memory."""
-        with self._progress("write", fh, offset, zlib.crc32(data)) as progress:
+        waiting, backup = self.pool.store.waiting, self.backup(fh)
+        request = "write", fh, offset, zlib.crc32(data)
+        with waiting.holding(backup.stat().st_uid, len(data)), self._progress(*request) as progress:
             if not progress.done:
                 stored = self.write(fh & ~SYNC, offset, data)
                 progress.reach(stored if isinstance(stored, int) else await stored)
             start = offset if handle_of(fh) == IMAGE else (handle_of(fh) - 1) * self.pool.page_size + offset
-            await self.backup(fh).sync(start, progress.done)
+            await backup.sync(start, progress.done)
             return progress.done
 
     async def sync(self, fh: int) -> None:
@@ -463,14 +487,14 @@ class Tree:
         self.pool.store.change(
             backup_of(ino) or None,
             mode=None if mode is None else mode & 0o7777,
-            uid=-1 if uid is None or not new_owner else uid,
-            gid=-1 if gid is None or not new_owner else gid,
+            uid=-1 if uid is None or uid == now.uid else uid,
+            gid=-1 if gid is None or gid == now.gid else gid,
             times=times,
         )
         if backup_of(ino) and (mode is not None or new_owner or times is not None):
             self._names_dropped()  # the pages have changed too
             if mode is not None or new_owner:
-                self._changed[backup_of(ino)] = time.monotonic() + 1.5 * LIFETIME, set()
+                self.doubts[backup_of(ino)] = time.monotonic() + 1.5 * LIFETIME, set()
 
     # --- listings ---
 

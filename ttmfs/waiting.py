@@ -19,33 +19,53 @@ from .errors import TooMuchHeld
 
 __all__ = ["Waiting"]
 
-TURNS = 20
-"""Pages of one owner's backups are brought in by so many threads at a time: half of all that trio has."""
+PAGE_INS, PAGE_INS_IN_ALL = 20, 200
+"""Pages of one owner's backups are brought in by so many threads at a time, and those of all."""
+
+SYNCS, SYNCS_IN_ALL = 10, 100
+"""The same of threads that push pages out, to swap or a disk: nobody who reads waits behind these."""
 
 HELD = 256 << 20
 """Bytes of writes that may wait at a time; the daemon takes twice as much for them, for libfuse and pyfuse3 hold a copy
 each. One owner's backups may have half of what the others' leave, so that something is left for each."""
 
 
+class Threads:
+    """Threads for one kind of work, shared among owners."""
+
+    def __init__(self, each: int, in_all: int) -> None:
+        self._each = each
+        self.limiter = trio.CapacityLimiter(in_all)
+        """For :func:`trio.to_thread.run_sync`."""
+        self._turns: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, uid: int) -> AsyncIterator[None]:
+        """Wait until one may work for an owner."""
+        if (turns := self._turns.get(uid)) is None:
+            turns = self._turns[uid] = trio.CapacityLimiter(self._each)
+        async with turns:
+            yield
+
+
 class Waiting:
     """The requests that wait in one store."""
 
     def __init__(self) -> None:
-        self._turns: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
+        self.page_ins = Threads(PAGE_INS, PAGE_INS_IN_ALL)
+        self.syncs = Threads(SYNCS, SYNCS_IN_ALL)
         self._held: Counter[int] = Counter()
         self.count = 0
         self.done: Callable[[int], object] = lambda _: None
         """Told of each request that has waited, how many ns."""
 
     @contextlib.asynccontextmanager
-    async def turn(self, uid: int) -> AsyncIterator[None]:
-        """Wait until a thread may work for an owner."""
-        if (turns := self._turns.get(uid)) is None:
-            turns = self._turns[uid] = trio.CapacityLimiter(TURNS)
+    async def page_in(self, uid: int) -> AsyncIterator[None]:
+        """Wait until a thread may bring in pages for an owner, and count that."""
         start = time.perf_counter_ns()
         self.count += 1
         try:
-            async with turns:
+            async with self.page_ins.turn(uid):
                 yield
         finally:
             self.count -= 1

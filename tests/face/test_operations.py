@@ -16,8 +16,8 @@ import pyfuse3
 import pytest
 import trio
 
-from ttmfs import errors
-from ttmfs.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, inode
+from ttmfs import errors, waiting
+from ttmfs.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, SYNC, inode
 from ttmfs.metrics import Metrics
 from ttmfs.operations import Operations
 from ttmfs.options import Options
@@ -375,3 +375,32 @@ def test_metrics_count_operations_and_errors(face: Face, a: int) -> None:
     assert 'ttmfs_operation_errors_total{operation="getattr",errno="ESTALE"} 1\n' in text
     assert 'operation="lookup",errno' not in text, "to find no page is no error"
     assert 'ttmfs_pages{state="resident"} 1\n' in text
+
+
+def test_a_write_that_waits_to_be_pushed_out_counts_for_its_owner(
+    face: Face, a: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before anything is stored."""
+    fh = face.open(a | IMAGE, os.O_RDWR | os.O_SYNC, CTX).fh
+    assert face.write(fh, 0, b"old") == 3
+    monkeypatch.setattr(waiting, "HELD", 4)
+    assert refusal(face.write, fh, 0, b"new") == "ENOMEM"
+    assert face.read(fh & ~SYNC, 0, 3) == b"old"
+    assert face.write(fh, 0, b"ne") == 2
+
+
+def test_no_owner_takes_all_threads_of_a_kind() -> None:
+    async def first_to_work() -> list[int]:
+        threads, order = waiting.Threads(3, 10), list[int]()
+
+        async def work(owner: int) -> None:
+            async with threads.turn(owner):
+                order.append(owner)
+                await trio.sleep(0.05)
+
+        async with trio.open_nursery() as nursery:
+            for owner in (1,) * 20 + (2,):
+                nursery.start_soon(work, owner)
+        return order
+
+    assert 2 in trio.run(first_to_work)[:4]

@@ -12,6 +12,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -732,10 +733,79 @@ def test_a_keeper_that_is_killed_before_the_mount_answers_takes_the_mount_with_i
     assert "killed before the mount answered" in said
 
 
+def test_c22_a_restart_with_more_files_open_than_select_knows(mountpoint: Path) -> None:
+    with Kept(mountpoint, "size=64m") as mount:
+        for number in range(1200):
+            (mountpoint / f"b{number}").mkdir()
+            (mountpoint / f"b{number}/1").write_bytes(b"%d" % number)
+        mount.expect_restarts()
+        for line in LEFT:
+            mount.expect_log(line)
+        os.kill(mount.keeper, signal.SIGUSR1)
+        wait_until(lambda: mount.restarts() == 1, "another daemon")
+        assert all((mountpoint / f"b{n}/1").read_bytes().rstrip(b"\0") == b"%d" % n for n in range(1200))
+
+
+def test_an_error_is_an_answer_where_the_kernel_cannot_send_requests_again(mountpoint: Path) -> None:
+    """Who was told that a truncation failed, and asks for it anew, has it done from the beginning."""
+    far = 16 << 20  # pages so far from each other are dropped one by one
+    with Kept(mountpoint, "size=2g,resend=off") as mount:
+        mount.expect_restarts()
+        mount.expect_log("mounted /.* anew over the pages")
+        (mountpoint / "a").mkdir()
+        set_attribute(mountpoint / "a", "size", 250_000 * far)
+        with opened(mountpoint / "a/.shmem") as file:
+            for number in range(250_000):
+                os.pwrite(file, b"x", number * far)
+        before = count(mountpoint / "a", "pages")
+        program = """
+import os, sys
+try:
+    os.truncate(sys.argv[1], 0)
+except OSError:
+    print("told", flush=True)
+sys.stdin.readline()
+os.truncate(sys.argv[1], 0)
+"""
+        with subprocess.Popen(
+            [sys.executable, "-c", program, mountpoint / "a/.image"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as asking:
+            wait_until(lambda: count(mountpoint / "a", "pages") < before, "the first page to go")
+            mount.kill_daemon()
+            assert asking.stdout
+            assert asking.stdout.readline() == "told\n"
+            wait_until(lambda: os.path.ismount(mountpoint) and (mountpoint / "a").exists(), "the mount")
+            assert 0 < count(mountpoint / "a", "pages") < before
+            (mountpoint / "a/1").write_bytes(b"stored meanwhile")
+            asking.communicate("\n")
+        assert not asking.returncode
+        assert count(mountpoint / "a", "pages") == 0
+
+
+def test_a_socket_that_a_killed_daemon_left_goes_with_the_next_mount(mountpoint: Path, tmp_path: Path) -> None:
+    with Kept(mountpoint, "size=16m") as mount:
+        left = Path(mount.config()["descriptors"])
+    assert not left.exists()
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as dead:
+        dead.bind(str(left))
+    with Kept(mountpoint, "size=16m") as mount:
+        other = tmp_path / "other"
+        other.mkdir()
+        with Kept(other, "size=16m") as second:
+            paths = {Path(config["descriptors"]) for config in (mount.config(), second.config())}
+            assert len(paths) == 2
+            assert all(path.is_socket() for path in paths)
+            assert left in paths or not left.exists()
+
+
 def test_c22_a_signal_for_a_daemon_that_has_just_died_ends_no_keeper(mountpoint: Path) -> None:
     """A keeper that a daemon made is not its parent: when that is dead no one keeps its number."""
     with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
         mount.expect_restarts()
+        mount.expect_log("SIGUSR1: leaving|left it: starting another")  # the signal can be heard after the death
         mount.kill_keeper()
         keeper, daemon = mount.keeper, mount.daemon
         os.kill(keeper, signal.SIGSTOP)

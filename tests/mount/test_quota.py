@@ -147,6 +147,15 @@ def test_c22_what_a_user_has_stored_counts_after_a_kill(place: Place) -> None:
             assert fill(path / "a", LIMIT) == LIMIT - 1
 
 
+def test_another_group_takes_no_room(mnt: Path) -> None:
+    """chown(1) gives both ids, of which only one may be new."""
+    with acting_as(ALICE):
+        (mnt / "a").mkdir()
+        assert fill(mnt / "a", LIMIT) == LIMIT - 1
+    os.chown(mnt / "a", ALICE, BOB)
+    assert ((mnt / "a").stat().st_uid, (mnt / "a").stat().st_gid) == (ALICE, BOB)
+
+
 def test_what_went_through_the_link_counts_from_the_next_change_on(place: Place) -> None:
     options = f"size=16m,backup_size=4m,allow_other,mode=1777,uid_size={LIMIT * PAGE}"
     with place.directory("shared") as path, Mount(path, options, cwd=place.path):

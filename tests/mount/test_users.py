@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness import Mount, children, run
+from harness import Mount, children, opened, run
 from stores import (
     ALICE,
     BOB,
@@ -338,3 +338,28 @@ def test_everyone_reads_the_statistics_and_no_one_writes_them(open_to_all: Path)
     with pytest.raises(PermissionError):
         (open_to_all / ".config").write_text("{}")
     assert json.loads((open_to_all / ".config").read_text())["allow_other"] is True
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["", "and the daemon is killed"])
+def test_a_mode_holds_from_the_moment_it_is_set_by_descriptors_too(place: Place, *, killed: bool) -> None:
+    """The kernel may know a page's mode for another second; the next daemon does not know that it has changed."""
+    with place.directory("shared") as path, Mount(path, "size=4m,allow_other,mode=1777", cwd=place.path) as mount:
+        mount.expect_restarts()
+        (path / "a").mkdir()
+        (path / "a").chmod(0o777)
+        (path / "a/1").write_bytes(b"precious")
+        with opened(path / "a/1", os.O_PATH) as page:
+            link = Path(f"/proc/self/fd/{page}")
+            with acting_as(ALICE), opened(link):  # the kernel is asked, and remembers
+                pass
+            (path / "a").chmod(0o700)
+            if killed:
+                mount.kill()
+            with acting_as(ALICE):
+                for _ in range(5):
+                    with pytest.raises(PermissionError):
+                        os.truncate(link, 0)
+                    for flags in os.O_RDONLY, os.O_WRONLY, os.O_RDWR:
+                        with pytest.raises(PermissionError):
+                            os.open(link, flags)
+        assert (path / "a/1").read_bytes()[:8] == b"precious"

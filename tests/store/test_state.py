@@ -462,3 +462,39 @@ def test_what_no_one_asks_for_again_is_forgotten_in_the_end(state: State, monkey
         for number in range(LONG):
             assert under_way.enter_context(later.progress("drop", number)).done == 0
     later.close()
+
+
+class Ended(BaseException):
+    """As trio.Cancelled is one."""
+
+
+def test_what_was_cancelled_is_gone_on_with_and_what_was_answered_is_not(state: State) -> None:
+    """A daemon that leaves its mount to another cancels what waits; the kernel asks the next one for it again."""
+    with contextlib.suppress(Ended), state.progress("write", 1) as progress:
+        progress.reach(4096)
+        raise Ended
+    with contextlib.suppress(ValueError), state.progress("write", 2) as progress:
+        progress.reach(4096)
+        raise ValueError
+    with state.progress("write", 3) as progress:
+        progress.reach(4096)
+    following = again(state)
+    done = []
+    for number in 1, 2, 3:
+        with following.progress("write", number) as progress:
+            done.append(progress.done)
+    assert done == [4096, 0, 0]
+    following.close()
+
+
+def test_what_was_answered_with_an_error_is_not_gone_on_with(state: State) -> None:
+    """A mount made anew: whoever waited was told, and asks anew if at all."""
+    with contextlib.suppress(Ended), state.progress("truncate", 1) as progress:
+        progress.reach(7)
+        raise Ended
+    following = again(state)
+    following.forget_unfinished()
+    for later in following, again(state):
+        with later.progress("truncate", 1) as progress:
+            assert progress.done == 0
+        later.close()

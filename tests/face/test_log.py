@@ -1,0 +1,30 @@
+"""The daemon's log: it waits for no one."""
+
+import logging
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from ttmfs import background
+
+
+def test_a_syslog_that_is_not_read_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "SYSLOG", str(tmp_path / "log"))
+    handler = background._Syslog()
+    record = logging.LogRecord("ttmfs", logging.ERROR, __file__, 1, "the daemon before died", (), None)
+    handler.emit(record)  # there is none yet
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind(str(tmp_path / "log"))
+        began = time.monotonic()
+        for _ in range(2000):  # far more than its queue takes (net.unix.max_dgram_qlen)
+            handler.emit(record)
+        assert time.monotonic() < began + 2
+        assert log.recv(1000).startswith(b"<27>ttmfs[")
+    (tmp_path / "log").unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as anew:
+        anew.bind(str(tmp_path / "log"))
+        handler.emit(record)
+        assert anew.recv(1000).endswith(b"]: the daemon before died\0")
+    handler.close()
