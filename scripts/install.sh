@@ -17,6 +17,9 @@ helpers="mount.ttmfs mount.fuse.ttmfs"
 reload() { [ ! -d /run/systemd/system ] || systemctl daemon-reload; }
 
 if [ "${1:-install}" = uninstall ]; then
+    [ -d "$home" ] || { echo "uninstall: there is no ttmfs in $home; PREFIX= tells where it is" >&2; exit; }
+    served=$(awk '$3 == "fuse.ttmfs" { print $2 }' /proc/self/mounts)
+    [ -z "$served" ] || echo "uninstall: no other daemon can be started for what is mounted: $served" >&2
     for command in $commands; do
         [ "$(readlink "$prefix/bin/$command")" != "$home/bin/$command" ] || rm "$prefix/bin/$command" # only ours
     done
@@ -29,6 +32,7 @@ if [ "${1:-install}" = uninstall ]; then
     done
     rm -rf "$home"
     reload
+    echo "uninstalled: what lay below $prefix, and the helpers in /sbin"
     exit
 fi
 

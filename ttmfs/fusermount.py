@@ -1,5 +1,6 @@
 """Mounting and unmounting by fusermount3, for root and users alike, and what stands in the way at a mount point."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -12,7 +13,16 @@ from pathlib import Path
 from .mountinfo import TYPE, mounted_at
 from .options import ExitCode, Options, escaped
 
-__all__ = ["MountError", "checked_mountpoint", "device_at", "is_automounter", "is_dead", "mount", "unmount"]
+__all__ = [
+    "MountError",
+    "checked_mountpoint",
+    "device_at",
+    "is_automounter",
+    "is_dead",
+    "mount",
+    "unmount",
+    "warn_of_hiding",
+]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +60,17 @@ def checked_mountpoint(path: str) -> str:
             return checked_mountpoint(path)
         raise MountError(f"{path}: {error.strerror}") from None
     return os.path.realpath(path)
+
+
+def warn_of_hiding(mountpoint: str) -> None:
+    """Say what a mount hides as long as it lasts: as with mount(8) it is no error, but seldom meant."""
+    found = mounted_at(mountpoint)
+    if found and found.type == TYPE:
+        log.warning("another ttmfs is mounted at %s already: it is hidden until this one is unmounted", mountpoint)
+        return
+    with contextlib.suppress(OSError), os.scandir(mountpoint) as entries:
+        if next(entries, None):
+            log.warning("%s is not empty: what is in it is hidden until this is unmounted", mountpoint)
 
 
 def mount(source: str, mountpoint: str, options: Options) -> int:

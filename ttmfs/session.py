@@ -166,6 +166,8 @@ def _make(source: str, mountpoint: str, options: Options) -> _Mount:
             temporary=store.temporary,
         )
         undo.callback(state.close)
+        if not options.store or os.path.realpath(options.store) != mountpoint:
+            fusermount.warn_of_hiding(mountpoint)
         connection = _connected(source, mountpoint, options, state)
         undo.pop_all()
     return _Mount(mountpoint, connection, pool, state, begun=False)

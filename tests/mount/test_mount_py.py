@@ -245,6 +245,19 @@ mkdir mnt/a; rmdir mnt/a; wait $log; umount mnt
     assert not is_mounted(mountpoint)
 
 
+def test_what_a_mount_hides_is_said(tmp_path: Path) -> None:
+    """It is no error, as with mount(8): but who mounts over a home directory learns it at once."""
+    (mountpoint := tmp_path / "mnt").mkdir()
+    (mountpoint / "file").touch()
+    try:
+        assert "mnt is not empty: what is in it is hidden" in run(f"{COMMAND} mnt -o size=1m 2>&1", cwd=tmp_path)
+        assert "another ttmfs is mounted at /" in run(f"{COMMAND} mnt -o size=1m 2>&1", cwd=tmp_path)
+    finally:
+        run("umount mnt; umount mnt", cwd=tmp_path)
+    (mountpoint / "file").unlink()
+    assert not run(f"{COMMAND} mnt -o size=1m 2>&1; umount mnt", cwd=tmp_path)
+
+
 # --- what goes wrong ---
 
 
