@@ -600,7 +600,8 @@ def test_fini_ends_the_backup_of_its_own_mount(tmp_path: Path) -> None:
     place.mkdir()
     with Mount(place, "size=1m") as below:
         below_a = Backup.create(place / "a")
-        with Mount(place, "size=1m"), Backup.create(place / "a") as above_a:
+        with Mount(place, "size=1m") as above, Backup.create(place / "a") as above_a:
+            above.expect_log("another ttmfs is mounted at")
             assert above_a.id == below_a.id
             below_a.fini()
             assert names(place) == ["a"]
