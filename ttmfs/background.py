@@ -172,7 +172,8 @@ class _Syslog(logging.Handler):
         self._socket: socket.socket | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = f"<{LOG_DAEMON | _priority_of(record)}>ttmfs[{os.getpid()}]: {self.format(record)}\0".encode()
+        text = f"<{LOG_DAEMON | _priority_of(record)}>ttmfs[{os.getpid()}]: {self.format(record)}\0"
+        message = text.encode(errors="backslashreplace")  # names need not be UTF-8
         for _ in range(2):  # the second time to a syslog that was started anew
             try:
                 if self._socket is None:

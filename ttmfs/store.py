@@ -710,10 +710,11 @@ class Store:
         """
         if id in self._failed:
             raise StoreFailed("syncing a backup: it failed before, so pages may be lost; copy out what is there")
-        of = self._directory if id is None else self.descriptor(id)
         try:
-            owner, files = os.fstat(of).st_uid, [linux.Duplicate(fd) for fd in (of, self._directory)]
-            async with self.waiting.syncs.turn(owner):
+            owner = os.fstat(self._directory if id is None else self.descriptor(id)).st_uid
+            async with self.waiting.syncs.turn(owner):  # who waits has no descriptors of his own yet
+                of = self._directory if id is None else self.descriptor(id)
+                files = [linux.Duplicate(fd) for fd in (of, self._directory)]
                 await trio.to_thread.run_sync(_sync, files, limiter=self.waiting.syncs.limiter)
         except OSError as error:
             if id is not None:

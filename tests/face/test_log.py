@@ -22,6 +22,7 @@ def test_a_syslog_that_is_not_read_holds_nothing_up(tmp_path: Path, monkeypatch:
             handler.emit(record)
         assert time.monotonic() < began + 2
         assert log.recv(1000).startswith(b"<27>ttmfs[")
+    handler.emit(logging.LogRecord("ttmfs", logging.INFO, __file__, 1, "serving %s", ("/mnt/\udcff",), None))
     (tmp_path / "log").unlink()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as anew:
         anew.bind(str(tmp_path / "log"))
