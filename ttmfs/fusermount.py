@@ -47,7 +47,8 @@ def checked_mountpoint(path: str) -> str:
         os.statvfs(path)  # unlike stat(2) it asks whoever serves what is mounted there, so it finds a dead mount
         if not stat.S_ISDIR(os.stat(path).st_mode):
             raise MountError(f"{path} is no directory; give an empty one")
-        if hidden := next((place for place in NEEDED if Path(place).is_relative_to(os.path.realpath(path))), None):
+        real = os.path.realpath(path)
+        if hidden := next((place for place in NEEDED if Path(place).is_relative_to(real)), None):
             raise MountError(f"a mount on {path} would hide {hidden}, which it needs; give an empty directory")
     except FileNotFoundError:
         raise MountError(f"{path} does not exist; make it first: mkdir {path}") from None
@@ -59,7 +60,7 @@ def checked_mountpoint(path: str) -> str:
             unmount(os.path.abspath(path))
             return checked_mountpoint(path)
         raise MountError(f"{path}: {error.strerror}") from None
-    return os.path.realpath(path)
+    return real
 
 
 def warn_of_hiding(mountpoint: str) -> None:

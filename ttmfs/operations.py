@@ -88,6 +88,10 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
     return operation
 
 
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid, ctx.pid)
+
+
 def _brief(operation: str, arguments: tuple[Any, ...]) -> str:
     """The arguments of a handler for the log, page contents left out."""
 
@@ -246,7 +250,7 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         if fields.update_size:
             if self.tree.doubts and fh is None:
-                self.tree.check_access(inode, os.W_OK, Caller(ctx.uid, ctx.gid, ctx.pid))
+                self.tree.check_access(inode, os.W_OK, _caller(ctx))
             await self.tree.truncate(inode, attr.st_size, ctx.pid)
         self.tree.change(
             inode,
@@ -320,8 +324,7 @@ class Operations(pyfuse3.Operations):
     @guarded
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if self.tree.doubts:
-            wanted = _WANTED[flags & os.O_ACCMODE]
-            self.tree.check_access(inode, wanted, Caller(ctx.uid, ctx.gid, ctx.pid))
+            self.tree.check_access(inode, _WANTED[flags & os.O_ACCMODE], _caller(ctx))
         return self._opened(self.tree.open(inode, flags))
 
     @guarded
@@ -391,7 +394,7 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.tree.set_xattr(inode, name, value, Caller(ctx.uid, ctx.gid, ctx.pid))
+        await self.tree.set_xattr(inode, name, value, _caller(ctx))
 
     @guarded
     def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:

@@ -170,25 +170,22 @@ class State:
         else:
             yield Progress()
             return
-        ended = True
         try:
             yield Progress(self._progress, 2 * row + 1)
         except Exception:  # which is its answer
+            self._release(row)
             raise
-        except BaseException:  # cancelled, since another daemon takes over: that carries it out again
-            ended = False
-            raise
-        finally:
-            if ended:
-                self._progress[2 * row] = 0
-                self._free.append(row)
+        self._release(row)  # but not if it was cancelled, since another daemon takes over: that carries it out again
 
     def forget_unfinished(self) -> None:
         """Nothing is carried out again that a daemon before has begun: whoever asks for the like asks anew."""
         for row in self._unfinished.values():
-            self._progress[2 * row] = 0
-            self._free.append(row)
+            self._release(row)
         self._unfinished.clear()
+
+    def _release(self, row: int) -> None:
+        self._progress[2 * row] = 0
+        self._free.append(row)
 
     # --- what a daemon died of ---
 
