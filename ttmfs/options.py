@@ -97,9 +97,12 @@ class OptionError(ValueError):
 
 
 def parse_size(text: str) -> int:
-    """Bytes in ``4096``, ``64k``, ``4G`` (powers of 1024) or ``50%`` (of the machine's RAM)."""
+    """Bytes in ``4096``, ``64k``, ``4G`` (powers of 1024) or ``50%`` (of the machine's RAM, rounded up to a page).
+
+    A tmpfs rounds a percentage up too (shmem_parse_one in mm/shmem.c).
+    """
     if match := _PERCENT.fullmatch(text):
-        return int(match[1]) * os.sysconf("SC_PHYS_PAGES") // 100 * BASE_PAGE_SIZE
+        return -(-int(match[1]) * os.sysconf("SC_PHYS_PAGES") // 100) * BASE_PAGE_SIZE
     if not (match := _SIZE.fullmatch(text)):
         raise OptionError(f"{text!r} is no size: write a whole number of bytes, or with k, m, g, t or % behind it")
     if (size := int(match[1]) << _SUFFIXES[match[2].lower()]) > _LARGEST_SIZE:

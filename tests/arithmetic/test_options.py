@@ -3,13 +3,15 @@
 import json
 import os
 import re
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from stores import mounted
 from ttmfs.handles import format_ranges, parse_ranges
 from ttmfs.options import (
     BASE_PAGE_SIZE,
@@ -78,7 +80,7 @@ words = st.builds("{}{}{}".format, names | st.text(max_size=8), st.sampled_from(
 def test_what_is_not_given_is_half_of_the_ram_and_backups_as_large() -> None:
     options = Options.parse()
     assert options == Options() == Options.parse("") == Options.parse(",,", ",")
-    assert 0 <= options.size - RAM // 2 < 2 * BASE_PAGE_SIZE
+    assert 0 <= options.size - RAM // 2 < BASE_PAGE_SIZE
     assert options.backup_size == options.size
     assert (options.uid, options.gid, options.mode) == (os.geteuid(), os.getegid(), 0o755)
     assert (options.page_size, options.reserve, options.nr_inodes) == (BASE_PAGE_SIZE, 64 << 20, None)
@@ -137,9 +139,27 @@ def test_an_option_has_the_value_it_is_given(text: str, name: str, value: object
 
 
 def test_a_percentage_is_of_the_ram() -> None:
-    assert 0 <= RAM // 4 - parse_size("25%") < 4 * BASE_PAGE_SIZE
     assert parse_size("100%") == RAM
     assert parse_size("0%") == 0
+
+
+@given(percent=st.integers(0, 999), pages=st.integers(1, 2**40))
+@example(percent=50, pages=3)
+@example(percent=50, pages=4)
+def test_a_percentage_is_rounded_up_to_a_page_as_a_tmpfs_rounds_it(percent: int, pages: int) -> None:
+    """The kernel's arithmetic, for any amount of RAM: bytes are rounded down first, then pages up."""
+    size = percent * BASE_PAGE_SIZE * pages // 100
+    with unittest.mock.patch("os.sysconf", {"SC_PHYS_PAGES": pages}.get):
+        assert parse_size(f"{percent}%") == (size + BASE_PAGE_SIZE - 1) // BASE_PAGE_SIZE * BASE_PAGE_SIZE
+        if percent:
+            assert Options.parse(f"size={percent}%").size == parse_size(f"{percent}%")
+
+
+@pytest.mark.parametrize("percent", [1, 7, 33, 50, 99, 100, 101, 333, 999])
+def test_a_percentage_is_what_a_tmpfs_makes_of_it(tmp_path: Path, percent: int) -> None:
+    with mounted(tmp_path / "tmpfs", "tmpfs", f"size={percent}%") as path:
+        room = os.statvfs(path)
+    assert parse_size(f"{percent}%") == room.f_blocks * room.f_frsize
 
 
 @given(st.lists(words, max_size=5), st.lists(words, max_size=5))
