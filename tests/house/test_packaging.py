@@ -42,9 +42,15 @@ def pip(python: Path, words: str) -> None:
     run(f"{sys.executable} -m pip -q --disable-pip-version-check --python {python} {words}")
 
 
+def scripts_directory(python: Path) -> str:
+    """Where setuptools puts scripts, below build/."""
+    code = "import sys; print('scripts-%d.%d' % sys.version_info[:2])"
+    return run(f'{python} -c "{code}"').strip()
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist, and the wheel made of it."""
+    """The sdist, and the wheel made of it beside what an earlier build left."""
     directory = tmp_path_factory.mktemp("built")
     source, out = directory / "source", directory / "out"
     for name in versioned():
@@ -59,7 +65,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     build = "import sys, setuptools.build_meta as backend; getattr(backend, 'build_' + sys.argv[1])(sys.argv[2])"
     run(f'{python} -c "{build}" sdist {out}', cwd=source)
     run(f"tar -xzf {out}/ttmfs-{VERSION}.tar.gz", cwd=directory)
-    run(f'{python} -c "{build}" wheel {out}', cwd=directory / f"ttmfs-{VERSION}")
+    checkout = directory / f"ttmfs-{VERSION}"
+    for stale in "lib/ttmfs/stale.py", "lib/stale/__init__.py", f"{scripts_directory(python)}/stale.py":
+        (checkout / "build" / stale).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / "build" / stale).write_text("#!/usr/bin/env python3\n")
+    run(f'{python} -c "{build}" wheel {out}', cwd=checkout)
     return out / f"ttmfs-{VERSION}.tar.gz", out / f"ttmfs-{VERSION}-py3-none-any.whl"
 
 
@@ -84,6 +94,11 @@ def test_the_wheel_holds_the_package_and_its_typing_and_no_tests(built: tuple[Pa
     with zipfile.ZipFile(built[1]) as wheel:
         top = {name for name in wheel.namelist() if not name.startswith(f"ttmfs-{VERSION}.")}
     assert top == {name for name in versioned() if name.startswith("ttmfs/")}
+
+
+def test_the_wheel_holds_nothing_that_an_earlier_build_left(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[1]) as wheel:
+        assert not [name for name in wheel.namelist() if "stale" in name]
 
 
 def test_all_of_it_is_installed(installed: Path) -> None:
