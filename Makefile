@@ -1,5 +1,5 @@
 # make demo   the main job on real input, every command shown
-# make test   lint and all tests
+# make test   lint and all tests (T=tests/mount/test_swap.py: some alone, without lint)
 # make lint   types, linter, formatter
 # make bench  what it costs beside tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
 # make soak   mixed load with kills, swap and budget changes, for SECONDS (600)
@@ -19,7 +19,7 @@ demo: setup
 	$(SUDO) env PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
 
 test: setup
-	scripts/test.sh
+	scripts/test.sh $(T)
 
 lint: setup
 	$(BIN)/ruff check
