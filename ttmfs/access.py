@@ -1,7 +1,8 @@
 """Who may do what by mode bits, where the kernel is not the one to decide it.
 
-Two cases: a program asks for a backup's descriptor by a socket; and for a moment after a backup's mode or owner has
-changed the kernel may judge its pages by what it knew of them.
+Three cases. A program asks for a backup's descriptor by a socket. A program creates a page and opens it: the kernel
+checks the right to create alone. For a moment after a change of a backup's mode or owner, the kernel may judge its
+pages by what it knew of them.
 """
 
 import contextlib
@@ -9,7 +10,15 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Someone", "allows", "process"]
+__all__ = ["Caller", "Someone", "allows", "may", "process"]
+
+
+class Caller(NamedTuple):
+    """Who asks: a user and group, and the thread, which asks for one thing at a time."""
+
+    uid: int
+    gid: int
+    pid: int
 
 
 class Someone(NamedTuple):
@@ -34,3 +43,20 @@ def allows(found: os.stat_result, who: Someone, wanted: int) -> bool:
         return True
     shift = 6 if who.uid == found.st_uid else 3 if found.st_gid in who.groups else 0
     return found.st_mode >> shift & wanted == wanted
+
+
+def may(found: os.stat_result, caller: Caller, wanted: int) -> bool:
+    """As :func:`allows`, of a caller at the mount.
+
+    FUSE does not tell supplementary groups. /proc is read for them only if they decide: the caller is not the owner,
+    and the bits of the group and of others differ.
+    """
+    uid, gid, _ = caller
+    if not uid:
+        return True
+    if uid == found.st_uid:
+        return found.st_mode >> 6 & wanted == wanted
+    of_group, of_others = found.st_mode >> 3 & wanted == wanted, found.st_mode & wanted == wanted
+    if of_group == of_others or gid == found.st_gid:
+        return of_group
+    return allows(found, process(*caller), wanted)

@@ -22,11 +22,12 @@ from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
+from .access import Caller
 from .errors import NotPermitted, StoreFailed, TtmfsError, errno_of
 from .metrics import Metrics
 from .pool import NAME_MAX, Pool
 from .state import LATEST, POINTS, State, identity
-from .tree import Attributes, Caller, Tree
+from .tree import WANTED, Attributes, Tree
 
 __all__ = ["Operations"]
 
@@ -39,8 +40,6 @@ Handler: TypeAlias = Callable[Concatenate["Operations", P], T]
 CONDEMNED = 4
 """Points against a request (see the state) with which it is not carried out again: two daemons died of it by a fault or
 for want of memory, or four were killed at it, which may have been no fault of its."""
-
-_WANTED = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK, os.O_ACCMODE: os.R_OK | os.W_OK}
 
 SUSPECT_SECONDS = 10.0
 """So long after its start a daemon thinks of what the one before may have died of."""
@@ -301,7 +300,7 @@ class Operations(pyfuse3.Operations):
     def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        fh, ino, attributes = self.tree.create_page(parent_inode, name, flags)
+        fh, ino, attributes = self.tree.create_page(parent_inode, name, flags, _caller(ctx) if ctx.uid else None)
         return self._opened(fh), self._entry(ino, attributes)
 
     @guarded
@@ -324,7 +323,7 @@ class Operations(pyfuse3.Operations):
     @guarded
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if self.tree.doubts:
-            self.tree.check_access(inode, _WANTED[flags & os.O_ACCMODE], _caller(ctx))
+            self.tree.check_access(inode, WANTED[flags & os.O_ACCMODE], _caller(ctx))
         return self._opened(self.tree.open(inode, flags))
 
     @guarded

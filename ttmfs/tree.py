@@ -37,7 +37,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import trio
 
-from .access import allows, process
+from .access import Caller, may
 from .backup import Backup
 from .errors import (
     AccessDenied,
@@ -80,9 +80,12 @@ from .options import parse_size
 from .pool import Pool, bytes_avail
 from .state import Progress
 
-__all__ = ["LIFETIME", "Attributes", "Caller", "Entry", "Tree"]
+__all__ = ["LIFETIME", "WANTED", "Attributes", "Entry", "Tree"]
 
 RENAME_NOREPLACE = 1
+
+WANTED = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK, os.O_ACCMODE: os.R_OK | os.W_OK}
+"""The right that open(2) asks for, by access mode."""
 
 TEXTS = {b".stats": STATS, b".config": CONFIG}
 HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
@@ -116,14 +119,6 @@ class Attributes(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     lasting: bool = True  # whether the kernel may keep them for a while
-
-
-class Caller(NamedTuple):
-    """Who asks: a user and group, and the thread, which asks for one thing at a time."""
-
-    uid: int
-    gid: int
-    pid: int
 
 
 Entry = tuple[bytes, int, Attributes, int]
@@ -282,8 +277,14 @@ class Tree:
         except BackupAbsent:
             await self.pool.open(os.fsdecode(new_name))
 
-    def create_page(self, parent: int, name: bytes, flags: int) -> tuple[int, int, Attributes]:
-        """open(2) with O_CREAT: store a zero page unless there is one. Gives file handle, inode and attributes."""
+    def create_page(
+        self, parent: int, name: bytes, flags: int, caller: Caller | None = None
+    ) -> tuple[int, int, Attributes]:
+        """open(2) with O_CREAT: store a zero page unless there is one. Gives file handle, inode and attributes.
+
+        A `caller` gets what open(2) of the page would give: the kernel has checked the right to create alone, and the
+        file handle shows whatever is stored at this handle later. None: root, or mknod(2), which opens nothing.
+        """
         if parent == ROOT:
             if name[:1] == b".":
                 raise InvalidArgument("names that begin with a dot are the mount's own")
@@ -295,6 +296,8 @@ class Tree:
             raise OutOfBounds(f"the largest handle is {MAX_HANDLE}")
         id = backup_of(parent)
         backup, ino = self.pool.backup(id), inode(id, handle)
+        if caller and not may(backup.stat(), caller, WANTED[flags & os.O_ACCMODE]):
+            raise AccessDenied("the backup's mode does not allow its pages to be opened like this")
         backup.create_page(handle - 1)
         return _file_handle(ino, flags), ino, self._page(backup.stat())
 
@@ -341,10 +344,9 @@ class Tree:
         knew. It may know the old mode even after it was told, if it was just changing the page's size.
         """
         id = backup_of(ino)
-        if id and (id in self.doubts or ALL in self.doubts):
-            found = self.pool.backup(id).stat()
-            if not allows(found, process(*caller), wanted):
-                raise AccessDenied("the backup's mode and owner of now do not allow it")
+        in_doubt = id and (id in self.doubts or ALL in self.doubts)
+        if in_doubt and not may(self.pool.backup(id).stat(), caller, wanted):
+            raise AccessDenied("the backup's mode and owner of now do not allow it")
 
     def _require_fresh(self, ino: int) -> None:
         """See that the kernel decides by a page's mode and owner of now. AttributesChanged if it cannot have.
