@@ -23,7 +23,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from .access import Caller
-from .errors import NotPermitted, StoreFailed, TtmfsError, errno_of
+from .errors import NotPermitted, PageDropped, StoreFailed, TtmfsError, errno_of
 from .metrics import Metrics
 from .pool import NAME_MAX, Pool
 from .state import LATEST, POINTS, State, identity
@@ -247,19 +247,25 @@ class Operations(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        if fields.update_size:
-            if self.tree.doubts and fh is None:
-                self.tree.check_access(inode, os.W_OK, _caller(ctx))
-            await self.tree.truncate(inode, attr.st_size, ctx.pid)
-        self.tree.change(
-            inode,
-            mode=attr.st_mode if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-        )
-        return self._entry(inode, self.tree.attributes(inode))
+        try:
+            if fields.update_size:
+                if self.tree.doubts and fh is None:
+                    self.tree.check_access(inode, os.W_OK, _caller(ctx))
+                await self.tree.truncate(inode, attr.st_size, ctx.pid)
+            self.tree.change(
+                inode,
+                mode=attr.st_mode if fields.update_mode else None,
+                uid=attr.st_uid if fields.update_uid else None,
+                gid=attr.st_gid if fields.update_gid else None,
+                atime_ns=attr.st_atime_ns if fields.update_atime else None,
+                mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            )
+            attributes = self.tree.attributes(inode)
+        except PageDropped:
+            if fh is not None:
+                raise
+            attributes = self.tree.as_before_drop(inode, ctx.pid)
+        return self._entry(inode, attributes)
 
     @guarded
     def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
@@ -324,7 +330,7 @@ class Operations(pyfuse3.Operations):
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if self.tree.doubts:
             self.tree.check_access(inode, WANTED[flags & os.O_ACCMODE], _caller(ctx))
-        return self._opened(self.tree.open(inode, flags))
+        return self._opened(self.tree.open(inode, flags, ctx.pid))
 
     @guarded
     def read(self, fh: int, off: int, size: int) -> bytes | Coroutine[Any, Any, bytes]:

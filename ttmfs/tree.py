@@ -102,6 +102,9 @@ TURN_SECONDS = 0.002
 ALL = 0
 """In the place of a backup's id, any of them."""
 
+RETRY_SECONDS = 1.0
+"""How long a thread may take to ask again for a path that it was told is stale. It does so at once."""
+
 EXTENT_SECONDS = 1.0
 """How long a listing trusts what it knows of the pages to come: so late may it see what .shmem drops."""
 
@@ -130,7 +133,7 @@ Kept = TypeVar("Kept")
 
 
 class _Kept(Generic[Kept], OrderedDict[int, Kept]):
-    """The values of the file handles used last."""
+    """The values of the file handles, or threads, that were used last."""
 
     def __setitem__(self, fh: int, value: Kept) -> None:
         super().__setitem__(fh, value)
@@ -167,6 +170,8 @@ class Tree:
         # pages, and of which it was told.
         self.doubts: dict[int, tuple[float, set[int]]] = {}
         self._read_texts: _Kept[bytes] = _Kept()
+        # By thread: the inode of which it was told last that its page is gone, and when.
+        self._stale: _Kept[tuple[int, float]] = _Kept()
         # Of open directories: index to go on from, end of the run of pages that it is in, and when that was looked up.
         self._extents: _Kept[tuple[int, int, float]] = _Kept()
 
@@ -317,8 +322,8 @@ class Tree:
 
     # --- files ---
 
-    def open(self, ino: int, flags: int) -> int:
-        """open(2): a file handle. O_TRUNC comes as a truncation of its own (see the session's INIT)."""
+    def open(self, ino: int, flags: int, pid: int = 0) -> int:
+        """open(2) by a thread: a file handle. O_TRUNC comes as a truncation of its own (see the session's INIT)."""
         id, handle = split(ino)
         if not id:
             if flags & (os.O_WRONLY | os.O_RDWR):
@@ -329,9 +334,22 @@ class Tree:
             self._require_fresh(ino)
         if handle == IMAGE:
             self.pool.backup(id).stat()
-        else:
-            _check_page(self.pool.backup(id), handle)
+        elif not self.pool.backup(id).holds(handle - 1):
+            self.as_before_drop(ino, pid)
         return _file_handle(ino, flags)
+
+    def as_before_drop(self, ino: int, pid: int) -> Attributes:
+        """What a thread is told that asks by path for a page which is gone. PageDropped, but not twice in a row.
+
+        After the first ESTALE the VFS looks the path up anew and asks once more; a second one would reach the caller.
+        But a page that was found meanwhile, and has gone again, was there during the call. So what is asked for counts
+        as done just before the page was dropped.
+        """
+        known, at = self._stale.get(pid, (0, 0.0))
+        if not pid or known != ino or time.monotonic() > at + RETRY_SECONDS:
+            self._stale[pid] = ino, time.monotonic()
+            raise _dropped(handle_of(ino))
+        return self._page(self.backup(ino).stat())._replace(lasting=False)
 
     def doubt_all(self) -> None:
         """Of any backup the mode or owner may have changed just now: a daemon before knew of which."""
@@ -666,7 +684,11 @@ _BACKUP_XATTRS = {
 def _check_page(backup: Backup, handle: int) -> None:
     """Raise PageDropped if a page is no more."""
     if not backup.holds(handle - 1):
-        raise PageDropped(f"handle {handle} holds no page any more")
+        raise _dropped(handle)
+
+
+def _dropped(handle: int) -> PageDropped:
+    return PageDropped(f"handle {handle} holds no page any more")
 
 
 def _directory(found: os.stat_result) -> Attributes:
