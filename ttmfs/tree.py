@@ -46,6 +46,7 @@ from .errors import (
     BackupEnded,
     BackupExists,
     InvalidArgument,
+    NameTooLong,
     NoRoom,
     NoSuchAttribute,
     NoSuchName,
@@ -77,7 +78,7 @@ from .inodes import (
 )
 from .linux import XATTR_SIZE_MAX
 from .options import parse_size
-from .pool import Pool, bytes_avail
+from .pool import NAME_MAX, Pool, bytes_avail
 from .state import Progress
 
 __all__ = ["LIFETIME", "WANTED", "Attributes", "Entry", "Tree"]
@@ -185,6 +186,7 @@ class Tree:
             with contextlib.suppress(BackupAbsent):
                 id = self.pool.store.find(os.fsdecode(name))
                 return inode(id, 0), _directory(self.pool.backup(id).stat())
+            _check_length(name)
             return None
         id = backup_of(parent)
         if handle := HIDDEN.get(name):
@@ -192,6 +194,7 @@ class Tree:
             return ino, self.attributes(ino)
         handle, backup = parse_page_name(name) or 0, self.pool.backup(id)
         if not 0 < handle <= MAX_HANDLE or not backup.holds(handle - 1):
+            _check_length(name)
             return None
         found = backup.stat()
         if handle * self.pool.page_size > found.st_size:  # .shmem can have made it shorter
@@ -241,8 +244,10 @@ class Tree:
 
     async def make_backup(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[int, Attributes]:
         """mkdir(2): a backup of the pool's backup_size. One that is there already is given as it is."""
+        _check_length(name)
         if parent != ROOT:
             raise NotPermitted("a backup holds pages, no directories")
+        _check_no_dot(name)
         root = self.pool.store.stat()
         if root.st_mode & stat.S_ISGID:  # as every filesystem does it: the group comes down the tree
             gid, mode = root.st_gid, mode | stat.S_ISGID
@@ -269,6 +274,7 @@ class Tree:
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         """renameat2(2) of a backup. Pages cannot be renamed."""
+        _check_length(new_name)
         if flags & ~RENAME_NOREPLACE:
             raise InvalidArgument("RENAME_NOREPLACE is the only flag of rename known here")
         if parent != ROOT:
@@ -277,6 +283,7 @@ class Tree:
             raise WrongParent("a page stays at its index; copy it")
         if name in TEXTS or new_parent != ROOT:
             raise NotPermitted("a backup can only be renamed, within the mount's root")
+        _check_no_dot(new_name)
         try:
             await self.pool.rename(os.fsdecode(name), os.fsdecode(new_name), replace=not flags & RENAME_NOREPLACE)
         except BackupAbsent:
@@ -290,9 +297,9 @@ class Tree:
         A `caller` gets what open(2) of the page would give: the kernel has checked the right to create alone, and the
         file handle shows whatever is stored at this handle later. None: root, or mknod(2), which opens nothing.
         """
+        _check_length(name)
         if parent == ROOT:
-            if name[:1] == b".":
-                raise InvalidArgument("names that begin with a dot are the mount's own")
+            _check_no_dot(name)
             raise NotPermitted("the root holds backups, no files: make one with mkdir")
         handle = parse_page_name(name)
         if not handle:
@@ -679,6 +686,18 @@ _BACKUP_XATTRS = {
     b"user.ttmfs.map": _Xattr(Tree.map),
     b"user.ttmfs.drop": _Xattr(None, Tree.drop_handles),
 }
+
+
+def _check_length(name: bytes) -> None:
+    """Raise NameTooLong as other filesystems do, also for a name that could stand for nothing here."""
+    if len(name) > NAME_MAX:
+        raise NameTooLong(f"a name has at most {NAME_MAX} bytes")
+
+
+def _check_no_dot(name: bytes) -> None:
+    """Raise NotPermitted for a name in the root that no backup may have. (EINVAL would make mv blame a loop.)"""
+    if name[:1] == b".":
+        raise NotPermitted("names that begin with a dot are the mount's own")
 
 
 def _check_page(backup: Backup, handle: int) -> None:

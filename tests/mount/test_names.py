@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from harness import opened, raises_errno
+from harness import Mount, opened, raises_errno, run
 
 TRIES = 150
 
@@ -66,3 +66,65 @@ def test_a_descriptor_is_stale_when_its_page_is_gone(backup: Path) -> None:
             for _ in range(3):
                 with raises_errno(errno.ESTALE):
                     ask()
+
+
+LONG = "1" * 256
+
+
+@pytest.mark.parametrize("name", [LONG, "." + LONG, "x" * 256, "\N{SNOWMAN}" * 86, "9" * 1000])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        os.stat,
+        os.mkdir,
+        os.mknod,
+        os.unlink,
+        os.rmdir,
+        lambda path: os.open(path, os.O_RDONLY),
+        lambda path: os.open(path, os.O_WRONLY | os.O_CREAT),
+        lambda path: os.symlink("x", path),
+        lambda path: os.link(path.parent / "1", path),
+        lambda path: os.rename(path.parent / "1", path),
+        lambda path: os.rename(path, path.parent / "1"),
+        lambda path: os.truncate(path, 0),
+        lambda path: os.getxattr(path, "user.ttmfs.size"),
+    ],
+)
+@pytest.mark.parametrize("where", ["", "a"])
+def test_a_name_of_more_than_255_bytes_is_too_long_everywhere(
+    shared_names: Path, where: str, ask: Callable[[Path], object], name: str
+) -> None:
+    with raises_errno(errno.ENAMETOOLONG):
+        ask(shared_names / where / name)
+
+
+@pytest.fixture(scope="module")
+def shared_names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A mount with a page, and a backup 1."""
+    with Mount(tmp_path_factory.mktemp("names"), "size=1m") as mount:
+        (mount.path / "a").mkdir()
+        (mount.path / "1").mkdir()
+        (mount.path / "a/1").write_bytes(b"x")
+        yield mount.path
+
+
+def test_the_longest_names_are_names(shared_names: Path) -> None:
+    (shared_names / ("b" * 255)).mkdir()
+    (shared_names / ("b" * 255)).rename(shared_names / ("c" * 255))
+    (shared_names / ("c" * 255)).rmdir()
+    with raises_errno(errno.ENOENT):
+        (shared_names / "a" / LONG[1:]).stat()
+    with raises_errno(errno.EFBIG):
+        (shared_names / "a" / LONG[1:]).touch()
+
+
+def test_names_with_a_dot_are_the_mount_s_own(shared_names: Path) -> None:
+    for ask in (
+        lambda path: path.mkdir(),
+        lambda path: path.touch(),
+        lambda path: os.mknod(path),
+        lambda path: (shared_names / "1").rename(path),
+    ):
+        with raises_errno(errno.EPERM):
+            ask(shared_names / ".b")
+    assert "Operation not permitted" in run(f"mv -T {shared_names}/1 {shared_names}/.b", code=1)

@@ -706,7 +706,8 @@ CANNOT = [
     (1, errno.EPERM, "mv a/3 ."),
     (1, errno.EPERM, "ln -s a b"),
     (1, errno.EPERM, "mknod b p"),
-    (1, errno.EINVAL, "mkdir .hidden"),
+    (1, errno.EPERM, "mkdir .hidden"),
+    (1, errno.EPERM, "mkdir b; mv -T b .b"),
     # names that are no handles, or no handles of this backup
     *((1, errno.EINVAL, f"touch a/{name}") for name in ("0", "03", "+3", "x", "3.swp", ".3.swp")),
     (1, errno.EINVAL, "cp $O/in/7 a/page"),
