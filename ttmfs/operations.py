@@ -234,6 +234,8 @@ class Operations(pyfuse3.Operations):
     @guarded
     def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         found = self.tree.lookup(parent_inode, name)
+        if self.tree.stale:
+            self.tree.note_lookup(ctx.pid)
         return self._entry(*found) if found else self._absent
 
     @guarded

@@ -171,8 +171,8 @@ class Tree:
         # pages, and of which it was told.
         self.doubts: dict[int, tuple[float, set[int]]] = {}
         self._read_texts: _Kept[bytes] = _Kept()
-        # By thread: the inode of which it was told last that its page is gone, and when.
-        self._stale: _Kept[tuple[int, float]] = _Kept()
+        # By thread: the inode of which it was told last that its page is gone, when, and whether it looked up since.
+        self.stale: _Kept[tuple[int, float, bool]] = _Kept()
         # Of open directories: index to go on from, end of the run of pages that it is in, and when that was looked up.
         self._extents: _Kept[tuple[int, int, float]] = _Kept()
 
@@ -350,13 +350,18 @@ class Tree:
 
         After the first ESTALE the VFS looks the path up anew and asks once more; a second one would reach the caller.
         But a page that was found meanwhile, and has gone again, was there during the call. So what is asked for counts
-        as done just before the page was dropped.
+        as done just before the page was dropped. (What comes by a descriptor is not preceded by looking up.)
         """
-        known, at = self._stale.get(pid, (0, 0.0))
-        if not pid or known != ino or time.monotonic() > at + RETRY_SECONDS:
-            self._stale[pid] = ino, time.monotonic()
+        known, at, looked_up = self.stale.get(pid, (0, 0.0, False))
+        if not pid or known != ino or not looked_up or time.monotonic() > at + RETRY_SECONDS:
+            self.stale[pid] = ino, time.monotonic(), False
             raise _dropped(handle_of(ino))
         return self._page(self.backup(ino).stat())._replace(lasting=False)
+
+    def note_lookup(self, pid: int) -> None:
+        """A thread has a path looked up. To be told while anything is `stale`."""
+        if note := self.stale.get(pid):
+            self.stale[pid] = *note[:2], True
 
     def doubt_all(self) -> None:
         """Of any backup the mode or owner may have changed just now: a daemon before knew of which."""
