@@ -1,6 +1,7 @@
 """Real mounts for tests: started, watched, and looked over when they end."""
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MOUNT_PY = REPOSITORY / "mount.py"
@@ -128,7 +131,7 @@ class Mount:
     A mount that lives longer than WATCHDOG_SECONDS is killed, its stacks saved in the log, so that no client hangs.
     """
 
-    NORMAL = (r"serving /", r"SIGTERM: unmounting /")
+    NORMAL = (r"serving /", r"SIGTERM: unmounting /", r"this kernel cannot refuse descriptors of strangers")
     RESTARTED = (r"the daemon \d+ of /\S+ (was killed|ended|left it)", r"taking over /")
 
     def __init__(
@@ -185,6 +188,12 @@ class Mount:
             os.kill(daemon, signal.SIGKILL)
             assert select.select([dead], [], [], 10)[0], "it lives on"
         self._ends_with = -signal.SIGKILL
+
+    def descriptors_socket(self) -> str:
+        """Where it gives out descriptors. With allow_other there is no such place before Linux 6.16."""
+        if not (path := json.loads((self.path / ".config").read_text())["descriptors"]):
+            pytest.skip("this kernel has no SO_PASSRIGHTS")
+        return str(path)
 
     def expect_log(self, pattern: str) -> None:
         """Let the daemon log lines in which `pattern` is found."""

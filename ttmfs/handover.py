@@ -5,6 +5,10 @@ directory, and is sent an errno, or 0 and the descriptor of the backup's file (S
 The kernel says who is at the other end (SO_PEERCRED, SO_PEERGROUPS), as of when he connected. (The socket cannot lie in
 the mount: bound there it would keep it busy. A name without a file would be shut in the daemon's network namespace.)
 
+Nobody can send a descriptor here. The thread that receives one must close it, which takes as long as the sender likes:
+a TCP socket can linger. So the kernel is asked to refuse such messages before they are queued (SO_PASSRIGHTS, Linux
+6.16). An older kernel cannot; there the mount has no socket if other users could connect.
+
 A descriptor is for those who may read, write and reach the backup by its mode bits. To read alone is not enough: who
 maps the file and reads a hole of it stores a page there (shmem_fault() allocates it), which readers must not. Stores
 whose pages are counted by this process (``store=``, ``uid_size=``) give none out: it would not know what they become.
@@ -40,7 +44,7 @@ AT_ONCE, AT_ONCE_IN_ALL = 8, 64
 
 RETRY_SECONDS = 0.1
 
-_SO_PEERGROUPS = 59
+_SO_PEERGROUPS, _SO_PASSRIGHTS = 59, 83
 _MOST_GROUPS = 256  # getsockopt() of Python takes 1 KiB at most
 _OVERFLOW_UID = 65534
 _READ_WRITE_REACH = 0o7
@@ -70,6 +74,8 @@ class Handover:
         _remove_abandoned(os.path.dirname(path))
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
+            with contextlib.nullcontext() if open_to_others else contextlib.suppress(OSError):
+                _refuse_descriptors(self._listener)
             self._listener.bind(path)
             os.chmod(path, 0o666 if open_to_others else 0o600)
             self._listener.listen()
@@ -151,6 +157,14 @@ class Handover:
         if not self._open_to_others:
             return peer.uid == self._owner
         return allows(self._pool.store.stat(), peer, os.X_OK)
+
+
+def _refuse_descriptors(listener: socket.socket) -> None:
+    """Have the kernel refuse descriptors sent to a listener's connections, which inherit this. Raises OSError."""
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError as error:
+        raise OSError(error.errno, "this kernel cannot refuse descriptors of strangers (SO_PASSRIGHTS, 6.16)") from None
 
 
 def _remove_abandoned(directory: str) -> None:

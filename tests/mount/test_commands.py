@@ -1113,7 +1113,8 @@ def test_users_get_descriptors_by_the_mode_bits_and_others_the_reason(place: Pla
     command = [place.python, "-m", "ttmfs"]
     more = {"command": command, "cwd": place.path / "repository"}
     (tmp_path / "store").mkdir()
-    with place.directory("shared") as path, Mount(path, "size=16m,allow_other,mode=1777"):
+    with place.directory("shared") as path, Mount(path, "size=16m,allow_other,mode=1777") as mount:
+        mount.descriptors_socket()
         alice, bob = (as_user(uid, **more) for uid in (ALICE, BOB))
         ttmfs("create", "-m", "0755", path / "hers", **alice)
         assert ttmfs("fd", path / "hers", "--", "wc", "-c", "{}", **alice).split()[0] == str(16 * MIB)

@@ -19,8 +19,13 @@ import pytest
 
 from harness import Mount, count, descriptors, wait_until
 from stores import ALICE, BOB, CAROL, Place, UsersMount, acting_as
+from ttmfs import handover
 from ttmfs.client import Backup
+from ttmfs.handover import Handover
 from ttmfs.inodes import IMAGE
+from ttmfs.options import Options
+from ttmfs.pool import Pool
+from ttmfs.store import Store
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 GROUP = 65500
@@ -85,7 +90,7 @@ def mount(place: Place) -> Iterator[Mount]:
 @pytest.fixture
 def door(mount: Mount) -> str:
     """The socket of that mount."""
-    return str(json.loads((mount.path / ".config").read_text())["descriptors"])
+    return mount.descriptors_socket()
 
 
 def made(mount: Mount, name: str, mode: int) -> int:
@@ -103,6 +108,32 @@ def ended(mount: Mount) -> None:
         os.truncate(path / ".image", 0)
         path.rmdir()
 
+
+LINGERING_SECONDS = 20
+
+SEND_SOCKETS_THAT_LINGER = f"""
+import contextlib, os, socket, struct, sys, threading
+listener = socket.create_server(("127.0.0.1", 0))
+for _ in range(8):
+    lingering = socket.create_connection(listener.getsockname())
+    lingering.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, {LINGERING_SECONDS}))
+    lingering.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while lingering.send(bytes(65536)):  # nobody reads it: the process that closes it last waits
+            pass
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(sys.argv[1])
+    try:
+        socket.send_fds(connection, [bytes(8)], [lingering.fileno()])
+    except OSError as error:
+        print(error.errno)
+        lingering.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
+    # In most of the threads this happens before the daemon receives the other reference, which is the last one then.
+    threading.Thread(target=os.close, args=[lingering.detach()], daemon=True).start()
+    connection.detach()
+sys.stdout.flush()
+sys.stdin.readline()  # till then the other ends are there, and silent
+"""
 
 MODES = [0o700, 0o755, 0o770, 0o777, 0o775, 0o070, 0o007, 0o707, 0o666, 0o776, 0o750, 0o000, 0o1777, 0o500]
 
@@ -206,6 +237,42 @@ def test_a_user_of_many_numbers_takes_no_more_than_there_is_for_all(mount: Mount
         time.sleep(0.2)
         assert len(descriptors(mount.pid)) <= before + 68
     wait_until(lambda: len(descriptors(mount.pid)) <= before, "the daemon to let go of them")
+
+
+def test_a_stranger_s_descriptors_never_reach_the_daemon(place: Place) -> None:
+    """The kernel closes what is received, in the thread that receives it. A socket that lingers holds that up."""
+    options = "size=1m,mode=1777,allow_other,busy_poll=off"  # the timer of busy polling would end the wait
+    with place.directory("shared") as path, Mount(path, options, cwd=place.path) as mount:
+        door = mount.descriptors_socket()
+        (path / "a").mkdir()
+        (path / "a/7").write_bytes(b"x")
+        command = ["setpriv", "--reuid", str(BOB), "--regid", str(BOB), "--clear-groups", "--"]
+        command += [place.python, "-I", "-c", SEND_SOCKETS_THAT_LINGER, door]
+        sender = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+        try:
+            start = time.monotonic()
+            while time.monotonic() < start + 3:
+                asked = time.monotonic()
+                assert (path / "a/7").read_bytes()[:1] == b"x"
+                assert time.monotonic() - asked < LINGERING_SECONDS / 2, "the daemon waited for a stranger's socket"
+                time.sleep(0.01)
+            assert sender.communicate(timeout=60)[0].split() == [str(errno.EPERM)] * 8
+        finally:
+            sender.kill()
+            sender.communicate()
+
+
+def test_a_kernel_that_cannot_refuse_descriptors_has_a_socket_for_the_daemon_s_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_SO_PASSRIGHTS", 9999)  # every kernel answers as an older one does to SO_PASSRIGHTS
+    with contextlib.closing(Pool(Store.on_tmpfs(options := Options.parse("size=1m")), options)) as pool:
+        path = tmp_path / "socket"
+        with pytest.raises(OSError, match="cannot refuse descriptors of strangers"):
+            Handover(pool, str(path), owner=0, open_to_others=True, count=int)
+        assert not path.exists()
+        with contextlib.closing(Handover(pool, str(path), owner=0, open_to_others=False, count=int)):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_it_is_counted_and_gone_with_the_mount(mountpoint: Path) -> None:

@@ -61,6 +61,8 @@ def _why_none(path: str) -> str:
             return "the backups lie in a directory (store=, or a user without user namespaces), and are counted there"
         if found.get("uid_size"):
             return "what users store is counted by the daemon (uid_size=)"
+        if found.get("allow_other"):
+            return "it takes Linux 6.16 or newer with allow_other, and a place for the daemon's socket (/run)"
         return "the daemon found no place for its socket: a user must mount with XDG_RUNTIME_DIR set, root with /run"
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         return "its mode bits must let you read, write and enter it"
