@@ -206,6 +206,30 @@ class Backup:
             raise from_os_error(error, "counting resident pages") from error
         return min(self.pages, -(-out * BASE_PAGE_SIZE // self._page_size))
 
+    async def count_swapped(self) -> int:
+        """As :attr:`swapped`, in slices between which others are served. Pages can come and go meanwhile."""
+        work, out, position = self._store.waiting.turns.begin(), 0, 0
+        while (start := self._next_data(position)) is not None:
+            try:
+                fd = self._store.descriptor(self._id)
+                if self._store.in_memory and (evicted := linux.evicted(fd, start, STEP)) is not None:
+                    out, position = out + evicted, start + STEP
+                elif found := self.extent(start // self._page_size):
+                    position, length = found[1] * self._page_size, (found[1] - found[0]) * self._page_size
+                    cached, evicted = linux.residency(fd, found[0] * self._page_size, length)
+                    out += evicted if self._store.in_memory else max(0, length // BASE_PAGE_SIZE - cached)
+            except OSError as error:
+                raise from_os_error(error, "counting resident pages") from error
+            if work.is_due():
+                await work.rest()
+        return min(self.pages, -(-out * BASE_PAGE_SIZE // self._page_size))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no page. What lies past the last whole page is none."""
+        found = self._next_data(0)
+        return found is None or found // self._page_size >= self.size // self._page_size
+
     def holds(self, idx: int) -> bool:
         """Whether the page at an index exists."""
         try:
@@ -360,7 +384,7 @@ class Backup:
             self.drop_range(first, end)  # with what is allocated but holds no data
             reached(end)
             if (first := end) < past:
-                await trio.lowlevel.cancel_shielded_checkpoint()
+                await self._store.waiting.turns.rest()
 
     async def truncate(self, size: int, progress: Progress | None = None) -> None:
         """Drop every page past byte `size` and make the rest of the page that it lies in zeros. Its size stays."""
@@ -377,7 +401,7 @@ class Backup:
 
     def resize(self, size: int) -> None:
         """Change the bytes that the backup spans: to more at any time, to less only over pages that do not exist."""
-        if size < self.size and self.extent(size // self._page_size) is not None:
+        if size < self.size and self._next_data(size // self._page_size * self._page_size) is not None:
             raise InvalidArgument(f"pages are stored past byte {size}; drop them first")
         try:
             os.ftruncate(self._store.descriptor(self._id), size)

@@ -309,13 +309,13 @@ def residency(fd: int, offset: int, length: int) -> tuple[int, int]:
     return asked.found.cache, asked.found.evicted
 
 
-def evicted(fd: int) -> int | None:
-    """Of a whole file of a tmpfs, the number of base pages that are swapped out. None before Linux 6.5.
+def evicted(fd: int, offset: int = 0, length: int = 0) -> int | None:
+    """Of a range of a tmpfs file (all of it), the number of base pages that are swapped out. None before Linux 6.5.
 
     Takes time in proportion to what is there, not to how many runs of it there are.
     """
     asked = _asked
-    asked.where.offset, asked.where.length = 0, 0  # to the end
+    asked.where.offset, asked.where.length = offset, length  # 0: to the end
     if _libc.syscall(_CACHESTAT, fd, asked.at_where, asked.at_found, 0) < 0:
         if (number := ctypes.get_errno()) in _NO_CACHESTAT:
             return None

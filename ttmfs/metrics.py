@@ -7,10 +7,7 @@ Concurrency: one thread. While a text is made others are served between some bac
 """
 
 import errno
-import time
 from collections.abc import Iterable
-
-import trio
 
 from .errors import TtmfsError
 from .pool import Pool, bytes_avail
@@ -21,9 +18,6 @@ __all__ = ["Metrics"]
 
 BOUNDS = (12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
 """Upper bounds of the buckets of durations, as powers of two of ns: 4 us to 4.3 s, each four times the one before."""
-
-TURN_SECONDS = 0.002
-"""For so long backups are looked at before others are served."""
 
 
 class _Places(dict[str, tuple[int, list[int]]]):
@@ -158,17 +152,17 @@ class _Text:
 
 async def _swapped(pool: Pool) -> int | None:
     """How many pages of all backups are swapped out; None if they lie on a disk, of which there is no such count."""
-    store, swapped, turn = pool.store, 0, time.monotonic()
+    store, swapped = pool.store, 0
+    work = store.waiting.turns.begin()
     if not store.in_memory:
         return None
     for id in list(store.ids_after(0)) if store.swap.used else ():
         try:
-            swapped += pool.backup(id).swapped
+            swapped += await pool.backup(id).count_swapped()
         except TtmfsError:  # it went meanwhile
             continue
-        if time.monotonic() > turn + TURN_SECONDS:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            turn = time.monotonic()
+        if work.is_due():
+            await work.rest()
     return swapped
 
 

@@ -8,6 +8,7 @@ out, so that one of which daemons die is refused in the end (:mod:`ttmfs.state`)
 
 import errno
 import inspect
+import itertools
 import logging
 import os
 import stat
@@ -40,6 +41,9 @@ Handler: TypeAlias = Callable[Concatenate["Operations", P], T]
 CONDEMNED = 4
 """Points against a request (see the state) with which it is not carried out again: two daemons died of it by a fault or
 for want of memory, or four were killed at it, which may have been no fault of its."""
+
+MOST_ENTRIES = 500
+"""How many entries a request for a listing is answered with at most, whatever room the caller has for them."""
 
 SUSPECT_SECONDS = 10.0
 """So long after its start a daemon thinks of what the one before may have died of."""
@@ -364,7 +368,7 @@ class Operations(pyfuse3.Operations):
     def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         filled, last, reply = self._lasting_entry(), None, pyfuse3.readdir_reply
         with closing(self.tree.listing(fh, start_id)) as entries:
-            for name, ino, attributes, next_id in entries:
+            for name, ino, attributes, next_id in itertools.islice(entries, MOST_ENTRIES):
                 if attributes is not last:
                     self._fill(filled, attributes)
                     last = attributes
@@ -396,8 +400,8 @@ class Operations(pyfuse3.Operations):
         return answer
 
     @guarded
-    def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        return self.tree.get_xattr(inode, name)
+    def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes | Coroutine[Any, Any, bytes]:
+        return self.tree.get_xattr(inode, name, ctx.uid)
 
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

@@ -102,7 +102,7 @@ class Pool:
         return -(-size // self.page_size) * self.page_size
 
     def _check_empty(self, id: int, name: str) -> None:
-        if any(self.backup(id).extents()):  # what lies past the last whole page is none, and goes with the backup
+        if not self.backup(id).is_empty:
             raise BackupNotEmpty(f"the backup {name!r} holds pages")
 
     # --- room ---

@@ -25,6 +25,7 @@ any time without harm.
 """
 
 import contextlib
+import inspect
 import itertools
 import os
 import secrets
@@ -34,8 +35,6 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
-
-import trio
 
 from .access import Caller, may
 from .backup import Backup
@@ -97,8 +96,8 @@ LIFETIME = 1.0
 KEPT = 64
 """How many listings and texts under way are kept. One that was lost is made anew from its offset."""
 
-TURN_SECONDS = 0.002
-"""For so long pages of a list of ranges, which can be 32,768, are dropped before others are served."""
+RANGES_AT_ONCE = 256
+"""How many ranges of a list, which can have 32,768, are read before others may be served."""
 
 ALL = 0
 """In the place of a backup's id, any of them."""
@@ -552,7 +551,7 @@ class Tree:
             yield from self._pages(fh, max(0, start - 2))
             return
         if start < 3:
-            self.pool.store.scan()
+            self.pool.store.look_around()
         for id in self.pool.store.ids_after(start - 2):
             try:
                 found = self.pool.store.stat_by_name(id)
@@ -596,11 +595,21 @@ class Tree:
 
     # --- extended attributes ---
 
-    def get_xattr(self, ino: int, name: bytes) -> bytes:
-        """getxattr(2). Raises NoSuchAttribute if there is none of that name, or it can only be set."""
+    def get_xattr(self, ino: int, name: bytes, uid: int = 0) -> "bytes | Coroutine[Any, Any, bytes]":
+        """getxattr(2). Raises NoSuchAttribute if there is none of that name, or it can only be set.
+
+        Gives a coroutine in place of the bytes only for what can take long.
+        """
         if (attribute := self._xattrs_at(ino).get(name)) and attribute.get:
+            if inspect.iscoroutinefunction(attribute.get):
+                return self._look(attribute.get, ino, uid)
             return str(attribute.get(self, ino)).encode()
         raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
+
+    async def _look(self, get: "Callable[[Tree, int], Awaitable[object]]", ino: int, uid: int) -> bytes:
+        looks = self.pool.store.waiting.looks
+        async with looks.turn(uid), looks.limiter:
+            return str(await get(self, ino)).encode()
 
     async def set_xattr(self, ino: int, name: bytes, value: bytes, caller: Caller) -> None:
         """setxattr(2), of the few attributes that can be set."""
@@ -637,22 +646,42 @@ class Tree:
             raise InvalidArgument(f"a backup has at most {MAX_HANDLE} pages")
         self.backup(ino).resize(size)
 
-    def map(self, ino: int) -> str:
-        """The handles of a backup's pages, as ranges."""
-        ranges, length = [], 0
-        for first, past in self.backup(ino).extents():
-            ranges.append(format_ranges([(first + 1, past)]))
-            length += len(ranges[-1]) + 1
-            if length > XATTR_SIZE_MAX:
-                raise TooLong(f"the map has more than {XATTR_SIZE_MAX} bytes; use SEEK_DATA and SEEK_HOLE on .shmem")
-        return ",".join(ranges)
+    async def map(self, ino: int) -> str:
+        """The handles of a backup's pages, as ranges. Pages can come and go while it is made."""
+        work, text, reached = self.pool.store.waiting.turns.begin(), bytearray(), 0
+        while True:
+            for first, past in self.backup(ino).extents(reached):
+                text += format_ranges([(first + 1, past)]).encode() + b","
+                reached = past
+                if len(text) > XATTR_SIZE_MAX + 1:
+                    raise TooLong(
+                        f"the map has more than {XATTR_SIZE_MAX} bytes; use SEEK_DATA and SEEK_HOLE on .shmem"
+                    )
+                if work.is_due():
+                    break
+            else:
+                return text[:-1].decode()
+            await work.rest()
+
+    async def swapped(self, ino: int) -> int:
+        """How many of a backup's pages are swapped out, or on a disk alone."""
+        return await self.backup(ino).count_swapped()
+
+    async def resident(self, ino: int) -> int:
+        """How many of a backup's pages are in memory."""
+        swapped = await self.swapped(ino)
+        return max(0, self.backup(ino).pages - swapped)
 
     async def drop_handles(self, ino: int, value: str, caller: Caller) -> None:
         """Drop the pages of ranges of handles."""
-        backup, ranges = self.backup(ino), parse_ranges(value)
+        work, parts, ranges = self.pool.store.waiting.turns.begin(), value.split(","), list[tuple[int, int]]()
+        for n in range(0, len(parts), RANGES_AT_ONCE):
+            ranges += parse_ranges(",".join(parts[n : n + RANGES_AT_ONCE]))
+            if work.is_due():
+                await work.rest()
+        backup = self.backup(ino)
         if max(last for _, last in ranges) > (limit := backup.size // self.pool.page_size):
             raise InvalidArgument(f"the backup's last handle is {limit}")
-        until = time.monotonic() + TURN_SECONDS
         with self._progress("drop", ino, value, caller.pid) as progress:
             begun, index = divmod(progress.done, 1 << HANDLE_BITS)  # the range that a daemon before was at, and where
 
@@ -664,14 +693,16 @@ class Tree:
                 index = 0
                 self._forget_extents(backup_of(ino), first - 1, last)
                 progress.reach(number << HANDLE_BITS)
-                if time.monotonic() > until:
-                    await trio.lowlevel.cancel_shielded_checkpoint()
-                    until = time.monotonic() + TURN_SECONDS
+                if work.is_due():
+                    await work.rest()
         self._names_dropped()
 
 
 class _Xattr(NamedTuple):
-    """How an extended attribute is had and set; None where it is not. A setter's arguments: inode, text, who asks."""
+    """How an extended attribute is had and set; None where it is not. A setter's arguments: inode, text, who asks.
+
+    What can take long is got by a coroutine function.
+    """
 
     get: Callable[[Tree, int], object] | None
     set: Callable[[Tree, int, str, Caller], Awaitable[None]] | None = None
@@ -686,8 +717,8 @@ _ROOT_XATTRS = {
 _BACKUP_XATTRS = {
     b"user.ttmfs.size": _Xattr(lambda tree, ino: tree.backup(ino).size, Tree.set_backup_size),
     b"user.ttmfs.pages": _Xattr(lambda tree, ino: tree.backup(ino).pages),
-    b"user.ttmfs.resident": _Xattr(lambda tree, ino: tree.backup(ino).resident),
-    b"user.ttmfs.swapped": _Xattr(lambda tree, ino: tree.backup(ino).swapped),
+    b"user.ttmfs.resident": _Xattr(Tree.resident),
+    b"user.ttmfs.swapped": _Xattr(Tree.swapped),
     b"user.ttmfs.map": _Xattr(Tree.map),
     b"user.ttmfs.drop": _Xattr(None, Tree.drop_handles),
 }

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import trio
 
 from .errors import TooMuchHeld
+from .turns import Turns
 
 __all__ = ["Waiting"]
 
@@ -24,6 +25,9 @@ PAGE_INS, PAGE_INS_IN_ALL = 20, 200
 
 SYNCS, SYNCS_IN_ALL = 10, 100
 """The same of threads that push pages out, to swap or a disk: nobody who reads waits behind these."""
+
+LOOKS, LOOKS_IN_ALL = 4, 64
+"""Long answers, of 64 KiB at most, that are made for one caller at a time, and for all."""
 
 HELD = 256 << 20
 """Bytes of writes that may wait at a time; the daemon takes twice as much for them, for libfuse and pyfuse3 hold a copy
@@ -54,6 +58,8 @@ class Waiting:
     def __init__(self) -> None:
         self.page_ins = Threads(PAGE_INS, PAGE_INS_IN_ALL)
         self.syncs = Threads(SYNCS, SYNCS_IN_ALL)
+        self.looks = Threads(LOOKS, LOOKS_IN_ALL)  # which are no threads: the loop does them, in slices
+        self.turns = Turns()
         self._held: Counter[int] = Counter()
         self.count = 0
         self.done: Callable[[int], object] = lambda _: None

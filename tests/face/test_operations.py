@@ -293,6 +293,42 @@ def test_a_listing_goes_on_where_the_kernel_stopped(face: Face, a: int, monkeypa
     assert seen == [b".", b"..", b"1", b"2", b"3", b"4", b"5", b"9", b"10", b"12"]
 
 
+def test_a_listing_is_answered_in_parts_however_much_room_there_is(
+    face: Face, a: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ttmfs.operations.MOST_ENTRIES", 3)
+    for handle in range(2, 9):
+        face.create(a, b"%d" % handle, 0o644, os.O_RDWR, CTX)
+    taken: list[bytes] = []
+    position = 0
+
+    def reply(_: object, name: bytes, __: object, next_id: int) -> bool:
+        nonlocal position
+        taken.append(name)
+        position = next_id
+        return True
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+    fh, calls = face.opendir(a, CTX), 0
+    while (count := len(taken)) or not calls:
+        face.readdir(fh, position, None)
+        calls += 1
+        assert len(taken) - count <= 3
+        if len(taken) == count:
+            break
+    assert taken == [b".", b"..", *(b"%d" % handle for handle in range(1, 9))]
+    face.releasedir(fh)
+
+
+def test_a_map_is_made_in_slices_and_goes_on_where_it_was(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttmfs.turns.SLICE_SECONDS", -1.0)
+    for handle in (3, 4, 7):
+        face.create(a, b"%d" % handle, 0o644, os.O_RDWR, CTX)
+    assert face.getxattr(a, b"user.ttmfs.map", CTX) == b"1,3-4,7"
+    assert face.getxattr(a, b"user.ttmfs.resident", CTX) == b"4"
+    assert face.getxattr(a, b"user.ttmfs.swapped", CTX) == b"0"
+
+
 def test_as_if_once(face: Face, a: int) -> None:
     """A request that is carried out a second time succeeds: its first answer may have died with a daemon."""
     again = face.mkdir(ROOT, b"a", 0o700, Context(uid=5))

@@ -11,9 +11,9 @@ from harness import REPOSITORY
 PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
-    "handles errors version options linux mountinfo fusermount checked state keeper service memory waiting ledger "
-    "quota store backup pool inodes access tree metrics handover operations busy_poll session background page_array "
-    "client rescue mount_helper cli"
+    "handles errors version options linux mountinfo fusermount checked state keeper service memory turns waiting "
+    "ledger quota store backup pool inodes access tree metrics handover operations busy_poll session background "
+    "page_array client rescue mount_helper cli"
 ).split()
 
 COMMANDS = "terminal command mounts png manifest backups map save load fd doctor rescue".split()

@@ -12,6 +12,7 @@ import select
 import shlex
 import shutil
 import stat
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -338,6 +339,39 @@ def test_asking_about_a_backup_of_many_runs_of_pages_holds_up_no_one(arena: Aren
         if name == "map":  # 60,000 ranges are more than an attribute holds
             script = f"assert refused({script[: script.index('(')]}, path + '/runs', 'user.ttmfs.map') == errno.E2BIG"
         assert arena.stall(lambda: arena.attack(script, name)) < LONGEST_REQUEST
+    finally:
+        gone(path)
+
+
+@pytest.mark.parametrize("name", ["map", "resident", "swapped"])
+def test_who_asks_long_questions_all_the_time_is_no_worse_than_who_asks_short_ones(arena: Arena, name: str) -> None:
+    """Four processes, and what a page takes then at the median: beside one another, as machines differ."""
+    path = arena.store("runs", 20_000, step=2)
+    script = """
+while True:
+    try:
+        os.getxattr(path + '/runs', 'user.ttmfs.' + sys.argv[2])
+    except OSError as error:
+        assert error.errno == errno.E2BIG
+"""
+
+    def median(name: str) -> float:
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                attacker = stack.enter_context(arena.start(script, name))
+                stack.callback(attacker.kill)
+            page, times = stack.enter_context(opened(arena.path / "bob/1")), []
+            time.sleep(0.5)
+            for _ in range(60):
+                start = time.perf_counter()
+                os.pread(page, PAGE, 0)
+                times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    try:
+        short = min(median("size") for _ in range(2))
+        long = min(median(name) for _ in range(2))
+        assert long < 30 * max(short, 0.0001), f"{long} s beside {short} s"
     finally:
         gone(path)
 
