@@ -183,7 +183,7 @@ def mounted(path: Path, kind: str, options: str = "", source: str = "none") -> I
 
 
 @contextlib.contextmanager
-def filesystem(path: Path, kind: str, size: int = 320 << 20) -> Iterator[Path]:
+def filesystem(path: Path, kind: str, size: int = 320 << 20, *, options: str = "") -> Iterator[Path]:
     """A new filesystem on a new directory: a tmpfs, or any that ``mkfs`` knows in an image beside it.
 
     The image is as sparse as the filesystem is empty, and made in 30 ms. xfs asks for 300 MiB at least, and ext4 would
@@ -196,7 +196,7 @@ def filesystem(path: Path, kind: str, size: int = 320 << 20) -> Iterator[Path]:
     image = path.with_name(f"{path.name}.{kind}")
     with image.open("xb") as file:
         file.truncate(size)
-    run(f"mkfs.{kind} -q {'-b 4096' if kind == 'ext4' else ''} {shlex.quote(str(image))}")
+    run(f"mkfs.{kind} -q {'-b 4096' if kind == 'ext4' else ''} {options} {shlex.quote(str(image))}")
     try:
         with mounted(path, kind, "loop", str(image)):
             yield path

@@ -26,7 +26,7 @@ from .options import BASE_PAGE_SIZE
 from .state import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import numpy as np
     from numpy.typing import NDArray
@@ -158,7 +158,8 @@ class Backup:
 
     async def fini(self) -> None:
         """End the backup and release every page that is left. ``ttm_backup_fini()``. No operation may follow."""
-        await self.drop_run(0, self.size // self._page_size)  # which takes longest, so not at once with the file
+        with contextlib.suppress(NoRoom):  # a full XFS may ask for room to punch a hole: the file goes without
+            await self.drop_run(0, self.size // self._page_size)  # which takes longest, so not at once with the file
         self._store.remove(self._id)
 
     # --- what it holds ---
@@ -327,14 +328,15 @@ class Backup:
         """Store bytes, at most a STEP, as far as the filesystem has room."""
         fd, end = self._store.descriptor(self._id), offset + len(data)
         try:
+            if not self._store.in_memory:
+                with self._store.changing(self._id, offset // self._page_size, -(-end // self._page_size)):
+                    return self._write_to_disk(fd, offset, data)
             if self._page_size > self._store.grain and (end := self._allocate(fd, offset, end)) < offset + len(data):
                 data = data[: end - offset]
             if not self._store.keeps_count:
                 return os.pwrite(fd, data, offset)
             with self._store.changing(self._id, offset // self._page_size, -(-end // self._page_size)):
-                if self._store.is_private:
-                    return os.pwrite(fd, data, offset)
-                return self._write_whole_pages(fd, offset, data)
+                return os.pwrite(fd, data, offset)
         except OSError as error:
             raise from_os_error(error, "storing pages") from error
 
@@ -549,23 +551,28 @@ class Backup:
             idx = found[1]
         return None
 
-    def _write_whole_pages(self, fd: int, offset: int, data: bytes | memoryview) -> int:
+    def _write_to_disk(self, fd: int, offset: int, data: bytes | memoryview) -> int:
         """As pwrite(2), but a page that was absent is stored with all that is given of it, or stays absent.
 
         A tmpfs sees to that itself. On a full disk ext4 leaves pages of zeros where it refuses to write, and others may
         stop in the middle of a page.
         """
-        page_size, end = self._page_size, offset + len(data)
+        page_size, start, end = self._page_size, offset, offset + len(data)
         absent = [idx for idx in range(offset // page_size, -(-end // page_size)) if not self.holds(idx)]
-        position, at_once = offset, True
-        while position < end:
-            past = end if at_once else min(end, (position // page_size + 1) * page_size)
+        if page_size > self._store.grain:
+            end = min(end, self._allocate_on_disk(fd, offset // page_size, -(-end // page_size), absent) * page_size)
+            data, absent = memoryview(data)[: end - offset], [idx for idx in absent if idx * page_size < end]
+            before = offset % page_size if offset // page_size in absent else 0
+            behind = -end % page_size if end // page_size in absent else 0
+            if before or behind:  # a part that is never written takes room, in the disk's own map, when it is
+                data, offset = b"".join((bytes(before), data, bytes(behind))), offset - before
+        position, stop, at_once = offset, offset + len(data), True
+        while position < stop:
+            past = stop if at_once else min(stop, (position // page_size + 1) * page_size)
             try:
                 position += os.pwrite(fd, data[position - offset : past - offset], position)
             except OSError:
-                for idx in absent:
-                    if (idx + 1) * page_size > position:
-                        linux.punch_hole(fd, idx * page_size, page_size)
+                _take_back(fd, page_size, (idx for idx in absent if (idx + 1) * page_size > position))
                 if position // page_size in absent:
                     position = max(offset, position // page_size * page_size)
                 if at_once:  # some of its pages may find room, one by one
@@ -574,13 +581,45 @@ class Backup:
                     break
                 else:
                     raise
-        return position - offset
+        return min(position, end) - start
+
+    def _allocate_on_disk(self, fd: int, first: int, past: int, absent: list[int]) -> int:
+        """Allocate pages of several blocks each between two indices. Gives the index where room ends.
+
+        A hole that was read lies in the page cache. If it were allocated so, it would look like a page of zeros from then
+        on: so what is absent is punched out first.
+        """
+        page_size = self._page_size
+        _take_back(fd, page_size, absent)
+        try:
+            linux.allocate_range(fd, first * page_size, (past - first) * page_size)
+            return past
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        _take_back(fd, page_size, absent)  # disks keep what they had found room for
+        for idx in range(first, past):
+            start = idx * page_size
+            try:
+                linux.allocate_range(fd, start, page_size)
+            except OSError:
+                if idx in absent:
+                    _take_back(fd, page_size, [idx])
+                elif os.lseek(fd, start, os.SEEK_HOLE) >= start + page_size:
+                    continue  # XFS asks for room even where all is allocated
+                if idx == first:
+                    raise
+                return idx  # what is before it has room and is to be written
+        return past
 
     def _allocate(self, fd: int, offset: int, end: int) -> int:
-        """Allocate whole pages of several base pages each, so that none is stored in part. Gives where room ends."""
+        """Allocate whole pages of several base pages each in a tmpfs, so that none is stored in part.
+
+        Gives where room ends. What a tmpfs refuses, it refuses whole, and takes back what it had allocated for it.
+        """
         page_size = self._page_size
         first, past = offset // page_size * page_size, -(-end // page_size) * page_size
-        if self._store.in_memory and sum(linux.residency(fd, first, past - first)) * BASE_PAGE_SIZE == past - first:
+        if sum(linux.residency(fd, first, past - first)) * BASE_PAGE_SIZE == past - first:
             return end  # they have it all: fallocate(2) looks at every base page, 95 us for 2 MiB
         try:
             linux.allocate_range(fd, first, past - first)
@@ -592,14 +631,21 @@ class Backup:
             try:
                 linux.allocate_range(fd, start, page_size)
             except OSError:
-                if not linux.is_data(fd, start, page_size):
-                    linux.punch_hole(fd, start, page_size)  # disks keep what they had found room for
-                elif not self._store.in_memory:
-                    continue  # XFS asks for room even where all is allocated
                 if start == first:
                     raise
                 return start  # what is before it has room and is to be written
         return end
+
+
+def _take_back(fd: int, page_size: int, absent: Iterable[int]) -> None:
+    """Free what a disk has allocated, or caches, of pages that are not to be. Indices ascend."""
+    first = past = 0
+    for idx in (*absent, -1):
+        if idx != past:
+            if past > first:
+                linux.punch_hole(fd, first * page_size, (past - first) * page_size)
+            first = idx
+        past = idx + 1
 
 
 def _touch(file: linux.Duplicate, offset: int, length: int) -> None:
