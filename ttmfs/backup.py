@@ -586,8 +586,8 @@ class Backup:
     def _allocate_on_disk(self, fd: int, first: int, past: int, absent: list[int]) -> int:
         """Allocate pages of several blocks each between two indices. Gives the index where room ends.
 
-        A hole that was read lies in the page cache. If it were allocated so, it would look like a page of zeros from then
-        on: so what is absent is punched out first.
+        A hole that was read lies in the page cache, and would look like a page of zeros as soon as it is allocated. So
+        what is absent is punched out first.
         """
         page_size = self._page_size
         _take_back(fd, page_size, absent)

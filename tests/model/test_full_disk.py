@@ -1,4 +1,4 @@
-"""A disk that is full to the brim: a page is stored whole or not at all, however few blocks are left, and how scattered."""
+"""A disk that is full to the brim: a page is stored whole or not at all, however few and scattered its last blocks are."""
 
 import contextlib
 import os
