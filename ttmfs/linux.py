@@ -113,11 +113,12 @@ def new_tmpfs(**options: str | None) -> int:
         os.close(mount)
 
 
-def resize_tmpfs(directory: int, size: int) -> None:
-    """Give a tmpfs another budget, in bytes. OSError(EINVAL) if it holds more than that already."""
+def resize_tmpfs(directory: int, **limits: int) -> None:
+    """Give a tmpfs other limits: `size`, in bytes, `nr_inodes`. OSError(EINVAL) if it holds more than that already."""
     context = _syscall("fspick", _FSPICK, directory, b"", _FSPICK_EMPTY_PATH | _FSPICK_CLOEXEC)
     try:
-        _configure(context, "size", str(size))
+        for name, value in limits.items():
+            _configure(context, name, str(value))
         _syscall("fsconfig reconfigure", _FSCONFIG, context, _FSCONFIG_CMD_RECONFIGURE, None, None, 0)
     finally:
         os.close(context)
@@ -143,9 +144,10 @@ def new_tmpfs_as_user(**options: str | None) -> tuple[int, int]:
     return directory, namespace
 
 
-def resize_tmpfs_as_user(directory: int, namespace: int, size: int) -> None:
+def resize_tmpfs_as_user(directory: int, namespace: int, **limits: int) -> None:
     """As :func:`resize_tmpfs`, for a tmpfs of :func:`new_tmpfs_as_user`."""
-    _run_helper("resize", str(directory), str(namespace), str(size), keep=(directory, namespace))
+    words = [f"{name}={value}" for name, value in limits.items()]
+    _run_helper("resize", str(directory), str(namespace), *words, keep=(directory, namespace))
 
 
 def _run_helper(*arguments: str, keep: tuple[int, ...]) -> None:
@@ -170,10 +172,10 @@ def _helper_main(command: str, *arguments: str) -> None:
             namespace = os.open("/proc/self/ns/user", os.O_RDONLY)
             socket.send_fds(there, [b"made"], [new_tmpfs(**options), namespace])
     else:
-        directory, namespace, size = map(int, arguments)
+        directory, namespace = map(int, arguments[:2])
         _checked(_libc.setns(namespace, _CLONE_NEWUSER), "setns user namespace")
         _checked(_libc.unshare(_CLONE_NEWNS), "unshare mount namespace")  # fspick asks for rights over it
-        resize_tmpfs(directory, size)
+        resize_tmpfs(directory, **{name: int(value) for name, _, value in (w.partition("=") for w in arguments[2:])})
 
 
 # --- files ---

@@ -221,7 +221,7 @@ TABLE = {
     option.name: option
     for option in (
         Option("size", "SIZE", _parse_budget, format_size, "what all backups together may hold (50% of RAM)"),
-        Option("nr_inodes", "N", _parse_count, str, "number of backups, plus 1; 0: no limit (as for tmpfs)"),
+        Option("nr_inodes", "N", _parse_count, str, "number of backups, plus 1; 0: no limit (pages of size)"),
         Option("store", "DIR", str, escaped, "keep the backups in DIR, for good (in memory of their own)"),
         Option("mode", "MODE", _parse_mode, "{:04o}".format, "mode of the root directory, in octal (0755)"),
         Option("uid", "UID", _parse_uid, str, "owner of the root directory (who mounts)"),

@@ -52,6 +52,10 @@ OPEN_FILES = 16384
 """How many backups' files are kept open, where the limit is twice that. To open one anew takes 20 us, with which a page
 read by path takes half as long again."""
 
+FEWEST_INODES = 4096
+"""The least default of nr_inodes. The kernel takes 1 KiB of memory for each, either for a backup or for extended
+attributes, which whoever may write a backup can set on its file. The default of tmpfs follows from the RAM alone."""
+
 RECOUNT_SECONDS = 1.0
 """So late is seen what others do to the files of a directory. (Not more than a fiftieth of the time goes into that.)"""
 
@@ -191,6 +195,9 @@ class Store:
     @classmethod
     def on_tmpfs(cls, options: Options) -> Self:
         """A new private tmpfs, attached nowhere: as root directly, as a user through a user namespace."""
+        nr_inodes = options.nr_inodes
+        if nr_inodes is None:
+            nr_inodes = _default_inodes(options.size, options.page_size)
         asked: dict[str, str | None] = {
             "size": str(options.size),
             "mode": f"{options.mode:o}",
@@ -198,9 +205,8 @@ class Store:
             "gid": str(options.gid),
             "huge": "never",  # a huge folio would make up to 2 MiB look like data after one page was written
             "inode64": None,  # inode numbers that are never used twice
+            "nr_inodes": str(nr_inodes),
         }
-        if options.nr_inodes is not None:
-            asked["nr_inodes"] = str(options.nr_inodes)
         try:
             return cls(linux.new_tmpfs(**asked), options)
         except OSError as error:
@@ -702,11 +708,14 @@ class Store:
             self._budget = size
             self.remember("size", size)
             return
+        limits = {"size": size}
+        if self._nr_inodes is None and self.room().f_files < (wanted := _default_inodes(size, self.page_size)):
+            limits["nr_inodes"] = wanted
         try:
             if self._user_namespace is None:
-                linux.resize_tmpfs(self._directory, size)
+                linux.resize_tmpfs(self._directory, **limits)
             else:
-                linux.resize_tmpfs_as_user(self._directory, self._user_namespace, size)
+                linux.resize_tmpfs_as_user(self._directory, self._user_namespace, **limits)
         except OSError as error:
             if error.errno == errno.EINVAL:
                 raise too_small from error
@@ -733,6 +742,11 @@ class Store:
                 self._failed.add(id)
                 self.remember(f"unsynced {id}", 1)
             raise from_os_error(error, "syncing a backup") from error
+
+
+def _default_inodes(size: int, page_size: int) -> int:
+    """How many inodes a tmpfs of ours has if nobody says: as many as pages, or FEWEST_INODES."""
+    return max(FEWEST_INODES, size // page_size)
 
 
 def _sync(files: list[linux.Duplicate]) -> None:

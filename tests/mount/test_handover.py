@@ -198,6 +198,24 @@ def test_what_is_done_to_a_descriptor_is_not_done_to_the_daemon_s(mount: Mount) 
         backup.fini()
 
 
+def test_attributes_set_on_a_descriptor_take_less_memory_than_size(place: Place) -> None:
+    size, taken, name = 16 << 20, 0, 0
+    with place.directory("shared") as path, Mount(path, f"size={size},mode=1777,allow_other", cwd=place.path):
+        for directory in "ab":
+            (path / directory).mkdir()
+        with Backup.open(path / "a") as backup:
+            os.chown(path / "a", ALICE, ALICE)
+            with acting_as(ALICE), contextlib.suppress(OSError):
+                while taken < 2 * size:  # before Linux 6.6 a tmpfs has no such attributes
+                    os.setxattr(backup.fileno(), f"user.{name}", bytes(65536))
+                    name, taken = name + 1, taken + 65536
+            assert taken < size
+            (path / "b/7").write_bytes(b"x")
+            assert (path / "b/7").read_bytes()[:1] == b"x", "pages have their own room"
+            backup.fini()
+        wait_until(lambda: os.statvfs(path).f_ffree > 4000, "the memory to be given back")
+
+
 def test_a_descriptor_outlives_the_backup_and_holds_its_memory_no_longer_than_itself(mount: Mount) -> None:
     backup = Backup.create(mount.path / "a")
     backup.backup_pages(np.ones((100, PAGE), np.uint8), 0)

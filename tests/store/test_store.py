@@ -87,6 +87,25 @@ def test_the_number_of_backups_is_the_kernels() -> None:
         made.close()
 
 
+def test_there_are_as_many_inodes_as_pages_of_the_budget() -> None:
+    """The kernel takes 1 KiB for each, for attributes too: tmpfs' own default allows half of the RAM's pages."""
+    made = Store.on_tmpfs(Options.parse("size=1m"))
+    try:
+        assert made.room().f_files == 4096
+        made.resize(8192 * PAGE)
+        assert made.room().f_files == 8192
+        made.resize(1 << 20)
+        assert made.room().f_files == 8192, "what there is may be in use"
+    finally:
+        made.close()
+    made = Store.on_tmpfs(Options.parse("size=1m,nr_inodes=7"))
+    try:
+        made.resize(8192 * PAGE)
+        assert made.room().f_files == 7
+    finally:
+        made.close()
+
+
 def test_ids_are_never_used_twice(store: Store) -> None:
     seen = set()
     for _ in range(100):
