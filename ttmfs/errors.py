@@ -29,6 +29,7 @@ __all__ = [
     "ReadOnlyEntry",
     "StoreBusy",
     "StoreFailed",
+    "TextForgotten",
     "TooLong",
     "TooMuchHeld",
     "TtmfsError",
@@ -80,6 +81,10 @@ class BackupClosed(TtmfsError):
 
 class PageDropped(TtmfsError):
     """The page was dropped after the caller opened it."""
+
+
+class TextForgotten(TtmfsError):
+    """The text of which the caller has read a part is gone: the daemon was replaced, or too many are open."""
 
 
 class AttributesChanged(TtmfsError):
@@ -149,6 +154,7 @@ ERRNO: dict[type[TtmfsError], int] = {
     BackupEnded: errno.ESTALE,
     BackupClosed: errno.EBADF,  # of the client alone, as of a descriptor that was closed
     PageDropped: errno.ESTALE,  # not ENOENT: on ESTALE from open the VFS looks the name up once more by itself
+    TextForgotten: errno.ESTALE,
     AttributesChanged: errno.ESTALE,  # for which the VFS tries the open(2) once more, this time with what is true
     NoRoom: errno.ENOSPC,
     OverQuota: errno.EDQUOT,

@@ -20,6 +20,7 @@ Ids are never used twice, so 2**33 of them must do for a mount's life: 99 days a
 
 __all__ = [
     "CONFIG",
+    "FIRST_BACKUP",
     "HANDLE_BITS",
     "IMAGE",
     "MAX_BACKUP_ID",
@@ -32,6 +33,7 @@ __all__ = [
     "handle_of",
     "inode",
     "own_of",
+    "serial_of",
     "split",
     "with_serial",
 ]
@@ -47,6 +49,9 @@ MAX_BACKUP_ID = (1 << ID_BITS) - 1
 SHMEM = (1 << HANDLE_BITS) - 1
 IMAGE = SHMEM - 1
 MAX_HANDLE = IMAGE - 1
+
+FIRST_BACKUP = 1 << HANDLE_BITS
+"""All inodes of backups are larger, all of the mount's own are smaller."""
 
 _HANDLE_MASK = (1 << HANDLE_BITS) - 1
 
@@ -76,6 +81,11 @@ def with_serial(ino: int, serial: int) -> int:
     if backup := backup_of(ino):
         return inode(backup, serial & _HANDLE_MASK)
     return (serial << 2 | ino) & _HANDLE_MASK
+
+
+def serial_of(fh: int) -> int:
+    """The serial number in a file handle of the mount's own."""
+    return fh >> 2 & _HANDLE_MASK >> 2
 
 
 def own_of(fh: int) -> int:

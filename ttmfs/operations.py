@@ -25,6 +25,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from .access import Caller
 from .errors import NotPermitted, PageDropped, StoreFailed, TtmfsError, errno_of
+from .inodes import FIRST_BACKUP, ROOT
 from .metrics import Metrics
 from .pool import NAME_MAX, Pool
 from .state import LATEST, POINTS, State, identity
@@ -44,6 +45,9 @@ for want of memory, or four were killed at it, which may have been no fault of i
 
 MOST_ENTRIES = 500
 """How many entries a request for a listing is answered with at most, whatever room the caller has for them."""
+
+TEXT_GROWTH = 1 << 16
+"""Bytes by which a text of the mount's own may be longer than the one before."""
 
 SUSPECT_SECONDS = 10.0
 """So long after its start a daemon thinks of what the one before may have died of."""
@@ -240,11 +244,28 @@ class Operations(pyfuse3.Operations):
         found = self.tree.lookup(parent_inode, name)
         if self.tree.stale:
             self.tree.note_lookup(ctx.pid)
-        return self._entry(*found) if found else self._absent
+        if not found:
+            return self._absent
+        return self._entry(*found) if found[0] > FIRST_BACKUP else self._text_name(*found)
+
+    def _text_name(self, ino: int, attributes: Attributes) -> EntryAttributes:
+        """The answer for a name of the mount's own: the text that is opened next may be longer than the last.
+
+        sendfile(2) reads as far as the size that the kernel knows, or a short read shows; stat(2) asks for it anew.
+        """
+        entry = self._lasting_entry()
+        self._fill(entry, attributes)
+        entry.st_ino, entry.st_size, entry.entry_timeout = ino, attributes.size + TEXT_GROWTH, 0.0
+        return entry
 
     @guarded
-    def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+    def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes | Coroutine[Any, Any, EntryAttributes]:
+        if ROOT < inode < FIRST_BACKUP:
+            return self._text_entry(inode)
         return self._entry(inode, self.tree.attributes(inode))
+
+    async def _text_entry(self, inode: int) -> EntryAttributes:
+        return self._entry(inode, await self.tree.attributes_of_text(inode))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Nothing is kept for an inode; unguarded, since it must not raise and answers no one."""
@@ -333,10 +354,15 @@ class Operations(pyfuse3.Operations):
     # --- files ---
 
     @guarded
-    def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+    def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo | Coroutine[Any, Any, FileInfo]:
+        if inode < FIRST_BACKUP:
+            return self._open_text(inode, flags, ctx.uid)
         if self.tree.doubts:
             self.tree.check_access(inode, WANTED[flags & os.O_ACCMODE], _caller(ctx))
         return self._opened(self.tree.open(inode, flags, ctx.pid))
+
+    async def _open_text(self, inode: int, flags: int, uid: int) -> FileInfo:
+        return self._opened(await self.tree.open_text(inode, flags, uid))
 
     @guarded
     def read(self, fh: int, off: int, size: int) -> bytes | Coroutine[Any, Any, bytes]:

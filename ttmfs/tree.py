@@ -3,7 +3,7 @@
 ::
 
     /                 ROOT    backups: mkdir, rmdir, rename
-    /.stats /.config  STATS, CONFIG: texts, made when they are opened
+    /.stats /.config  STATS, CONFIG: texts, made when they are opened (see texts.py)
     /a                handle 0 of the backup
     /a/1 ... /a/N     pages by handle
     /a/.image         IMAGE   every page at its place
@@ -20,8 +20,8 @@ kernel, (2) nothing is awaited between a change of names and its answer, (3) ren
 (A write opened O_SYNC is awaited after the change, and pages dropped in bulk are dropped bit by bit. Meanwhile others
 may store anew what was written or dropped: so how far it got is noted in the state, and none of it is done twice.)
 
-Concurrency: one thread. State is read anew at every call; what is kept between calls (listings, texts) can be lost at
-any time without harm.
+Concurrency: one thread. State is read anew at every call; what is kept between calls (listings) can be lost at any
+time without harm.
 """
 
 import contextlib
@@ -60,6 +60,7 @@ from .errors import (
 from .handles import format_ranges, parse_page_name, parse_ranges
 from .inodes import (
     CONFIG,
+    FIRST_BACKUP,
     HANDLE_BITS,
     IMAGE,
     MAX_BACKUP_ID,
@@ -71,7 +72,6 @@ from .inodes import (
     backup_of,
     handle_of,
     inode,
-    own_of,
     split,
     with_serial,
 )
@@ -79,6 +79,7 @@ from .linux import XATTR_SIZE_MAX
 from .options import parse_size
 from .pool import NAME_MAX, Pool, bytes_avail
 from .state import Progress
+from .texts import Texts
 
 __all__ = ["LIFETIME", "WANTED", "Attributes", "Entry", "Tree"]
 
@@ -94,7 +95,7 @@ LIFETIME = 1.0
 """Seconds for which the kernel may keep a name and its attributes: so late may it learn what .shmem changed."""
 
 KEPT = 64
-"""How many listings and texts under way are kept. One that was lost is made anew from its offset."""
+"""How many listings under way are kept. One that was lost is made anew from its offset."""
 
 RANGES_AT_ONCE = 256
 """How many ranges of a list, which can have 32,768, are read before others may be served."""
@@ -161,7 +162,7 @@ class Tree:
         self.pool = pool
         self._zeros = bytes(pool.page_size)
         self._progress = progress
-        self._texts = texts
+        self.texts = Texts(texts)
         self._names_dropped = names_dropped
         self._attributes_changed = attributes_changed
         # Directories that a daemon before opened are open still: two of one handle would share what is kept of them.
@@ -169,7 +170,6 @@ class Tree:
         # Backups whose mode or owner changed just now, ALL for any: until when the kernel may think otherwise of their
         # pages, and of which it was told.
         self.doubts: dict[int, tuple[float, set[int]]] = {}
-        self._read_texts: _Kept[bytes] = _Kept()
         # By thread: the inode of which it was told last that its page is gone, when, and whether it looked up since.
         self.stale: _Kept[tuple[int, float, bool]] = _Kept()
         # Of open directories: index to go on from, end of the run of pages that it is in, and when that was looked up.
@@ -221,9 +221,15 @@ class Tree:
         found = self.pool.store.stat()
         if ino == ROOT:
             return _directory(found)._replace(nlink=2 + self.pool.store.count)
-        if ino not in self._texts:
+        if ino not in self.texts:
             raise NoSuchName(f"there is no inode {ino}")
-        return _file(found, 0, 0)._replace(mode=stat.S_IFREG | 0o444)
+        return _file(found, self.texts.size(ino), 0)._replace(mode=stat.S_IFREG | 0o444, lasting=False)
+
+    async def attributes_of_text(self, ino: int) -> Attributes:
+        """The attributes of one of the mount's own files, with the size of the text that was made last."""
+        if ino in self.texts:
+            await self.texts.have(ino)
+        return self._attributes_of_own(ino)
 
     def target(self, ino: int) -> bytes:
         """Where a backup's SHMEM link leads."""
@@ -331,11 +337,6 @@ class Tree:
     def open(self, ino: int, flags: int, pid: int = 0) -> int:
         """open(2) by a thread: a file handle. O_TRUNC comes as a truncation of its own (see the session's INIT)."""
         id, handle = split(ino)
-        if not id:
-            if flags & (os.O_WRONLY | os.O_RDWR):
-                raise ReadOnlyEntry("this file can only be read")
-            self.attributes(ino)
-            return with_serial(ino, next(self._serial))
         if self.doubts:
             self._require_fresh(ino)
         if handle == IMAGE:
@@ -343,6 +344,14 @@ class Tree:
         elif not self.pool.backup(id).holds(handle - 1):
             self.as_before_drop(ino, pid)
         return _file_handle(ino, flags)
+
+    async def open_text(self, ino: int, flags: int, uid: int) -> int:
+        """open(2) of one of the mount's own files: a file handle."""
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise ReadOnlyEntry("this file can only be read")
+        if ino not in self.texts:
+            raise NoSuchName(f"there is no inode {ino}")
+        return await self.texts.open(ino, uid)
 
     def as_before_drop(self, ino: int, pid: int) -> Attributes:
         """What a thread is told that asks by path for a page which is gone. PageDropped, but not twice in a row.
@@ -399,7 +408,7 @@ class Tree:
         """
         id, handle = split(fh)
         if not id:
-            return self._read_text(fh, offset, size)
+            return self.texts.read(fh, offset, size)
         backup = self.pool.backup(id)
         if handle == IMAGE:
             start = offset
@@ -419,12 +428,6 @@ class Tree:
         if handle != IMAGE and (len(data) < len(self._zeros) or data == self._zeros):
             _check_page(backup, handle)  # else they can only be those of a page that is there
         return data
-
-    async def _read_text(self, fh: int, offset: int, size: int) -> bytes:
-        if not offset or fh not in self._read_texts:
-            text = self._read_texts[fh] = await self._texts[own_of(fh)]()
-            return text[offset : offset + size]
-        return self._read_texts[fh][offset : offset + size]
 
     def write(self, fh: int, offset: int, data: bytes) -> "int | Coroutine[Any, Any, int]":
         """write(2): bytes stored, fewer than given where the page, the backup or the room ends.
@@ -591,7 +594,8 @@ class Tree:
 
     def close(self, fh: int) -> None:
         """The last close(2) of a file."""
-        self._read_texts.pop(fh, None)
+        if fh < FIRST_BACKUP:
+            self.texts.close(fh)
 
     # --- extended attributes ---
 

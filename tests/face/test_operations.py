@@ -16,7 +16,7 @@ import pyfuse3
 import pytest
 import trio
 
-from ttmfs import errors, waiting
+from ttmfs import errors, texts, waiting
 from ttmfs.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, SYNC, inode
 from ttmfs.metrics import Metrics
 from ttmfs.operations import Operations
@@ -249,8 +249,7 @@ def test_attributes_of_every_kind_of_entry(face: Face) -> None:
     link = len(face.readlink(b + SHMEM, CTX))
     for ino, mode, owner, size, blocks in (
         (ROOT, stat.S_IFDIR | 0o755, 0, 0, 0),
-        (STATS, stat.S_IFREG | 0o444, 0, 0, 0),
-        (CONFIG, stat.S_IFREG | 0o444, 0, 0, 0),
+        (CONFIG, stat.S_IFREG | 0o444, 0, len("{}"), 0),
         (b, stat.S_IFDIR | 0o2750, 12, 0, 0),
         (b + 1, stat.S_IFREG | 0o640, 12, PAGE, PAGE // 512),
         (b + IMAGE, stat.S_IFREG | 0o640, 12, 64 << 10, PAGE // 512),
@@ -380,10 +379,37 @@ def test_a_text_is_one_text_from_its_beginning_to_its_end(face: Face, a: int) ->
         text += chunk
     assert b'ttmfs_operation_duration_seconds_count{operation="getattr"} 200' not in text
     assert text.endswith(b"\n")
-    assert face.read(fh, 0, 100_000) != text
+    assert face.read(fh, 0, 100_000) == text
+    assert face.getattr(STATS, CTX).st_size == len(text)
     assert refusal(face.open, STATS, os.O_RDWR, CTX) == "EACCES"
+    again = face.open(STATS, os.O_RDONLY, CTX).fh
+    assert face.read(again, 0, 100_000) != text
     face.release(fh)
-    assert not face.tree._read_texts
+    face.release(again)
+    assert not face.tree.texts._open
+
+
+def test_the_rest_of_a_text_that_is_gone_is_refused_and_its_end_is_known(face: Face) -> None:
+    """As after a restart: the file is open still, and this daemon does not have its text."""
+    fh = face.open(STATS, os.O_RDONLY, CTX).fh
+    text = face.read(fh, 0, 100_000)
+    face.release(fh)
+    assert refusal(face.read, fh, 100, 100) == "ESTALE"
+    assert face.read(fh, len(text), 100) == b""
+    again = face.read(fh, 0, 100)
+    assert face.read(fh, 100, 100_000).startswith(face.read(again and fh, 100, 10))
+    assert face.read(fh, 0, 100_000).endswith(b"\n")
+    face.release(fh)
+
+
+def test_no_user_s_open_texts_take_those_of_another(face: Face) -> None:
+    other: Any = Context(uid=1)
+    kept = face.open(CONFIG, os.O_RDONLY, other).fh
+    opened = [face.open(STATS, os.O_RDONLY, CTX).fh for _ in range(texts.KEPT_IN_ALL + 10)]
+    assert len(face.tree.texts._open) == texts.KEPT_EACH + 1
+    assert face.read(kept, 1, 10) == b"}"
+    assert face.read(opened[-1], 1, 10)
+    assert refusal(face.read, opened[0], 1, 10) == "ESTALE"
 
 
 def test_what_is_kept_for_open_files_is_bounded(face: Face, a: int) -> None:
@@ -392,7 +418,8 @@ def test_what_is_kept_for_open_files_is_bounded(face: Face, a: int) -> None:
         fh = face.open(STATS, os.O_RDONLY, CTX).fh
         face.read(fh, 0, 10)
         list(face.tree.listing(face.opendir(a, CTX), 0))
-    assert len(face.tree._read_texts) == len(face.tree._extents) == 64
+    assert len(face.tree.texts._open) == texts.KEPT_EACH
+    assert len(face.tree._extents) == 64
 
 
 @pytest.mark.usefixtures("a")

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
     "handles errors version options linux mountinfo fusermount checked state keeper service memory turns waiting "
-    "ledger quota store backup pool inodes access tree metrics handover operations busy_poll session background "
+    "ledger quota store backup pool inodes access texts tree metrics handover operations busy_poll session background "
     "page_array client rescue mount_helper cli"
 ).split()
 
