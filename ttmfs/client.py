@@ -23,6 +23,7 @@ import bisect
 import contextlib
 import errno
 import json
+import mmap
 import os
 import socket
 import stat
@@ -71,7 +72,7 @@ PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 """How directories are opened: to name what is in them, whatever is done to their paths."""
 
 REQUEST = 1 << 20
-"""Bytes that one request through the mount carries at most."""
+"""Bytes that one request through the mount carries at most, out of as many pages of memory as that is."""
 
 STEP = 16 << 20
 """Bytes that are stored or copied by one system call on the backup's file."""
@@ -403,7 +404,12 @@ class Backup:
         return os.pwrite(self._native, data, offset)
 
     def _store_by_mount(self, flags: int, offset: int, data: memoryview) -> int:
-        return os.pwrite(self._image(flags), data[:REQUEST], offset)
+        file = self._image(flags)
+        if length := _whole_pages(data, self.page_size):
+            return os.pwrite(file, data[:length], offset)
+        aligned = mmap.mmap(-1, REQUEST)
+        aligned[:] = data[:REQUEST]
+        return os.pwrite(file, aligned, offset)
 
     def _copy(self, dst: memoryview, runs: list[tuple[int, int]], intr: threading.Event | None) -> None:
         """Fill `dst` from the pages of runs of indices, one behind the other."""
@@ -445,8 +451,19 @@ class Backup:
             if self.is_native:
                 self._read_natively(part, first * self.page_size)
             else:
-                _fill(self._image(os.O_RDONLY), part, first * self.page_size, REQUEST)
+                self._read_by_mount(self._image(os.O_RDONLY), part, first * self.page_size)
             done += len(part)
+
+    def _read_by_mount(self, file: int, dst: memoryview, offset: int) -> None:
+        """Fill a buffer, each page by one request, so that none is read as a mix of two."""
+        while dst:
+            if length := _whole_pages(dst, self.page_size):
+                _fill(file, dst[:length], offset, length)
+            else:
+                length, aligned = REQUEST, memoryview(mmap.mmap(-1, REQUEST))
+                _fill(file, aligned, offset, REQUEST)
+                dst[:length] = aligned
+            dst, offset = dst[length:], offset + length
 
     def _check_present(self, runs: list[tuple[int, int]]) -> None:
         """PageAbsent unless every page of some runs is there."""
@@ -495,7 +512,7 @@ class Backup:
     def _read_page(self, dst: memoryview, idx: int) -> None:
         file = self.open_file(page_name(idx + 1).decode(), os.O_RDONLY)
         try:
-            _fill(file, dst, 0, REQUEST)
+            self._read_by_mount(file, dst, 0)
         except OSError as error:
             if error.errno == errno.ESTALE:
                 raise PageAbsent(f"handle {idx + 1} holds no page any more") from None
@@ -561,6 +578,18 @@ class Backup:
         limit = self._limit()
         if idx > limit - count:
             raise InvalidArgument(f"index {idx} and {count} pages do not lie within the backup's {limit} pages")
+
+
+def _whole_pages(data: memoryview, page_size: int) -> int:
+    """How many bytes of a buffer one request through the mount carries, in whole pages.
+
+    0 if that is not even one page, though a copy that begins at a page of memory would do. Of pages that are larger
+    than a request, what it carries.
+    """
+    if len(data) <= REQUEST - BASE_PAGE_SIZE:
+        return len(data)
+    room = REQUEST - np.frombuffer(data, np.uint8).ctypes.data % BASE_PAGE_SIZE
+    return min(len(data), room // page_size * page_size if page_size <= REQUEST else REQUEST)
 
 
 def _fill(fd: int, dst: memoryview, offset: int, step: int) -> None:

@@ -21,6 +21,7 @@ import errno
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import re
 import sys
@@ -193,7 +194,7 @@ def in_threads(work: Callable[[Part], T], parts: Iterable[Part]) -> Iterator[tup
 
 def blocks_of(file: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
     """What a file has in ranges of bytes, with positions, each in the memory of the one before."""
-    buffer = memoryview(bytearray(BLOCK))
+    buffer = memoryview(mmap.mmap(-1, BLOCK))  # begins at a page of memory, so that no request ends within a page
     for start, end in ranges:
         for position in range(start, end, BLOCK):
             block = buffer[: min(BLOCK, end - position)]
