@@ -304,8 +304,8 @@ COMMANDS = (
         "FILE.ttmfs: page size, mode, which handles hold pages, checksums. Both get their names when they are whole\n"
         "and on the disk. After an interruption of any kind the same command goes on: it compares what is there with\n"
         "the backup, and copies the rest. FILE is yours, and lets in others as the backup does.\n\n"
-        "What is stored or dropped meanwhile may be in FILE or not, and a page stored at that very moment in part. If the\n"
-        "backup was changed, that is said, and the exit status is 1.",
+        "What is stored or dropped meanwhile may be in FILE or not, and a page stored at that very moment in part.\n"
+        "If the backup was changed, that is said, and the exit status is 1.",
         """\
 examples:
   ttmfs save /mnt/ttm/bo7 /var/backups/bo7
