@@ -2,15 +2,18 @@
 
 ::
 
-    DIR/.ttmfs    JSON: format, page_size, grain, tag, next_id. As DIR itself locked (flock) while a mount uses DIR.
+    DIR/.ttmfs    JSON: format, page_size, grain, tag, next_id. Locked (flock) while a mount uses DIR; of mode 0600, so
+                  that no one who may only read DIR can lock it. DIR is locked, too, if no one else holds its lock:
+                  that counts if .ttmfs was removed.
     DIR/a         a backup. Its extended attribute user.ttmfs.id is "TAG ID INODE".
 
 An id must not be given out twice, but most filesystems use an inode number again at once. So the ids are ours, counted
 up in .ttmfs, and each file carries its own. A mark counts only with the tag of this store and the inode number of this
 file: a copy of a backup's file, or one moved here from another store, is marked anew.
 
-A file of someone else's is a backup if it could be one: a regular file of whole pages with one name, not empty, that
-may be read and written. Everything else in DIR is not seen, and never changed.
+A file of someone else's is a backup if it could be one: a regular file of whole pages with one name, not empty and of
+no more pages than there are handles, that may be read and written. Everything else in DIR is not seen, and never
+changed.
 
 Concurrency: one thread.
 """
@@ -19,13 +22,15 @@ import contextlib
 import fcntl
 import json
 import os
+import re
+import reprlib
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from . import linux
-from .errors import InvalidArgument, NotSupported, StoreBusy
+from .errors import InvalidArgument, NoRoom, NotSupported, StoreBusy
 from .options import format_size
 
 __all__ = ["FILE", "Ledger"]
@@ -34,9 +39,43 @@ FILE = ".ttmfs"
 FORMAT = 1
 MARK = "user.ttmfs.id"
 FIRST_ID = 2
+MAX_ID = 2**33 - 1  # what an inode number has room for
+MAX_PAGES = 2**30 - 3
 IDS_AT_ONCE = 1024
 """So many ids are taken from the file at a time. What a daemon did not use of them is lost."""
 LENGTH = 256  # of the file, always: it is written anew in its place
+_TAG = re.compile("[0-9a-f]{16}")
+
+_AWAY = f"move {FILE} away: every backup stays, and the next mount makes another"
+
+
+def _refused(reason: str) -> NotSupported:
+    return NotSupported(
+        f"its {FILE} is none that this version of ttmfs understands ({reason}); if no other version made it, {_AWAY}"
+    )
+
+
+def _is_number(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most  # True is an int, too
+
+
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "format": lambda value: _is_number(value, FORMAT, FORMAT),
+    "page_size": lambda value: _is_number(value, 512, 1 << 30) and value & (value - 1) == 0,
+    "grain": lambda value: value is None or _is_number(value, 1, 1 << 30),
+    "tag": lambda value: isinstance(value, str) and _TAG.fullmatch(value) is not None,
+    "next_id": lambda value: _is_number(value, FIRST_ID, MAX_ID + IDS_AT_ONCE),
+}
+"""What each value of the file must be."""
+
+
+def _is_locked(fd: int) -> bool:
+    """Lock an open file for this process and who shares its descriptor. Whether that was possible."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class _Counted(NamedTuple):
@@ -52,7 +91,7 @@ class Ledger:
     def __init__(self, directory: int, page_size: int, *, read_only: bool = False, fd: int | None = None) -> None:
         """Raises StoreBusy if another mount uses the directory, InvalidArgument if its pages have another size.
 
-        With `fd`, .ttmfs as :attr:`fd` had it in a daemon before, both are locked still.
+        With `fd`, .ttmfs as :attr:`fd` had it in a daemon before, it is locked still.
         """
         self._directory = directory
         self._page_size = page_size
@@ -70,8 +109,9 @@ class Ledger:
                 size = format_size(kept["page_size"])
                 raise InvalidArgument(f"its pages are of {size}: mount it with page_size={size}")
             self._tag: str = kept["tag"]
-            self._next_id = self._last_id = int(kept["next_id"])
-            self.grain: int | None = kept.get("grain")
+            self._next_id: int = kept["next_id"]
+            self._last_id = self._next_id
+            self.grain: int | None = kept["grain"]
         except BaseException:
             self.close()
             raise
@@ -84,59 +124,115 @@ class Ledger:
 
     @property
     def fd(self) -> int:
-        """The descriptor of .ttmfs. As long as it or the directory's is open somewhere, both are locked."""
+        """The descriptor of .ttmfs. As long as it is open somewhere, the store is locked."""
         return self._fd
 
     # --- the file ---
 
     def _open(self) -> int:
         """Open and lock the file; make it, locked from the beginning, if there is none."""
-        access = os.O_RDONLY if self._read_only else os.O_RDWR
-        for _ in range(2):
+        for _ in range(3):
+            fd = -1
             try:
-                fd = os.open(FILE, access | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
-                made = False
-            except FileNotFoundError:
-                if self._read_only:
-                    raise InvalidArgument("there is no store in it that could be mounted read-only") from None
-                fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
-                made = True
-            try:
+                fd = self._open_existing()
                 self._lock(fd)
-                if made:
-                    self._write(fd, next_id=FIRST_ID, tag=secrets.token_hex(8), grain=None)
-                    os.fsync(fd)  # a crash must not leave it without its content
-                    os.link(f"/proc/self/fd/{fd}", FILE, dst_dir_fd=self._directory, follow_symlinks=True)
-                return fd
-            except FileExistsError:  # another mount was quicker
-                os.close(fd)
+                if os.path.samestat(os.fstat(fd), os.stat(FILE, dir_fd=self._directory, follow_symlinks=False)):
+                    return fd
+            except FileNotFoundError:
+                if fd < 0 and (fd := self._make()) >= 0:
+                    return fd
             except BaseException:
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
                 raise
+            if fd >= 0:
+                os.close(fd)
         raise StoreBusy("the store comes and goes; is another mount just ending?")
 
-    def _lock(self, fd: int) -> None:
-        """Lock the file, and the directory lest someone removes the file."""
+    def _open_existing(self) -> int:
+        """Open the file, if it is one that only a user who may write the directory can have put there.
+
+        It is looked at before it is opened: to open a FIFO waits, and to open a device can do anything.
+        """
+        file = os.open(FILE, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode):
+                raise NotSupported(f"its {FILE} is no regular file: {_AWAY}")
+            if found.st_uid not in (0, os.geteuid(), os.fstat(self._directory).st_uid):
+                raise NotSupported(
+                    f"its {FILE} belongs to user {found.st_uid}, who is neither you, nor root, nor the owner of the "
+                    f"directory: if you trust it, make it yours with chown(1); else {_AWAY}"
+                )
+            if found.st_nlink > 1:
+                raise NotSupported(f"its {FILE} has another name, by which another store may use it: {_AWAY}")
+            fd = os.open(f"/proc/self/fd/{file}", (os.O_RDONLY if self._read_only else os.O_RDWR) | os.O_CLOEXEC)
+        finally:
+            os.close(file)
+        if not self._read_only and found.st_mode & 0o077:  # whoever may open it may lock it
+            with contextlib.suppress(OSError):
+                os.fchmod(fd, 0o600)
+        return fd
+
+    def _make(self) -> int:
+        """Make the file, locked and whole before it has its name; -1 if another mount was quicker."""
+        if self._read_only:
+            raise InvalidArgument("there is no store in it that could be mounted read-only")
+        if not self._has_locked_directory() and self._holds_marked_files():
+            raise StoreBusy(
+                f"its {FILE} was removed, and the directory is locked, so it may be in use by another mount: lslocks "
+                "tells by which process. (Anyone who may read the directory can lock it.)"
+            )
+        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
+        try:
+            self._lock(fd)
+            self._write(fd, next_id=FIRST_ID, tag=secrets.token_hex(8), grain=None)
+            os.fsync(fd)  # a crash must not leave it without its content
+            os.link(f"/proc/self/fd/{fd}", FILE, dst_dir_fd=self._directory, follow_symlinks=True)
+        except FileExistsError:
+            os.close(fd)
+            return -1
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _lock(self, fd: int) -> None:
+        """Lock the file, and if possible the directory, in case someone removes the file."""
+        if not _is_locked(fd):
             raise StoreBusy(
                 "the store is in use by another mount, or one that was unmounted with files open; "
                 "findmnt -t fuse.ttmfs lists mounts, and the .config of each tells its store"
-            ) from None
+            )
+        self._has_locked_directory()
+
+    def _has_locked_directory(self) -> bool:
+        """Lock the directory. Whoever may read it can hold that lock, so it alone keeps no one out."""
+        return _is_locked(self._directory)
+
+    def _holds_marked_files(self) -> bool:
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    path = f"/proc/self/fd/{self._directory}/{entry.name}"
+                    if entry.is_file(follow_symlinks=False) and os.getxattr(path, MARK, follow_symlinks=False):
+                        return True
+        return False
 
     def _read(self) -> dict[str, Any]:
+        """What the file holds. Raises NotSupported, with the reason, if this version cannot have written it."""
         try:
             kept = json.loads(os.pread(self._fd, LENGTH, 0))
-            if kept["format"] == FORMAT and all(isinstance(kept[key], int) for key in ("page_size", "next_id")):
-                return {**kept, "tag": str(kept["tag"])}
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise NotSupported(
-            f"its {FILE} is none that this version of ttmfs understands; if no other version made it, "
-            "move it away: the backups stay"
-        )
+        except (ValueError, RecursionError):  # also what is no text
+            raise _refused("it is no JSON") from None
+        if not isinstance(kept, dict):
+            raise _refused("it is no JSON object")
+        for key, is_right in _RIGHT.items():
+            if not is_right(kept.get(key)):
+                raise _refused(f"{key} is {reprlib.repr(kept.get(key))}")
+        if (kept["grain"] or 0) > kept["page_size"]:
+            raise _refused(f"grain is {kept['grain']}, more than a page")
+        return kept
 
     def _write(self, fd: int, *, next_id: int, tag: str, grain: int | None) -> None:
         kept = {"format": FORMAT, "page_size": self._page_size, "grain": grain, "tag": tag, "next_id": next_id}
@@ -158,12 +254,13 @@ class Ledger:
         path = f"/proc/self/fd/{self._directory}/{name}"  # there is no getxattrat(2) before Linux 6.13
         if (id := self._unmarked.get(found.st_ino)) or (id := self._held(path, found.st_ino)):
             return id
-        if not found.st_size or found.st_size % self._page_size:
+        pages, rest = divmod(found.st_size, self._page_size)
+        if rest or not 0 < pages <= MAX_PAGES:
             return None
         access = os.R_OK if self._read_only else os.R_OK | os.W_OK
         if not os.access(name, access, dir_fd=self._directory, effective_ids=True, follow_symlinks=False):
             return None
-        return self.mark(path, found.st_ino)
+        return self.mark(path, found.st_ino) if self._next_id <= MAX_ID else None
 
     def settle(self) -> None:
         """From here on no mark counts but those of files that were seen: every backup has been."""
@@ -186,6 +283,8 @@ class Ledger:
 
     def mark(self, where: str | int, ino: int) -> int:
         """Give a file, by path or descriptor, an id of its own. Where no mark can be set, it is good for this mount."""
+        if self._next_id > MAX_ID:
+            raise NoRoom(f"all {MAX_ID} numbers for backups in this store are used up: unmount it, and {_AWAY}")
         if self._next_id == self._last_id and not self._read_only:
             self._write(self._fd, next_id=self._last_id + IDS_AT_ONCE, tag=self._tag, grain=self.grain)
             os.fsync(self._fd)  # before a backup that bears one of them can be on the disk

@@ -237,7 +237,10 @@ class Store:
             os.close(directory)
             if error.errno == errno.EOPNOTSUPP:
                 raise NotSupported(f"store={path}: its filesystem has no O_TMPFILE; {_SUITED}") from error
-            hint = "; if backups are there, mount it with ro" if error.errno == errno.EROFS else ""
+            hint = {
+                errno.EROFS: "; if backups are there, mount it with ro",
+                errno.EACCES: "; mount as root, or as the user to whom it belongs",
+            }.get(error.errno or 0, "")
             raise InvalidArgument(f"store={path}: {FILE} cannot be written there: {error.strerror}{hint}") from error
         except (InvalidArgument, NotSupported, StoreBusy) as error:
             os.close(directory)

@@ -1,4 +1,4 @@
-"""A disk that is full to the brim: a page is stored whole or not at all, however few and scattered its last blocks are."""
+"""A full disk: however few of its blocks are left, and however scattered, a page is stored whole or not at all."""
 
 import contextlib
 import os

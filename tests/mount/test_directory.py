@@ -176,6 +176,87 @@ def test_two_mounts_of_one_directory_are_refused(directory: Path, mountpoint: Pa
         assert (other / "a/1").read_bytes() == content(1)
 
 
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def linked(path: Path) -> None:
+    path.with_name("elsewhere").write_text("{}")
+    path.symlink_to("elsewhere")
+
+
+def device(path: Path) -> None:
+    os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero: it can be read without end
+
+
+def with_another_name(path: Path) -> None:
+    path.with_name("other").write_text("{}")
+    path.hardlink_to(path.with_name("other"))
+
+
+def of_a_stranger(path: Path) -> None:
+    path.write_text("{}")
+    os.chown(path, stores.BOB, stores.BOB)
+
+
+def enormous(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+@pytest.mark.parametrize("options", ["", ",ro"])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (fifo, "its .ttmfs is no regular file: move .ttmfs away"),
+        (linked, "its .ttmfs is no regular file: move .ttmfs away"),
+        (device, "its .ttmfs is no regular file: move .ttmfs away"),
+        (Path.mkdir, "its .ttmfs is no regular file: move .ttmfs away"),
+        (with_another_name, "its .ttmfs has another name"),
+        (of_a_stranger, f"its .ttmfs belongs to user {stores.BOB}"),
+        (enormous, "none that this version of ttmfs understands (it is no JSON)"),
+    ],
+)
+def test_what_is_put_in_the_place_of_its_own_file_is_refused_with_the_reason(
+    mountpoint: Path, tmp_path: Path, make: Callable[[Path], object], reason: str, options: str
+) -> None:
+    with stores.mounted(tmp_path / "below", "tmpfs") as directory:
+        make(directory / ".ttmfs")
+        (directory / "a").write_bytes(content(1))
+        assert reason in refused(2, mountpoint, f"store={directory}{options}")
+        assert (directory / "a").read_bytes() == content(1)
+        assert not os.listxattr(directory / "a")
+
+
+def test_who_may_only_read_the_directory_cannot_keep_anyone_from_mounting_it(tmp_path: Path, mountpoint: Path) -> None:
+    """Not before the first mount, nor later; nor can such a user lock the file that counts."""
+    with stores.mounted(tmp_path / "below", "tmpfs", "mode=755") as directory, opened(directory, os.O_RDONLY) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name in "a", "b":
+            with Mount(mountpoint, f"store={directory},backup_size=1m"):
+                (mountpoint / name).mkdir()
+                (mountpoint / name / "1").write_bytes(content(1))
+                assert stat.S_IMODE((directory / ".ttmfs").stat().st_mode) == 0o600
+            (directory / ".ttmfs").chmod(0o644)  # as one who tidies up might
+        with Mount(mountpoint, f"store={directory}"):
+            assert sorted(os.listdir(mountpoint)) == ["a", "b"]
+            assert stat.S_IMODE((directory / ".ttmfs").stat().st_mode) == 0o600
+        (directory / ".ttmfs").unlink()
+        assert "the directory is locked" in refused(32, mountpoint, f"store={directory}")
+
+
+def test_another_version_that_locks_file_and_directory_excludes_this_one(tmp_path: Path, mountpoint: Path) -> None:
+    with stores.mounted(tmp_path / "below", "tmpfs") as directory:
+        with Mount(mountpoint, f"store={directory}"):
+            for path in directory, directory / ".ttmfs":
+                with opened(path, os.O_RDONLY) as fd, pytest.raises(BlockingIOError):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with opened(directory / ".ttmfs") as file, opened(directory, os.O_RDONLY) as itself:
+            for fd in file, itself:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert "in use by another mount" in refused(32, mountpoint, f"store={directory}")
+
+
 def test_another_page_size_is_refused_with_the_right_one(directory: Path, mountpoint: Path) -> None:
     with Mount(mountpoint, f"store={directory},page_size=64k,backup_size=1m"):
         (mountpoint / "a").mkdir()

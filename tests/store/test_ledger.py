@@ -12,9 +12,9 @@ import trio
 import stores
 import ttmfs
 from harness import descriptors
-from ttmfs import linux, store
+from ttmfs import inodes, linux, store
 from ttmfs.errors import BackupEnded, InvalidArgument, NoRoom, NotSupported, StoreBusy
-from ttmfs.ledger import FILE, IDS_AT_ONCE
+from ttmfs.ledger import FILE, IDS_AT_ONCE, MAX_ID, MAX_PAGES, Ledger
 from ttmfs.options import Options
 from ttmfs.pool import Pool
 from ttmfs.store import Store
@@ -163,13 +163,108 @@ def test_it_is_released_for_the_next(directory: Path) -> None:
     assert descriptors(os.getpid()) == before
 
 
-@pytest.mark.parametrize("text", ["", "nonsense", "{}", "[]", '{"format": 2}', '{"format": 1, "page_size": "x"}', "5"])
-def test_a_file_of_another_version_is_refused_and_left_as_it_is(tmp_path: Path, text: str) -> None:
-    with stores.filesystem(tmp_path / "below", "tmpfs") as directory:
-        (directory / FILE).write_text(text)
-        with pytest.raises(NotSupported, match="none that this version of ttmfs understands"):
-            opened(directory)
-        assert (directory / FILE).read_text() == text
+WRITTEN = {"format": 1, "page_size": PAGE, "grain": PAGE, "tag": "0123456789abcdef", "next_id": 77}
+
+CRAFTED: dict[str, tuple[object, ...]] = {
+    "format": (2, 0, True, "1", None),
+    "page_size": ("x", True, 0, -PAGE, PAGE + 1, 10**60, None, [PAGE]),
+    "grain": ("x", 0, -1, 10**60, 2 * PAGE, 1.5, True),
+    "tag": (
+        None,
+        5,
+        "",
+        "0123456789abcde ",
+        " 123456789abcdef",
+        "0123 56789abcdef",
+        "0123456789ABCDEF",
+        "x" * 90,
+        "é" * 16,
+    ),
+    "next_id": (-1, 0, 1, 10**100, 1 << 64, 2**34, 1.5, float("inf"), "2", True, None, [2], {}),
+}
+TEXTS = (
+    *(
+        b"",
+        b"nonsense",
+        b"{}",
+        b"[]",
+        b"5",
+        b"null",
+        b"\0" * 256,
+        b"\xff\xfe\x00",
+        b"[" * 256,
+        json.dumps(WRITTEN).encode()[:60],
+    ),
+    *(json.dumps({**WRITTEN, key: value}).encode() for key, values in CRAFTED.items() for value in values),
+    *(
+        json.dumps({key: value for key, value in WRITTEN.items() if key != left}).encode()
+        for left in ("tag", "next_id")
+    ),
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_file_that_no_version_wrote_is_refused_and_left_as_it_is(tmp_path: Path, text: bytes) -> None:
+    before = descriptors(os.getpid())
+    (tmp_path / FILE).write_bytes(text)
+    with pytest.raises(NotSupported, match=r"none that this version of ttmfs understands \(.*move .ttmfs away"):
+        Ledger(at := os.open(tmp_path, os.O_RDONLY), PAGE)
+    os.close(at)
+    assert (tmp_path / FILE).read_bytes() == text
+    assert descriptors(os.getpid()) == before
+
+
+def test_an_enormous_file_that_begins_well_is_read_no_further(directory: Path) -> None:
+    opened(directory).close()
+    os.truncate(directory / FILE, 1 << 40)
+    opened(directory).close()
+
+
+def test_what_is_told_to_do_with_a_crafted_file_keeps_every_backup(directory: Path) -> None:
+    pool = opened(directory)
+    create(pool, "a").write(3 * PAGE, b"kept" * (PAGE // 4))
+    pool.close()
+    (directory / FILE).write_text(json.dumps({**WRITTEN, "next_id": -5}))
+    with pytest.raises(NotSupported, match=r"next_id is -5.*move .ttmfs away: every backup stays"):
+        opened(directory)
+    (directory / FILE).rename(directory / "moved")
+    pool = opened(directory)
+    try:
+        assert trio.run(pool.names) == ["a"]
+        assert list(pool.backup(pool.store.find("a")).extents()) == [(3, 4)]
+        assert pool.backup(pool.store.find("a")).read(3 * PAGE, 4) == b"kept"
+    finally:
+        pool.close()
+
+
+def test_when_the_numbers_for_backups_are_used_up_the_last_ones_still_work(directory: Path) -> None:
+    assert (MAX_ID, MAX_PAGES) == (inodes.MAX_BACKUP_ID, inodes.MAX_HANDLE)
+    (directory / FILE).write_text(json.dumps({**WRITTEN, "next_id": MAX_ID}))
+    pool = opened(directory)
+    try:
+        create(pool, "last").write(0, b"x")
+        assert pool.store.find("last") == MAX_ID
+        with pytest.raises(NoRoom, match="used up: unmount it, and move"):
+            create(pool, "more")
+        (directory / "foreign").write_bytes(bytes(PAGE))
+        assert trio.run(pool.names) == ["last"]
+    finally:
+        pool.close()
+    pool = opened(directory)
+    assert trio.run(pool.names) == ["last"]
+    pool.close()
+
+
+def test_a_file_of_more_pages_than_there_are_handles_is_no_backup(tmp_path: Path) -> None:
+    with stores.filesystem(tmp_path / "below", "xfs") as directory:
+        for name, pages in ("most", MAX_PAGES), ("more", MAX_PAGES + 1), ("petabyte", (1 << 50) // PAGE):
+            with (directory / name).open("xb") as file:
+                file.truncate(pages * PAGE)
+        pool = opened(directory)
+        try:
+            assert trio.run(pool.names) == ["most"]
+        finally:
+            pool.close()
 
 
 def test_a_forged_mark_is_none(directory: Path) -> None:
@@ -194,6 +289,29 @@ def test_a_forged_mark_is_none(directory: Path) -> None:
         for forged in forgeries:
             os.setxattr(directory / "b", "user.ttmfs.id", forged)
             assert pool.store.find("b") not in (id, 0, 99999)
+    finally:
+        pool.close()
+
+
+def test_whatever_a_file_is_named_and_marked_with_it_does_no_harm(directory: Path) -> None:
+    odd = [b"-rf", b"a\nb", b"\xff\xfe", b" ", b"%s", b"x" * 255, b"\x1b[31m", b"*", b"\\"]
+    marks = [b"", b"x" * 2000, b"0 " + b"9" * 2000 + b" 1", b"\0", b"1 2 3", b"%d %d %d", b"- - -", b" 1 1", b"\xff"]
+    opened(directory).close()
+    tag = json.loads((directory / FILE).read_text())["tag"].encode()
+    for name, mark in zip(odd, marks, strict=True):
+        path = os.fsencode(directory) + b"/" + name
+        with open(path, "xb") as file:
+            file.write(name[:1] * PAGE)
+        os.setxattr(path, "user.ttmfs.id", mark.replace(b"1 2", tag + b" -2"))
+        os.setxattr(path, "user.other", b"x")
+    pool = opened(directory)
+    try:
+        assert sorted(map(os.fsencode, trio.run(pool.names))) == sorted(odd)
+        ids = {pool.store.find(os.fsdecode(name)) for name in odd}
+        assert len(ids) == len(odd)
+        assert all(2 <= id <= MAX_ID for id in ids)
+        for name in odd:
+            assert pool.backup(pool.store.find(os.fsdecode(name))).read(0, 1) == name[:1]
     finally:
         pool.close()
 
