@@ -457,3 +457,40 @@ def slow_swap(pid: int, directory: Path, reads_a_second: int = 4, size: int = 25
             yield SlowSwap(groups)
         finally:
             (groups.io / file).write_text(f"{number} {limit}{none}")  # what waits still is read now
+
+
+# --- slow disks ---
+
+
+@contextlib.contextmanager
+def slow_writes(pid: int, filesystem: Path, bytes_a_second: int = 2 << 20) -> Iterator[None]:
+    """Have the disk of a filesystem on a loop device write slowly what a process stores, and let little of it wait.
+
+    So the kernel soon makes writers wait for the disk (dirty throttling), whatever the machine's memory. The block
+    layer's throttling does the rest; of version 2 it needs a control group of the process' own.
+    """
+    source, uuid = run(f"findmnt -no SOURCE,UUID {shlex.quote(str(filesystem))}").split()
+    device = Path("/sys/block", Path(source).name)
+    number = (device / "dev").read_text().strip()
+    dirty, before = {}, {}
+    waiting = Path("/sys/fs/btrfs", uuid)  # btrfs can have several devices, so what waits for them is counted there
+    for name, value in ("strict_limit", "1"), ("max_bytes", str(8 << 20)):  # since Linux 6.2
+        if (file := (waiting if waiting.exists() else device) / "bdi" / name).exists():
+            dirty[file] = value
+    if not dirty:
+        dirty = {Path("/proc/sys/vm/dirty_background_bytes"): "4194304", Path("/proc/sys/vm/dirty_bytes"): "8388608"}
+    with contextlib.ExitStack() as ended:
+        if (CGROUP / "memory").is_dir():
+            limit, text, none = CGROUP / "blkio/blkio.throttle.write_bps_device", f"{number} ", "0"
+        else:
+            limit, text, none = ended.enter_context(_Groups(pid)).io / "io.max", f"{number} wbps=", "max"
+        for file, value in dirty.items():
+            before[file] = file.read_text()
+            file.write_text(value)
+        limit.write_text(f"{text}{bytes_a_second}")
+        try:
+            yield
+        finally:
+            limit.write_text(f"{text}{none}")
+            for file, value in before.items():
+                file.write_text(value)

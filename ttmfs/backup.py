@@ -5,9 +5,13 @@ The verbs mirror ``drivers/gpu/drm/ttm/ttm_backup.c``; what they promise is numb
 
 Concurrency: one thread. Between finding out whether a page is there and acting on that nothing is awaited, so each verb
 of one page happens at once; of many, `copy_pages` may wait between runs, and `drop_pages` and `fini` let others in
-every 16 MiB. Only whoever holds the file itself (``.shmem``) can change it meanwhile. What may wait for a disk or
-for swap waits in a thread, which touches pages that are there and changes nothing: first the pages are brought in, then
-the loop looks again, and copies.
+every 16 MiB. Only whoever holds the file itself (``.shmem``) can change it meanwhile. What may wait for swap, or for a
+disk that is read, waits in a thread, which touches pages that are there and changes nothing: first the pages are
+brought in, then the loop looks again, and copies.
+
+A file on a disk is changed in a thread too, since the kernel makes writers wait for the disk, with the file locked. So
+there :meth:`Backup.locked` is taken around each change, and around each look at the file. The loop decides and counts.
+The thread has a descriptor of its own, and touches nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from .state import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractAsyncContextManager
 
     import numpy as np
     from numpy.typing import NDArray
@@ -69,6 +74,10 @@ class Backup:
     def __repr__(self) -> str:
         return f"<Backup {self._id}>"
 
+    def locked(self) -> AbstractAsyncContextManager[None]:
+        """Wait until no thread changes the backup's file, and keep others from it. In memory no thread ever does."""
+        return self._store.locked(self._id)
+
     # --- the six verbs, and their plural forms ---
 
     async def backup_page(self, page: PageBuffer, idx: int, writeback: bool = False) -> int:
@@ -102,7 +111,11 @@ class Backup:
         """Store whole pages from an index on; gives how many."""
         offset = idx * self._page_size
         await self.bring_in(offset, len(data), to_write=True, abandon=False)
-        stored = self.write(offset, data)
+        if self._store.in_memory:
+            stored = self.write(offset, data)
+        else:
+            async with self.locked():
+                stored = await self.write_in_thread(offset, data)
         if writeback:
             await self.push_out(offset, stored)
         return stored // self._page_size
@@ -118,9 +131,10 @@ class Backup:
         data, idx = checked.destination(dst, self._page_size), checked.index_of(handle)
         self._check_index(idx, 1)
         await self.bring_in(idx * self._page_size, self._page_size, abandon=intr)
-        if not self.holds(idx):
-            raise PageAbsent(f"handle {handle} holds no page")
-        self._copy(data, idx)
+        async with self.locked():
+            if not self.holds(idx):
+                raise PageAbsent(f"handle {handle} holds no page")
+            self._copy(data, idx)
 
     async def copy_pages(self, dst: NDArray[np.uint8], handles: Uint64Array, intr: bool = False) -> None:
         """Copy pages back into the rows of `dst`, of shape (n, page_size), dtype uint8, by n handles, dtype uint64.
@@ -134,9 +148,10 @@ class Backup:
                 await trio.lowlevel.checkpoint_if_cancelled()
             self._check_index(first, past - first)
             await self.bring_in(first * self._page_size, (past - first) * self._page_size, abandon=intr)
-            if (absent := self._first_absent(first, past)) is not None:
-                raise PageAbsent(f"handle {absent + 1} holds no page")
-            self._copy(data[row * self._page_size : (row + past - first) * self._page_size], first)
+            async with self.locked():
+                if (absent := self._first_absent(first, past)) is not None:
+                    raise PageAbsent(f"handle {absent + 1} holds no page")
+                self._copy(data[row * self._page_size : (row + past - first) * self._page_size], first)
             row += past - first
 
     async def drop(self, handle: int) -> None:
@@ -146,7 +161,11 @@ class Backup:
         """
         idx = checked.index_of(handle)
         self._check_index(idx, 1)
-        self.drop_range(idx, idx + 1)
+        async with self.locked():
+            if self._store.in_memory:
+                self.drop_range(idx, idx + 1)
+            else:
+                await self.drop_range_in_thread(idx, idx + 1)
 
     async def drop_pages(self, handles: Uint64Array) -> None:
         """Release the pages of an array of handles, dtype uint64, as :meth:`drop` does."""
@@ -160,7 +179,8 @@ class Backup:
         """End the backup and release every page that is left. ``ttm_backup_fini()``. No operation may follow."""
         with contextlib.suppress(NoRoom):  # a full XFS may ask for room to punch a hole: the file goes without
             await self.drop_run(0, self.size // self._page_size)  # which takes longest, so not at once with the file
-        self._store.remove(self._id)
+        async with self.locked():
+            self._store.remove(self._id)
 
     # --- what it holds ---
 
@@ -210,20 +230,22 @@ class Backup:
     async def count_swapped(self) -> int:
         """As :attr:`swapped`, in slices between which others are served. Pages can come and go meanwhile."""
         work, out, position = self._store.waiting.turns.begin(), 0, 0
-        while (start := self._next_data(position)) is not None:
-            try:
-                fd = self._store.descriptor(self._id)
-                if self._store.in_memory and (evicted := linux.evicted(fd, start, STEP)) is not None:
-                    out, position = out + evicted, start + STEP
-                elif found := self.extent(start // self._page_size):
-                    position, length = found[1] * self._page_size, (found[1] - found[0]) * self._page_size
-                    cached, evicted = linux.residency(fd, found[0] * self._page_size, length)
-                    out += evicted if self._store.in_memory else max(0, length // BASE_PAGE_SIZE - cached)
-            except OSError as error:
-                raise from_os_error(error, "counting resident pages") from error
+        while True:
+            async with self.locked():
+                if (start := self._next_data(position)) is None:
+                    return min(self.pages, -(-out * BASE_PAGE_SIZE // self._page_size))
+                try:
+                    fd = self._store.descriptor(self._id)
+                    if self._store.in_memory and (evicted := linux.evicted(fd, start, STEP)) is not None:
+                        out, position = out + evicted, start + STEP
+                    elif found := self.extent(start // self._page_size):
+                        position, length = found[1] * self._page_size, (found[1] - found[0]) * self._page_size
+                        cached, evicted = linux.residency(fd, found[0] * self._page_size, length)
+                        out += evicted if self._store.in_memory else max(0, length // BASE_PAGE_SIZE - cached)
+                except OSError as error:
+                    raise from_os_error(error, "counting resident pages") from error
             if work.is_due():
                 await work.rest()
-        return min(self.pages, -(-out * BASE_PAGE_SIZE // self._page_size))
 
     @property
     def is_empty(self) -> bool:
@@ -291,6 +313,23 @@ class Backup:
         That is fewer than given where the backup or the room ends. Raises OutOfBounds past the end and NoRoom if
         nothing could be stored; no page is ever left stored in part.
         """
+        return self._write(offset, self._admitted(offset, data))
+
+    async def write_in_thread(self, offset: int, data: bytes | memoryview) -> int:
+        """As :meth:`write`, of a backup on a disk, within :meth:`locked`."""
+        data = self._admitted(offset, data)
+        first, past = offset // self._page_size, -(-(offset + len(data)) // self._page_size)
+        try:
+            with (
+                contextlib.closing(linux.Duplicate(self._store.descriptor(self._id))) as file,
+                self._store.changing(self._id, first, past, file.fd, adding=True),
+            ):
+                return await self._store.in_thread(file, self._put, offset, data)
+        except OSError as error:
+            raise from_os_error(error, "storing pages") from error
+
+    def _admitted(self, offset: int, data: bytes | memoryview) -> bytes | memoryview:
+        """What of some bytes may be stored: less where the backup or the room ends."""
         end = self._end_of(offset, len(data))
         first, past = offset // self._page_size, -(-end // self._page_size)  # pages are stored whole
         if (admitted := self._store.admit(self._id, past - first)) < past - first:
@@ -298,23 +337,7 @@ class Backup:
             end = min(end, past * self._page_size)
             if end <= offset:
                 raise self._store.refusal(self._id)
-        if end < offset + len(data):
-            data = data[: end - offset]
-        if len(data) <= STEP:
-            return self._write(offset, data)
-        view, position = memoryview(data), offset
-        while position < end:
-            past = min(end, position // STEP * STEP + STEP)
-            try:
-                stored = self._write(position, view[position - offset : past - offset])
-            except TtmfsError:
-                if position == offset:
-                    raise
-                break
-            position += stored
-            if position < past:
-                break
-        return position - offset
+        return data if end == offset + len(data) else data[: end - offset]
 
     def _end_of(self, offset: int, length: int) -> int:
         """Where a range of bytes ends within the backup. Raises OutOfBounds if it begins past the end."""
@@ -325,41 +348,79 @@ class Backup:
         return size
 
     def _write(self, offset: int, data: bytes | memoryview) -> int:
-        """Store bytes, at most a STEP, as far as the filesystem has room."""
+        """Store bytes as far as the filesystem has room."""
         fd, end = self._store.descriptor(self._id), offset + len(data)
         try:
-            if not self._store.in_memory:
-                with self._store.changing(self._id, offset // self._page_size, -(-end // self._page_size)):
-                    return self._write_to_disk(fd, offset, data)
-            if self._page_size > self._store.grain and (end := self._allocate(fd, offset, end)) < offset + len(data):
-                data = data[: end - offset]
             if not self._store.keeps_count:
-                return os.pwrite(fd, data, offset)
+                if len(data) <= STEP and self._page_size <= self._store.grain:  # nearly always: a call less
+                    return os.pwrite(fd, data, offset)
+                return self._put(fd, offset, data)
             with self._store.changing(self._id, offset // self._page_size, -(-end // self._page_size)):
-                return os.pwrite(fd, data, offset)
+                return self._put(fd, offset, data)
         except OSError as error:
             raise from_os_error(error, "storing pages") from error
 
+    def _put(self, fd: int, offset: int, data: bytes | memoryview) -> int:
+        """Store bytes in a file, by STEPs. A thread may do it: nothing but the file is touched."""
+        if len(data) <= STEP:
+            return self._put_step(fd, offset, data)
+        view, position, end = memoryview(data), offset, offset + len(data)
+        while position < end:
+            past = min(end, position // STEP * STEP + STEP)
+            try:
+                stored = self._put_step(fd, position, view[position - offset : past - offset])
+            except OSError:
+                if position == offset:
+                    raise
+                break
+            position += stored
+            if position < past:
+                break
+        return position - offset
+
+    def _put_step(self, fd: int, offset: int, data: bytes | memoryview) -> int:
+        if not self._store.in_memory:
+            return self._write_to_disk(fd, offset, data)
+        end = offset + len(data)
+        if self._page_size > self._store.grain and (end := self._allocate(fd, offset, end)) < offset + len(data):
+            data = data[: end - offset]
+        return os.pwrite(fd, data, offset)
+
     def create_page(self, idx: int) -> None:
         """Store a zero page unless there is a page already. Raises OutOfBounds and NoRoom."""
+        if not self._is_there(idx):
+            if not self._store.admit(self._id, 1):
+                raise self._store.refusal(self._id)
+            self._write(idx * self._page_size, b"\0")
+
+    async def create_page_in_thread(self, idx: int) -> None:
+        """As :meth:`create_page`, of a backup on a disk, within :meth:`locked`."""
+        if not self._is_there(idx):
+            await self.write_in_thread(idx * self._page_size, b"\0")
+
+    def _is_there(self, idx: int) -> bool:
+        """Whether a page exists that is to be made. Raises OutOfBounds."""
         last = (idx + 1) * self._page_size - 1
         try:  # one look for both, the end and the page: who makes a page was told that there is none
             if os.lseek(self._store.descriptor(self._id), last, os.SEEK_HOLE) != last:
-                return
+                return True
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise from_os_error(error, "looking for a page") from error
             raise OutOfBounds(f"the backup ends at page {self.size // self._page_size}") from None
-        if self._page_size > BASE_PAGE_SIZE and self.holds(idx):  # of which the end may not have been written
-            return
-        if not self._store.admit(self._id, 1):
-            raise self._store.refusal(self._id)
-        self._write(idx * self._page_size, b"\0")
+        return self._page_size > BASE_PAGE_SIZE and self.holds(idx)  # of which the end may not have been written
 
     def zero(self, idx: int, start: int) -> None:
         """Make the bytes of a page that is there zeros, from byte `start` of it on."""
         if start < self._page_size:
             self.write(idx * self._page_size + start, bytes(self._page_size - start))
+
+    async def zero_anywhere(self, idx: int, start: int) -> None:
+        """As :meth:`zero`, of a backup wherever it is, within :meth:`locked`."""
+        if self._store.in_memory:
+            self.zero(idx, start)
+        elif start < self._page_size:
+            await self.write_in_thread(idx * self._page_size + start, bytes(self._page_size - start))
 
     def drop_range(self, first: int, past: int) -> None:
         """Release the pages from index `first` on, up to before index `past`."""
@@ -374,17 +435,33 @@ class Backup:
         except OSError as error:
             raise from_os_error(error, "dropping pages") from error
 
+    async def drop_range_in_thread(self, first: int, past: int) -> None:
+        """As :meth:`drop_range`, of a backup on a disk, within :meth:`locked`."""
+        start, end = first * self._page_size, min(past * self._page_size, 2**63 - 1)
+        try:
+            with (
+                contextlib.closing(linux.Duplicate(self._store.descriptor(self._id))) as file,
+                self._store.changing(self._id, first, past, file.fd),
+            ):
+                await self._store.in_thread(file, linux.punch_hole, start, end - start)
+        except OSError as error:
+            raise from_os_error(error, "dropping pages") from error
+
     async def drop_run(self, first: int, past: int, reached: Callable[[int], object] = lambda _: None) -> None:
         """As :meth:`drop_range`, by STEPs, between which others are served: a million pages take 0.7 s.
 
         `reached` is told the index up to which all is dropped, each time before others are served.
         """
         while first < past:
-            found, end = self._next_data(first * self._page_size), past
-            if found is not None:
-                end = min(past, (found // STEP + 1) * STEP // self._page_size)
-            self.drop_range(first, end)  # with what is allocated but holds no data
-            reached(end)
+            async with self.locked():
+                found, end = self._next_data(first * self._page_size), past
+                if found is not None:
+                    end = min(past, (found // STEP + 1) * STEP // self._page_size)
+                if self._store.in_memory:
+                    self.drop_range(first, end)  # with what is allocated but holds no data
+                else:
+                    await self.drop_range_in_thread(first, end)
+                reached(end)
             if (first := end) < past:
                 await self._store.waiting.turns.rest()
 
@@ -396,8 +473,10 @@ class Backup:
         last, rest = divmod(size, self._page_size)
         first, past = last + bool(rest), -(-whole // self._page_size)
         progress = progress or Progress()
-        if not progress.done and rest and size < whole and self.holds(last):
-            self.zero(last, rest)
+        if not progress.done and rest and size < whole:
+            async with self.locked():
+                if self.holds(last):
+                    await self.zero_anywhere(last, rest)
         progress.reach(max(first, progress.done))
         await self.drop_run(progress.done, past, progress.reach)
 
@@ -470,7 +549,8 @@ class Backup:
         if not self._store.in_memory:
             with contextlib.suppress(TtmfsError, OSError):
                 await self._store.sync(self._id)
-                os.posix_fadvise(self._store.descriptor(self._id), offset, length, os.POSIX_FADV_DONTNEED)
+                with contextlib.closing(linux.Duplicate(self._store.descriptor(self._id))) as file:
+                    await self._store.in_thread(file, os.posix_fadvise, offset, length, os.POSIX_FADV_DONTNEED)
             return
         end = -(-(offset + length) // BASE_PAGE_SIZE) * BASE_PAGE_SIZE
         offset -= offset % BASE_PAGE_SIZE  # a write opened O_SYNC may begin anywhere
@@ -558,7 +638,8 @@ class Backup:
         stop in the middle of a page.
         """
         page_size, start, end = self._page_size, offset, offset + len(data)
-        absent = [idx for idx in range(offset // page_size, -(-end // page_size)) if not self.holds(idx)]
+        pages = range(offset // page_size, -(-end // page_size))
+        absent = [idx for idx in pages if not linux.is_data(fd, idx * page_size, page_size)]
         if page_size > self._store.grain:
             end = min(end, self._allocate_on_disk(fd, offset // page_size, -(-end // page_size), absent) * page_size)
             data, absent = memoryview(data)[: end - offset], [idx for idx in absent if idx * page_size < end]

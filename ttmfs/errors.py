@@ -11,6 +11,7 @@ __all__ = [
     "AccessDenied",
     "AttributesChanged",
     "BackupAbsent",
+    "BackupBusy",
     "BackupClosed",
     "BackupEnded",
     "BackupExists",
@@ -69,6 +70,10 @@ class BackupExists(TtmfsError):
 
 class BackupNotEmpty(TtmfsError):
     """The backup still holds pages."""
+
+
+class BackupBusy(TtmfsError):
+    """The backup is being changed on a slow disk, and its name cannot be changed just now."""
 
 
 class BackupEnded(TtmfsError):
@@ -151,6 +156,7 @@ ERRNO: dict[type[TtmfsError], int] = {
     NoSuchAttribute: errno.ENODATA,
     BackupExists: errno.EEXIST,
     BackupNotEmpty: errno.ENOTEMPTY,
+    BackupBusy: errno.EBUSY,
     BackupEnded: errno.ESTALE,
     BackupClosed: errno.EBADF,  # of the client alone, as of a descriptor that was closed
     PageDropped: errno.ESTALE,  # not ENOENT: on ESTALE from open the VFS looks the name up once more by itself

@@ -328,8 +328,11 @@ class Ledger:
         return pages
 
     @contextlib.contextmanager
-    def changing(self, id: int, fd: int, first: int, past: int) -> Iterator[None]:
-        """Around whatever makes pages between two indices of an open backup come or go."""
+    def changing(self, id: int, fd: int, first: int, past: int, *, adding: bool = False) -> Iterator[None]:
+        """Around whatever makes pages between two indices of an open backup come or go.
+
+        With `adding` all of them count as there meanwhile.
+        """
         if self._in_memory:
             try:
                 yield
@@ -337,10 +340,13 @@ class Ledger:
                 self.pages(id, fd)
             return
         others = self.pages(id, fd) - self._between(fd, first, past)
+        if adding:
+            self._count(id, others + past - first, os.fstat(fd).st_ctime_ns)
         try:
             yield
         finally:
-            self._count(id, others + self._between(fd, first, past), os.fstat(fd).st_ctime_ns)
+            if id in self._holders:  # else it was ended meanwhile by someone who went round us
+                self._count(id, others + self._between(fd, first, past), os.fstat(fd).st_ctime_ns)
 
     def _between(self, fd: int, first: int, past: int) -> int:
         return sum(end - start for start, end in linux.page_runs(fd, self._page_size, first, past))

@@ -191,9 +191,13 @@ class Duplicate:
         self.fd = -1
         self.fd = os.dup(fd)
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Close it now: an exception can refer to it for long."""
         if self.fd >= 0:
             os.close(self.fd)
+        self.fd = -1
+
+    __del__ = close
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:

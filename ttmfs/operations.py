@@ -15,7 +15,7 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import closing
+from contextlib import AbstractAsyncContextManager, closing
 from functools import wraps
 from types import CoroutineType
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
@@ -25,7 +25,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from .access import Caller
 from .errors import NotPermitted, PageDropped, StoreFailed, TtmfsError, errno_of
-from .inodes import FIRST_BACKUP, ROOT
+from .inodes import FIRST_BACKUP, ROOT, backup_of
 from .metrics import Metrics
 from .pool import NAME_MAX, Pool
 from .state import LATEST, POINTS, State, identity
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Created: TypeAlias = tuple[FileInfo, EntryAttributes]
 Handler: TypeAlias = Callable[Concatenate["Operations", P], T]
 
 CONDEMNED = 4
@@ -48,6 +49,9 @@ MOST_ENTRIES = 500
 
 TEXT_GROWTH = 1 << 16
 """Bytes by which a text of the mount's own may be longer than the one before."""
+
+CHANGES = {"create", "unlink", "write"}
+"""Handlers that take the lock of a backup themselves. All others that wait for nothing look, and change nothing."""
 
 SUSPECT_SECONDS = 10.0
 """So long after its start a daemon thinks of what the one before may have died of."""
@@ -62,6 +66,7 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
     name, clock = handler.__name__, time.perf_counter_ns
     kind = zlib.crc32(name.encode())
     telling = len(inspect.signature(handler).parameters) > 2  # two arguments tell a request from others of its kind
+    looks = telling and not inspect.iscoroutinefunction(handler) and name not in CHANGES
 
     @wraps(handler)
     async def operation(self: "Operations", *arguments: Any) -> Any:
@@ -72,7 +77,11 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
                 note = self._admitted(name, note)
             notes[0] = note  # until it waits no other handler runs
             try:
-                answer = handler(self, *arguments)
+                if self._locks is not None and looks and (id := backup_of(arguments[0])) in self._locks:
+                    notes[0] = 0
+                    answer = await self._waited_for(self._in_lock(self._locks.locked(id), handler, arguments), note)
+                else:
+                    answer = handler(self, *arguments)
             finally:
                 notes[0] = 0
             return await self._waited_for(answer, note) if isinstance(answer, CoroutineType) else answer
@@ -141,6 +150,8 @@ class Operations(pyfuse3.Operations):
         self._slots = list(range(1, LATEST))
         self._suspects = suspects  # requests that daemons died of, perhaps
         self._suspected_until = time.monotonic() + SUSPECT_SECONDS
+        # Whoever looks at a backup that a thread is changing waits for its lock. None: no thread changes anything.
+        self._locks = None if pool.store.in_memory else pool.store.waiting.files
         self._init = init
         self.lifetime = lifetime
         self._logged: set[tuple[str, object]] = set()
@@ -211,6 +222,13 @@ class Operations(pyfuse3.Operations):
             self._slots.append(slot)
             self.under_way -= 1
 
+    async def _in_lock(
+        self, lock: AbstractAsyncContextManager[None], handler: "Handler[..., T]", arguments: tuple[Any, ...]
+    ) -> T:
+        """The answer of a handler that looks at a backup which a thread is changing."""
+        async with lock:
+            return handler(self, *arguments)
+
     def _lasting_entry(self) -> EntryAttributes:
         """An answer to fill, with what is the same in all of them."""
         entry = EntryAttributes()
@@ -225,6 +243,12 @@ class Operations(pyfuse3.Operations):
             self._answered = attributes
         entry.st_ino = ino
         return entry
+
+    def _created(self, fh: int, ino: int, attributes: Attributes) -> Created:
+        return self._opened(fh), self._entry(ino, attributes)
+
+    async def _created_later(self, made: Coroutine[Any, Any, tuple[int, int, Attributes]]) -> Created:
+        return self._created(*await made)
 
     def _opened(self, fh: int) -> FileInfo:
         self._file.fh = fh
@@ -279,15 +303,16 @@ class Operations(pyfuse3.Operations):
                 if self.tree.doubts and fh is None:
                     self.tree.check_access(inode, os.W_OK, _caller(ctx))
                 await self.tree.truncate(inode, attr.st_size, ctx.pid)
-            self.tree.change(
-                inode,
-                mode=attr.st_mode if fields.update_mode else None,
-                uid=attr.st_uid if fields.update_uid else None,
-                gid=attr.st_gid if fields.update_gid else None,
-                atime_ns=attr.st_atime_ns if fields.update_atime else None,
-                mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-            )
-            attributes = self.tree.attributes(inode)
+            async with self.tree.locked(inode):
+                self.tree.change(
+                    inode,
+                    mode=attr.st_mode if fields.update_mode else None,
+                    uid=attr.st_uid if fields.update_uid else None,
+                    gid=attr.st_gid if fields.update_gid else None,
+                    atime_ns=attr.st_atime_ns if fields.update_atime else None,
+                    mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+                )
+                attributes = self.tree.attributes(inode)
         except PageDropped:
             if fh is not None:
                 raise
@@ -326,21 +351,22 @@ class Operations(pyfuse3.Operations):
         await self.tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
 
     @guarded
-    def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        self.tree.drop_page(parent_inode, name)
+    def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> "Coroutine[Any, Any, None] | None":
+        return self.tree.drop_page(parent_inode, name)
 
     @guarded
     def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
-    ) -> tuple[FileInfo, EntryAttributes]:
-        fh, ino, attributes = self.tree.create_page(parent_inode, name, flags, _caller(ctx) if ctx.uid else None)
-        return self._opened(fh), self._entry(ino, attributes)
+    ) -> "Created | Coroutine[Any, Any, Created]":
+        made = self.tree.create_page(parent_inode, name, flags, _caller(ctx) if ctx.uid else None)
+        return self._created(*made) if isinstance(made, tuple) else self._created_later(made)
 
     @guarded
-    def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         if not stat.S_ISREG(mode):
             raise NotPermitted("a backup holds pages, no devices, pipes or sockets")
-        _, ino, attributes = self.tree.create_page(parent_inode, name, 0)
+        made = self.tree.create_page(parent_inode, name, 0)
+        _, ino, attributes = made if isinstance(made, tuple) else await made
         return self._entry(ino, attributes)
 
     @guarded

@@ -83,17 +83,21 @@ class Pool:
         Raises BackupAbsent, BackupExists, BackupNotEmpty, InvalidArgument and NameTooLong.
         """
         _check_name(new)
-        id = self.store.find(old)
+        id, replaced = self.store.find(old), None
         with contextlib.suppress(BackupAbsent):
-            if replace and (replaced := self.store.find(new)) != id:
-                self._check_empty(replaced, new)
-        self.store.rename(id, new, replace=replace)
+            replaced = self.store.find(new)
+        async with self.store.locked_soon(id, replaced):
+            with contextlib.suppress(BackupAbsent):
+                if replace and (now := self.store.find(new)) != id:
+                    self._check_empty(now, new)
+            self.store.rename(id, new, replace=replace)
 
     async def remove(self, name: str) -> None:
         """End a backup that holds no page. Raises BackupNotEmpty and BackupAbsent."""
         id = self.store.find(name)
-        self._check_empty(id, name)
-        self.store.remove(id)
+        async with self.store.locked_soon(id):
+            self._check_empty(id, name)
+            self.store.remove(id)
 
     def whole_pages(self, size: int) -> int:
         """A size in bytes, rounded up to whole pages. Raises InvalidArgument for what is no size."""

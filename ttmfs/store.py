@@ -19,15 +19,16 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import trio
 
 from . import linux
 from .errors import (
     BackupAbsent,
+    BackupBusy,
     BackupEnded,
     InvalidArgument,
     NoRoom,
@@ -71,7 +72,12 @@ TEMPORARY_MARK = "removed-by-the-next-mount"
 NO_ROOM = "the budget (size), or the memory that must stay free (reserve), is used up"
 OVER_QUOTA = "user {} has stored all that one user may (uid_size)"
 
-_UNCOUNTED = contextlib.nullcontext()
+NAMES_WAIT_SECONDS = 0.5
+"""For so long renaming or removing a backup may wait for a change of it to end."""
+
+_UNCOUNTED = _UNDISTURBED = contextlib.nullcontext()
+
+T = TypeVar("T")
 
 _SUITED = "use a directory on tmpfs, ext4, xfs or btrfs"
 
@@ -579,6 +585,31 @@ class Store:
                     self._place = f"/proc/{pid}/fd/{fd}"
                     return
 
+    def locked(self, id: int) -> contextlib.AbstractAsyncContextManager[None]:
+        """Around what looks at a backup's file or changes it, if the file is on a disk."""
+        return _UNDISTURBED if self.in_memory else self.waiting.files.locked(id)
+
+    @contextlib.asynccontextmanager
+    async def locked_soon(self, *ids: int | None) -> AsyncIterator[None]:
+        """As :meth:`locked`, of up to two backups whose names are to change. BackupBusy if that would take long.
+
+        The kernel keeps everyone from all names of the mount until it is answered.
+        """
+        async with contextlib.AsyncExitStack() as locks:
+            if not self.in_memory:
+                with trio.move_on_after(NAMES_WAIT_SECONDS) as waiting:
+                    for id in sorted({id for id in ids if id is not None}):  # always in one order
+                        await locks.enter_async_context(self.locked(id))
+                if waiting.cancelled_caught:
+                    raise BackupBusy("the backup is being written to, and the disk is slow")
+            yield
+
+    async def in_thread(self, file: linux.Duplicate, change: Callable[..., T], *arguments: Any) -> T:
+        """What changing a file on a disk gives. `change` is called with a descriptor of it and the arguments."""
+        changes = self.waiting.changes
+        async with changes.turn(os.fstat(file.fd).st_uid):
+            return await trio.to_thread.run_sync(_changed, change, file, arguments, limiter=changes.limiter)
+
     # --- the whole ---
 
     def stat(self) -> os.stat_result:
@@ -630,10 +661,17 @@ class Store:
         return NoRoom(NO_ROOM)
 
     @contextlib.contextmanager
-    def changing(self, id: int, first: int, past: int) -> Iterator[None]:
-        """Around whatever makes pages between two indices of a backup come or go, where `keeps_count`."""
+    def changing(self, id: int, first: int, past: int, fd: int = -1, *, adding: bool = False) -> Iterator[None]:
+        """Around whatever makes pages between two indices of a backup come or go, where `keeps_count`.
+
+        If that is awaited, `fd` is a descriptor of the backup's file that stays open, and with `adding` all these pages
+        count from the beginning on, so that others who add some meanwhile do not get the same room.
+        """
+        fd = self.descriptor(id) if fd < 0 else fd
         try:
-            with self._ledger.changing(id, self.descriptor(id), first, past) if self._ledger else _UNCOUNTED:
+            with self._ledger.changing(id, fd, first, past, adding=adding) if self._ledger else _UNCOUNTED:
+                if adding:
+                    self._charge(id)
                 yield
         finally:
             if self._quota:
@@ -671,6 +709,8 @@ class Store:
         if (start := time.monotonic()) < self._recount_at:
             return
         for id in list(self.scan()):
+            if id in self.waiting.files:  # what is counted of it is right, and the kernel has it locked
+                continue
             with contextlib.suppress(TtmfsError), _failures_of("counting pages"):  # one that fails stops no other
                 ledger.pages(id, self.descriptor(id))
         end = time.monotonic()
@@ -750,6 +790,10 @@ class Store:
 def _default_inodes(size: int, page_size: int) -> int:
     """How many inodes a tmpfs of ours has if nobody says: as many as pages, or FEWEST_INODES."""
     return max(FEWEST_INODES, size // page_size)
+
+
+def _changed(change: Callable[..., T], file: linux.Duplicate, arguments: tuple[Any, ...]) -> T:
+    return change(file.fd, *arguments)  # which is open until then
 
 
 def _sync(files: list[linux.Duplicate]) -> None:

@@ -161,6 +161,7 @@ class Tree:
     ) -> None:
         self.pool = pool
         self._zeros = bytes(pool.page_size)
+        self._in_memory = pool.store.in_memory
         self._progress = progress
         self.texts = Texts(texts)
         self._names_dropped = names_dropped
@@ -231,6 +232,10 @@ class Tree:
             await self.texts.have(ino)
         return self._attributes_of_own(ino)
 
+    def locked(self, ino: int) -> contextlib.AbstractAsyncContextManager[None]:
+        """Around what looks at a backup or changes it, after something was waited for. See :meth:`Backup.locked`."""
+        return self.pool.store.locked(backup_of(ino))
+
     def target(self, ino: int) -> bytes:
         """Where a backup's SHMEM link leads."""
         if handle_of(ino) != SHMEM or not backup_of(ino):
@@ -296,8 +301,10 @@ class Tree:
 
     def create_page(
         self, parent: int, name: bytes, flags: int, caller: Caller | None = None
-    ) -> tuple[int, int, Attributes]:
+    ) -> "tuple[int, int, Attributes] | Coroutine[Any, Any, tuple[int, int, Attributes]]":
         """open(2) with O_CREAT: store a zero page unless there is one. Gives file handle, inode and attributes.
+
+        Gives a coroutine in their place only where something must be waited for.
 
         A `caller` gets what open(2) of the page would give: the kernel has checked the right to create alone, and the
         file handle shows whatever is stored at this handle later. None: root, or mknod(2), which opens nothing.
@@ -315,16 +322,35 @@ class Tree:
         backup, ino = self.pool.backup(id), inode(id, handle)
         if caller and not may(backup.stat(), caller, WANTED[flags & os.O_ACCMODE]):
             raise AccessDenied("the backup's mode does not allow its pages to be opened like this")
+        if not self._in_memory:
+            return self._create_later(backup, ino, flags)
         backup.create_page(handle - 1)
         return _file_handle(ino, flags), ino, self._page(backup.stat())
 
-    def drop_page(self, parent: int, name: bytes) -> None:
-        """unlink(2): drop a page. One that is gone already is well."""
+    async def _create_later(self, backup: Backup, ino: int, flags: int) -> tuple[int, int, Attributes]:
+        async with backup.locked():
+            await backup.create_page_in_thread(handle_of(ino) - 1)
+            return _file_handle(ino, flags), ino, self._page(backup.stat())
+
+    def drop_page(self, parent: int, name: bytes) -> "Coroutine[Any, Any, None] | None":
+        """unlink(2): drop a page. One that is gone already is well.
+
+        Gives a coroutine only where something must be waited for.
+        """
         handle = parse_page_name(name) or 0
         if parent == ROOT or name in HIDDEN or not 0 < handle <= MAX_HANDLE:
             raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
+        if not self._in_memory:
+            return self._drop_later(parent, handle)
         self.backup(parent).drop_range(handle - 1, handle)
         self._forget_extents(backup_of(parent), handle - 1, handle)
+        return None
+
+    async def _drop_later(self, parent: int, handle: int) -> None:
+        backup = self.backup(parent)
+        async with backup.locked():
+            await backup.drop_range_in_thread(handle - 1, handle)
+            self._forget_extents(backup_of(parent), handle - 1, handle)
 
     def _forget_extents(self, id: int, first: int, past: int) -> None:
         """Keep the listings under way from showing pages that were dropped, by range of indices."""
@@ -421,7 +447,8 @@ class Tree:
 
     async def _read_later(self, backup: Backup, handle: int, start: int, size: int) -> bytes:
         await backup.bring_in(start, size)
-        return self._read_now(backup, handle, start, size)
+        async with backup.locked():
+            return self._read_now(backup, handle, start, size)
 
     def _read_now(self, backup: Backup, handle: int, start: int, size: int) -> bytes:
         data = backup.read(start, size) if size else b""
@@ -429,10 +456,10 @@ class Tree:
             _check_page(backup, handle)  # else they can only be those of a page that is there
         return data
 
-    def write(self, fh: int, offset: int, data: bytes) -> "int | Coroutine[Any, Any, int]":
+    def write(self, fh: int, offset: int, data: bytes, *, held: bool = False) -> "int | Coroutine[Any, Any, int]":
         """write(2): bytes stored, fewer than given where the page, the backup or the room ends.
 
-        Gives a coroutine in place of the number only where something must be waited for.
+        Gives a coroutine in place of the number only where something must be waited for. `held`: the data is counted.
         """
         if fh & SYNC:
             return self._write_out(fh, offset, data)
@@ -443,13 +470,19 @@ class Tree:
             if offset >= page_size:
                 raise OutOfBounds(f"a page ends at byte {page_size}")
             data, start = data[: page_size - offset], (handle - 1) * page_size + offset
-        if backup.is_out(start, len(data), to_write=True):
-            return self._write_later(backup, handle, start, data)
+        if not self._in_memory or backup.is_out(start, len(data), to_write=True):
+            return self._write_later(backup, handle, start, data, held)
         return self._write_now(backup, handle, start, data)
 
-    async def _write_later(self, backup: Backup, handle: int, start: int, data: bytes) -> int:
-        with self.pool.store.waiting.holding(backup.stat().st_uid, len(data)):
+    async def _write_later(self, backup: Backup, handle: int, start: int, data: bytes, held: bool) -> int:
+        holding = self.pool.store.waiting.holding
+        with contextlib.nullcontext() if held else holding(backup.stat().st_uid, len(data)):
             await backup.bring_in(start, len(data), to_write=True)
+            if not self._in_memory:
+                async with backup.locked():
+                    if handle != IMAGE:
+                        _check_page(backup, handle)
+                    return await backup.write_in_thread(start, data)
         return self._write_now(backup, handle, start, data)
 
     def _write_now(self, backup: Backup, handle: int, start: int, data: bytes) -> int:
@@ -464,7 +497,7 @@ class Tree:
         request = "write", fh, offset, zlib.crc32(data)
         with waiting.holding(backup.stat().st_uid, len(data)), self._progress(*request) as progress:
             if not progress.done:
-                stored = self.write(fh & ~SYNC, offset, data)
+                stored = self.write(fh & ~SYNC, offset, data, held=True)
                 progress.reach(stored if isinstance(stored, int) else await stored)
             start = offset if handle_of(fh) == IMAGE else (handle_of(fh) - 1) * self.pool.page_size + offset
             await backup.sync(start, progress.done)
@@ -495,8 +528,9 @@ class Tree:
             if size > page_size:
                 raise OutOfBounds(f"a page ends at byte {page_size}")
             await backup.bring_in((handle - 1) * page_size + size, page_size - size, to_write=True)
-            _check_page(backup, handle)
-            backup.zero(handle - 1, size)
+            async with backup.locked():
+                _check_page(backup, handle)
+                await backup.zero_anywhere(handle - 1, size)
             return
         await backup.bring_in(size, -size % page_size, to_write=True)  # zeroed, not dropped
         with self._progress("truncate", ino, size, pid) as progress:
@@ -648,23 +682,25 @@ class Tree:
         size = self.pool.whole_pages(parse_size(value))
         if size > MAX_HANDLE * self.pool.page_size:
             raise InvalidArgument(f"a backup has at most {MAX_HANDLE} pages")
-        self.backup(ino).resize(size)
+        async with self.backup(ino).locked():
+            self.backup(ino).resize(size)
 
     async def map(self, ino: int) -> str:
         """The handles of a backup's pages, as ranges. Pages can come and go while it is made."""
         work, text, reached = self.pool.store.waiting.turns.begin(), bytearray(), 0
         while True:
-            for first, past in self.backup(ino).extents(reached):
-                text += format_ranges([(first + 1, past)]).encode() + b","
-                reached = past
-                if len(text) > XATTR_SIZE_MAX + 1:
-                    raise TooLong(
-                        f"the map has more than {XATTR_SIZE_MAX} bytes; use SEEK_DATA and SEEK_HOLE on .shmem"
-                    )
-                if work.is_due():
-                    break
-            else:
-                return text[:-1].decode()
+            async with self.locked(ino):
+                for first, past in self.backup(ino).extents(reached):
+                    text += format_ranges([(first + 1, past)]).encode() + b","
+                    reached = past
+                    if len(text) > XATTR_SIZE_MAX + 1:
+                        raise TooLong(
+                            f"the map has more than {XATTR_SIZE_MAX} bytes; use SEEK_DATA and SEEK_HOLE on .shmem"
+                        )
+                    if work.is_due():
+                        break
+                else:
+                    return text[:-1].decode()
             await work.rest()
 
     async def swapped(self, ino: int) -> int:
@@ -674,7 +710,8 @@ class Tree:
     async def resident(self, ino: int) -> int:
         """How many of a backup's pages are in memory."""
         swapped = await self.swapped(ino)
-        return max(0, self.backup(ino).pages - swapped)
+        async with self.locked(ino):
+            return max(0, self.backup(ino).pages - swapped)
 
     async def drop_handles(self, ino: int, value: str, caller: Caller) -> None:
         """Drop the pages of ranges of handles."""

@@ -4,6 +4,9 @@ All by the owner of the backup that is waited for: FUSE does not tell who reads 
 threads at most, so that nobody queues behind all that another asks for; and requests that carry data, which the daemon
 must hold while they wait, may hold so much in all.
 
+A thread that changes a file on a disk holds the kernel's lock of that file for as long as the disk takes. So whoever
+looks at the backup meanwhile waits for a lock of ours, not in the kernel: the loop must never meet that lock.
+
 Concurrency: one thread.
 """
 
@@ -18,7 +21,7 @@ import trio
 from .errors import TooMuchHeld
 from .turns import Turns
 
-__all__ = ["Waiting"]
+__all__ = ["FileLocks", "Waiting"]
 
 PAGE_INS, PAGE_INS_IN_ALL = 20, 200
 """Pages of one owner's backups are brought in by so many threads at a time, and those of all."""
@@ -28,6 +31,9 @@ SYNCS, SYNCS_IN_ALL = 10, 100
 
 LOOKS, LOOKS_IN_ALL = 4, 64
 """Long answers, of 64 KiB at most, that are made for one caller at a time, and for all."""
+
+CHANGES, CHANGES_IN_ALL = 10, 100
+"""The same of threads that change files on a disk. An fsync(2) that takes long takes none of these."""
 
 HELD = 256 << 20
 """Bytes of writes that may wait at a time; the daemon takes twice as much for them, for libfuse and pyfuse3 hold a copy
@@ -52,10 +58,34 @@ class Threads:
             yield
 
 
+class FileLocks:
+    """Locks of backups whose files threads change: one at a time, first come first served."""
+
+    def __init__(self) -> None:
+        self._locks: dict[int, trio.Lock] = {}
+
+    def __contains__(self, id: int) -> bool:
+        """Whether a backup is being changed."""
+        return id in self._locks
+
+    @contextlib.asynccontextmanager
+    async def locked(self, id: int) -> AsyncIterator[None]:
+        """Wait until no one else is at work on a backup, and keep others from it."""
+        lock = self._locks.setdefault(id, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():
+                self._locks.pop(id, None)
+
+
 class Waiting:
     """The requests that wait in one store."""
 
     def __init__(self) -> None:
+        self.files = FileLocks()
+        self.changes = Threads(CHANGES, CHANGES_IN_ALL)
         self.page_ins = Threads(PAGE_INS, PAGE_INS_IN_ALL)
         self.syncs = Threads(SYNCS, SYNCS_IN_ALL)
         self.looks = Threads(LOOKS, LOOKS_IN_ALL)  # which are no threads: the loop does them, in slices
