@@ -28,6 +28,7 @@ __all__ = [
     "XATTR_SIZE_MAX",
     "Duplicate",
     "allocate_range",
+    "device_and_inode",
     "evicted",
     "is_data",
     "is_tmpfs",
@@ -69,6 +70,7 @@ _MOUNT_ATTR = 0x2 | 0x4 | 0x8 | 0x10  # nosuid, nodev, noexec, noatime
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _RENAME_NOREPLACE = 1
+_AT_FDCWD, _AT_STATX_DONT_SYNC, _STATX_INO = -100, 0x4000, 0x100
 _TMPFS_MAGIC = 0x01021994
 _MADV_PAGEOUT, _MADV_POPULATE_READ = 21, 22
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
@@ -265,6 +267,13 @@ def is_data(fd: int, offset: int, length: int) -> bool:
         if error.errno != errno.ENXIO:
             raise
         return False
+
+
+def device_and_inode(path: str) -> tuple[int, int]:
+    """st_dev and st_ino of what a path leads to, as the kernel knows it: no server is asked, and none waited for."""
+    answer = (ctypes.c_uint32 * 64)()  # a struct statx
+    _checked(_libc.statx(_AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_INO, ctypes.byref(answer)), "statx")
+    return os.makedev(answer[34], answer[35]), int(ctypes.c_uint64.from_buffer(answer, 32).value)
 
 
 def is_tmpfs(fd: int) -> bool:

@@ -16,7 +16,7 @@ ORDER = (
     "page_array client rescue mount_helper cli"
 ).split()
 
-COMMANDS = "terminal command mounts png manifest backups map save load fd doctor rescue".split()
+COMMANDS = "terminal command mounts png manifest users backups map save load fd doctor rescue".split()
 USED_BY_COMMANDS = set("handles errors version options linux mountinfo checked memory inodes client rescue".split())
 """What they know of the rest: none of the server."""
 

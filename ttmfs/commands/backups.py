@@ -301,15 +301,49 @@ def _writeback(arguments: argparse.Namespace) -> int:
     return status
 
 
+def _add_fini(parser: argparse.ArgumentParser) -> None:
+    _add_paths(parser)
+    parser.add_argument("-f", "--force", action="store_true", help="end them also while programs use them")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="say what would be done, and do nothing")
+
+
 def _fini(arguments: argparse.Namespace) -> int:
+    from ..client import Backup
+    from .users import Place, Users, told
+
+    places: dict[str, Place | Exception] = {}
+    for path in arguments.paths:
+        try:
+            check_backup(path)
+            places[path] = Place.of(path)
+        except (CommandError, OSError, TtmfsError) as error:
+            places[path] = error
+    found = [place for place in places.values() if isinstance(place, Place)]
+    users = None if arguments.force and not arguments.dry_run else Users(found)
+
     def fini(path: str) -> None:
-        check_backup(path)
-        from ..client import Backup
-
+        place = places[path]
+        if isinstance(place, Exception):
+            raise place
+        using = users.of(place) if users else []
+        if using and not arguments.force:
+            raise CommandError(f"{quoted(path)} is in use and was left: {told(using)}; --force ends it all the same")
         with Backup.open(path, native=False) as backup:
-            backup.fini()
+            if backup.id != place.ino:
+                raise CommandError(f"{quoted(path)} is another backup by now, and was left")
+            if not arguments.dry_run:
+                backup.fini()
+                return
+            pages = number(path, "pages")
+            released = f"{pages} page{'s' * (pages != 1)}, {size(pages * backup.page_size)}"
+        sys.stdout.write(f"would end {quoted(path)} and release {released}\n")
+        if using:
+            sys.stdout.write(f"  though it is in use: {told(using)}\n")
 
-    return _each("fini", arguments.paths, fini)
+    status = _each("fini", arguments.paths, fini)
+    if users and found and (unseen := users.unseen()):
+        _complain("fini", unseen)
+    return status
 
 
 COMMANDS = (
@@ -352,12 +386,17 @@ examples:
     ),
     Command(
         "fini",
-        "End backups and release every page that they hold. Nothing is asked. What is no backup is refused.",
+        "End backups and release every page that they hold. A backup that a program uses is refused: one with files\n"
+        "of it open, with its descriptor, or with a mapping of it. The message names the programs. Users see their\n"
+        "own programs, root sees all of this PID namespace. Nobody sees descriptors in transit in a socket, or\n"
+        "registered with io_uring. A program that begins at this very moment can be missed.",
         """\
 examples:
   ttmfs fini /mnt/ttm/bo7
-  ttmfs fini /mnt/ttm/*         all of them; the mount stays""",
-        _add_paths,
+  ttmfs fini -n /mnt/ttm/*      what it would do
+  ttmfs fini /mnt/ttm/*         all of them; the mount stays
+  ttmfs fini --force /mnt/ttm/bo7""",
+        _add_fini,
         _fini,
         uses_client=True,
     ),
