@@ -204,8 +204,40 @@ class Backup:
 
     @property
     def pages(self) -> int:
-        """How many pages are stored."""
-        return self._store.pages(self._id)
+        """How many pages are stored.
+
+        Where pages are larger than the system's, each one is looked for, which takes about 1 us a page.
+        """
+        if self._store.counts_pages_by_room:
+            return -(-self.taken // self._page_size)
+        return sum(1 for _ in self._indices())
+
+    async def count_pages(self) -> int:
+        """As :attr:`pages`, in slices between which others are served. Pages can come and go meanwhile."""
+        if self._store.counts_pages_by_room:
+            async with self.locked():
+                return self.pages
+        work, pages = self._store.waiting.turns.begin(), 0
+        for _ in self._indices():
+            pages += 1
+            if work.is_due():
+                await work.rest()
+        return pages
+
+    def _indices(self) -> Iterator[int]:
+        """The index of every page, ascending."""
+        idx, limit = 0, self.size // self._page_size  # what lies past the last whole page is none
+        while (found := self._next_data(idx * self._page_size)) is not None:
+            idx = found // self._page_size
+            if idx >= limit:
+                return
+            yield idx
+            idx += 1
+
+    @property
+    def taken(self) -> int:
+        """Bytes of room that it takes. In memory a page of which only a part was stored takes the room of that part."""
+        return self._store.taken(self._id)
 
     @property
     def resident(self) -> int:
@@ -218,14 +250,14 @@ class Backup:
         fd, out = self._store.descriptor(self._id), 0
         try:
             if self._store.in_memory and (evicted := linux.evicted(fd)) is not None:
-                return min(self.pages, -(-evicted * BASE_PAGE_SIZE // self._page_size))
+                return self._share(self.pages, evicted)
             for first, past in self.extents():  # of a disk, holes that were read lie in the page cache, too
                 length = (past - first) * self._page_size
                 cached, evicted = linux.residency(fd, first * self._page_size, length)
                 out += evicted if self._store.in_memory else max(0, length // BASE_PAGE_SIZE - cached)
         except OSError as error:
             raise from_os_error(error, "counting resident pages") from error
-        return min(self.pages, -(-out * BASE_PAGE_SIZE // self._page_size))
+        return self._share(self.pages, out)
 
     async def count_swapped(self) -> int:
         """As :attr:`swapped`, in slices between which others are served. Pages can come and go meanwhile."""
@@ -233,7 +265,7 @@ class Backup:
         while True:
             async with self.locked():
                 if (start := self._next_data(position)) is None:
-                    return min(self.pages, -(-out * BASE_PAGE_SIZE // self._page_size))
+                    break
                 try:
                     fd = self._store.descriptor(self._id)
                     if self._store.in_memory and (evicted := linux.evicted(fd, start, STEP)) is not None:
@@ -246,6 +278,13 @@ class Backup:
                     raise from_os_error(error, "counting resident pages") from error
             if work.is_due():
                 await work.rest()
+        pages = await self.count_pages() if out else 0
+        async with self.locked():
+            return self._share(pages, out)
+
+    def _share(self, pages: int, out: int) -> int:
+        """Of so many pages those that so many base pages stand for, rounded up."""
+        return min(pages, -(-pages * out * BASE_PAGE_SIZE // taken)) if out and (taken := self.taken) else 0
 
     @property
     def is_empty(self) -> bool:

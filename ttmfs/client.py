@@ -360,9 +360,9 @@ class Backup:
             length = (min(past, self._limit()) - first) * self.page_size
             if length <= 0:
                 return Residency(0, 0, 0)
-            _, out = linux.residency(self._native, first * self.page_size, length)
+            there, out = linux.residency(self._native, first * self.page_size, length)
             pages = sum(end - start for start, end in linux.page_runs(self._native, self.page_size, first, past))
-        swapped = min(pages, -(-out * BASE_PAGE_SIZE // self.page_size))
+        swapped = -(-pages * out // (there + out)) if out else 0
         return Residency(pages, pages - swapped, swapped)
 
     def writeback(self) -> None:

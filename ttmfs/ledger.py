@@ -316,7 +316,10 @@ class Ledger:
     # --- counts ---
 
     def pages(self, id: int, fd: int) -> int:
-        """How many pages an open backup holds. They are counted anew if the file was changed by anyone else."""
+        """How many pages of room an open backup takes, which on a disk is the number of its pages.
+
+        They are counted anew if the file was changed by anyone else. In memory a page stored in part takes a part.
+        """
         found = os.fstat(fd)
         if self._in_memory:  # nothing but pages takes blocks there, and a mapping changes no times
             pages = -(-found.st_blocks * 512 // self._page_size)

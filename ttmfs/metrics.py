@@ -71,7 +71,7 @@ class Metrics:
 
     async def text(self, pool: Pool) -> bytes:
         """All metrics, with the gauges of a pool as of now."""
-        swapped = await _swapped(pool)  # first: nothing else of it waits
+        swapped, pages = await _swapped(pool), await pool.count_pages()  # first: nothing else of it waits
         room, page_size, text = pool.room(), pool.page_size, _Text()
         text.family("build_info", "gauge", "The version that serves.", [(f'{{version="{__version__}"}}', 1)])
         self._operations(text)
@@ -94,7 +94,6 @@ class Metrics:
         text.family("handovers_total", "counter", "Descriptors of backups given to programs.", self._sum("handover"))
 
         text.family("backups", "gauge", "Backups there are.", [("", room.backups)])
-        pages = room.stored // page_size
         where = {"disk": pages} if swapped is None else {"resident": max(0, pages - swapped), "swapped": swapped}
         states = [(_labels(state=state), count) for state, count in where.items()]
         text.family("pages", "gauge", "Pages stored, by where they are.", states)

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import memory
 from .backup import Backup
-from .errors import BackupAbsent, BackupNotEmpty, InvalidArgument, NameTooLong
+from .errors import BackupAbsent, BackupEnded, BackupNotEmpty, InvalidArgument, NameTooLong
 from .options import TABLE, OptionError, Options, unknown
 from .store import Store
 
@@ -123,6 +123,16 @@ class Pool:
             files=kept.f_files,
             files_free=kept.f_ffree,
         )
+
+    async def count_pages(self) -> int:
+        """How many pages all backups hold, counted in slices between which others are served."""
+        if self.store.counts_pages_by_room:
+            return self.room().stored // self.page_size
+        pages = 0
+        for id in self.store.ids_after(0):
+            with contextlib.suppress(BackupEnded):  # it went meanwhile
+                pages += await self.backup(id).count_pages()
+        return pages
 
     def resize(self, size: int) -> None:
         """Change the budget, in bytes. Raises InvalidArgument if more than that is stored."""

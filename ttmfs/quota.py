@@ -1,7 +1,8 @@
 """What each user's backups take, so that none takes more than his part (``uid_size=``).
 
-A backup counts for its owner, whoever writes to it, as files do for quotas; by its pages, and as one page for itself,
-so that empty ones are not free. Root is not bound. Nothing of it is kept: it can be counted anew from the store.
+A backup counts for its owner, whoever writes to it, as files do for quotas; by the room that it takes, in pages, and as
+one page for itself, so that empty ones are not free. Root is not bound. Nothing of it is kept: it can be counted anew
+from the store.
 
 Concurrency: one thread.
 """
@@ -22,7 +23,7 @@ class Quota:
         self._taken: Counter[int] = Counter()
 
     def count(self, id: int, uid: int, pages: int) -> None:
-        """Note the owner of a backup and how many pages it has now."""
+        """Note the owner of a backup and how many pages of room it takes now."""
         self.forget(id)
         self._counted[id] = uid, pages
         self._taken[uid] += pages + 1

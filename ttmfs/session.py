@@ -427,8 +427,10 @@ class _Session:
         manager, said = self._process.keeper, ""
         while manager and manager.pid is None:
             if self.served:
-                room, size = self._mount.pool.room(), self._mount.pool.page_size
-                status = f"STATUS=backups: {room.backups}, pages: {room.stored // size} of {format_size(size)}"
+                room = self._mount.pool.room()
+                status = (
+                    f"STATUS=backups: {room.backups}, stored: {format_size(room.stored)} of {format_size(room.size)}"
+                )
                 with contextlib.suppress(OSError):  # it is being restarted
                     manager.tell("WATCHDOG=1", *[status] * (status != said))
                     said = status

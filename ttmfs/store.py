@@ -138,6 +138,9 @@ class Store:
     `in_memory`: pages are swapped out, not written to a disk. `is_private`: nobody else makes or removes files there.
     `keeps_count`: each change of pages is counted here, beside the kernel. `grain`: bytes, the least that the
     filesystem tells as data; pages larger than that are allocated whole before they are written.
+
+    A *page* is there if any of its range is data; how many there are is told by :attr:`Backup.pages` alone. *Room* is
+    what the budget, the quotas, df and du count, in bytes or in pages of it, rounded up.
     """
 
     def __init__(
@@ -681,28 +684,32 @@ class Store:
     def _charge(self, id: int) -> None:
         """Count a backup for its owner."""
         if self._quota:
-            if self._ledger:
-                uid, pages = self.stat_by_name(id).st_uid, self.pages(id)
-            else:
-                found = self.stat_by_name(id)
-                uid, pages = found.st_uid, self._pages_of(found)
-            self._quota.count(id, uid, pages)
+            found = self.stat_by_name(id)
+            taken = self.taken(id) if self._ledger else found.st_blocks * 512
+            self._quota.count(id, found.st_uid, -(-taken // self.page_size))
 
     def left_for(self, uid: int) -> int:
         """How many bytes more a user may store, as far as there is a bound for one."""
         return self._quota.left(uid) * self.page_size if self._quota and uid else UNBOUND
 
-    def _pages_of(self, found: os.stat_result) -> int:
-        """How many pages a file of the private tmpfs holds."""
-        return -(-found.st_blocks * 512 // self.page_size)
+    def taken(self, id: int) -> int:
+        """How many bytes of room a backup takes: what df and du show.
 
-    def pages(self, id: int) -> int:
-        """How many pages a backup holds."""
+        In memory these are its blocks, with what is allocated and not written; on a disk its pages, all of each.
+        """
         fd = self.descriptor(id)
         with _failures_of("counting pages"):
-            if self._ledger:
-                return self._ledger.pages(id, fd)
-            return self._pages_of(os.fstat(fd))
+            if self._ledger and not self.in_memory:
+                return self._ledger.pages(id, fd) * self.page_size
+            return os.fstat(fd).st_blocks * 512
+
+    @property
+    def counts_pages_by_room(self) -> bool:
+        """Whether each page takes the room of one, so that none need be looked for to count them.
+
+        A page of several base pages can be there in part, in memory: whoever holds .shmem can store that.
+        """
+        return not self.in_memory or self.page_size <= self.grain
 
     def _recount(self, ledger: Ledger) -> None:
         """See what others did to the files."""

@@ -214,7 +214,7 @@ class Tree:
             return _directory(backup.stat())
         if handle == IMAGE:
             found = backup.stat()  # every page that comes or goes changes it, and du must agree with ls
-            blocks = backup.pages * self.pool.page_size // 512
+            blocks = backup.taken // 512
             return _file(found, found.st_size, blocks)._replace(lasting=False)
         return _file(backup.stat(), len(self.target(ino)), 0)._replace(mode=stat.S_IFLNK | 0o777)
 
@@ -669,7 +669,9 @@ class Tree:
     def _xattrs_at(self, ino: int) -> "dict[bytes, _Xattr]":
         if ino == ROOT:
             return _ROOT_XATTRS
-        return _BACKUP_XATTRS if backup_of(ino) and not handle_of(ino) else {}
+        if not backup_of(ino) or handle_of(ino):
+            return {}
+        return _BACKUP_XATTRS if self.pool.store.counts_pages_by_room else _XATTRS_OF_LARGE_PAGES
 
     async def set_budget(self, _: int, value: str, caller: Caller) -> None:
         """Change what all backups together may hold."""
@@ -703,6 +705,10 @@ class Tree:
                     return text[:-1].decode()
             await work.rest()
 
+    async def pages(self, ino: int) -> int:
+        """How many pages a backup holds."""
+        return await self.backup(ino).count_pages()
+
     async def swapped(self, ino: int) -> int:
         """How many of a backup's pages are swapped out, or on a disk alone."""
         return await self.backup(ino).count_swapped()
@@ -710,8 +716,7 @@ class Tree:
     async def resident(self, ino: int) -> int:
         """How many of a backup's pages are in memory."""
         swapped = await self.swapped(ino)
-        async with self.locked(ino):
-            return max(0, self.backup(ino).pages - swapped)
+        return max(0, await self.pages(ino) - swapped)
 
     async def drop_handles(self, ino: int, value: str, caller: Caller) -> None:
         """Drop the pages of ranges of handles."""
@@ -763,6 +768,9 @@ _BACKUP_XATTRS = {
     b"user.ttmfs.map": _Xattr(Tree.map),
     b"user.ttmfs.drop": _Xattr(None, Tree.drop_handles),
 }
+
+_XATTRS_OF_LARGE_PAGES = {**_BACKUP_XATTRS, b"user.ttmfs.pages": _Xattr(Tree.pages)}
+"""Where pages must be looked for to be counted."""
 
 
 def _check_length(name: bytes) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import json
 import mmap
 import os
 import random
@@ -38,6 +39,8 @@ BUDGET = 64 * MIB
 PAGES = 16  # of each backup
 MAX_HANDLE = 2**30 - 3
 PUNCH = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+TTMFS = (sys.executable, "-W", "error", "-m", "ttmfs")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -153,6 +156,28 @@ def holds(backup: Path, size: int, *handles: int) -> None:
     assert residency(backup) == (len(handles), len(handles), 0)
     assert stored(backup.parent) == allocated(backup) == len(handles) * size
     assert os.stat(backup / ".image").st_blocks * 512 == len(handles) * size
+
+
+def metric(root: Path, name: str) -> float:
+    """One of the numbers that .stats tells."""
+    lines = (root / ".stats").read_text().splitlines()
+    return float(next(line.rpartition(" ")[2] for line in lines if line.startswith(f"ttmfs_{name} ")))
+
+
+def tells(backup: Path, size: int, pages: int) -> None:
+    """Everything that tells how many pages there are, tells so many. There is no other backup."""
+    assert len(names(backup)) == pages
+    text = attribute(backup, "map")
+    assert sum(last - first + 1 for first, last in (parse_ranges(text) if text else [])) == pages
+    assert residency(backup) == (pages, pages, 0)
+    counted = [metric(backup.parent, f'pages{{state="{state}"}}') for state in ("resident", "swapped")]
+    assert sum(counted) == pages
+    assert metric(backup.parent, 'stored_bytes{state="resident"}') == counted[0] * size
+    listed = json.loads(subprocess.check_output([*TTMFS, "ls", "--json", backup.parent]))
+    assert [(row["pages"], row["resident"], row["swapped"]) for row in listed] == [(pages, pages * size, 0)]
+    seen = json.loads(subprocess.check_output([*TTMFS, "map", "--json", backup]))
+    assert (seen["pages"], seen["resident"], seen["swapped"]) == (pages, pages, 0)
+    assert sum(run["last"] - run["first"] + 1 for run in seen["runs"]) == pages
 
 
 # --- names, sizes and room ---
@@ -684,9 +709,11 @@ def test_a_page_written_in_part_through_shmem_is_a_page(a: Path, size: int) -> N
         put(a / ".shmem", 8 * size + offset, data)
     shows(a, size, 3, 4, 5, 6, 9)
     assert attribute(a, "map") == "3-6,9"
-    assert residency(a) == (1, 1, 0), "reckoned from the room that they take"
-    assert allocated(a) == 7 * BASE
-    assert os.statvfs(a).f_bfree == BUDGET // size - 1, "df counts room, rounded up to pages"
+    assert residency(a) == (5, 5, 0)
+    assert metric(a.parent, 'pages{state="resident"}') == 5
+    assert metric(a.parent, 'pages{state="swapped"}') == 0
+    assert allocated(a) == os.stat(a / ".image").st_blocks * 512 == 7 * BASE, "du counts room"
+    assert os.statvfs(a).f_bfree == BUDGET // size - 1, "and so does df, rounded up to pages"
     assert (a / "3").read_bytes() == bytes(size // 2) + data + bytes(size // 2 - BASE)
     assert get(a / ".image", 4 * size, 2 * size) == bytes(size - BASE) + data + data + bytes(size - BASE)
     with opened(a / "9", os.O_CREAT | os.O_RDWR) as fd:
@@ -695,6 +722,28 @@ def test_a_page_written_in_part_through_shmem_is_a_page(a: Path, size: int) -> N
         assert put(a / str(handle), 1, b"y") == 1
     assert (a / "3").read_bytes() == b"\0y" + bytes(size // 2 - 2) + data + bytes(size // 2 - BASE)
     holds(a, size, 3, 4, 5, 6, 9)
+
+
+@large
+def test_pages_are_counted_alike_whatever_of_them_was_stored(a: Path, size: int) -> None:
+    for idx in (1, 4):
+        put(a / ".shmem", idx * size, b"x" * BASE)
+    tells(a, size, 2)
+    assert allocated(a) == os.stat(a / ".image").st_blocks * 512 == 2 * BASE
+    fallocate(a / ".shmem", 0, 6 * size, 3 * size)
+    tells(a, size, 2)
+    assert allocated(a) == os.stat(a / ".image").st_blocks * 512 == 2 * BASE + 3 * size, "room that is not written"
+    put(a / ".shmem", 7 * size, b"x")
+    tells(a, size, 3)
+    fill(a, size, 2, 12)
+    tells(a, size, 4)
+    fallocate(a / ".shmem", PUNCH, size, size - BASE)
+    tells(a, size, 4)
+    fallocate(a / ".shmem", PUNCH, 2 * size - BASE, BASE)
+    tells(a, size, 3)
+    os.truncate(a / ".image", 0)
+    tells(a, size, 0)
+    assert stored(a.parent) == 0
 
 
 @large

@@ -96,7 +96,7 @@ def test_c22_restarts_crashes_and_a_missed_watchdog_keep_every_page_and_every_de
             process.stdin.close()
         assert machine.run("cat /mnt/kept/a/.image | tr -d '\\0' | wc -l") == "100\n"
         assert service.restarts() == len(RESTARTS)
-        wait_until(lambda: service.unit.show("StatusText") == "backups: 1, pages: 100 of 4k", "the status")
+        wait_until(lambda: service.unit.show("StatusText") == "backups: 1, stored: 400k of 64m", "the status")
         assert int(service.unit.show("NFileDescriptorStore")) == 4, "connection, store, state, and the count of starts"
         journal = [str(entry["MESSAGE"]) for entry in service.unit.journal()]
         assert any("Watchdog timeout" in message for message in journal)

@@ -84,6 +84,30 @@ def test_the_pages_are_counted_whatever_makes_and_drops_them(directory: Path) ->
         pool.close()
 
 
+def test_of_a_page_stored_in_part_the_page_counts_and_the_room_of_the_part(tmp_path: Path) -> None:
+    async def pages() -> int:
+        return await pool.count_pages()
+
+    size = 16 * PAGE
+    with stores.filesystem(tmp_path / "below", "tmpfs") as directory:
+        pool = opened(directory, page_size=size, uid_size=1 << 20)
+        try:
+            backup, other = create(pool, "a"), create(pool, "b")
+            for name, idx in ("a", 1), ("a", 4), ("b", 2):
+                with (directory / name).open("rb+") as file:
+                    os.pwrite(file.fileno(), b"x", idx * size)
+            assert (backup.pages, other.pages, trio.run(pages)) == (2, 1, 3)
+            assert (backup.taken, other.taken) == (2 * PAGE, PAGE)
+            pool.store._recount_at = 0.0
+            assert pool.room().stored == 2 * size, "each of them rounded up"
+            backup.write(0, bytes(size))
+            assert (backup.pages, backup.taken, trio.run(pages)) == (3, size + 2 * PAGE, 4)
+            backup.drop_range(4, 5)
+            assert (backup.pages, backup.taken, trio.run(pages)) == (2, size + PAGE, 3)
+        finally:
+            pool.close()
+
+
 def test_ids_are_never_used_twice_also_by_the_next_mount(directory: Path) -> None:
     seen: set[int] = set()
     for _ in range(3):
