@@ -7,12 +7,18 @@ import sys
 from typing import NoReturn
 
 try:
+    from ttmfs.inherited import raise_limits
+
+    raise_limits()  # within those of the caller the rest may not even load
     from ttmfs import background, session
     from ttmfs.fusermount import MountError
     from ttmfs.options import ExitCode, OptionError, Options, help_text
     from ttmfs.version import __version__
 except ImportError as error:
     sys.stderr.write(f"mount.py: {error}. Run make once, then .venv/bin/python mount.py; or pip install . elsewhere\n")
+    sys.exit(2)
+except MemoryError:
+    sys.stderr.write("mount.py: there is too little memory to start; ulimit -v and ulimit -d may limit it\n")
     sys.exit(2)
 except KeyboardInterrupt:
     sys.exit(8)

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import keeper
-from .fusermount import is_automounter
+from . import inherited, keeper
+from .fusermount import MountError, is_automounter
 from .keeper import ENDING, STARTS, Keeper
 from .options import ExitCode, Options
 from .service import note_service
@@ -20,6 +20,7 @@ __all__ = ["Process", "begin", "prepare"]
 
 SYSLOG = "/dev/log"
 
+FEW_PROCESSES = "ulimit -u and the control group may limit them"
 
 LOG_DAEMON = 3 << 3
 PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
@@ -82,6 +83,9 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
     keeper or a service manager with a store of descriptors has started stays what it is.
     """
     held, kept_by = keeper.inherited(), Keeper.of_environment()
+    inherited.drop_the_callers()
+    if not held:  # else the mount is there, and goes on with what there is
+        inherited.check_limits()
     starts, told = held.pop(STARTS, -1), -1
     log_to = "syslog" if not foreground else "journal" if _is_journal() else "stderr"
     place = mountpoint if held else os.path.realpath(mountpoint)  # of a mount that is there it would ask: of ourselves
@@ -90,11 +94,14 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
     if held and not foreground:
         _log_to_syslog()
     if not kept_by:
-        if not foreground:
-            told = _detach(alone=not is_automounter(place))
-        if options.keeper:
-            keeper.become(*about, ready=told)
-            kept_by, told = Keeper.of_environment(), -1
+        try:
+            if not foreground:
+                told = _detach(alone=not is_automounter(place))
+            if options.keeper:
+                keeper.become(*about, ready=told)
+                kept_by, told = Keeper.of_environment(), -1
+        except OSError as error:
+            raise MountError(f"no process can be started: {error.strerror}; {FEW_PROCESSES}", ExitCode.SYSTEM) from None
 
     def ready() -> None:
         if starts >= 0:

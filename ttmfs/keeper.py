@@ -189,11 +189,19 @@ class Keeper:
 
 
 def become(tries: int, seconds: float, log: str, mountpoint: str, command: "list[str]", ready: int) -> None:
-    """Fork. The child returns, to be the daemon; this process becomes its keeper, a program that does nothing else."""
+    """Fork. The child returns, to be the daemon; this process becomes its keeper, a program that does nothing else.
+
+    Raises OSError if no process can be started.
+    """
     (channel, voice), keeper = _channel(), os.getpid()
     signals = {*ENDING, RESTART}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until the keeper's handlers are there
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:
+        channel.close()
+        voice.close()
+        raise
     if not child:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         channel.close()

@@ -107,8 +107,6 @@ def serve(source: str, mountpoint: str, options: Options, process: Process) -> E
     The mount is a new one, or that of a daemon before, if its keeper has passed it to this process. Raises MountError.
     Gives OK when all pages are released, and LEFT after RESTART.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with _Ending() as ending:
         try:
             if resumed := STATE in process.held:
@@ -457,8 +455,10 @@ class _Session:
                     command, stdin=subprocess.DEVNULL, capture_stdout=True, capture_stderr=True, check=False,
                     env={**os.environ, "LC_ALL": "C"}, cwd="/",
                 )  # fmt: skip
-            except OSError as error:
-                return MountError(f"head: {error.strerror}; install the package coreutils", ExitCode.SYSTEM)
+            except FileNotFoundError:
+                return MountError("head is not installed; install the package coreutils", ExitCode.SYSTEM)
+            except (OSError, RuntimeError) as error:  # no process, or no thread to start it in
+                return MountError(f"no process can be started: {error}; ulimit -u may limit them", ExitCode.SYSTEM)
             if not done.returncode or b"Permission denied" in done.stderr:  # an answer as well
                 return None
             why = done.stderr.decode(errors="replace").strip().rpartition(": ")[2]
