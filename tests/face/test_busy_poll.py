@@ -13,7 +13,7 @@ import trio
 
 from ttmfs.busy_poll import FIRST_WINDOW, LONGEST_PAUSE, PAUSE, TURN, BusyPoll
 
-LONGEST = 5_000_000  # ns; longer than any wait of the machine for its processors is likely to be
+LONGEST = 50_000_000  # ns; longer than any wait of the machine for its processors is likely to be
 
 
 class Loop:
@@ -42,12 +42,16 @@ class Loop:
     def read(self) -> None:
         assert os.read(self.reads, 1) == b"."
 
-    def run(self, main: Callable[[BusyPoll], object], longest: int = LONGEST) -> None:
+    def run(self, main: Callable[[BusyPoll], object], longest: int = LONGEST, *, pauses: bool = False) -> None:
+        """Run a test. Unless with `pauses`, others that take the CPU do not make polling pause."""
+
         async def run() -> None:
             with trio.fail_after(10):
                 threads = trio.to_thread.current_default_thread_limiter()
                 poll = BusyPoll(self.reads, self.asleep, longest, lambda: threads.borrowed_tokens, self.counts, 0, 2)
                 signal.signal(signal.SIGALRM, poll.alarm)
+                if not pauses:
+                    poll._pause = lambda now: None  # type: ignore[method-assign]  # noqa: ARG005
                 await main(poll)  # type: ignore[misc]
 
         trio.run(run)
@@ -99,10 +103,9 @@ def test_what_is_there_is_found_without_sleeping(loop: Loop) -> None:
 def test_the_first_request_is_waited_for_asleep(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
         loop.request_in(0.01)
-        before = time.thread_time()
         assert await poll.wait()
         assert loop.sleeps == 1
-        assert time.thread_time() - before < 0.005
+        assert list(loop.counts) == [0, 0, 0, 0], "nothing was polled for"
 
     loop.run(main)
 
@@ -123,16 +126,16 @@ def test_requests_that_come_soon_are_polled_for(loop: Loop) -> None:
 def test_the_window_falls_to_nothing_when_nothing_comes(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
         await grown(loop, poll)
-        loop.request_in(0.05)
+        loop.request_in(4 * LONGEST / 1e9)
         before = time.thread_time()
         assert await poll.wait()
         loop.read()
-        assert time.thread_time() - before < 0.02, "it was polled for no longer than the longest window"
+        assert time.thread_time() - before < 2 * LONGEST / 1e9, "it was polled for no longer than the longest window"
         assert poll._window == 0
         loop.request_in(0.05)
-        before = time.thread_time()
+        counts = list(loop.counts)
         assert await poll.wait()
-        assert time.thread_time() - before < 0.005, "and not at all after that"
+        assert list(loop.counts) == counts, "and not at all after that"
 
     loop.run(main)
 
@@ -199,8 +202,8 @@ def test_trios_other_tasks_have_turns_while_requests_never_end(loop: Loop) -> No
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other)
             await trio.lowlevel.checkpoint()
-            end = time.perf_counter_ns() + 20 * TURN
-            while time.perf_counter_ns() < end:
+            end = time.thread_time_ns() + 20 * TURN  # in which it has the CPU
+            while time.thread_time_ns() < end:
                 loop.request()
                 assert await poll.wait()
                 loop.read()
@@ -220,24 +223,24 @@ def test_threads_are_not_kept_waiting(loop: Loop) -> None:
 
         async def work() -> None:
             nonlocal ended
-            await trio.to_thread.run_sync(time.sleep, 0.05)
+            await trio.to_thread.run_sync(time.sleep, 0.5)
             ended = True
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(work)
             await thread_at_work()
-            before, sleeps = time.thread_time(), loop.sleeps
+            counts, sleeps = list(loop.counts), loop.sleeps
             loop.request_in(0.02)
             assert await poll.wait()
             loop.read()
             assert loop.sleeps == sleeps + 1
-            assert time.thread_time() - before < LONGEST / 1e9 / 2
+            assert list(loop.counts) == counts
             start = time.perf_counter()
             while not ended:
                 loop.request()
                 assert await poll.wait()
                 loop.read()
-                assert time.perf_counter() < start + 1
+                assert time.perf_counter() < start + 5
 
     loop.run(main)
 
@@ -253,17 +256,17 @@ def test_a_read_that_finds_nothing_ends_while_a_thread_works(loop: Loop) -> None
 
         signal.signal(signal.SIGALRM, alarm)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.to_thread.run_sync, time.sleep, 0.1)
+            nursery.start_soon(trio.to_thread.run_sync, time.sleep, 0.5)
             await thread_at_work()
             loop.request()
             assert await poll.wait()
             loop.read()
-            loop.request_in(0.09)
+            loop.request_in(0.4)
             loop.read()  # as pyfuse3 does: blocked in a system call, until a signal or a request comes
             assert interrupted
-        await trio.sleep(0.05)  # and nothing comes: no one waits anew
+        await trio.sleep(0.6)  # and nothing comes: no one waits anew
         interrupted.clear()
-        await trio.sleep(0.05)
+        await trio.sleep(0.6)
         assert not interrupted, "and no signal comes when no thread works"
 
     loop.run(main)
@@ -282,7 +285,7 @@ def test_where_others_want_the_cpus_polling_pauses(loop: Loop) -> None:
     hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
 
     async def main(poll: BusyPoll) -> None:
-        end = time.perf_counter() + 3
+        end = time.perf_counter() + 8
         while not poll._paused_until:
             assert time.perf_counter() < end
             poll._window = LONGEST
@@ -292,7 +295,7 @@ def test_where_others_want_the_cpus_polling_pauses(loop: Loop) -> None:
         assert poll._paused_for >= PAUSE
 
     try:
-        loop.run(main)
+        loop.run(main, pauses=True)
     finally:
         for hog in hogs:
             hog.kill()
@@ -310,4 +313,4 @@ def test_a_pause_lasts_the_longer_the_sooner_it_comes_again(loop: Loop) -> None:
         poll._pause(poll._paused_until + LONGEST_PAUSE)
         assert poll._paused_for == PAUSE
 
-    loop.run(main)
+    loop.run(main, pauses=True)

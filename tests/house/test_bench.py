@@ -30,14 +30,14 @@ def start(directory: Path, *arguments: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def finish(bench: "subprocess.Popen[str]", seconds: float = 60) -> tuple[str, str]:
+def finish(bench: "subprocess.Popen[str]", seconds: float = 300) -> tuple[str, str]:
     """What it said. One that hangs is asked to end, so that it unmounts."""
     try:
         return bench.communicate(timeout=seconds)
     finally:
         if bench.poll() is None:
             bench.terminate()
-            bench.communicate(timeout=40)
+            bench.communicate(timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_plots_are_drawn_of_what_was_measured(run: tuple[Path, dict[str, Any], s
 def test_nothing_is_left_when_it_is_interrupted(tmp_path: Path) -> None:
     bench = start(tmp_path, "--only", "operations", "--rounds", "1000")
     try:
-        wait_until(lambda: mounts_below(tmp_path), "a mount", 20)
+        wait_until(lambda: mounts_below(tmp_path), "a mount", 60)
         bench.send_signal(signal.SIGINT)
     finally:
         finish(bench)
