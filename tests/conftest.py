@@ -154,6 +154,7 @@ def shared_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
 @pytest.fixture
 def shared(shared_mount: Mount) -> Iterator[Mount]:
     """That mount, empty, and with its budget."""
+    shared_mount.watch_anew()
     yield shared_mount
     for backup in shared_mount.path.iterdir():
         os.truncate(backup / ".image", 0)

@@ -205,8 +205,7 @@ class Mount:
         )
         self._reader = threading.Thread(target=self._read_log)
         self._reader.start()
-        self._watchdog = threading.Timer(WATCHDOG_SECONDS, self._bite)
-        self._watchdog.start()
+        self._watch()
         if not self._heard.wait(START_SECONDS):
             self._bite()
         if not self._served:
@@ -231,6 +230,16 @@ class Mount:
             # Beyond the start: one pipe of libfuse's, for splice(2).
             leaked = left - _kinds(self._descriptors)
             assert leaked.total() <= 2, f"the daemon leaked {leaked}"
+
+    def _watch(self) -> None:
+        self._watchdog = threading.Timer(WATCHDOG_SECONDS, self._bite)
+        self._watchdog.start()
+
+    def watch_anew(self) -> None:
+        """Let it live as long again: it serves another test."""
+        self._watchdog.cancel()
+        self._watchdog.join()
+        self._watch()
 
     def wait(self) -> int:
         """Wait until the daemon ends by itself; its exit status."""

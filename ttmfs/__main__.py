@@ -10,7 +10,13 @@ import sys
 if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where the caller has it ignored
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from .cli import main
+from . import cli
+
+
+def main() -> int:
+    """The command: its exit status."""
+    return cli.main(apart=True)
+
 
 if __name__ == "__main__":
     sys.exit(main())

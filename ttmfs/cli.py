@@ -8,16 +8,19 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
-from .commands.command import Command, CommandError, reason
-from .errors import TtmfsError
+from .commands.apart import interrupt_once, supervised
+from .commands.command import Command, guarded
+from .quoting import plain
 from .version import __version__
 
 __all__ = ["COMMANDS", "main", "parser"]
 
 COMMANDS = {
     "create": ("backups", "make backups"),
-    "ls": ("backups", "list backups: pages, sizes, what is in memory and what is swapped out"),
+    "ls": ("ls", "list backups: pages, sizes, what is in memory and what is swapped out"),
     "map": ("map", "draw which pages of a backup are absent, in memory, and swapped out"),
     "save": ("save", "save a backup to a sparse file, with its checksum"),
     "load": ("load", "load a backup from a sparse file, at the same handles"),
@@ -34,6 +37,14 @@ exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if it
 ttmfs COMMAND --help has examples of each."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that shows what is wrong without harm: a shell makes arguments of the names that others chose."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {plain(message)}\n")
+
+
 def _command(name: str) -> Command:
     module = importlib.import_module(f".commands.{COMMANDS[name][0]}", __package__)
     found: Command = next(command for command in module.COMMANDS if command.name == name)
@@ -43,7 +54,7 @@ def _command(name: str) -> Command:
 def parser(*used: str) -> argparse.ArgumentParser:
     """The parser of the command line: with the arguments of the commands that are `used`, or of all."""
     raw = argparse.RawDescriptionHelpFormatter
-    whole = argparse.ArgumentParser(
+    whole = _Parser(
         "ttmfs",
         description="Look after mounts of ttmfs and their backups. mount.py makes them.",
         epilog=EPILOG,
@@ -72,33 +83,45 @@ def _have_standard_files() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
-def main() -> int:
-    """From argv to an exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if interrupted."""
+def main(*, apart: bool = False) -> int:
+    """From argv to an exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if interrupted.
+
+    `apart`: a command that waits for a mount does so in a process of its own, so that it can be interrupted always.
+    """
     name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     _have_standard_files()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whatever the caller left: how a process ended is asked for
+    return guarded(name, lambda: _run(name, apart=apart), interrupted=lambda: _interrupted(name))
+
+
+def _run(name: str, *, apart: bool) -> int:
     try:
-        try:
-            arguments = parser(name).parse_args()
-        except SystemExit:  # it has said what it is asked for, or what is wrong
-            sys.stdout.flush()
-            raise
-        command: Command = arguments.command
-        name = command.name
+        arguments = parser(name).parse_args()
+    except SystemExit:  # it has said what it is asked for, or what is wrong
+        sys.stdout.flush()
+        raise
+    command: Command = arguments.command
+
+    def run(on_interruption: Callable[..., object]) -> int:
         if command.uses_client:
             importlib.import_module(".client", __package__)
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # nothing is imported any more: see __main__.py
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, on_interruption)
         status = command.run(arguments)
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        why, status = _command(name).interrupted if name in COMMANDS else "interrupted", 130
-    except BrokenPipeError:  # who read the output wants no more of it: as others end, whom SIGPIPE ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that nothing is flushed to it
-        return 141
-    except CommandError as error:
-        why, status = str(error), error.status
-    except (TtmfsError, OSError) as error:
-        why, status = reason(error), 2
-    sys.stderr.write(f"{f'ttmfs {name}'.rstrip()}: {why}\n")
-    return status
+
+    if not apart or command.waits_for is None:
+        return run(signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return supervised(
+        name,
+        command.waits_for(arguments),
+        lambda: guarded(name, lambda: run(interrupt_once), interrupted=lambda: _interrupted(name)),
+    )
+
+
+def _interrupted(name: str) -> str:
+    """What is said then."""
+    return _command(name).interrupted if name in COMMANDS else "interrupted"

@@ -53,7 +53,7 @@ from .errors import (
     TtmfsError,
 )
 from .handles import Uint64Array, format_ranges, page_name, parse_ranges
-from .inodes import ROOT
+from .inodes import MAX_HANDLE, ROOT
 from .memory import Swap
 from .mountinfo import ttmfs_on
 from .options import BASE_PAGE_SIZE
@@ -90,6 +90,9 @@ LOOK_SECONDS = 0.02
 """How often a wait that may be ended is looked at."""
 
 ANSWER_SECONDS = 2.0
+
+LONGEST_NUMBER = 18
+"""Digits."""
 
 T = TypeVar("T")
 
@@ -133,7 +136,9 @@ class Backup:
         if os.fstat(mount).st_dev != found.st_dev:
             raise InvalidArgument(f"another mount lies over that of {os.readlink(self._place)}")
         with _translated("asking for the page size"):
-            self.page_size = int(os.getxattr(f"/proc/self/fd/{mount}", "user.ttmfs.page_size"))
+            self.page_size = _number(f"/proc/self/fd/{mount}", "page_size")
+        if self.page_size < BASE_PAGE_SIZE or self.page_size & self.page_size - 1:
+            raise StoreFailed(f"the mount answers nonsense: pages of {self.page_size} bytes")
         if native and served.served_by in (0, os.geteuid()):  # another could give us any file to write to
             self._native = _descriptor(mount, directory, self.id)
 
@@ -154,7 +159,7 @@ class Backup:
                 raise InvalidArgument(f"{above or '.'} is no mount of ttmfs: backups lie in the root of one")
             os.mkdir(name, mode | stat.S_IWUSR, dir_fd=mount)  # as long as it takes to give it its size
             undo.callback(_remove, name, mount)
-            directory = os.open(name, PLACE, dir_fd=mount)
+            directory = os.open(name, PLACE | os.O_NOFOLLOW, dir_fd=mount)
             undo.callback(os.close, directory)
             backup = cls(directory, mount, native=native)
             if backup.is_native:
@@ -309,11 +314,22 @@ class Backup:
         """Bytes that it spans, stored or not."""
         with _translated("looking at the backup"):
             if not self.is_native:
-                return int(os.getxattr(self._place, "user.ttmfs.size"))
+                return _number(self._place, "size")
             found = os.fstat(self._native)
         if not found.st_nlink:
             raise BackupEnded("the backup was ended")
         return found.st_size
+
+    def status(self) -> os.stat_result:
+        """What stat(2) tells of its directory, whatever has become of its path."""
+        with _translated("looking at the backup"):
+            self._check_open()
+            return os.fstat(self._directory)
+
+    def chmod(self, mode: int) -> None:
+        """Change its mode bits, whatever has become of its path."""
+        with _translated("changing the mode"):
+            os.chmod(self._place, mode)
 
     def resize(self, size: int) -> None:
         """Change the bytes that it spans, rounded up to whole pages: to less only over pages that do not exist."""
@@ -334,21 +350,30 @@ class Backup:
                 yield from linux.page_runs(self._native, self.page_size, 0, self._limit())
                 return
             try:
-                text = os.getxattr(self._place, "user.ttmfs.map").decode()
-            except OSError as error:
-                if error.errno != errno.E2BIG:
-                    raise
-                names = np.array(sorted(map(int, os.listdir(self._place))), np.uint64)
-                yield from checked.runs(names)
-            else:
-                yield from ((first - 1, last) for first, last in (parse_ranges(text) if text else ()))
+                yield from self._runs_told()
+            except ValueError:  # of whoever serves the mount
+                raise StoreFailed("the mount answers nonsense: a list of handles that is none") from None
+
+    def _runs_told(self) -> Iterator[tuple[int, int]]:
+        """The runs of the pages as the mount tells them. ValueError if they make no sense."""
+        try:
+            text = os.getxattr(self._place, "user.ttmfs.map").decode()
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            yield from checked.runs(np.array(sorted(map(int, os.listdir(self._place))), np.uint64))
+            return
+        end = 0
+        for first, last in parse_ranges(text) if text else ():
+            if not end < first <= last <= MAX_HANDLE:
+                raise ValueError("they do not ascend")
+            yield first - 1, last
+            end = last
 
     def residency(self) -> Residency:
         """How many pages are in memory, and how many swapped out (with ``store=``: on the disk alone)."""
         with _translated("counting pages"):
-            pages, resident, swapped = (
-                int(os.getxattr(self._place, f"user.ttmfs.{name}")) for name in ("pages", "resident", "swapped")
-            )
+            pages, resident, swapped = (_number(self._place, name) for name in ("pages", "resident", "swapped"))
         return Residency(pages, resident, swapped)
 
     def residency_of(self, first: int, past: int) -> Residency:
@@ -599,6 +624,14 @@ def _fill(fd: int, dst: memoryview, offset: int, step: int) -> None:
         if not (read := os.preadv(fd, [dst[done : done + step]], offset + done)):
             raise PageAbsent("the backup was made smaller meanwhile")
         done += read
+
+
+def _number(place: str, name: str) -> int:
+    """An attribute that is a number. StoreFailed if whoever serves the mount says anything else."""
+    text = os.getxattr(place, f"user.ttmfs.{name}")
+    if not text.isdigit() or len(text) > LONGEST_NUMBER:
+        raise StoreFailed(f"the mount answers nonsense: user.ttmfs.{name} is {text[:LONGEST_NUMBER]!r}")
+    return int(text)
 
 
 def _remove(name: str, mount: int) -> None:

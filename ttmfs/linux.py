@@ -16,6 +16,7 @@ import mmap
 import os
 import platform
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -71,6 +72,7 @@ _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _RENAME_NOREPLACE = 1
 _AT_FDCWD, _AT_STATX_DONT_SYNC, _STATX_INO = -100, 0x4000, 0x100
+_PR_SET_PDEATHSIG = 1
 _TMPFS_MAGIC = 0x01021994
 _MADV_PAGEOUT, _MADV_POPULATE_READ = 21, 22
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
@@ -435,6 +437,13 @@ _LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX
 
 TOUCHED = 8 << 20
 """Bytes for libfuse to read requests into, 1 MiB for each task that reads them, so that a kill amid that harms none."""
+
+
+def die_with(parent: int) -> None:
+    """Have this process killed when its parent, whose process id is given, ends in whatever way."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def touch_heap() -> None:

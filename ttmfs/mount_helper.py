@@ -13,10 +13,12 @@ import argparse
 import errno
 import os
 import shutil
+import stat
 import sys
 from typing import NoReturn
 
 from .options import ExitCode, OptionError, Options, escaped, is_known, split
+from .quoting import plain
 from .version import __version__
 
 __all__ = ["main"]
@@ -27,6 +29,12 @@ TYPES = ("ttmfs", "fuse.ttmfs")
 REMOUNT = (
     "a ttmfs cannot be remounted. Its budget is changed in use by: setfattr -n user.ttmfs.size -v SIZE {directory}; "
     "for any other option unmount it, which releases its pages, and mount it anew"
+)
+
+NAMESPACE = (
+    "-N is refused: a mount needs Python and fusermount3 of the other mount namespace, and its owner may have put "
+    "other programs in their place, which would run with your rights. Where you trust it, enter it yourself: "
+    "nsenter --mount --target PID mount -t ttmfs SOURCE DIRECTORY"
 )
 
 
@@ -66,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-r", dest="words", action="append_const", const="ro", help="the same as -o ro")
     parser.add_argument("-w", dest="words", action="append_const", const="rw", help="the same as -o rw")
     parser.add_argument("-o", dest="words", action="append", metavar="option,...", help="see mount.ttmfs(8)")
-    parser.add_argument("-N", dest="namespace", help="mount in another mount namespace: a process id, or its file")
+    parser.add_argument("-N", dest="namespace", help="refused: enter the namespace with nsenter(1)")
     parser.add_argument("-t", dest="type", choices=TYPES, metavar="TYPE", help=" or ".join(TYPES))
     parser.add_argument("-V", "--version", action="version", version=f"ttmfs {__version__}")
     return parser
@@ -74,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.namespace:
-        return _in_namespace(arguments)
+        raise _Error(NAMESPACE, ExitCode.FAILED)
     words = _words(arguments.words or [], sloppy=arguments.sloppy)
     if "remount" in words:
         raise _Error(REMOUNT.format(directory=arguments.directory), ExitCode.FAILED)
@@ -113,24 +121,13 @@ def _check(directory: str, options: Options, program: str) -> None:
 
 def _check_directory(path: str) -> None:
     try:
-        if not os.path.isdir(path) and os.stat(path):
+        if not stat.S_ISDIR(os.stat(path).st_mode):
             raise _Error(f"{path} is no directory", ExitCode.FAILED)
     except FileNotFoundError:
         raise _Error(f"{path} does not exist; make it first: mkdir {path}", ExitCode.FAILED) from None
     except OSError as error:
         if error.errno != errno.ENOTCONN:  # a dead mount, which mount.py removes if it is ttmfs'
             raise _Error(f"{path}: {error.strerror}", ExitCode.FAILED) from None
-
-
-def _in_namespace(arguments: argparse.Namespace) -> int:
-    """Run this program anew in a mount namespace, so that it finds there what it looks for, itself included."""
-    namespace = arguments.namespace
-    file = f"/proc/{namespace}/ns/mnt" if namespace.isdecimal() else namespace
-    words = ["-f"] * arguments.fake + ["-s"] * arguments.sloppy + ["-v"] * arguments.verbose
-    for text in arguments.words or []:
-        words += ["-o", text]
-    program = os.path.realpath(sys.argv[0])
-    return _become(["nsenter", f"--mount={file}", "--", program, *words, "--", arguments.source, arguments.directory])
 
 
 def _become(command: list[str]) -> int:
@@ -146,4 +143,4 @@ def _failed(text: str, code: ExitCode) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{NAME}: {text}\n")
+    sys.stderr.write(f"{NAME}: {plain(text)}\n")

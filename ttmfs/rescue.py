@@ -1,8 +1,11 @@
 """Getting backups out of a keeper that gave up, or out of any directory of backups: sparse files with checksums.
 
-Standard library alone, and nothing of the package: it must work when the rest of it does not. So it can be run by its
-path too. It changes nothing of what it reads, but for the moment in which it opens a file whose mode shuts out its own
-user.
+Standard library alone, and of the package only what is the same: it must work when the rest does not. So it can be run
+by its path too. It changes nothing of what it reads, but for the moment in which it opens a file whose mode shuts out
+its own user.
+
+What it reads may be a stranger's: links, pipes and devices in place of files, or checksums that name any file. So it
+opens each file once, by its name in a directory that is open, and takes regular ones alone. It shows names quoted.
 
 The checksum of a backup is made of those of its parts of 16 MiB, so that parts can be summed, and found to be damaged,
 by themselves. A part's is the SHA-256 over what is in it, in ascending order: of each piece of 4096 bytes that is not
@@ -16,6 +19,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -23,7 +27,13 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+
+if __package__:
+    from .keepers import NAME, keepers, process, stores
+else:  # run by its path
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    from keepers import NAME, keepers, process, stores  # type: ignore[import-not-found,no-redef]
 
 __all__ = [
     "BLOCK",
@@ -36,10 +46,11 @@ __all__ = [
     "Digest",
     "RescueError",
     "add_arguments",
+    "checked_name",
     "data_runs",
     "digests_of",
-    "keepers",
     "line_of",
+    "open_file",
     "partial_name",
     "run",
     "total_of",
@@ -63,7 +74,7 @@ PART = 16 << 20
 ZEROS = bytes(PIECE)
 CHECKSUMS = ".CHECKSUMS"  # no backup has such a name
 PARTIAL = ".partial"
-KEEPER = "ttmfs-keeper"
+LONGEST_LINE, MOST_CHECKSUMS = 4096, 1 << 30  # bytes of the file of checksums
 BLOCK = 1 << 20
 _AT_ONCE = 16 * PIECE  # each update has its price, and so has memory that the cache does not hold
 
@@ -84,6 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Rescue, or check. The exit status: 0; 1 if a backup failed; 2 if nothing could be done."""
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):  # whatever the names are, they can be written
+            stream.reconfigure(errors="backslashreplace")
     target = Path(arguments.directory)
     try:
         if arguments.check:
@@ -98,8 +112,13 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             os.close(source)
     except RescueError as error:
-        sys.stderr.write(f"ttmfs rescue: {error}\n")
+        sys.stderr.write(f"ttmfs rescue: {_plain(str(error))}\n")
         return 2
+
+
+def _plain(text: str) -> str:
+    """A message without anything that a terminal would obey, as repr() of its names is."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 # --- where the backups are ---
@@ -108,56 +127,39 @@ def run(arguments: argparse.Namespace) -> int:
 def find(source: str) -> int:
     """A descriptor of the directory that a keeper's process id, a mount point or a path stands for."""
     if source.isdecimal():
-        return _open_directory(_store_of(int(source)))
+        try:
+            with process(int(source)) as place, stores(place) as found:
+                if len(found) == 1:
+                    return _open_directory(f"/proc/self/fd/{found[0]}")
+                held = len(found) or "no"
+                raise RescueError(f"process {source} holds {held} directories: give /proc/{source}/fd/N of the one")
+        except FileNotFoundError:
+            raise RescueError(f"there is no process {source}; pgrep {NAME} lists the keepers that there are") from None
+        except PermissionError:
+            raise RescueError(
+                f"process {source} is another user's: be that user, or give /proc/{source}/fd/N"
+            ) from None
     above, name = os.path.split(os.path.abspath(source))
-    place = os.path.join(os.path.realpath(above), name)  # itself it is not touched: it may be dead, or hang
-    found = [pid for pid, words in keepers() if place in words]
-    if len(found) > 1:  # one gave up, and someone has mounted anew there
-        which = ", ".join(map(str, sorted(found)))
+    target = os.path.join(os.path.realpath(above), name)  # itself it is not touched: it may be dead, or hang
+    pids = [str(keeper.pid) for keeper in keepers() if target in keeper.words]
+    if len(pids) > 1:  # one gave up, and someone has mounted anew there
+        which = ", ".join(pids)
         raise RescueError(f"{source} has several keepers, of which one may have given up: give one of {which}")
-    if found:
-        return _open_directory(_store_of(found[0]))
-    if _is_mount(place):
-        raise RescueError(f"{source} is a ttmfs, but its keeper is gone, or is another user's: be root, or who mounted")
+    if pids:
+        return find(pids[0])
+    if _is_mount(target):
+        raise RescueError(f"{source} is a ttmfs, but its keeper is gone, or is another user's: be the user who mounted")
     return _open_directory(source)
 
 
-def _is_mount(place: str) -> bool:
+def _is_mount(target: str) -> bool:
     """Whether a ttmfs is mounted there, without touching it."""
     for line in Path("/proc/self/mounts").read_bytes().splitlines():
         _, where, kind, *_ = line.split(b" ")
         where = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), where)
-        if (os.fsdecode(where), kind) == (place, b"fuse.ttmfs"):
+        if (os.fsdecode(where), kind) == (target, b"fuse.ttmfs"):
             return True
     return False
-
-
-def keepers() -> Iterator[tuple[int, list[str]]]:
-    """The process id and the command line, in which the mount point is, of every keeper that may be looked at."""
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            with contextlib.suppress(OSError):
-                if (process / "comm").read_text().strip() == KEEPER:
-                    yield int(process.name), os.fsdecode((process / "cmdline").read_bytes()).split("\0")
-
-
-def _store_of(pid: int) -> str:
-    """The path of the store that a keeper or daemon has open: its only directory, but for its working directory."""
-    try:
-        here = os.stat(f"/proc/{pid}/cwd")
-        found = [
-            path
-            for fd in sorted(os.listdir(f"/proc/{pid}/fd"), key=int)
-            if stat.S_ISDIR((what := os.stat(path := f"/proc/{pid}/fd/{fd}")).st_mode)
-            and not os.path.samestat(what, here)
-        ]
-    except FileNotFoundError:
-        raise RescueError(f"there is no process {pid}; pgrep {KEEPER} lists the keepers that there are") from None
-    except PermissionError:
-        raise RescueError(f"process {pid} cannot be looked into: be root, or who mounted") from None
-    if len(found) != 1:
-        raise RescueError(f"process {pid} holds {len(found) or 'no'} directories: give /proc/{pid}/fd/N of the one")
-    return found[0]
 
 
 def _open_directory(path: str) -> int:
@@ -168,52 +170,114 @@ def _open_directory(path: str) -> int:
         raise RescueError(f"{path}: {error.strerror}{hint}") from None
 
 
+# --- files that may be a stranger's ---
+
+
+def checked_name(name: object) -> str:
+    """The name of a backup's copy, as JSON gives it. ValueError if it is none, or would lead elsewhere."""
+    if not isinstance(name, str) or not 0 < len(os.fsencode(name)) < 256 or name[0] == "." or set(name) & {"/", "\0"}:
+        raise ValueError("it has the name of no backup")
+    return name
+
+
+def open_file(name: str, directory: int, *, flags: int = os.O_RDONLY, follow: bool = False) -> int:
+    """Open a regular file that there is. OSError for anything else, which is not even opened, so nothing waits for it.
+
+    A symbolic link is followed only if the caller asks for it.
+    """
+    with _located(name, directory, follow=follow) as place:
+        return os.open(place, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+@contextlib.contextmanager
+def _located(name: str, directory: int, *, follow: bool = False) -> Iterator[str]:
+    """A path of a regular file which remains the same file, whatever is done to its name."""
+    file = os.open(name, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW), dir_fd=directory)
+    try:
+        if stat.S_ISLNK(mode := os.fstat(file).st_mode):
+            raise OSError(errno.ELOOP, "it is a symbolic link")
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is no file")
+        yield f"/proc/self/fd/{file}"
+    finally:
+        os.close(file)
+
+
+def _open_to_read(name: str, directory: int) -> int:
+    """Open a backup's file to read, also if its mode shuts out its owner, who mounted."""
+    with _located(name, directory) as place:
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            return os.open(place, flags)
+        except PermissionError:
+            found = os.stat(place)
+            if found.st_uid != os.geteuid():
+                raise
+            mode = stat.S_IMODE(found.st_mode)
+            os.chmod(place, mode | 0o400)
+            try:
+                return os.open(place, flags)
+            finally:
+                os.chmod(place, mode)
+
+
 # --- copying ---
 
 
-def rescue(source: int, target: Path) -> int:
+def rescue(source: int, path: Path) -> int:
     """Copy every backup of a directory."""
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        target = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise RescueError(f"{target}: {error.strerror}; give a directory that can be made or written to") from None
+        raise RescueError(f"{path}: {error.strerror}; give a directory that can be made or written to") from None
     try:
-        names = sorted(e.name for e in os.scandir(source) if e.name[0] != "." and e.is_file(follow_symlinks=False))
+        return _rescue(source, target, path)
+    finally:
+        os.close(target)
+
+
+def _rescue(source: int, target: int, path: Path) -> int:
+    try:
+        with os.scandir(source) as entries:
+            names = sorted(e.name for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
     except OSError as error:
         raise RescueError(f"the backups cannot be listed: {error.strerror}") from None
     if not names:
         raise RescueError("no backups are there: is it the right SOURCE?")
-    taken = [name for name in (*names, CHECKSUMS) if os.path.lexists(target / name)]
+    taken = set(os.listdir(target)).intersection([*names, CHECKSUMS])
     if taken:
-        raise RescueError(f"{target} has a {taken[0]!r} already, and nothing is overwritten: give an empty directory")
+        raise RescueError(f"{path} has a {min(taken)!r} already, and nothing is overwritten: give an empty directory")
     failed = 0
     try:
-        sums = open(target / CHECKSUMS, "x", encoding="ascii")  # noqa: SIM115 # it is closed below
+        sums = os.open(CHECKSUMS, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=target)
     except OSError as error:
-        raise RescueError(f"{target}: {error.strerror}; give a directory that can be written to") from None
-    with sums:
+        raise RescueError(f"{path}: {error.strerror}; give a directory that can be written to") from None
+    try:
         for name in names:
             try:
                 line = _copied(source, name, target)
-                os.write(sums.fileno(), line.encode() + b"\n")
+                os.write(sums, line.encode() + b"\n")
             except OSError as error:
                 failed += 1
                 sys.stderr.write(f"ttmfs rescue: {name!r}: {error.strerror or error}; the others go on\n")
                 continue
             sys.stdout.write(_told(line))
             sys.stdout.flush()
-        os.fsync(sums.fileno())
-    sys.stdout.write(f"{len(names) - failed} of {len(names)} backups are in {target}\n")
+        os.fsync(sums)
+    finally:
+        os.close(sums)
+    sys.stdout.write(f"{len(names) - failed} of {len(names)} backups are in {_plain(str(path))}\n")
     return 1 if failed else 0
 
 
-def _copied(source: int, name: str, target: Path) -> str:
+def _copied(source: int, name: str, target: int) -> str:
     """Copy one backup, whole or not at all. Gives its line of the checksums."""
-    partial = target / partial_name(name)
-    there = _opened(name, source)
+    partial = partial_name(name)
+    there = _open_to_read(name, source)
     try:
         found = os.fstat(there)
-        here = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        here = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
         try:
             os.ftruncate(here, found.st_size)
             before = _summed(there, copy_to=here)
@@ -226,9 +290,10 @@ def _copied(source: int, name: str, target: Path) -> str:
                 here, stat.S_IMODE(found.st_mode) & 0o777 | (0o600 if os.geteuid() else 0)
             )  # who is not root could not use it
             os.utime(here, ns=(found.st_atime_ns, found.st_mtime_ns))
-            os.rename(partial, target / name)
+            os.rename(partial, name, src_dir_fd=target, dst_dir_fd=target)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial, dir_fd=target)
             raise
         finally:
             os.close(here)
@@ -240,19 +305,6 @@ def _copied(source: int, name: str, target: Path) -> str:
 def partial_name(name: str) -> str:
     """What a copy is called until it is whole: no backup's name begins with a dot."""
     return "." + os.fsdecode(os.fsencode(name)[:200]) + PARTIAL
-
-
-def _opened(name: str, directory: int) -> int:
-    """Open a backup's file to read, also if its mode shuts out its owner, who mounted."""
-    try:
-        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    except PermissionError:
-        mode = stat.S_IMODE(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
-        os.chmod(name, mode | 0o400, dir_fd=directory)
-        try:
-            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-        finally:
-            os.chmod(name, mode, dir_fd=directory)
 
 
 def _summed(fd: int, copy_to: int | None = None) -> tuple[str, int]:
@@ -352,42 +404,85 @@ def _told(line: str) -> str:
 # --- looking at copies later ---
 
 
-def line_of(name: str, directory: Path) -> tuple[str, int, int] | None:
-    """Checksum, pieces and size of a copy in a directory, if there is a line of it."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in (directory / CHECKSUMS).read_text(encoding="ascii").splitlines():
-            checksum, pieces, size, quoted = line.split(" ", 3)
-            if json.loads(quoted) == name:
-                return checksum, int(pieces), int(size)
+class Line(NamedTuple):
+    """A line of the checksums."""
+
+    name: str
+    checksum: str
+    pieces: int
+    size: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Line":
+        """ValueError if it is none."""
+        match = re.fullmatch(r'([0-9a-f]{64}) (\d{1,19}) (\d{1,19}) (".*")', text)
+        if not match:
+            raise ValueError("it is no line of checksums")
+        return cls(checked_name(json.loads(match[4])), match[1], int(match[2]), int(match[3]))
+
+
+@contextlib.contextmanager
+def _checksums(directory: int) -> Iterator[tuple[int, Iterator[str]]]:
+    """Whose the checksums of a directory are, and their lines. OSError if there are none to be read."""
+    with open(open_file(CHECKSUMS, directory), "rb") as file:
+        yield os.fstat(file.fileno()).st_uid, _lines(file)
+
+
+def _lines(file: BinaryIO) -> Iterator[str]:
+    read = 0
+    while line := file.readline(LONGEST_LINE):
+        read += len(line)
+        if len(line) == LONGEST_LINE or read > MOST_CHECKSUMS:
+            raise ValueError("it is too long")
+        yield line.decode("ascii").removesuffix("\n")
+
+
+def line_of(name: str, directory: int, owners: Iterable[int]) -> tuple[str, int, int] | None:
+    """Checksum, pieces and size of a copy, if there is a line of it in checksums beside it that are of `owners`."""
+    with contextlib.suppress(OSError, ValueError), _checksums(directory) as (owner, lines):
+        for text in lines if owner in owners else ():
+            with contextlib.suppress(ValueError):
+                if (line := Line.parse(text)).name == name:
+                    return line.checksum, line.pieces, line.size
     return None
 
 
-def check(target: Path) -> int:
+def check(path: Path) -> int:
     """Compare copies with their checksums."""
+    place, directory = path / CHECKSUMS, _open_directory(str(path))
+    wrong = count = 0
     try:
-        lines = (target / CHECKSUMS).read_text(encoding="ascii").splitlines()
+        with _checksums(directory) as (owner, lines):
+            if owner not in (0, os.geteuid(), os.fstat(directory).st_uid):
+                raise RescueError(f"{place} is a stranger's, neither {path}'s owner's nor yours: see who put it there")
+            for text in lines:
+                name, why = text[:80], "it is no line of checksums"
+                with contextlib.suppress(ValueError):
+                    line = Line.parse(text)
+                    name, why = line.name, _difference(line, directory)
+                count, wrong = count + 1, wrong + bool(why)
+                sys.stdout.write(f"{json.dumps(name)}: {why or 'OK'}\n")
     except OSError as error:
-        raise RescueError(f"{target / CHECKSUMS}: {error.strerror}; ttmfs rescue SOURCE {target} writes it") from None
+        raise RescueError(f"{place}: {error.strerror}; ttmfs rescue SOURCE {path} writes it") from None
     except ValueError:
-        raise RescueError(f"{target / CHECKSUMS} was not written by ttmfs rescue") from None
-    wrong, directory = 0, _open_directory(str(target))
-    for line in lines:
-        name = line
-        try:
-            checksum, pieces, size, name = line.split(" ", 3)
-            file = _opened(json.loads(name), directory)
-            try:
-                found = (*_summed(file), os.fstat(file).st_size)
-            finally:
-                os.close(file)
-            why = "" if found == (checksum, int(pieces), int(size)) else "is not what was rescued"
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or f"not a line of checksums: {line!r}"
-        wrong += bool(why)
-        sys.stdout.write(f"{name}: {why or 'OK'}\n")
-    os.close(directory)
-    sys.stdout.write(f"{len(lines) - wrong} of {len(lines)} backups are as they were\n")
+        raise RescueError(f"{place} was not written by ttmfs rescue") from None
+    finally:
+        os.close(directory)
+    sys.stdout.write(f"{count - wrong} of {count} backups are as they were\n")
     return 1 if wrong else 0
+
+
+def _difference(line: Line, directory: int) -> str:
+    """How a copy differs from its line of the checksums; nothing if it does not."""
+    try:
+        file = _open_to_read(line.name, directory)
+        try:
+            found = (*_summed(file), os.fstat(file).st_size)
+        finally:
+            os.close(file)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if found == (line.checksum, line.pieces, line.size) else "is not what was rescued"
 
 
 def _main() -> int:

@@ -11,13 +11,15 @@ from harness import REPOSITORY
 PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
-    "handles errors version options linux mountinfo fusermount inherited checked state keeper service memory turns "
-    "waiting ledger quota store backup pool inodes access texts tree metrics handover operations busy_poll session "
-    "background page_array client rescue mount_helper cli"
+    "handles errors version quoting options linux mountinfo fusermount inherited checked state keeper service memory "
+    "turns waiting ledger quota store backup pool inodes access texts tree metrics handover operations busy_poll "
+    "session background page_array client keepers rescue mount_helper cli"
 ).split()
 
-COMMANDS = "terminal command mounts png manifest users backups map save load fd doctor rescue".split()
-USED_BY_COMMANDS = set("handles errors version options linux mountinfo checked memory inodes client rescue".split())
+COMMANDS = "terminal command apart mounts png manifest users backups ls map save load fd doctor rescue".split()
+USED_BY_COMMANDS = set(
+    "handles errors version quoting options linux mountinfo checked memory inodes client keepers rescue".split()
+)
 """What they know of the rest: none of the server."""
 
 

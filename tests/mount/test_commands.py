@@ -56,7 +56,7 @@ def ttmfs(*words: object, code: int | None = 0, **more: Any) -> str:
     As a process, if anything about that is said, or it becomes another; else as the function that it is, which takes a
     third of the time, and leaves no descriptor open.
     """
-    if not more and words[0] not in ("fd", "doctor"):
+    if not more and words[0] not in ("fd", "doctor", "ls"):
         status, text = called(*map(str, words))
     else:
         more = {"cwd": REPOSITORY, "stdin": subprocess.DEVNULL, **more}
@@ -222,6 +222,24 @@ def test_names_do_no_harm(mnt: Path) -> None:
     assert "\x1b" not in ttmfs("map", mnt / ODD)
     assert "\x1b" not in ttmfs("fd", mnt / (ODD + "x"), "--", "true", code=2)
     assert "\x1b" not in ttmfs("fini", mnt / ODD / "1", mnt / ODD, code=1)
+
+
+@pytest.mark.parametrize("words", ["fini x -{0}", "ls --sort {0}", "create -m {0} x", "doctor {0}", "rescue {0} x",
+                                   "ls --watch={0}", "save {0} {0}/", "load {0} x", "mount"])  # fmt: skip
+def test_a_shell_that_makes_words_of_strange_names_does_no_harm(words: str) -> None:
+    """Also of names that are no names: in an error of the command line, in the text of an exception."""
+    strange = "\x1b]0;owned\x07\u202egnp.exe\u2066\x9b31m\udcff"
+    command = [word.format(strange) for word in words.split()]
+    if words == "mount":
+        done = subprocess.run(
+            [sys.executable, "-c", "from ttmfs.mount_helper import main; main()", "-f", "ttm", os.fsencode(strange)],
+            cwd=REPOSITORY, capture_output=True, timeout=20, check=False,
+        )  # fmt: skip
+        text = (done.stdout + done.stderr).decode()
+    else:
+        text = ttmfs(*command, code=2, **({"cwd": REPOSITORY} if command[0] in ("fini", "save") else {}))
+    assert "owned" in text
+    assert not set("\x1b\x07\u202e\u2066\x9b") & set(text)
 
 
 def test_what_is_no_mount_is_said_in_a_line(mnt: Path, tmp_path: Path) -> None:

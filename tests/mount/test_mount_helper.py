@@ -136,16 +136,23 @@ def test_remount_is_refused_with_what_to_do_instead(machine: Machine) -> None:
     assert machine.run(f"cat {MNT}/a/.image | head -c 28676 | tail -c 4100 | tr -d '\\0'") == "kept\n"
 
 
-def test_it_mounts_in_another_mount_namespace(machine: Machine) -> None:
+def test_nothing_of_another_mount_namespace_is_run(machine: Machine) -> None:
+    """Whoever owns the namespace may have put anything where the helper is; mount(8) hands it on with -N."""
     script = f"""
-unshare -m --propagation private sleep 60 & there=$!
-until [ "$(readlink /proc/$there/ns/mnt)" != "$(readlink /proc/self/ns/mnt)" ]; do sleep 0.01; done
+helper=$(readlink -f /sbin/mount.ttmfs)
+printf '#!/bin/sh\\ntouch /tmp/was-run\\n' >/tmp/theirs; chmod +x /tmp/theirs
+unshare -m --propagation private sh -c "mount --bind /tmp/theirs $helper; exec sleep 60" & there=$!
+until nsenter -t $there -m grep -q was-run $helper; do sleep 0.01; done
 mount -t ttmfs -N $there ttm {MNT} -o size=64m; echo "status $?"
-findmnt {MNT} || echo not here
-nsenter -t $there -m findmnt -n -o FSTYPE {MNT}
-nsenter -t $there -m umount {MNT}; kill $there
+mount.ttmfs ttm {MNT} -N /proc/$there/ns/mnt; echo "status $?"
+nsenter -t $there -m findmnt {MNT} || echo "nothing there"
+kill $there; ls /tmp/was-run || echo "not run"
 """
-    assert machine.run(script).splitlines()[:3] == ["status 0", "not here", "fuse.ttmfs"]
+    said = machine.run(script)
+    assert said.count("status 32") == 2
+    assert said.count("nsenter --mount --target PID mount -t ttmfs SOURCE DIRECTORY") == 2
+    assert "nothing there" in said
+    assert "not run" in said
 
 
 # --- fstab ---

@@ -9,24 +9,29 @@ import importlib
 import importlib.metadata
 import json
 import os
+import pwd
 import re
 import resource
-import select
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .. import memory
+from ..keepers import Keeper, children, is_stopped, keepers
 from ..linux import swap_space
 from ..mountinfo import Mounted, ttmfs_mounts
 from ..options import BASE_PAGE_SIZE
-from ..rescue import keepers
+from ..quoting import plain, quoted
+from ..rescue import open_file
 from ..version import __version__
+from .apart import PATIENCE, Answer, ask, ask_all
 from .command import Command, CommandError
-from .terminal import has_colours, painted, quoted, size
+from .mounts import config, opened
+from .terminal import has_colours, painted, size
 
 __all__ = ["COMMANDS"]
 
@@ -36,7 +41,7 @@ PROBLEM: Literal["problem"] = "problem"
 
 COLOURS = {OK: "32", WARNING: "33", PROBLEM: "1;31"}
 
-ANSWER_SECONDS = 2.0
+LONGEST_STATS = 1 << 20  # bytes
 FEW_FILES = 1024
 FUSE = "/dev/fuse"
 _NO_LIMIT = 1 << 62
@@ -59,14 +64,14 @@ def _add(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     places = {mount.path: mount for mount in ttmfs_mounts()}
     if arguments.paths:
-        wanted = {path: os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
-                  for path in map(os.path.abspath, arguments.paths)}  # fmt: skip
-        for path, place in wanted.items():
-            if place not in places:
-                raise CommandError(f"{quoted(path)} is no mount of ttmfs")
-        places = {place: places[place] for place in wanted.values()}
+        wanted = [_place_of(path, places) for path in arguments.paths]
+        places = {place: places[place] for place in wanted}
     checks = [check for look in LOOKS for check in look()]
-    checks += [check for mount in places.values() for check in _mount(mount)]
+    answers = ask_all([(mount.path, partial(_asked, mount)) for mount in places.values()])
+    kept = keepers()
+    for mount, answer in zip(places.values(), answers, strict=True):
+        keeper = next((keeper for keeper in kept if keeper.device == mount.device), None)
+        checks += _mount(mount, answer, keeper)
     if arguments.json:
         sys.stdout.write(json.dumps([check._asdict() for check in checks], indent=1) + "\n")
     else:
@@ -74,13 +79,29 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(any(check.state == PROBLEM for check in checks))
 
 
+def _place_of(path: str, places: Iterable[str]) -> str:
+    """Where the mount at a path is. The mount itself is not touched: it may hang."""
+    place = os.path.abspath(path)
+    if place not in places:
+        above, name = os.path.split(place)
+        found = ask(path, lambda: os.path.join(os.path.realpath(above), name))
+        place = found.items[0] if found.items else place
+    if place not in places:
+        raise CommandError(f"{quoted(path)} is no mount of ttmfs")
+    return place
+
+
+def _asked(mount: Mounted) -> list[dict[str, Any]]:
+    return [_ask(mount)]
+
+
 def _show(checks: list[Check]) -> None:
     colours, width = has_colours(sys.stdout), max(len(check.what) for check in checks)
     for check in checks:
         state = painted(f"{check.state:<7}", COLOURS[check.state], colours=colours)
-        sys.stdout.write(f"{state}  {check.what:<{width}}  {check.found}\n")
+        sys.stdout.write(f"{state}  {check.what:<{width}}  {plain(check.found)}\n")
         if check.do:
-            sys.stdout.write(f"{'':{11 + width}}-> {check.do}\n")
+            sys.stdout.write(f"{'':{11 + width}}-> {plain(check.do)}\n")
     counts = {state: sum(check.state == state for check in checks) for state in (PROBLEM, WARNING)}
     if not any(counts.values()):
         sys.stdout.write("all is well\n")
@@ -189,7 +210,7 @@ def _rights() -> Iterator[Check]:
     if os.geteuid():
         try:
             may = not subprocess.run(
-                ["unshare", "-U", "-r", "-m", "true"], capture_output=True, timeout=ANSWER_SECONDS, check=False
+                ["unshare", "-U", "-r", "-m", "true"], capture_output=True, timeout=PATIENCE, check=False
             ).returncode
         except (OSError, subprocess.TimeoutExpired):
             may = False
@@ -244,96 +265,125 @@ LOOKS = (_fuse, _kernel, _memory, _rights, _software)
 # --- mounts ---
 
 
-PROBE = """
-import json, os, sys
-answer = {}
-try:
-    answer["full"] = not os.statvfs(sys.argv[1]).f_bavail
-    answer["config"] = json.load(open(sys.argv[1] + "/.config"))
-    text = open(sys.argv[1] + "/.stats").read()
-    answer["version"] = text.split('ttmfs_build_info{version="')[1].split('"')[0]
-except OSError as error:
-    answer["errno"], answer["error"] = error.errno, error.strerror
-except (ValueError, IndexError):
-    pass
-print(json.dumps(answer))
-"""
-"""A process of its own asks a mount, since one that hangs can only be left to itself."""
+def _ask(mount: Mounted) -> dict[str, Any]:
+    """What a mount answers. In a process apart, as it may hang; and checked, as it may be anyone's."""
+    try:
+        with opened(mount.path) as root:
+            full = not os.fstatvfs(root).f_bavail
+            if os.fstat(root).st_dev != mount.st_dev:
+                return {"errno": 0, "error": "another mount lies over it"}
+            with open(open_file(".stats", root), "rb") as file:
+                built = re.search(rb'ttmfs_build_info\{version="([^"]{1,40})"', file.read(LONGEST_STATS))
+            return {
+                "full": full,
+                "config": config(root),
+                "version": built[1].decode(errors="replace") if built else "?",
+            }
+    except OSError as error:
+        return {"errno": error.errno, "error": error.strerror or str(error)}
 
 
-def _ask(path: str) -> dict[str, object] | None:
-    """What a mount answers; None if it does not, for so long."""
-    probe = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", PROBE, path], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    assert probe.stdout
-    with probe.stdout as answer:
-        if not select.select([answer], [], [], ANSWER_SECONDS)[0]:
-            return None
-        found = json.loads(answer.read() or "{}")
-    probe.wait()
-    return found if isinstance(found, dict) else {}
-
-
-def _mount(mount: Mounted) -> Iterator[Check]:
-    what, answer = quoted(mount.path), _ask(mount.path)
-    keeping = sorted(pid for pid, words in keepers() if mount.path in words)
-    if answer is None:
-        who = (
-            f"kill -USR1 {keeping[0]} restarts its daemon" if keeping else "its daemon may be stopped, or its disk slow"
-        )
-        yield Check(what, PROBLEM, f"has not answered for {ANSWER_SECONDS:g} s", who)
-    elif answer.get("errno") == errno.ENOTCONN:
-        if os.geteuid() and f"user_id={os.geteuid()}" not in mount.options:
-            yield Check(what, WARNING, "is dead, and another user's", "only that user, and root, can do something")
-        elif keeping:
-            yield Check(
-                what, PROBLEM, f"is dead, but its keeper {keeping[0]} holds the pages",
-                f"kill -USR1 {keeping[0]} tries again; ttmfs rescue {keeping[0]} DIRECTORY gets the pages out",
-            )  # fmt: skip
-        else:
-            yield Check(
-                what, PROBLEM, "is dead: daemon and keeper are gone, or are another user's",
-                f"mount.py {what} mounts anew (with store= its pages are there again); fusermount3 -u {what} ends it",
-            )  # fmt: skip
-    elif answer.get("errno") in (errno.EACCES, errno.EPERM):
+def _mount(mount: Mounted, answer: Answer, keeper: Keeper | None) -> Iterator[Check]:
+    what = quoted(mount.path)
+    found: dict[str, Any] = answer.items[0] if answer.items else {"errno": 0, "error": answer.error}
+    is_strangers = mount.served_by not in (0, os.geteuid())
+    if answer.is_silent:
+        yield _silent(what, mount, keeper)
+    elif found.get("errno") == errno.ENOTCONN:
+        yield _dead(what, mount, keeper)
+    elif found.get("errno") in (errno.EACCES, errno.EPERM):
         yield Check(what, OK, "is another user's, and not shown to you")
-    elif "error" in answer:
-        yield Check(what, PROBLEM, str(answer["error"]), "its log says more: journalctl -t ttmfs")
+    elif "error" in found:
+        yield Check(what, PROBLEM, found["error"], "its log says more: journalctl -t ttmfs")
     else:
-        found = answer.get("config")
-        yield from _alive(what, found if isinstance(found, dict) else {}, str(answer.get("version")))
-        if answer.get("full"):
+        yield _alive(what, mount, keeper, found["config"], found["version"])
+        if found["full"]:
             yield Check(
                 what, WARNING, "is full: what is stored now is refused (ENOSPC)",
-                f"drop pages, or give it more: setfattr -n user.ttmfs.size -v SIZE {what}",
+                "drop pages, or give it more: setfattr -n user.ttmfs.size -v SIZE " + what if not is_strangers
+                else f"only {_who(mount)}, who serves it, can give it more",
             )  # fmt: skip
 
 
-def _alive(what: str, found: dict[str, object], version: str) -> Iterator[Check]:
-    keeper = found.get("keeper_pid")
-    if version != __version__:
-        yield Check(
-            what, WARNING, f"is served by version {version}, installed is {__version__}",
-            f"kill -USR1 {keeper}: the new one takes it over" if keeper else "mount it anew",
+def _who(mount: Mounted) -> str:
+    """The user who serves a mount."""
+    try:
+        return f"user {pwd.getpwuid(mount.served_by).pw_name}"
+    except KeyError:
+        return f"user {mount.served_by}"
+
+
+def _silent(what: str, mount: Mounted, keeper: Keeper | None) -> Check:
+    """A mount that hangs. A killed daemon costs nothing, since its keeper starts another."""
+    found = f"has not answered for {PATIENCE:g} s"
+    if keeper is None:
+        if mount.served_by not in (0, os.geteuid()):
+            do = f"{_who(mount)} serves it: run ttmfs doctor as that user" + f", or umount -l {what}" * (
+                not os.geteuid()
+            )
+        else:
+            do = "its daemon may be stopped, or its disk slow; if a service serves it: systemctl restart"
+        return Check(what, PROBLEM, found, do)
+    daemons = children(keeper.pid)
+    stopped = [pid for pid in daemons if is_stopped(pid)]
+    if keeper.is_stopped:
+        do = f"kill -CONT {keeper.pid} lets its keeper go on, which is stopped"
+    elif stopped:
+        do = f"kill -CONT {stopped[0]} lets its daemon go on, which is stopped"
+    else:
+        do = f"kill -USR1 {keeper.pid} restarts its daemon"
+    if daemons and not keeper.is_stopped:
+        do += f"; kill -KILL {daemons[0]} has its keeper, {keeper.pid}, start another, and no page is lost"
+    return Check(what, PROBLEM, found, do)
+
+
+def _dead(what: str, mount: Mounted, keeper: Keeper | None) -> Check:
+    if os.geteuid() and mount.served_by != os.geteuid():
+        return Check(what, WARNING, "is dead, and another user's", "only that user, and root, can do something")
+    if keeper:
+        wake = f"kill -CONT {keeper.pid}, as it is stopped; " if keeper.is_stopped else ""
+        return Check(
+            what, PROBLEM, f"is dead, but its keeper {keeper.pid} holds the pages",
+            f"{wake}kill -USR1 {keeper.pid} tries again; ttmfs rescue {keeper.pid} DIRECTORY gets the pages out",
         )  # fmt: skip
-        return
-    if not keeper:
+    if mount.served_by != os.geteuid():
+        return Check(
+            what, PROBLEM, f"is dead, and {_who(mount)}'s", f"run ttmfs doctor as that user; umount -l {what} ends it"
+        )
+    return Check(
+        what, PROBLEM, "is dead: daemon and keeper are gone, or are another user's",
+        f"mount.py {what} mounts anew (with store= its pages are there again); fusermount3 -u {what} ends it",
+    )  # fmt: skip
+
+
+def _alive(what: str, mount: Mounted, keeper: Keeper | None, found: dict[str, Any], version: str) -> Check:
+    if mount.served_by not in (0, os.geteuid()):  # what it says of processes could be anyone's
+        return Check(what, OK, f"answers; {_who(mount)} serves it")
+    kept_by = found.get("keeper_pid")
+    if version != __version__:
+        return Check(
+            what, WARNING, f"is served by version {version}, installed is {__version__}",
+            f"kill -USR1 {kept_by}: the new one takes it over" if kept_by else "mount it anew",
+        )  # fmt: skip
+    if not kept_by:
         lost = "" if found.get("store") else ", and then its pages are gone"
-        yield Check(
+        return Check(
             what, WARNING, f"answers, but has no keeper: a daemon that is killed leaves it dead{lost}", "keeper=on"
         )
-        return
+    if keeper and keeper.is_stopped:
+        return Check(
+            what, WARNING, f"answers, but its keeper {keeper.pid} is stopped: a daemon that dies is not replaced",
+            f"kill -CONT {keeper.pid}",
+        )  # fmt: skip
     native = "programs get descriptors" if found.get("descriptors") else "programs use .image"
-    yield Check(what, OK, f"answers; daemon {found.get('daemon_pid')}, keeper {keeper}; {native}")
+    return Check(what, OK, f"answers; daemon {found.get('daemon_pid')}, keeper {kept_by}; {native}")
 
 
 COMMANDS = (
     Command(
         "doctor",
         "Look at what ttmfs needs of this machine, at limits that hold here, and at the mounts there are; say what to\n"
-        "do. Nothing is changed. What is found is of who asks: ask as the user who mounts.\n\n"
+        "do. Nothing is changed. Run it as the user who will mount.\n\n"
         "exit status: 0 if there is no problem (there may be warnings); 1 if there is.",
         """\
 examples:

@@ -7,10 +7,16 @@ import errno
 import os
 import socket
 import sys
+from typing import TYPE_CHECKING
 
-from .command import Command, CommandError
-from .mounts import check_backup, config
-from .terminal import quoted
+from ..mountinfo import ttmfs_on
+from ..quoting import quoted
+from .apart import supervised
+from .command import Command, CommandError, complain, guarded, reason
+from .mounts import backup_at, config
+
+if TYPE_CHECKING:
+    from ..client import Backup
 
 __all__ = ["COMMANDS"]
 
@@ -31,28 +37,42 @@ def _run(arguments: argparse.Namespace) -> int:
         words = words[1:]
     if not words:
         raise CommandError("give a program: ttmfs fd MNT/NAME -- COMMAND {}")
-    check_backup(arguments.backup)
-    from ..client import Backup
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
 
-    with Backup.open(arguments.backup) as backup:
-        if not backup.is_native:
-            raise CommandError(
-                f"no descriptor of {quoted(arguments.backup)} is to be had: {_why_none(arguments.backup)}; "
-                "its .image serves whoever may read it"
-            )
-        file = os.dup(backup.fileno())
+        def hand_over() -> int:
+            with backup_at(arguments.backup) as backup:
+                if not backup.is_native:
+                    raise CommandError(
+                        f"no descriptor of {quoted(arguments.backup)} is to be had: {_why_none(backup)}; "
+                        "its .image serves whoever may read it"
+                    )
+                socket.send_fds(theirs, [b"1"], [backup.fileno()])
+            return 0
+
+        if status := supervised("fd", [arguments.backup], lambda: guarded("fd", hand_over)):
+            return status
+        _, (file,), _, _ = socket.recv_fds(ours, 1, 1)
     os.set_inheritable(file, True)
     sys.stdout.flush()
     try:
         os.execvp(words[0], [word.replace("{}", f"/dev/fd/{file}") for word in words])
     except OSError as error:
-        sys.stderr.write(f"ttmfs fd: {quoted(words[0])}: {error.strerror}\n")
+        complain("fd", reason(error, words[0]))
         return 127 if error.errno == errno.ENOENT else 126  # as shells and env(1) have it
 
 
-def _why_none(path: str) -> str:
-    """Why the daemon gives no descriptor."""
-    if not (found := config(os.path.join(path, ".."))):
+def _why_none(backup: Backup) -> str:
+    """Why the daemon gives no descriptor, or why none was asked for."""
+    served = ttmfs_on(backup.status().st_dev)
+    if served is None or served.served_by not in (0, os.geteuid()):
+        return "it is served by another user, who could give any file to write to"
+    mount = backup.open_file("..", os.O_PATH | os.O_DIRECTORY)
+    try:
+        found = config(mount)
+    finally:
+        os.close(mount)
+    if not found:
         return ".config of the mount cannot be read"
     if not (place := found.get("descriptors")):
         if found.get("ro"):
@@ -64,7 +84,7 @@ def _why_none(path: str) -> str:
         if found.get("allow_other"):
             return "it takes Linux 6.16 or newer with allow_other, and a place for the daemon's socket (/run)"
         return "the daemon found no place for its socket: a user must mount with XDG_RUNTIME_DIR set, root with /run"
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+    if not os.access(backup.path, os.R_OK | os.W_OK | os.X_OK):
         return "its mode bits must let you read, write and enter it"
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -88,6 +108,5 @@ examples:
   ttmfs fd /mnt/ttm/bo7 -- fallocate -p -o 8192 -l 4096 {}""",
         _add,
         _run,
-        uses_client=True,
     ),
 )

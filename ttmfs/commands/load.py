@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import os
-import stat
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -20,11 +18,25 @@ from typing import TYPE_CHECKING
 
 from ..checked import flat
 from ..errors import NoRoom, TtmfsError
-from ..rescue import BLOCK, CHECKSUMS, Digest, data_runs, digests_of, line_of, total_of
-from .command import Command, CommandError, reason
-from .manifest import MANIFEST, Manifest, Part, Runs, Source, by_part, fill, in_threads, manifest_of, matches, report
-from .mounts import check_backup, check_new
-from .terminal import Progress, quoted, size
+from ..quoting import quoted
+from ..rescue import BLOCK, CHECKSUMS, Digest, data_runs, digests_of, line_of, open_file, total_of
+from .command import Command, CommandError, complain, reason
+from .manifest import (
+    MANIFEST,
+    Manifest,
+    Part,
+    Runs,
+    Source,
+    by_part,
+    fill,
+    in_threads,
+    longest_manifest,
+    manifest_of,
+    matches,
+    report,
+)
+from .mounts import NoSuchBackup, backup_at, new_backup
+from .terminal import Progress, size
 
 if TYPE_CHECKING:
     from ..client import Backup
@@ -60,12 +72,14 @@ def _load(arguments: argparse.Namespace) -> int:
         raise CommandError("--check takes a FILE alone" if arguments.check else "give the backup, MNT/NAME")
     with contextlib.ExitStack() as stack:
         try:
-            file = _open(arguments.file)
+            directory = os.open(arguments.file.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, directory)
+            file = open_file(arguments.file.name, directory, follow=True)
         except OSError as error:
             raise CommandError(reason(error, arguments.file)) from None
         stack.callback(os.close, file)
         try:
-            known = _known(arguments.file, file)
+            known = _known(arguments.file, directory, file)
             return _check(arguments, file, known) if arguments.check else _loaded(arguments, file, known)
         except _Damaged:
             if arguments.check and arguments.json:
@@ -73,20 +87,14 @@ def _load(arguments: argparse.Namespace) -> int:
             raise
 
 
-def _open(path: Path) -> int:
-    """Open a file to read. OSError if it is none, at which nothing waits."""
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise OSError(errno.EINVAL, "it is no file")
-    return file
+def _known(path: Path, directory: int, file: int) -> Manifest | dict[int, Digest] | None:
+    """What is known of a file: its manifest; or the digests of a rescue, which are compared here; or nothing.
 
-
-def _known(path: Path, file: int) -> Manifest | dict[int, Digest] | None:
-    """What is known of a file: its manifest; or the digests of a rescue, which are compared here; or nothing."""
-    length, name = os.fstat(file).st_size, quoted(path)
+    Both lie in its directory, which others may write to: neither may be a stranger's.
+    """
+    length, name, owner = os.fstat(file).st_size, quoted(path), os.fstat(file).st_uid
     try:
-        manifest = _read_manifest(manifest_of(path), os.fstat(file).st_uid)
+        manifest = _read_manifest(manifest_of(path), directory, length, owner)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
@@ -97,7 +105,7 @@ def _known(path: Path, file: int) -> Manifest | dict[int, Digest] | None:
         if manifest.size != length:
             raise _Damaged(f"{name} is damaged: it has {length} bytes, and had {manifest.size} when saved")
         return manifest
-    if not (line := line_of(path.name, path.parent)):
+    if not (line := line_of(path.name, directory, (0, os.geteuid(), owner))):
         return None
     digests = digests_of(file)
     if (*total_of(digests), length) != line:
@@ -105,13 +113,16 @@ def _known(path: Path, file: int) -> Manifest | dict[int, Digest] | None:
     return digests
 
 
-def _read_manifest(path: Path, owner: int) -> Manifest:
-    """The manifest of a file of `owner`. OSError and ValueError if there is none, or none that can be believed."""
-    with open(_open(path), "rb") as file:
-        whose = os.fstat(file.fileno()).st_uid
+def _read_manifest(path: Path, directory: int, length: int, owner: int) -> Manifest:
+    """The manifest of a file of `length` bytes of `owner`. OSError and ValueError if there is none to be believed."""
+    with open(open_file(path.name, directory), "rb") as file:
+        whose, most = os.fstat(file.fileno()).st_uid, longest_manifest(length)
         if not _is_trusted(whose) and whose != owner:
             raise CommandError(f"{quoted(path)} is another user's than the file that it is about: see who put it there")
-        manifest = Manifest.parse(file.read())
+        data = file.read(most + 1)
+        if len(data) > most:
+            raise ValueError("it is longer than that of such a file")
+        manifest = Manifest.parse(data)
     return manifest if _is_trusted(whose) else replace(manifest, mode=PRIVATE)
 
 
@@ -141,26 +152,38 @@ def _checked(file: Path, *, ok: bool) -> str:
 
 def _loaded(arguments: argparse.Namespace, file: int, known: Manifest | dict[int, Digest] | None) -> int:
     name, path = quoted(arguments.file), arguments.backup
-    length, is_new = os.fstat(file).st_size, not os.path.lexists(arguments.backup)
-    if not length:
+    if not (length := os.fstat(file).st_size):
         raise CommandError(f"{name} is empty: no backup spans nothing")
-    (check_new if is_new else check_backup)(path)
-    from ..client import Backup
-
-    try:
-        opened = Backup.create(path, length, mode=PRIVATE) if is_new else Backup.open(path)
-    except (TtmfsError, OSError) as error:
-        raise CommandError(reason(error, path)) from None
-    with opened as backup:
+    with contextlib.ExitStack() as stack:
+        is_new = False
+        try:
+            backup = stack.enter_context(backup_at(path))
+        except NoSuchBackup:
+            is_new = True
+            backup = stack.enter_context(_made(path, length))
         try:
             manifest = _manifest_to_load(name, file, known, backup.page_size)
             if known is None:
-                sys.stderr.write(f"ttmfs load: {name} has no checksum beside it: nothing tells whether it is sound\n")
+                complain("load", f"{name} has no checksum beside it: nothing tells whether it is sound")
             return _Loading(arguments, file, backup, manifest, is_new=is_new).run()
         except BaseException:
             if is_new:
                 _end_if_empty(backup)
             raise
+
+
+@contextlib.contextmanager
+def _made(path: str, length: int) -> Iterator[Backup]:
+    """A new backup, open."""
+    with new_backup(path) as (mount, name):
+        from ..client import Backup
+
+        try:
+            backup = Backup.create(f"/proc/self/fd/{mount.fd}/{name}", length, mode=PRIVATE)
+        except (TtmfsError, OSError) as error:
+            raise CommandError(reason(error, path)) from None
+    with backup:
+        yield backup
 
 
 def _end_if_empty(backup: Backup) -> None:
@@ -212,7 +235,7 @@ class _Loading:
 
     def run(self) -> int:
         """Store the parts that are not there yet. The exit status."""
-        if (self._is_new or not self._arguments.into) and os.stat(self._backup.path).st_uid != os.geteuid():
+        if (self._is_new or not self._arguments.into) and self._backup.status().st_uid != os.geteuid():
             raise CommandError(
                 f"{self._path} is another user's, who could read what is loaded: --into does it all the same"
             )
@@ -257,9 +280,8 @@ class _Loading:
 
     def _let_in(self) -> None:
         """Give the backup its mode, which may shut out even its owner from storing: so last of all."""
-        path = self._backup.path
-        if os.stat(path).st_mode & 0o777 != self._manifest.mode:
-            os.chmod(path, self._manifest.mode)
+        if self._backup.status().st_mode & 0o777 != self._manifest.mode:
+            self._backup.chmod(self._manifest.mode)
 
     def _stopped(self, error: TtmfsError | OSError, before: int, *, is_partial: bool) -> CommandError:
         """Why it did not come to its end, what is there by now, and what to do. `before`: pages there were."""
@@ -282,7 +304,7 @@ class _Loading:
         name = quoted(self._arguments.file)
         for part in damaged:
             ranges = part.ranges if len(part.ranges) <= 60 else f"{part.runs[0][0] + 1} to {part.runs[-1][1]}"
-            sys.stderr.write(f"ttmfs load: {name} is damaged: pages of the handles {ranges} were not stored\n")
+            complain("load", f"{name} is damaged: pages of the handles {ranges} were not stored")
 
     def _stored(self, part: Part) -> tuple[Part | None, bool]:
         """Store a part, None if it is damaged and nothing was stored; and whether it was there already."""
@@ -343,5 +365,6 @@ examples:
         _load,
         "interrupted; ttmfs load --continue goes on where it was",
         uses_client=True,
+        waits_for=lambda arguments: [arguments.backup] if arguments.backup else [],
     ),
 )

@@ -52,6 +52,7 @@ __all__ = [
     "by_part",
     "fill",
     "in_threads",
+    "longest_manifest",
     "manifest_of",
     "matches",
     "report",
@@ -59,6 +60,7 @@ __all__ = [
 
 MANIFEST = ".ttmfs"
 VERSION = 2
+MOST_MANIFEST = 1 << 30  # bytes that are read of a file that says it is one
 THREADS = 4
 
 Runs = list[tuple[int, int]]
@@ -97,6 +99,8 @@ class Part(NamedTuple):
     def parse(cls, line: str, page_size: int, length: int) -> Part:
         """ValueError if it is none of a backup that spans `length` bytes."""
         number, pieces, sha256, ranges = line.split(" ")
+        if not re.fullmatch(r"\d{1,9} \d{1,9} [0-9a-f]{64}", f"{number} {pieces} {sha256}"):
+            raise ValueError("a line of it does not begin as that of a part")
         part = cls(
             int(number), [(first - 1, last) for first, last in parse_ranges(ranges)], Digest(sha256, int(pieces))
         )
@@ -143,7 +147,7 @@ class Manifest:
         if end != hashlib.sha256(lines).hexdigest().encode() + b"\n":
             raise ValueError("it is not whole, or was changed")
         first, *rest = lines.decode("ascii").split("\n")[:-1]
-        if not (match := re.fullmatch(r"ttmfs \d+ page_size=(\d+) size=(\d+) mode=([0-7]{3})", first)):
+        if not (match := re.fullmatch(r"ttmfs \d+ page_size=(\d{1,9}) size=(\d{1,18}) mode=([0-7]{3})", first)):
             raise ValueError("its first line lacks something")
         page_size, length, mode = int(match[1]), int(match[2]), int(match[3], 8)
         if not page_size or page_size % PIECE or PART % page_size or not length or length % page_size:
@@ -157,6 +161,12 @@ class Manifest:
 def manifest_of(path: Path) -> Path:
     """Where the manifest of a file lies."""
     return path.with_name(path.name + MANIFEST)
+
+
+def longest_manifest(length: int) -> int:
+    """How many bytes the manifest of a file of `length` bytes has at most: where every other page is there."""
+    ranges = PART // PIECE // 2 * len("1073741824,")
+    return min(MOST_MANIFEST, 1024 + -(-length // PART) * (128 + ranges))
 
 
 def by_part(runs: Iterable[tuple[int, int]], page_size: int) -> dict[int, Runs]:

@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..quoting import quoted
 from .command import Command, CommandError, reason
-from .mounts import check_backup
+from .mounts import backup_at
 from .png import BLUE, GREY, LETTER, LINE_HEIGHT, ORANGE, PURPLE, Canvas
-from .terminal import columns, has_colours, is_terminal, is_utf8, painted, quoted, size
+from .terminal import columns, has_colours, is_terminal, is_utf8, painted, size
 
 if TYPE_CHECKING:
     from ..client import Backup
@@ -87,10 +88,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise CommandError("--json is text, on standard output; -o writes a PNG: give one of the two")
     if str(arguments.output) == "-" and is_terminal(sys.stdout):
         raise CommandError("a PNG is nothing for a terminal: send it to a file or a program")
-    check_backup(arguments.backup)
-    from ..client import Backup
-
-    with Backup.open(arguments.backup) as backup:
+    with backup_at(arguments.backup) as backup:
         if arguments.json:
             _tell(arguments.backup, backup)
             return 0
@@ -120,7 +118,8 @@ def _tell(path: str, backup: Backup) -> None:
 
 def _view(backup: Backup, room: int, arguments: argparse.Namespace) -> View:
     """What is to be seen in at most so many cells."""
-    runs, limit, where = list(backup.runs()), backup.size // backup.page_size, backup.residency()
+    limit, where = max(1, backup.size // backup.page_size), backup.residency()
+    runs = [(first, min(past, limit)) for first, past in backup.runs() if first < limit]
     first, past = 0, limit
     stored = (runs[0][0], runs[-1][1]) if runs else (0, limit)
     if runs and not arguments.whole and (arguments.stored or (stored[1] - stored[0]) * EMPTY_SHARE <= limit):
@@ -247,5 +246,6 @@ examples:
         _add,
         _run,
         uses_client=True,
+        waits_for=lambda arguments: [arguments.backup],
     ),
 )

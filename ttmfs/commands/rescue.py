@@ -7,6 +7,12 @@ __all__ = ["COMMANDS"]
 
 COMMANDS = (
     Command(
-        "rescue", rescue.DESCRIPTION, rescue.EXAMPLES, rescue.add_arguments, rescue.run, interrupted=rescue.INTERRUPTED
+        "rescue",
+        rescue.DESCRIPTION,
+        rescue.EXAMPLES,
+        rescue.add_arguments,
+        rescue.run,
+        interrupted=rescue.INTERRUPTED,
+        waits_for=lambda _: [],
     ),
 )

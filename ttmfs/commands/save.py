@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 from .. import linux
 from ..errors import TtmfsError
 from ..mountinfo import ttmfs_on
-from ..rescue import BLOCK, PART, PIECE, Digest, data_runs, partial_name, write_all
+from ..quoting import quoted
+from ..rescue import BLOCK, PART, PIECE, Digest, data_runs, open_file, partial_name, write_all
 from .command import Command, CommandError, reason
 from .manifest import MANIFEST, Manifest, Part, Source, blocks_of, by_part, in_threads, manifest_of, matches, report
-from .mounts import check_backup
-from .terminal import Progress, quoted
+from .mounts import backup_at
+from .terminal import Progress
 
 if TYPE_CHECKING:
     from ..client import Backup
@@ -51,17 +52,8 @@ def _add_save(parser: argparse.ArgumentParser) -> None:
 
 
 def _save(arguments: argparse.Namespace) -> int:
-    check_backup(arguments.backup)
     target: Path = arguments.file
-    for path in target, manifest_of(target):
-        with contextlib.suppress(FileNotFoundError):
-            mode = path.lstat().st_mode
-            if not stat.S_ISREG(mode):  # a file in the place of a device would be hard to find
-                what = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link"}.get(stat.S_IFMT(mode), "a device or pipe")
-                raise CommandError(f"{quoted(path)} is {what}: give the name of a file")
-    from ..client import Backup
-
-    with Backup.open(arguments.backup) as backup, _partial_of(target) as partial:
+    with backup_at(arguments.backup) as backup, _partial_of(target) as partial:
         if (taken := partial.taken()) and not arguments.force:
             raise CommandError(f"{quoted(taken)} is there already; --force replaces it once the new one is whole")
         saving = _Saving(backup, arguments.backup, partial.file)
@@ -158,6 +150,8 @@ def _partial_of(target: Path) -> Iterator[_Partial]:
         stack.callback(os.close, directory)
         if ttmfs_on(os.fstat(directory).st_dev):
             raise CommandError(f"{quoted(target)} lies in a mount of ttmfs, which holds no files: save it elsewhere")
+        for place in target, manifest_of(target):
+            _check_replaceable(place, directory)
         partial = _Partial(target, path, directory, _open_partial(path, directory))
         stack.callback(os.close, partial.file)
         try:
@@ -173,6 +167,15 @@ def _partial_of(target: Path) -> Iterator[_Partial]:
                 os.unlink(partial.path.name, dir_fd=directory)
 
 
+def _check_replaceable(path: Path, directory: int) -> None:
+    """CommandError for what is no file: one in the place of a device would be hard to find."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path.name, dir_fd=directory, follow_symlinks=False).st_mode
+        if not stat.S_ISREG(mode):
+            what = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link"}.get(stat.S_IFMT(mode), "a device or pipe")
+            raise CommandError(f"{quoted(path)} is {what}: give the name of a file")
+
+
 def _open_partial(path: Path, directory: int) -> int:
     """Make the file, or open what an earlier save has left. Whoever may write to the directory may have put it there.
 
@@ -181,16 +184,16 @@ def _open_partial(path: Path, directory: int) -> int:
     refused = CommandError(
         f"{quoted(path)} is in the way, and no ttmfs save of yours has left it: see whose it is, and remove it"
     )
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with contextlib.suppress(FileExistsError):
-            return os.open(path.name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory)
-        file = os.open(path.name, flags, dir_fd=directory)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            return os.open(path.name, flags, 0o600, dir_fd=directory)
+        file = open_file(path.name, directory, flags=os.O_RDWR)
     except OSError as error:
-        raise refused if error.errno == errno.ELOOP else CommandError(reason(error, path)) from None
+        is_none = error.errno in (errno.ELOOP, errno.EINVAL)
+        raise refused if is_none else CommandError(reason(error, path)) from None
     found = os.fstat(file)
-    is_sole = found.st_nlink == 1 and not found.st_mode & 0o022
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or not is_sole:
+    if found.st_uid != os.geteuid() or found.st_nlink != 1 or found.st_mode & 0o022:
         os.close(file)
         raise refused
     return file
@@ -216,8 +219,8 @@ class _Saving:
         return (found.st_ino, found.st_mtime_ns, length) != (before.st_ino, before.st_mtime_ns, self._size)
 
     def _stat(self) -> os.stat_result:
-        os.close(os.open(self._path, os.O_RDONLY | os.O_DIRECTORY))  # so that the kernel asks anew
-        return os.stat(self._path)
+        os.close(self._backup.open_file(".", os.O_RDONLY | os.O_DIRECTORY))  # so that the kernel asks anew
+        return self._backup.status()
 
     def file_mode(self) -> int:
         """The file's: it is the caller's, and lets in others as the backup does; a group only if it is the same."""
@@ -315,5 +318,6 @@ examples:
         _save,
         "interrupted; the same command goes on where it was",
         uses_client=True,
+        waits_for=lambda arguments: [arguments.backup],
     ),
 )

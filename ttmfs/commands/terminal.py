@@ -1,7 +1,6 @@
-"""What commands show: names that cannot do harm, sizes and ages for people, tables, colours, and a bar of progress.
+"""What commands show: sizes and ages for people, tables, colours, and a bar of progress.
 
 Colours and bars are for terminals alone, and not for those that have none (TERM=dumb) or are to have none (NO_COLOR).
-What a backup is called is somebody's choice: no line end and no escape sequence of it reaches a terminal.
 """
 
 import contextlib
@@ -13,10 +12,8 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
-__all__ = ["Progress", "age", "columns", "has_colours", "is_terminal", "is_utf8", "painted", "quoted", "size", "table"]
+__all__ = ["Progress", "age", "columns", "has_colours", "is_terminal", "is_utf8", "painted", "size", "table"]
 
-PLAIN = frozenset("!%+,-./:=@^_~")
-ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\x1b": "\\e", "'": "\\'", "\\": "\\\\"}
 UNITS = "KMGTPE"
 
 
@@ -43,25 +40,6 @@ def columns() -> int:
 def painted(text: str, colour: str, *, colours: bool) -> str:
     """A text in a colour of SGR parameters such as ``1;34``."""
     return f"\x1b[{colour}m{text}\x1b[0m" if colours else text
-
-
-def quoted(name: str | os.PathLike[str]) -> str:
-    """A file's name as a shell reads it back, without anything that a terminal would obey."""
-    text = os.fsdecode(name)
-    shown = all(char.isprintable() and (char.isascii() or is_utf8(sys.stdout)) for char in text)
-    if shown and text and all(char.isalnum() or char in PLAIN for char in text):
-        return text
-    if shown and "'" not in text:
-        return f"'{text}'"
-    return "$'" + "".join(map(_escaped, text)) + "'"
-
-
-def _escaped(char: str) -> str:
-    if char in ESCAPES:
-        return ESCAPES[char]
-    if char.isprintable() and (char.isascii() or is_utf8(sys.stdout)):
-        return char
-    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(char))
 
 
 def size(count: float) -> str:

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from .. import linux
 from ..inodes import backup_of
 from ..mountinfo import ttmfs_on
-from .mounts import config
-from .terminal import quoted
+from ..quoting import quoted
+from .mounts import config, opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from ..client import Backup
 
 __all__ = ["Place", "User", "Users", "told"]
 
@@ -42,9 +44,9 @@ class Place(NamedTuple):
     servers: frozenset[int]  # processes that have its file open to serve it
 
     @classmethod
-    def of(cls, path: str) -> Place:
+    def of(cls, backup: Backup) -> Place:
         """Raises OSError. The link ``.shmem`` is followed only in a mount that root or the caller serves."""
-        directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = backup.open_file(".", os.O_PATH | os.O_DIRECTORY)
         try:
             found = os.fstat(directory)
             mount, own = ttmfs_on(found.st_dev), None
@@ -56,7 +58,8 @@ class Place(NamedTuple):
 
 
 def _servers(directory: int) -> frozenset[int]:
-    found = config(f"/proc/self/fd/{directory}/..")
+    with opened("..", directory) as mount:
+        found = config(mount)
     pids = (found.get(name) for name in ("daemon_pid", "keeper_pid"))
     return frozenset(pid for pid in pids if isinstance(pid, int))
 
