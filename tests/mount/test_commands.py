@@ -1189,7 +1189,8 @@ def test_doctor_finds_a_daemon_that_does_not_answer(mnt: Path, shared: Mount) ->
         found = checks(mnt, code=1)[str(mnt)]
     finally:
         os.kill(shared.pid, signal.SIGCONT)
-    assert f"kill -USR1 {shared.process.pid}" in found["do"]
+    assert f"kill -CONT {shared.pid} " in found["do"]
+    assert f"kill -KILL {shared.pid} has its keeper, {shared.process.pid}," in found["do"]
 
 
 def test_doctor_tells_of_another_version_and_of_what_is_not_installed(mnt: Path, tmp_path: Path) -> None:
