@@ -86,6 +86,25 @@ def test_c15_bytes_avail_follows_the_swap(backup: Path, request: pytest.FixtureR
     assert count(backup.parent, "bytes_avail") == meminfo("SwapFree") > before
 
 
+@pytest.mark.usefixtures("swap")
+def test_pages_of_which_only_a_part_was_stored_are_swapped_out_as_pages(mountpoint: Path) -> None:
+    with Mount(mountpoint, "size=64m,backup_size=1m,page_size=64k"):
+        backup = mountpoint / "a"
+        backup.mkdir()
+        with opened(backup / ".shmem") as fd:
+            for idx in (1, 4):
+                os.pwrite(fd, b"x" * PAGE, idx << 16)
+        assert (count(backup, "pages"), count(backup, "swapped")) == (2, 0)
+
+        def is_out() -> bool:
+            with opened(backup / ".image") as fd:
+                os.fsync(fd)
+            return count(backup, "swapped") == 2
+
+        wait_until(is_out, "both pages to be swapped out")
+        assert (count(backup, "pages"), count(backup, "resident")) == (2, 0)
+
+
 def swap_used() -> int:
     return meminfo("SwapTotal") - meminfo("SwapFree")
 
