@@ -9,7 +9,6 @@ import errno
 __all__ = [
     "ERRNO",
     "AccessDenied",
-    "AttributesChanged",
     "BackupAbsent",
     "BackupBusy",
     "BackupClosed",
@@ -92,10 +91,6 @@ class TextForgotten(TtmfsError):
     """The text of which the caller has read a part is gone: the daemon was replaced, or too many are open."""
 
 
-class AttributesChanged(TtmfsError):
-    """Mode or owner were changed since the kernel last asked; it must ask again before it decides who may open."""
-
-
 class NoRoom(TtmfsError):
     """The budget, the memory reserve or the number of backups is used up."""
 
@@ -161,7 +156,6 @@ ERRNO: dict[type[TtmfsError], int] = {
     BackupClosed: errno.EBADF,  # of the client alone, as of a descriptor that was closed
     PageDropped: errno.ESTALE,  # not ENOENT: on ESTALE from open the VFS looks the name up once more by itself
     TextForgotten: errno.ESTALE,
-    AttributesChanged: errno.ESTALE,  # for which the VFS tries the open(2) once more, this time with what is true
     NoRoom: errno.ENOSPC,
     OverQuota: errno.EDQUOT,
     TooMuchHeld: errno.ENOMEM,

@@ -12,13 +12,14 @@ highest handles are its ``.image`` and ``.shmem``, and all between are pages: 2*
 The backup id 0 belongs to the mount itself, whose inodes are the small numbers below.
 
 The handle of an open file is its inode number, with S set if it was opened O_SYNC or O_DSYNC: direct I/O sends no fsync
-for those. The handle of an open directory, and of the mount's own files, has a serial number where a page's handle
-would be, so that no two are the same.
+for those. An ``.image`` that was opened O_APPEND has APPENDED in place of IMAGE. The handle of an open directory, and
+of the mount's own files, has a serial number where a page's handle would be, so that no two are the same.
 
 Ids are never used twice, so 2**33 of them must do for a mount's life: 99 days at 1,000 new backups a second.
 """
 
 __all__ = [
+    "APPENDED",
     "CONFIG",
     "FIRST_BACKUP",
     "HANDLE_BITS",
@@ -49,6 +50,7 @@ MAX_BACKUP_ID = (1 << ID_BITS) - 1
 SHMEM = (1 << HANDLE_BITS) - 1
 IMAGE = SHMEM - 1
 MAX_HANDLE = IMAGE - 1
+APPENDED = SHMEM  # in the handle of an open file alone: no link is ever opened
 
 FIRST_BACKUP = 1 << HANDLE_BITS
 """All inodes of backups are larger, all of the mount's own are smaller."""

@@ -26,6 +26,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from .access import Caller
 from .errors import NotPermitted, PageDropped, StoreFailed, TtmfsError, errno_of
 from .inodes import FIRST_BACKUP, ROOT, backup_of
+from .kernel_cache import LIFETIME
 from .metrics import Metrics
 from .pool import NAME_MAX, Pool
 from .state import LATEST, POINTS, State, identity
@@ -135,7 +136,6 @@ class Operations(pyfuse3.Operations):
         state: State,
         *,
         init: Callable[[], None],
-        lifetime: float,
         debug: bool,
         suspects: dict[int, int],
     ) -> None:
@@ -153,7 +153,6 @@ class Operations(pyfuse3.Operations):
         # Whoever looks at a backup that a thread is changing waits for its lock. None: no thread changes anything.
         self._locks = None if pool.store.in_memory else pool.store.waiting.files
         self._init = init
-        self.lifetime = lifetime
         self._logged: set[tuple[str, object]] = set()
         # Used for every answer: pyfuse3 copies what it needs before anything else runs.
         self._answer = self._lasting_entry()
@@ -233,7 +232,6 @@ class Operations(pyfuse3.Operations):
         """An answer to fill, with what is the same in all of them."""
         entry = EntryAttributes()
         entry.st_blksize = self.pool.page_size
-        entry.entry_timeout = self.lifetime
         return entry
 
     def _entry(self, ino: int, attributes: Attributes) -> EntryAttributes:
@@ -259,7 +257,7 @@ class Operations(pyfuse3.Operations):
             entry.st_mode, entry.st_nlink, entry.st_size, entry.st_blocks, entry.st_uid, entry.st_gid,
             entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns, lasting,
         ) = attributes  # fmt: skip
-        entry.attr_timeout = self.lifetime if lasting else 0.0
+        entry.entry_timeout = entry.attr_timeout = LIFETIME if lasting else 0.0
 
     # --- names ---
 
@@ -267,7 +265,7 @@ class Operations(pyfuse3.Operations):
     def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         found = self.tree.lookup(parent_inode, name)
         if self.tree.stale:
-            self.tree.note_lookup(ctx.pid)
+            self.tree.note_lookup(ctx.pid, found=found is not None)
         if not found:
             return self._absent
         return self._entry(*found) if found[0] > FIRST_BACKUP else self._text_name(*found)
@@ -304,7 +302,7 @@ class Operations(pyfuse3.Operations):
                     self.tree.check_access(inode, os.W_OK, _caller(ctx))
                 await self.tree.truncate(inode, attr.st_size, ctx.pid)
             async with self.tree.locked(inode):
-                self.tree.change(
+                pages_too = self.tree.change(
                     inode,
                     mode=attr.st_mode if fields.update_mode else None,
                     uid=attr.st_uid if fields.update_uid else None,
@@ -313,6 +311,8 @@ class Operations(pyfuse3.Operations):
                     mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
                 )
                 attributes = self.tree.attributes(inode)
+            if pages_too:
+                await self.tree.forget_pages(inode)
         except PageDropped:
             if fh is not None:
                 raise
@@ -322,7 +322,8 @@ class Operations(pyfuse3.Operations):
     @guarded
     def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
         """Asked where the kernel does not look at mode bits itself: of root, who may do all but run what no one may."""
-        return not mode & os.X_OK or stat.S_ISDIR(self.tree.attributes(inode).mode)
+        found = self.tree.attributes(inode).mode  # of what is there: the name may have a lifetime yet
+        return not mode & os.X_OK or stat.S_ISDIR(found)
 
     @guarded
     def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -352,7 +353,7 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> "Coroutine[Any, Any, None] | None":
-        return self.tree.drop_page(parent_inode, name)
+        return self.tree.drop_page(parent_inode, name, ctx.pid)
 
     @guarded
     def create(

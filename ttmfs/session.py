@@ -14,7 +14,6 @@ not one that takes over, whose mount is there and answers no one yet.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import inspect
 import json
@@ -40,13 +39,14 @@ from .fusermount import MountError, checked_mountpoint, device_at, is_dead
 from .handover import Handover
 from .inodes import CONFIG, STATS
 from .keeper import CONNECTION, ENDING, RESTART, STATE, STORE, Keeper
+from .kernel_cache import KernelCache
 from .metrics import Metrics
 from .operations import Operations
 from .options import ExitCode, Options, format_size
 from .pool import Pool
 from .state import State
 from .store import Store
-from .tree import LIFETIME, Tree
+from .tree import Tree
 from .version import __version__
 
 __all__ = ["Process", "serve"]
@@ -58,9 +58,6 @@ INIT_FLAGS_OFFSET, ATOMIC_O_TRUNC = 40 + 12, 1 << 3
 INIT_VERSION_OFFSET, RESEND_SINCE = 40, (7, 40)
 NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)
 """fuse_out_header of the notification that makes the kernel send every unanswered request again. (Linux 6.9)"""
-
-NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 8, 0)
-"""fuse_out_header of the notification that makes the kernel forget every name it was given (seen on Linux 6.18)."""
 
 WAIT = "_wait_fuse_readable"
 """The function in which pyfuse3's loop waits for the next request, found anew at each. The one private thing that is
@@ -271,7 +268,8 @@ class _Session:
         self.served = self.leaving = False  # whether requests were answered; whether another daemon is to go on
         self.failure: MountError | None = None
         self._init = bytes.fromhex(state.header["init"])
-        self._resends = options.resend and struct.unpack_from("<II", self._init, INIT_VERSION_OFFSET) >= RESEND_SINCE
+        version = struct.unpack_from("<II", self._init, INIT_VERSION_OFFSET)
+        self._resends = options.resend and version >= RESEND_SINCE
         self._session_fd = -1
         self._longest_poll = options.busy_poll * 1000
         self._busy_poll: BusyPoll | None = None
@@ -286,18 +284,16 @@ class _Session:
             return _config(options, pool, process, self._handover)
 
         texts = {STATS: stats, CONFIG: config}
-        tree = Tree(pool, texts, self._forget_names, self._forget_attributes, state.progress)
+        cache = KernelCache(mount.connection, version, pool.store.waiting.turns, resumed=mount.begun)
+        tree = Tree(pool, texts, cache, state.progress)
         if mount.begun:
-            tree.doubt_all()
+            tree.doubts.note()  # the daemon before knew of which backups
         self._operations = Operations(
-            tree, pool, metrics, state, init=self._connect,
-            lifetime=LIFETIME if self._forget_names() else 0.0, debug=options.debug, suspects=state.suspects(),
+            tree, pool, metrics, state, init=self._connect, debug=options.debug, suspects=state.suspects(),
         )  # fmt: skip
         pool.store.remember = state.set
         if process.held and process.keeper and process.keeper.pid:
             pool.store.lead_paths_through(process.keeper.pid)
-        if not self._operations.lifetime:
-            log.info("this kernel cannot be told to forget names, so it is asked to keep none")
 
     def _offer_descriptors(self, options: Options) -> Handover | None:
         """A socket that gives out backups' descriptors, if there can be one and the store is fit for it."""
@@ -313,25 +309,6 @@ class _Session:
         except OSError as error:
             log.info("no descriptors are given to programs, which use .image instead: %s: %s", path, error.strerror)
             return None
-
-    def _forget_names(self) -> bool:
-        """Make the kernel forget every name; False if it cannot be told to."""
-        try:
-            os.write(self._connection, NOTIFY_INC_EPOCH)
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                return False
-            if error.errno != errno.ENODEV:  # unmounted meanwhile: there is no one left to tell
-                raise
-        return True
-
-    def _forget_attributes(self, ino: int) -> None:
-        """Make the kernel ask for an inode's attributes again. That takes no lock which a waiting client could hold."""
-        try:
-            pyfuse3.invalidate_inode(ino, attr_only=True)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):  # the kernel has no such inode, or no mount, any more
-                raise
 
     def run(self) -> None:
         """Serve until unmounted."""

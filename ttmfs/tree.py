@@ -17,6 +17,8 @@ looks names up under the parent's lock before it asks for a change, so a true EE
 mkdir of what is there, rmdir and unlink of what is gone, and a rename that was done already all succeed, and create
 never changes a page that is there. That is right only because (1) names that do not exist have no lifetime in the
 kernel, (2) nothing is awaited between a change of names and its answer, (3) rename knows no flag but RENAME_NOREPLACE.
+(For a second after a bulk drop, while the kernel has the names, unlink tells that the page is gone. A daemon does so
+only if it noted the drop, and by then it has carried out again what it had to.)
 (A write opened O_SYNC is awaited after the change, and pages dropped in bulk are dropped bit by bit. Meanwhile others
 may store anew what was written or dropped: so how far it got is noted in the state, and none of it is done twice.)
 
@@ -40,7 +42,6 @@ from .access import Caller, may
 from .backup import Backup
 from .errors import (
     AccessDenied,
-    AttributesChanged,
     BackupAbsent,
     BackupEnded,
     BackupExists,
@@ -59,6 +60,7 @@ from .errors import (
 )
 from .handles import format_ranges, parse_page_name, parse_ranges
 from .inodes import (
+    APPENDED,
     CONFIG,
     FIRST_BACKUP,
     HANDLE_BITS,
@@ -75,13 +77,14 @@ from .inodes import (
     split,
     with_serial,
 )
+from .kernel_cache import LIFETIME, KernelCache, Recent
 from .linux import XATTR_SIZE_MAX
 from .options import parse_size
 from .pool import NAME_MAX, Pool, bytes_avail
 from .state import Progress
 from .texts import Texts
 
-__all__ = ["LIFETIME", "WANTED", "Attributes", "Entry", "Tree"]
+__all__ = ["WANTED", "Attributes", "Entry", "Tree"]
 
 RENAME_NOREPLACE = 1
 
@@ -91,17 +94,15 @@ WANTED = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_
 TEXTS = {b".stats": STATS, b".config": CONFIG}
 HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
 
-LIFETIME = 1.0
-"""Seconds for which the kernel may keep a name and its attributes: so late may it learn what .shmem changed."""
-
 KEPT = 64
 """How many listings under way are kept. One that was lost is made anew from its offset."""
 
 RANGES_AT_ONCE = 256
 """How many ranges of a list, which can have 32,768, are read before others may be served."""
 
-ALL = 0
-"""In the place of a backup's id, any of them."""
+DOUBT_SECONDS = 1.5
+"""For so long after a backup's mode or owner changed, the kernel may judge its pages by the old ones: those that the
+answer to a truncation said which was under way. It keeps them for LIFETIME."""
 
 RETRY_SECONDS = 1.0
 """How long a thread may take to ask again for a path that it was told is stale. It does so at once."""
@@ -146,17 +147,14 @@ class _Kept(Generic[Kept], OrderedDict[int, Kept]):
 class Tree:
     """The names of a mount over a pool. Names are bytes, as the kernel has them; numbers are inode numbers.
 
-    `texts` makes what STATS and CONFIG hold. `names_dropped` is called when pages went, or changed their owner or mode,
-    without the kernel's knowing: it must make the kernel forget the names that it has. `attributes_changed` is called
-    with an inode whose attributes the kernel must ask for again. `progress` is State.progress.
+    `texts` makes what STATS and CONFIG hold. `cache` tells the kernel what has changed. `progress` is State.progress.
     """
 
     def __init__(
         self,
         pool: Pool,
         texts: Mapping[int, Callable[[], Awaitable[bytes]]],
-        names_dropped: Callable[[], object],
-        attributes_changed: Callable[[int], object],
+        cache: KernelCache,
         progress: "Callable[..., contextlib.AbstractContextManager[Progress]]",
     ) -> None:
         self.pool = pool
@@ -164,13 +162,11 @@ class Tree:
         self._in_memory = pool.store.in_memory
         self._progress = progress
         self.texts = Texts(texts)
-        self._names_dropped = names_dropped
-        self._attributes_changed = attributes_changed
+        self._cache = cache
         # Directories that a daemon before opened are open still: two of one handle would share what is kept of them.
         self._serial = itertools.count(secrets.randbits(HANDLE_BITS))
-        # Backups whose mode or owner changed just now, ALL for any: until when the kernel may think otherwise of their
-        # pages, and of which it was told.
-        self.doubts: dict[int, tuple[float, set[int]]] = {}
+        self.doubts = Recent(DOUBT_SECONDS)  # backups whose mode or owner changed
+        self._bulk_drops = Recent(LIFETIME)  # backups of which pages were dropped in bulk; the kernel has the names yet
         # By thread: the inode of which it was told last that its page is gone, when, and whether it looked up since.
         self.stale: _Kept[tuple[int, float, bool]] = _Kept()
         # Of open directories: index to go on from, end of the run of pages that it is in, and when that was looked up.
@@ -199,7 +195,9 @@ class Tree:
         found = backup.stat()
         if handle * self.pool.page_size > found.st_size:  # .shmem can have made it shorter
             return None
-        return inode(id, handle), self._page(found)
+        ino = inode(id, handle)
+        self._cache.told(ino)
+        return ino, self._page(found)
 
     def attributes(self, ino: int) -> Attributes:
         """The attributes of an inode. Raises PageDropped and BackupEnded if it is no more."""
@@ -209,14 +207,15 @@ class Tree:
         backup = self.pool.backup(id)
         if 0 < handle <= MAX_HANDLE:
             _check_page(backup, handle)
+            self._cache.told(ino)
             return self._page(backup.stat())
         if not handle:
             return _directory(backup.stat())
-        if handle == IMAGE:
-            found = backup.stat()  # every page that comes or goes changes it, and du must agree with ls
+        found = backup.stat()
+        if handle == IMAGE:  # every page that comes or goes changes it, and du must agree with ls
             blocks = backup.taken // 512
             return _file(found, found.st_size, blocks)._replace(lasting=False)
-        return _file(backup.stat(), len(self.target(ino)), 0)._replace(mode=stat.S_IFLNK | 0o777)
+        return _file(found, len(self.target(ino)), 0)._replace(mode=stat.S_IFLNK | 0o777, lasting=False)
 
     def _attributes_of_own(self, ino: int) -> Attributes:
         found = self.pool.store.stat()
@@ -325,25 +324,33 @@ class Tree:
         if not self._in_memory:
             return self._create_later(backup, ino, flags)
         backup.create_page(handle - 1)
+        self._cache.told(ino)
         return _file_handle(ino, flags), ino, self._page(backup.stat())
 
     async def _create_later(self, backup: Backup, ino: int, flags: int) -> tuple[int, int, Attributes]:
         async with backup.locked():
             await backup.create_page_in_thread(handle_of(ino) - 1)
+            self._cache.told(ino)
             return _file_handle(ino, flags), ino, self._page(backup.stat())
 
-    def drop_page(self, parent: int, name: bytes) -> "Coroutine[Any, Any, None] | None":
-        """unlink(2): drop a page. One that is gone already is well.
+    def drop_page(self, parent: int, name: bytes, pid: int = 0) -> "Coroutine[Any, Any, None] | None":
+        """unlink(2) by a thread: drop a page. One that is gone already is well, unless the kernel cannot know that.
 
         Gives a coroutine only where something must be waited for.
         """
         handle = parse_page_name(name) or 0
         if parent == ROOT or name in HIDDEN or not 0 < handle <= MAX_HANDLE:
             raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
+        id = backup_of(parent)
+        backup = self.pool.backup(id)
+        if self._bulk_drops and id in self._bulk_drops and not backup.holds(handle - 1):
+            self.as_before_drop(inode(id, handle), pid)  # the VFS looks the name up anew, and says ENOENT
+        elif self.stale:
+            self.stale.pop(pid, None)
         if not self._in_memory:
             return self._drop_later(parent, handle)
-        self.backup(parent).drop_range(handle - 1, handle)
-        self._forget_extents(backup_of(parent), handle - 1, handle)
+        backup.drop_range(handle - 1, handle)
+        self._forget_extents(id, handle - 1, handle)
         return None
 
     async def _drop_later(self, parent: int, handle: int) -> None:
@@ -363,10 +370,10 @@ class Tree:
     def open(self, ino: int, flags: int, pid: int = 0) -> int:
         """open(2) by a thread: a file handle. O_TRUNC comes as a truncation of its own (see the session's INIT)."""
         id, handle = split(ino)
-        if self.doubts:
-            self._require_fresh(ino)
         if handle == IMAGE:
             self.pool.backup(id).stat()
+            if flags & os.O_APPEND:
+                ino = inode(id, APPENDED)
         elif not self.pool.backup(id).holds(handle - 1):
             self.as_before_drop(ino, pid)
         return _file_handle(ino, flags)
@@ -390,16 +397,20 @@ class Tree:
         if not pid or known != ino or not looked_up or time.monotonic() > at + RETRY_SECONDS:
             self.stale[pid] = ino, time.monotonic(), False
             raise _dropped(handle_of(ino))
+        del self.stale[pid]
         return self._page(self.backup(ino).stat())._replace(lasting=False)
 
-    def note_lookup(self, pid: int) -> None:
-        """A thread has a path looked up. To be told while anything is `stale`."""
-        if note := self.stale.get(pid):
-            self.stale[pid] = *note[:2], True
+    def note_lookup(self, pid: int, *, found: bool) -> None:
+        """A thread has a path looked up. To be told while anything is `stale`.
 
-    def doubt_all(self) -> None:
-        """Of any backup the mode or owner may have changed just now: a daemon before knew of which."""
-        self.doubts[ALL] = time.monotonic() + 1.5 * LIFETIME, set()
+        What is not found ends the call, or is made anew. The next call may ask for it without a look-up before.
+        """
+        if not (note := self.stale.get(pid)):
+            return
+        if found:
+            self.stale[pid] = *note[:2], True
+        else:
+            del self.stale[pid]
 
     def check_access(self, ino: int, wanted: int, caller: Caller) -> None:
         """AccessDenied unless a caller may do what is wanted (R_OK, W_OK) by the mode of now.
@@ -408,24 +419,8 @@ class Tree:
         knew. It may know the old mode even after it was told, if it was just changing the page's size.
         """
         id = backup_of(ino)
-        in_doubt = id and (id in self.doubts or ALL in self.doubts)
-        if in_doubt and not may(self.pool.backup(id).stat(), caller, wanted):
+        if id and id in self.doubts and not may(self.pool.backup(id).stat(), caller, wanted):
             raise AccessDenied("the backup's mode and owner of now do not allow it")
-
-    def _require_fresh(self, ino: int) -> None:
-        """See that the kernel decides by a page's mode and owner of now. AttributesChanged if it cannot have.
-
-        It has forgotten the names of a backup's pages when these changed, and asks for what is looked up again. What is
-        reached without a name, by a descriptor in /proc, it may judge by what it knew, for as long as that lasts.
-        """
-        now = time.monotonic()
-        for id, (until, _) in list(self.doubts.items()):
-            if until < now:
-                del self.doubts[id]
-        if backup_of(ino) in self.doubts and ino not in (told := self.doubts[backup_of(ino)][1]):
-            told.add(ino)
-            self._attributes_changed(ino)
-            raise AttributesChanged("the backup's mode or owner has changed")
 
     def read(self, fh: int, offset: int, size: int) -> "bytes | Coroutine[Any, Any, bytes]":
         """read(2). Absent pages of an IMAGE are zeros; a page that was dropped raises PageDropped.
@@ -436,7 +431,7 @@ class Tree:
         if not id:
             return self.texts.read(fh, offset, size)
         backup = self.pool.backup(id)
-        if handle == IMAGE:
+        if handle >= IMAGE:
             start = offset
         else:
             page_size = self.pool.page_size
@@ -452,7 +447,7 @@ class Tree:
 
     def _read_now(self, backup: Backup, handle: int, start: int, size: int) -> bytes:
         data = backup.read(start, size) if size else b""
-        if handle != IMAGE and (len(data) < len(self._zeros) or data == self._zeros):
+        if handle < IMAGE and (len(data) < len(self._zeros) or data == self._zeros):
             _check_page(backup, handle)  # else they can only be those of a page that is there
         return data
 
@@ -465,11 +460,13 @@ class Tree:
             return self._write_out(fh, offset, data)
         id, handle = split(fh)
         backup, start = self.pool.backup(id), offset
-        if handle != IMAGE:
+        if handle < IMAGE:
             page_size = self.pool.page_size
             if offset >= page_size:
                 raise OutOfBounds(f"a page ends at byte {page_size}")
             data, start = data[: page_size - offset], (handle - 1) * page_size + offset
+        elif handle == APPENDED:  # where the kernel takes the end to be, which .shmem may have moved
+            raise OutOfBounds("nothing can be appended to .image, which spans the whole backup")
         if not self._in_memory or backup.is_out(start, len(data), to_write=True):
             return self._write_later(backup, handle, start, data, held)
         return self._write_now(backup, handle, start, data)
@@ -486,7 +483,7 @@ class Tree:
         return self._write_now(backup, handle, start, data)
 
     def _write_now(self, backup: Backup, handle: int, start: int, data: bytes) -> int:
-        if handle == IMAGE:
+        if handle >= IMAGE:
             return backup.write(start, data)
         _check_page(backup, handle)
         return backup.overwrite(start, data)
@@ -499,7 +496,7 @@ class Tree:
             if not progress.done:
                 stored = self.write(fh & ~SYNC, offset, data, held=True)
                 progress.reach(stored if isinstance(stored, int) else await stored)
-            start = offset if handle_of(fh) == IMAGE else (handle_of(fh) - 1) * self.pool.page_size + offset
+            start = offset if handle_of(fh) >= IMAGE else (handle_of(fh) - 1) * self.pool.page_size + offset
             await backup.sync(start, progress.done)
             return progress.done
 
@@ -508,7 +505,7 @@ class Tree:
         if not backup_of(fh):
             return
         handle, page_size = handle_of(fh), self.pool.page_size
-        if handle == IMAGE:
+        if handle >= IMAGE:
             await self.backup(fh).sync(0, MAX_HANDLE * page_size)
         else:
             await self.backup(fh).sync((handle - 1) * page_size, page_size)
@@ -535,12 +532,25 @@ class Tree:
         await backup.bring_in(size, -size % page_size, to_write=True)  # zeroed, not dropped
         with self._progress("truncate", ino, size, pid) as progress:
             await backup.truncate(size, progress)
-        self._forget_extents(id, size // page_size, MAX_HANDLE)
-        self._names_dropped()
+            self._forget_extents(id, size // page_size, MAX_HANDLE)
+            await self._forget_dropped(id, size // page_size + 1, MAX_HANDLE, directory_locked=False)
+
+    async def _forget_dropped(self, id: int, first: int, last: int, *, directory_locked: bool) -> None:
+        """Have the kernel know that pages were dropped, by range of handles. To be awaited before that is answered.
+
+        And before it is forgotten how far it got: whoever repeated it would drop what was stored meanwhile.
+        """
+        if self._cache.is_complete(id):  # else unlink(2) may be carried out again of a page that it has dropped
+            self._bulk_drops.note(id)
+        self._cache.forget(inode(id, 0))
+        await self._cache.forget_pages(id, first, last, directory_locked=directory_locked)
 
     def change(self, ino: int, *, mode: int | None = None, uid: int | None = None, gid: int | None = None,
-               atime_ns: int | None = None, mtime_ns: int | None = None) -> None:  # fmt: skip
-        """chmod(2), chown(2), utimensat(2). A page's mode and times are its backup's: changing them changes nothing."""
+               atime_ns: int | None = None, mtime_ns: int | None = None) -> bool:  # fmt: skip
+        """chmod(2), chown(2), utimensat(2). A page's mode and times are its backup's: changing them changes nothing.
+
+        Gives whether pages have changed too. Then :meth:`forget_pages` is to be awaited before that is answered.
+        """
         now = self.attributes(ino)
         new_owner = (uid is not None and uid != now.uid) or (gid is not None and gid != now.gid)
         if not stat.S_ISDIR(now.mode):
@@ -548,7 +558,7 @@ class Tree:
                 raise NotPermitted("this file is the mount's own")
             if new_owner:
                 raise NotPermitted("a page's owner is its backup's")
-            return
+            return False
         times = None
         if atime_ns is not None or mtime_ns is not None:
             times = (now.atime_ns if atime_ns is None else atime_ns, now.mtime_ns if mtime_ns is None else mtime_ns)
@@ -559,10 +569,17 @@ class Tree:
             gid=-1 if gid is None or gid == now.gid else gid,
             times=times,
         )
-        if backup_of(ino) and (mode is not None or new_owner or times is not None):
-            self._names_dropped()  # the pages have changed too
-            if mode is not None or new_owner:
-                self.doubts[backup_of(ino)] = time.monotonic() + 1.5 * LIFETIME, set()
+        if not (id := backup_of(ino)):
+            for text in TEXTS.values():
+                self._cache.forget(text)
+            return False
+        if mode is not None or new_owner:
+            self.doubts.note(id)
+        return mode is not None or new_owner or times is not None
+
+    async def forget_pages(self, ino: int) -> None:
+        """Have the kernel ask anew for the attributes of all pages of a backup."""
+        await self._cache.forget_pages(backup_of(ino))
 
     # --- listings ---
 
@@ -570,7 +587,7 @@ class Tree:
         """opendir(3): a file handle."""
         self.attributes(ino)
         if backup_of(ino):  # a write changes its times, unknown to the kernel; tar compares them with those at the end
-            self._attributes_changed(ino)
+            self._cache.forget(ino)
         return with_serial(ino, next(self._serial))
 
     def listing(self, fh: int, start: int) -> Generator[Entry, None, None]:
@@ -619,6 +636,7 @@ class Tree:
                     yield b"%d" % handle, base | handle, page, handle + 2
                 handle = end + 1
             finally:  # also when the caller wants no more: then the entry of this handle was not taken
+                self._cache.told_run(base | idx + 1, base | handle - 1)
                 position = idx = handle - 1
                 self._extents[fh] = position, end, found_at
 
@@ -686,6 +704,8 @@ class Tree:
             raise InvalidArgument(f"a backup has at most {MAX_HANDLE} pages")
         async with self.backup(ino).locked():
             self.backup(ino).resize(size)
+        self._cache.forget(ino)  # its times
+        await self._cache.grow(backup_of(ino), size)
 
     async def map(self, ino: int) -> str:
         """The handles of a backup's pages, as ranges. Pages can come and go while it is made."""
@@ -741,7 +761,8 @@ class Tree:
                 progress.reach(number << HANDLE_BITS)
                 if work.is_due():
                     await work.rest()
-        self._names_dropped()
+            lowest, highest = min(ranges)[0], max(last for _, last in ranges)
+            await self._forget_dropped(backup_of(ino), lowest, highest, directory_locked=True)
 
 
 class _Xattr(NamedTuple):

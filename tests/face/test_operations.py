@@ -3,11 +3,14 @@
 The handlers are called as pyfuse3 calls them, on a real pool; a request's context is all that is made up.
 """
 
+import contextlib
 import errno
 import inspect
+import itertools
 import logging
 import os
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +20,8 @@ import pytest
 import trio
 
 from ttmfs import errors, texts, waiting
-from ttmfs.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, SYNC, inode
+from ttmfs.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, SYNC, handle_of, inode
+from ttmfs.kernel_cache import BLOCK_BITS, NOTIFY_INVAL_INODE, KernelCache
 from ttmfs.metrics import Metrics
 from ttmfs.operations import Operations
 from ttmfs.options import Options
@@ -39,24 +43,24 @@ class Context:
 
 CTX: Any = Context()
 
+HEADER = struct.Struct("<IiQ")  # fuse_out_header
+
 
 class Face:
     """The handlers, called and waited for."""
 
     def __init__(self, pool: Pool) -> None:
-        self.dropped = 0
-        self.changed: list[int] = []  # inodes whose attributes the kernel was told to ask for again
+        self._notified, self._connection = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.state = State.new()
         self.metrics = Metrics(self.state)
         self.tree = Tree(
             pool,
             {STATS: self.stats, CONFIG: self.config},
-            self.names_dropped,
-            self.changed.append,
+            KernelCache(self._connection, (7, 38), pool.store.waiting.turns),
             self.state.progress,
         )
         self.operations = Operations(
-            self.tree, pool, self.metrics, self.state, init=lambda: None, lifetime=1.0, debug=False, suspects={}
+            self.tree, pool, self.metrics, self.state, init=lambda: None, debug=False, suspects={}
         )
 
     async def stats(self) -> bytes:
@@ -65,8 +69,20 @@ class Face:
     async def config(self) -> bytes:
         return b"{}"
 
-    def names_dropped(self) -> None:
-        self.dropped += 1
+    def forgotten(self) -> list[int]:
+        """The inodes whose attributes the kernel was told to forget since it was last asked."""
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while header := os.read(self._notified, HEADER.size):
+                length, code, _ = HEADER.unpack(header)
+                body = os.read(self._notified, length - HEADER.size)
+                if code == NOTIFY_INVAL_INODE:
+                    found.append(int.from_bytes(body[:8], "little"))
+        return found
+
+    def close(self) -> None:
+        os.close(self._notified)
+        os.close(self._connection)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         handler = getattr(self.operations, name)
@@ -83,6 +99,7 @@ def face() -> Iterator[Face]:
     pool = Pool(Store.on_tmpfs(options), options)
     face = Face(pool)
     yield face
+    face.close()
     face.state.close()
     pool.close()
 
@@ -345,20 +362,51 @@ def test_as_if_once(face: Face, a: int) -> None:
     assert refusal(face.rename, ROOT, b"a", ROOT, b"c", 0, CTX) == "ENOENT"
 
 
-def test_the_kernel_is_told_when_names_went_without_its_knowing(face: Face, a: int) -> None:
+def test_the_kernel_is_told_of_what_it_knows_and_no_more(face: Face, a: int) -> None:
+    """Of each page whose attributes it was told, by whatever answer, if the page went or changed by another request."""
+
+    def told(*handles: int) -> None:
+        """The kernel forgets these pages, and no other than those beside them that are noted together with them."""
+        inodes = {ino for ino in face.forgotten() if handle_of(ino)}
+        assert inodes >= {a + handle for handle in handles}
+        assert {ino >> BLOCK_BITS for ino in inodes} == {a + handle >> BLOCK_BITS for handle in handles}
+
+    b = face.mkdir(ROOT, b"b", 0o755, CTX).st_ino
+    for handle in 1, 15:
+        face.create(b, b"%d" % handle, 0o644, 0, CTX)
     face.unlink(a, b"1", CTX)
-    assert face.dropped == 0
+    assert face.forgotten() == [], "of what it asked for itself it knows"
     face.setxattr(a, b"user.ttmfs.drop", b"1-3", CTX)
-    assert face.dropped == 1
+    assert set(face.forgotten()) == {a, a + 1, a + 2, a + 3}
+    for tell in (
+        lambda: face.lookup(a, b"1", CTX),
+        lambda: face.getattr(a + 1, CTX),
+        lambda: list(itertools.islice(face.tree.listing(a + 5, 0), 4)),
+        lambda: face.mknod(a, b"1", stat.S_IFREG, 0, CTX),
+    ):
+        face.mknod(a, b"1", stat.S_IFREG, 0, CTX)
+        trio.run(face.tree.forget_pages, a)  # what it knew before
+        face.forgotten()
+        tell()
+        assert face.tree.change(a, mode=0o755)
+        trio.run(face.tree.forget_pages, a)
+        told(1)
+    tell()
     trio.run(face.tree.truncate, inode(a >> 30, IMAGE), 0)
-    assert face.dropped == 2
+    told(1)
+    trio.run(face.tree.truncate, inode(a >> 30, IMAGE), 0)
+    assert face.forgotten() == [a], "the directory's times; of the pages it was told already"
+    assert not face.tree.change(ROOT, mode=0o700)
+    assert set(face.forgotten()) == {STATS, CONFIG}, "which belong to whom the root belongs to"
 
 
 def test_attributes_that_change_unseen_are_not_kept(face: Face, a: int) -> None:
     """The kernel sees neither what a page's coming and going does to .image, nor what a write does to the backup."""
-    assert face.getattr(inode(a >> 30, IMAGE), CTX).attr_timeout == 0
+    for name in b".image", b".shmem":
+        entry = face.lookup(a, name, CTX)
+        assert (entry.entry_timeout, entry.attr_timeout) == (0, 0)
     face.opendir(a, CTX)
-    assert face.changed == [a]
+    assert face.forgotten() == [a]
 
 
 @pytest.mark.parametrize("handle", [1, 2, 15])

@@ -12,8 +12,8 @@ PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
     "handles errors version quoting options linux mountinfo fusermount inherited checked state keeper service memory "
-    "turns waiting ledger quota store backup pool inodes access texts tree metrics handover operations busy_poll "
-    "session background page_array client keepers rescue mount_helper cli"
+    "turns waiting ledger quota store backup pool inodes access texts kernel_cache tree metrics handover operations "
+    "busy_poll session background page_array client keepers rescue mount_helper cli"
 ).split()
 
 COMMANDS = "terminal command apart mounts png manifest users backups ls map save load fd doctor rescue".split()

@@ -788,12 +788,6 @@ def fault(*arguments, **more):
 Tree.{method} = fault
 """
 
-UNKNOWN_NOTIFICATION = """
-import struct
-from ttmfs import session
-session.NOTIFY_INC_EPOCH = struct.pack("<IiQ", 16, 99, 0)
-"""
-
 
 @pytest.mark.parametrize(
     ("method", "operation", "command"),
@@ -843,21 +837,6 @@ def test_a_fault_in_a_handler_is_a_logged_eio_and_the_mount_lives_on(
             assert count[f'ttmfs_operation_errors_total{{operation="{operation}",errno="EIO"}}'] >= 3
     assert mounted.log.count("RuntimeError: nobody foresaw this") == 1, "a caller cannot fill the log"
     assert any(line.startswith("Traceback") for line in mounted.log)
-
-
-def test_a_kernel_that_cannot_be_told_to_forget_names_is_asked_to_keep_none(tmp_path: Path, mountpoint: Path) -> None:
-    """The notification is one that no kernel knows; all else is as on a kernel too old for it."""
-    with Altered(mountpoint, tmp_path / "altered.py", UNKNOWN_NOTIFICATION) as mounted:
-        mounted.expect_log("this kernel cannot be told to forget names")
-        backup = mountpoint / "a"
-        backup.mkdir()
-        for drop in "truncate -s 0 a/.image", "setfattr -n user.ttmfs.drop -v 1-3 a", "truncate -s 0 a/.shmem":
-            for handle in "123":
-                (backup / handle).write_bytes(b"x" * 4096)
-            assert len(list(os.scandir(backup))) == 3
-            run(drop, cwd=mountpoint)
-            assert [(backup / handle).exists() for handle in "123"] == [False] * 3
-    assert any("cannot be told" in line for line in mounted.log)
 
 
 def test_opening_with_truncation_is_two_requests(backup: Path) -> None:
