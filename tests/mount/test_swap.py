@@ -334,21 +334,29 @@ def test_c12_writeback_brings_no_page_back_that_is_dropped(backup: Path) -> None
 
 @pytest.mark.usefixtures("swap")
 def test_others_are_served_while_a_whole_backup_is_pushed_out(backup: Path, mnt: Path) -> None:
-    fill(backup, 12 * 1024)
+    """A machine that does something else for a while may spoil a try; a loop that waits spoils all."""
     (mnt / "b").mkdir()
     (mnt / "b/1").write_bytes(b"b" * PAGE)
-    begun, times = time.monotonic(), []
-    with opened(backup / ".image") as image, opened(mnt / "b/1") as page:
-        pusher = threading.Thread(target=os.fsync, args=(image,))
-        pusher.start()
-        while pusher.is_alive():
-            start = time.monotonic()
-            os.pread(page, PAGE, 0)
-            times.append(time.monotonic() - start)
-        pusher.join()
-    took = time.monotonic() - begun
-    assert count(backup, "resident") <= 2
-    assert max(times) < took / 3, f"of {took:.3f} s one read waited {max(times):.3f} s, {len(times)} were served"
+
+    def share_of_the_longest_read() -> float:
+        fill(backup, 12 * 1024)
+        begun, times = time.monotonic(), []
+        with opened(backup / ".image") as image, opened(mnt / "b/1") as page:
+            pusher = threading.Thread(target=os.fsync, args=(image,))
+            pusher.start()
+            while pusher.is_alive():
+                start = time.monotonic()
+                os.pread(page, PAGE, 0)
+                times.append(time.monotonic() - start)
+            pusher.join()
+        took = time.monotonic() - begun
+        assert count(backup, "resident") <= 2
+        return max(times) / took
+
+    shares: list[float] = []
+    while not shares or (min(shares) > 1 / 3 and len(shares) < 6):
+        shares.append(share_of_the_longest_read())
+    assert min(shares) < 1 / 3, shares
 
 
 # --- swap-ins ---
@@ -359,6 +367,11 @@ def slow(mount: Mount, tmp_path: Path) -> Iterator[stores.SlowSwap]:
     """Swap from which the daemon reads four times a second."""
     with stores.slow_swap(mount.pid, tmp_path) as slow:
         yield slow
+
+
+def held_up(times: list[float]) -> float:
+    """How many seconds went by in reads that took so long that they waited for something."""
+    return sum(time for time in times if time > 0.05)
 
 
 WAYS: dict[str, Callable[[Path, int], object]] = {
@@ -415,16 +428,15 @@ def test_a_swap_in_holds_no_one_else_up(backup: Path, slow: stores.SlowSwap, way
         client.join()
         afterwards = reads(300)
     assert max(waiting) > 0.15, f"no swap-in was slow: {waiting}"
-    assert len(beside) >= 300, "it was served all the time"
-    assert max(beside) < max(0.1, 3 * max(alone)), "no read waited for the other's swap-in"
-    assert statistics.median(beside) < max(0.002, 3 * max(map(statistics.median, (alone, afterwards))))
+    assert held_up(beside) < sum(waiting) / 3, "no read waited for the other's swap-in"
+    assert statistics.median(beside) < max(0.05, 3 * max(map(statistics.median, (alone, afterwards))))
     if way == "read":
         assert (backup / "11").read_bytes() == content[10 * PAGE : 11 * PAGE]
 
 
 def test_a_write_into_part_of_a_large_page_holds_no_one_up(mountpoint: Path, tmp_path: Path) -> None:
     """All of the page is needed in memory for it, and all of it is waited for in a thread."""
-    with Mount(mountpoint, "size=64m,page_size=256k") as mount, stores.slow_swap(mount.pid, tmp_path, 40) as slow:
+    with Mount(mountpoint, "size=64m,page_size=256k") as mount, stores.slow_swap(mount.pid, tmp_path, 10) as slow:
         (mountpoint / "a").mkdir()
         data = np.random.default_rng(1).bytes(256 << 10)
         for handle in 1, 2:
@@ -434,15 +446,15 @@ def test_a_write_into_part_of_a_large_page_holds_no_one_up(mountpoint: Path, tmp
             writer = threading.Thread(target=os.pwrite, args=(page, b"x", 99999))
             begun = time.monotonic()
             writer.start()
-            slowest = 0.0
+            times = []
             while writer.is_alive():
                 start = time.monotonic()
                 os.getxattr(mountpoint, "user.ttmfs.size")
-                slowest = max(slowest, time.monotonic() - start)
+                times.append(time.monotonic() - start)
             writer.join()
             took = time.monotonic() - begun
-        assert took > 0.2
-        assert slowest < took / 3
+        assert took > 0.5
+        assert held_up(times) < took / 3
         assert (mountpoint / "a/1").read_bytes() == data[:99999] + b"x" + data[100000:]
 
 
@@ -460,21 +472,21 @@ def test_many_that_wait_for_swap_hold_no_one_up(backup: Path, mount: Mount, tmp_
             ]
             for client in clients:
                 client.start()
-            served = held_up = 0
+            begun, times = time.monotonic(), []
             while any(client.is_alive() for client in clients):
                 start = time.monotonic()
                 assert os.pread(fd, PAGE, 0) == b"r" * PAGE
-                held_up += time.monotonic() - start > 0.05
-                served += 1
+                times.append(time.monotonic() - start)
+            took = time.monotonic() - begun
             for client in clients:
                 client.join()
-    assert served > 1000
-    assert held_up <= 3, "a machine that does something else for a while may do that"
+    assert took > waiters / 40 / 2
+    assert held_up(times) < took / 3
 
 
 def test_a_signal_ends_the_mount_though_clients_wait_for_swap(mountpoint: Path, tmp_path: Path) -> None:
     """They are cut off, and being locked in memory the daemon does not wait for pages of its own."""
-    with Mount(mountpoint, "size=64m") as mount, stores.slow_swap(mount.pid, tmp_path, reads_a_second=5) as slow:
+    with Mount(mountpoint, "size=64m") as mount, stores.slow_swap(mount.pid, tmp_path, reads_a_second=1) as slow:
         (mountpoint / "a").mkdir()
         fill(mountpoint / "a", 64 * 60)
         slow.push_out()
@@ -489,46 +501,51 @@ def test_a_signal_ends_the_mount_though_clients_wait_for_swap(mountpoint: Path, 
         begun = time.monotonic()
         mount.process.terminate()
         try:
-            codes = [reader.wait(15) for reader in readers]
+            codes = [reader.wait(60) for reader in readers]
             took = time.monotonic() - begun
         finally:
             for reader in readers:
                 reader.kill()
                 reader.wait()
-        assert took < 5, "they were cut off"
+        assert took < 20, "they were cut off"
         assert codes.count(1) >= 30, "with an error"
         assert mount.wait() == 0
 
 
 def test_a_page_that_is_dropped_during_its_swap_in_stays_dropped(backup: Path, slow: stores.SlowSwap) -> None:
     """Its reader is told so, and nothing comes back."""
-    fill(backup, 64)
+    apart, readers = 64, 40  # far enough apart that no readahead helps: 10 s of reading
+    content = fill(backup, apart * readers)
     slow.push_out()
-    answers: list[object] = []
+    answers: dict[int, object] = {}
 
     def read(handle: int) -> None:
         with opened(backup / str(handle), os.O_RDONLY) as fd:
-            opened_all.wait()
+            opened_all.wait(60)
             try:
-                answers.append(os.pread(fd, PAGE, 0))
+                answers[handle] = os.pread(fd, PAGE, 0)
             except OSError as error:
-                answers.append(error.errno)
+                answers[handle] = error.errno
 
-    handles = (3, 30, 60)
+    handles = range(1, apart * readers, apart)
     opened_all = threading.Barrier(len(handles) + 1)
     clients = [threading.Thread(target=read, args=(handle,)) for handle in handles]
     for client in clients:
         client.start()
-    opened_all.wait()
-    time.sleep(0.05)
-    os.setxattr(backup, "user.ttmfs.drop", b"1-64")
+    opened_all.wait(60)
+    wait_until(lambda: answers, "the first to be read", 60)
+    os.setxattr(backup, "user.ttmfs.drop", b"1-%d" % (apart * readers))
+    late = set(handles) - set(answers)
     for client in clients:
         client.join()
-    assert ESTALE in answers, "at least one was under way"
+    assert late, "some were under way, or waited for their turn"
+    for handle, answer in answers.items():
+        assert answer in (ESTALE, content[(handle - 1) * PAGE : handle * PAGE])
+    assert ESTALE in [answers[handle] for handle in late]
     assert count(backup, "pages") == 0
     assert os.listdir(backup) == []
     with pytest.raises(OSError, match=os.strerror(ENOENT)):
-        (backup / "3").read_bytes()
+        (backup / "1").read_bytes()
 
 
 def test_c9_a_cancelled_copy_leaves_the_page_and_can_be_repeated(tmp_path: Path) -> None:
@@ -561,7 +578,7 @@ def test_c9_a_cancelled_copy_leaves_the_page_and_can_be_repeated(tmp_path: Path)
 
 def test_df_follows_swap_being_switched_on_and_off(mountpoint: Path, tmp_path: Path) -> None:
     """What can be stored is bounded by memory and swap where these are less than the budget."""
-    with Mount(mountpoint, f"size=400g,reserve={meminfo('MemAvailable') + meminfo('SwapFree') - (2 << 30)}"):
+    with Mount(mountpoint, "size=100t"):
 
         def available() -> int:
             room = os.statvfs(mountpoint)
@@ -569,5 +586,5 @@ def test_df_follows_swap_being_switched_on_and_off(mountpoint: Path, tmp_path: P
 
         before = available()
         with stores.swap(tmp_path, 1 << 30):
-            wait_until(lambda: available() >= before + (1 << 30) - (256 << 20), "df to grow")
-        wait_until(lambda: available() <= before + (256 << 20), "df to shrink")
+            wait_until(lambda: available() >= before + (512 << 20), "df to grow")
+        wait_until(lambda: available() <= before + (512 << 20), "df to shrink")
