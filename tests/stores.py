@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import secrets
 import shlex
 import shutil
 import stat
@@ -345,7 +346,7 @@ class ControlGroup:
 
     def __init__(self, limit: int, swap: int | None = None, *, swaps: bool = True) -> None:
         self._old = self.ROOTS[0].is_dir()
-        self.path = self.ROOTS[not self._old] / f"ttmfs-pressure-{os.getpid()}"
+        self.path = self.ROOTS[not self._old] / f"ttmfs-pressure-{secrets.token_hex(8)}"
         self._limits: dict[str, int] = {"memory.limit_in_bytes" if self._old else "memory.max": limit}
         if swap is not None and self._old:
             self._limits["memory.memsw.limit_in_bytes"] = limit + swap  # of both together
@@ -379,6 +380,11 @@ class ControlGroup:
     def join(self) -> None:
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
 
+    def shmem(self) -> int:
+        """Bytes of shared memory, and so of pages, that its members allocated and that are there still."""
+        rows = dict(line.split() for line in (self.path / "memory.stat").read_text().splitlines())
+        return int(rows["shmem"])
+
     def oom_kills(self) -> int:
         text = (self.path / ("memory.oom_control" if self._old else "memory.events")).read_text()
         return int(dict(line.split() for line in text.splitlines())["oom_kill"])
@@ -393,7 +399,8 @@ class _Groups:
         roots = {"memory": CGROUP / "memory", "blkio": CGROUP / "blkio"} if self.version == 1 else {"": CGROUP}
         rows = (row.split(":", 2)[1:] for row in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
         self._before = {roots[name]: roots[name] / path.lstrip("/") for name, path in rows if name in roots}
-        self.memory, self.io = (roots.get(name, CGROUP) / f"ttmfs-slow-{pid}" for name in ("memory", "blkio"))
+        unique = secrets.token_hex(8)  # other process namespaces have the same process ids
+        self.memory, self.io = (roots.get(name, CGROUP) / f"ttmfs-slow-{unique}" for name in ("memory", "blkio"))
 
     def __enter__(self) -> Self:
         if self.version == 2:

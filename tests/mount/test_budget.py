@@ -408,12 +408,11 @@ ENDS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("way", ENDS)
 def test_c12_memory_is_the_systems_again(mountpoint: Path, way: str) -> None:
-    """df, du, ls and the store agree, and so does Shmem of the machine: tried again if others change it meanwhile."""
-
-    def given_back() -> bool:
-        before = meminfo("Shmem")
-        with Mount(mountpoint, "size=64m") as mount:
+    """df, du, ls, the store and the kernel's own count of the daemon's control group agree."""
+    with stores.ControlGroup(1 << 30) as group:
+        with Mount(mountpoint, "size=64m", preexec_fn=group.join) as mount:
             a = new_backup(mount.path, "a")
+            before = group.shmem()
             with opened(a / ".image") as fd:
                 for offset in range(0, LARGE, MIB):
                     assert os.pwrite(fd, b"\1" * MIB, offset) == MIB
@@ -424,15 +423,12 @@ def test_c12_memory_is_the_systems_again(mountpoint: Path, way: str) -> None:
                 == LARGE
             )
             assert sum(1 for _ in os.scandir(a)) * PAGE == int(run(f"du -s -B1 '{a}'").split()[0]) == LARGE
-            full = meminfo("Shmem")
+            wait_until(lambda: group.shmem() - before > LARGE * 0.8, "the group's memory to grow")
             ENDS[way](a)
             assert stored(mount.path) == (LARGE if way == "unmount" else 0)
-            after = meminfo("Shmem")
-        if way == "unmount":
-            after = meminfo("Shmem")
-        return min(full - before, full - after) > LARGE * 0.8
-
-    wait_until(given_back, "Shmem to grow and to shrink", 60)
+            if way != "unmount":
+                wait_until(lambda: group.shmem() - before < LARGE * 0.2, "the group's memory to shrink")
+        wait_until(lambda: group.shmem() < LARGE * 0.2, "all of it to be released")
 
 
 @pytest.mark.parametrize("how", [lambda p: p.unlink(), lambda p: os.truncate(p.parent / ".image", 0),

@@ -31,7 +31,6 @@ from harness import (
     children,
     count,
     descriptors,
-    meminfo,
     mounts,
     opened,
     opened_process,
@@ -41,7 +40,7 @@ from harness import (
     wait_until,
 )
 from load import Load
-from stores import ALICE, Place, UsersMount, acting_as
+from stores import ALICE, ControlGroup, Place, UsersMount, acting_as
 
 COMMAND = shlex.join(MOUNT_COMMAND)
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -338,16 +337,16 @@ def test_c22_kills_of_either_are_not_noticed_under_load(mountpoint: Path) -> Non
 
 
 def test_both_killed_at_once_leave_a_dead_mountpoint_that_the_next_mount_removes(mountpoint: Path) -> None:
-    with Kept(mountpoint, "size=128m") as mount:
+    with ControlGroup(1 << 30) as group, Kept(mountpoint, "size=128m", preexec_fn=group.join) as mount:
         a = mountpoint / "a"
         a.mkdir()
         (a / ".image").write_bytes(bytes(64 << 20))
         with Caller(a / "1") as caller:
             os.kill(mount.pid, signal.SIGSTOP)
             caller.asks_and_waits()
-            full = meminfo("Shmem")
+            wait_until(lambda: group.shmem() > 48 << 20, "the pages' memory to be counted")
             mount.kill_both()
-            wait_until(lambda: meminfo("Shmem") < full - (48 << 20), "the pages' memory to be released")
+            wait_until(lambda: group.shmem() < 16 << 20, "the pages' memory to be released")
             assert caller.answer() in DEAD
         with raises_errno(errno.ENOTCONN):
             os.listdir(mountpoint)

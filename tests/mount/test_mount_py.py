@@ -27,12 +27,12 @@ from harness import (
     Mount,
     children,
     descriptors,
-    meminfo,
     mounts_below,
     raises_errno,
     run,
     wait_until,
 )
+from stores import ControlGroup
 from ttmfs.options import TABLE, ExitCode, Options
 
 COMMAND = shlex.join([sys.executable, "-W", "error", str(MOUNT_PY)])
@@ -398,15 +398,15 @@ def test_interrupted_between_mounting_and_serving_it_leaves_nothing(
 
 @pytest.mark.parametrize("command", [*ENDS_BY_SIGNAL, *ENDS_LAZILY, *ENDS_AT_ONCE])
 def test_every_way_of_ending_unmounts_and_releases_the_memory(mountpoint: Path, command: str) -> None:
-    size, before = 160 << 20, meminfo("Shmem")
-    with Daemon(mountpoint, "-o", f"size={size}") as daemon:
+    size = 160 << 20
+    with ControlGroup(1 << 30) as group, Daemon(mountpoint, "-o", f"size={size}", preexec_fn=group.join) as daemon:
         (mountpoint / "a").mkdir()
         run(f"dd if=/dev/zero of={mountpoint}/a/.image bs=1M count=160 conv=notrunc")
-        assert meminfo("Shmem") > before + size // 2
+        wait_until(lambda: group.shmem() > size // 2, "the memory to be counted")
         daemon.end(command)
         assert daemon.wait() == 0
         assert not is_mounted(mountpoint)
-        wait_until(lambda: meminfo("Shmem") < before + size // 2, "the memory to be released")
+        wait_until(lambda: group.shmem() < size // 2, "the memory to be released")
     assert list(mountpoint.iterdir()) == []
 
 

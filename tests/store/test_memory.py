@@ -1,6 +1,6 @@
 """What the machine and the control groups still give."""
 
-import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_a_reserve_asks_again_before_what_it_saw_is_given_out() -> None:
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
     """A control group of version 1 with a limit of 200 MiB on memory."""
-    group = CGROUP_V1 / f"ttmfs-test-{os.getpid()}"
+    group = CGROUP_V1 / f"ttmfs-test-{secrets.token_hex(8)}"
     group.mkdir()
     (group / "memory.limit_in_bytes").write_text(str(200 << 20))
     yield group
