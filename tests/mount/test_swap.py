@@ -486,7 +486,7 @@ def test_many_that_wait_for_swap_hold_no_one_up(backup: Path, mount: Mount, tmp_
 
 def test_a_signal_ends_the_mount_though_clients_wait_for_swap(mountpoint: Path, tmp_path: Path) -> None:
     """They are cut off, and being locked in memory the daemon does not wait for pages of its own."""
-    with Mount(mountpoint, "size=64m") as mount, stores.slow_swap(mount.pid, tmp_path, reads_a_second=1) as slow:
+    with Mount(mountpoint, "size=64m") as mount, stores.slow_swap(mount.pid, tmp_path, reads_a_second=5) as slow:
         (mountpoint / "a").mkdir()
         fill(mountpoint / "a", 64 * 60)
         slow.push_out()
@@ -507,8 +507,8 @@ def test_a_signal_ends_the_mount_though_clients_wait_for_swap(mountpoint: Path, 
             for reader in readers:
                 reader.kill()
                 reader.wait()
-        assert took < 20, "they were cut off"
-        assert codes.count(1) >= 30, "with an error"
+        assert took < 8, "they were cut off"
+        assert codes.count(1) >= 5, "with an error"
         assert mount.wait() == 0
 
 
