@@ -314,7 +314,7 @@ def making() -> None:
     add("create what is no handle", open_and(nothing, "a/x", new), here=errno.EINVAL)
     add("create page past the end", open_and(nothing, f"a/{SIZE // PAGE + 1}", new), here=errno.EFBIG)
     add("create file in root", open_and(nothing, "file", new), here=errno.EPERM)
-    add("create hidden file in root", open_and(nothing, ".file", new), here=errno.EINVAL)
+    add("create hidden file in root", open_and(nothing, ".file", new), here=errno.EPERM)
     add("mknod file in root", on(os.mknod, "new", 0o644), here=errno.EPERM)
     for where, name in ("root", "new"), ("backup", "a/2"):
         more: dict[str, Any] = {"of": where, "here": errno.EPERM}
@@ -328,7 +328,7 @@ def making() -> None:
     add("unnamed file in backup", open_and(nothing, "a", W | os.O_TMPFILE), of="backup", here=errno.EOPNOTSUPP)
     add("mkdir", on(os.mkdir, "new"), changes=True)
     add("mkdir closed", on(os.mkdir, "new", 0o1700), changes=True)
-    add("mkdir hidden", on(os.mkdir, ".new"), here=errno.EINVAL)
+    add("mkdir hidden", on(os.mkdir, ".new"), here=errno.EPERM)
     add("mkdir of a backup that is there", on(os.mkdir, "a"))
     add("mkdir in backup", on(os.mkdir, "a/2"), of="backup", here=errno.EPERM)
     add("mkdir over page", on(os.mkdir, "a/1"), of="backup")
@@ -353,7 +353,7 @@ def removing() -> None:
     for old, new, here in (
         *(("a/1", "a/2", errno.EXDEV), ("a/1", "OWN/1", errno.EXDEV), ("a/1", "e/1", errno.EXDEV)),
         *(("a/1", "new", errno.EXDEV), ("a/.image", "a/2", errno.EPERM), ("a/.shmem", "a/2", errno.EPERM)),
-        *(("OWN", ".new", errno.EINVAL), ("OWN", "a/2", errno.EPERM), ("e", "OWN/2", errno.EPERM)),
+        *(("OWN", ".new", errno.EPERM), ("OWN", "a/2", errno.EPERM), ("e", "OWN/2", errno.EPERM)),
         *((".stats", "new", errno.EPERM), (".config", "a/2", errno.EPERM)),
     ):
         add(f"rename {old} to {new}", between(rename, old, new), here=here)
