@@ -33,10 +33,10 @@ KNOWN_SECONDS = 1.25 * LIFETIME
 """Age of an answer of which the kernel keeps nothing. The lifetime begins when the client takes in the answer."""
 
 BLOCK_BITS = 6
-"""Blocks of 64 inodes are noted: clients mostly use pages side by side, and a notification takes less than 1 us."""
+"""Blocks of 64 inodes are noted: clients mostly use pages side by side, and a notification takes 2 to 3 us."""
 
 MOST_BLOCKS = 4096
-"""Most blocks noted in KNOWN_SECONDS; they take 0.5 MB. If there are more, changes of the largest backups wait."""
+"""Most blocks noted in KNOWN_SECONDS; they take 0.25 MB. If there are more, changes of the largest backups wait."""
 
 FEW_BLOCKS = 64
 """Most blocks of a backup that does not wait when others have too many."""
