@@ -2,20 +2,21 @@
 
 ::
 
-     63   62 .............. 30   29 .............. 0
-    +---+----------------------+---------------------+
-    | S |      backup id       |       handle        |
-    +---+----------------------+---------------------+
+     63  62  61 ............. 30   29 ............. 0
+    +---+---+---------------------+--------------------+
+    | S | R |      backup id      |       handle       |
+    +---+---+---------------------+--------------------+
 
 A backup's id is the inode number of its file in the store, 2 or more. Handle 0 is the backup's directory, the two
 highest handles are its ``.image`` and ``.shmem``, and all between are pages: 2**30 - 3 of them, 4 TiB of 4 KiB pages.
 The backup id 0 belongs to the mount itself, whose inodes are the small numbers below.
 
 The handle of an open file is its inode number, with S set if it was opened O_SYNC or O_DSYNC: direct I/O sends no fsync
-for those. An ``.image`` that was opened O_APPEND has APPENDED in place of IMAGE. The handle of an open directory, and
-of the mount's own files, has a serial number where a page's handle would be, so that no two are the same.
+for those. R is set if it was opened by someone who may not write the backup. An ``.image`` that was opened O_APPEND has
+APPENDED in place of IMAGE. The handle of an open directory, and of the mount's own files, has a serial number where a
+page's handle would be, so that no two are the same.
 
-Ids are never used twice, so 2**33 of them must do for a mount's life: 99 days at 1,000 new backups a second.
+Ids are never used twice, so 2**32 of them must do for a mount's life: 49 days at 1,000 new backups a second.
 """
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "IMAGE",
     "MAX_BACKUP_ID",
     "MAX_HANDLE",
+    "READER",
     "ROOT",
     "SHMEM",
     "STATS",
@@ -40,9 +42,9 @@ __all__ = [
 ]
 
 HANDLE_BITS = 30
-ID_BITS = 33
+ID_BITS = 32
 
-SYNC = 1 << 63
+SYNC, READER = 1 << 63, 1 << 62
 
 ROOT, STATS, CONFIG = 1, 2, 3  # FUSE_ROOT_ID is 1
 

@@ -26,6 +26,7 @@ import re
 import reprlib
 import secrets
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ MAX_ID = 2**33 - 1  # what an inode number has room for
 MAX_PAGES = 2**30 - 3
 IDS_AT_ONCE = 1024
 """So many ids are taken from the file at a time. What a daemon did not use of them is lost."""
+FEW_IDS = IDS_AT_ONCE // 2
+"""When no more are left, others are taken, ahead of need."""
 LENGTH = 256  # of the file, always: it is written anew in its place
 _TAG = re.compile("[0-9a-f]{16}")
 
@@ -100,6 +103,7 @@ class Ledger:
         self._counted: dict[int, _Counted] = {}
         self._holders: dict[int, int] = {}  # inode numbers by id: a mark can be forged, or doubled by a loss of power
         self._settled = False
+        self._taking = threading.Lock()
         self._unmarked: dict[int, int] = {}  # ids by inode number, of files that take no mark: good for this mount
         self.stored = 0  # pages, of the backups counted
         self._fd = self._open() if fd is None else fd
@@ -118,9 +122,10 @@ class Ledger:
 
     def close(self) -> None:
         """Let go of the directory."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
+        with self._taking:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
 
     @property
     def fd(self) -> int:
@@ -286,14 +291,25 @@ class Ledger:
         if self._next_id > MAX_ID:
             raise NoRoom(f"all {MAX_ID} numbers for backups in this store are used up: unmount it, and {_AWAY}")
         if self._next_id == self._last_id and not self._read_only:
-            self._write(self._fd, next_id=self._last_id + IDS_AT_ONCE, tag=self._tag, grain=self.grain)
-            os.fsync(self._fd)  # before a backup that bears one of them can be on the disk
-            self._last_id += IDS_AT_ONCE
+            self.take_ids()
         id, self._next_id = self._next_id, self._next_id + 1
         if self._read_only or not self._set_mark(where, id, ino):
             self._unmarked[ino] = id
         self._holders[id] = ino
         return id
+
+    @property
+    def ids_left(self) -> int:
+        """How many ids can be given out without waiting for the disk."""
+        return IDS_AT_ONCE if self._read_only else self._last_id - self._next_id
+
+    def take_ids(self) -> None:
+        """Take more ids from the file, if few are left. Waits for the disk; a thread may do it."""
+        with self._taking:
+            if self._fd >= 0 and self.ids_left <= FEW_IDS:
+                self._write(self._fd, next_id=self._last_id + IDS_AT_ONCE, tag=self._tag, grain=self.grain)
+                os.fsync(self._fd)  # before a backup that bears one of them can be on the disk
+                self._last_id += IDS_AT_ONCE
 
     def _set_mark(self, where: str | int, id: int, ino: int) -> bool:
         try:

@@ -25,7 +25,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from .access import Caller
 from .errors import NotPermitted, PageDropped, StoreFailed, TtmfsError, errno_of
-from .inodes import FIRST_BACKUP, ROOT, backup_of
+from .inodes import FIRST_BACKUP, IMAGE, ROOT, backup_of, handle_of
 from .kernel_cache import LIFETIME
 from .metrics import Metrics
 from .pool import NAME_MAX, Pool
@@ -386,7 +386,10 @@ class Operations(pyfuse3.Operations):
             return self._open_text(inode, flags, ctx.uid)
         if self.tree.doubts:
             self.tree.check_access(inode, WANTED[flags & os.O_ACCMODE], _caller(ctx))
-        return self._opened(self.tree.open(inode, flags, ctx.pid))
+        fh = self.tree.open(inode, flags, ctx.pid)
+        if not flags & os.O_ACCMODE and (self._locks is not None or handle_of(inode) == IMAGE):
+            fh = self.tree.as_reader(fh, _caller(ctx))
+        return self._opened(fh)
 
     async def _open_text(self, inode: int, flags: int, uid: int) -> FileInfo:
         return self._opened(await self.tree.open_text(inode, flags, uid))
@@ -415,7 +418,8 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return self.tree.open_directory(inode)
+        fh = self.tree.open_directory(inode)
+        return fh if self._locks is None else self.tree.as_reader(fh, _caller(ctx))
 
     @guarded
     def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:

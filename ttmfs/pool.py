@@ -67,6 +67,7 @@ class Pool:
         _check_name(name)
         size = self.backup_size if size is None else self.whole_pages(size)
         uid, gid = os.geteuid() if uid is None else uid, os.getegid() if gid is None else gid
+        await self.store.have_ids()
         return self.backup(self.store.create(name, size, mode, uid, gid))
 
     async def open(self, name: str) -> Backup:

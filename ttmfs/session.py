@@ -40,6 +40,7 @@ from .handover import Handover
 from .inodes import CONFIG, STATS
 from .keeper import CONNECTION, ENDING, RESTART, STATE, STORE, Keeper
 from .kernel_cache import KernelCache
+from .memory import available
 from .metrics import Metrics
 from .operations import Operations
 from .options import ExitCode, Options, format_size
@@ -48,6 +49,7 @@ from .state import State
 from .store import Store
 from .tree import Tree
 from .version import __version__
+from .waiting import SHARE
 
 __all__ = ["Process", "serve"]
 
@@ -64,7 +66,10 @@ WAIT = "_wait_fuse_readable"
 replaced, as pyfuse3's own asyncio support replaces others."""
 
 MOST_WAITING = 10_000
-"""So many requests may wait for swap or a disk at once before the next is not read. Each takes 12 KB."""
+"""So many requests may wait for swap or a disk at once before the next is not read."""
+
+LEAST_WAITING, REQUEST_BYTES = 500, 12 << 10
+"""So many may wait however little memory there is. What each takes, its data apart, in bytes."""
 
 ANSWER_SECONDS = 10.0
 FIRST_RETRY_SECONDS, KEEPER_RETRY_SECONDS = 0.05, 5.0
@@ -350,7 +355,7 @@ class _Session:
                 nursery.start_soon(self._handover.serve)
             try:
                 with self._busy_polling():
-                    await pyfuse3.main(max_tasks=MOST_WAITING)
+                    await pyfuse3.main(max_tasks=_most_waiting())
             except* ConnectionAbortedError:  # it was unmounted just as a request was being read: fuse_dev_do_read()
                 log.debug("unmounted amid a request")
             nursery.cancel_scope.cancel()
@@ -519,6 +524,11 @@ class _Session:
         await trio.sleep(LINGER_SECONDS)  # the loop ends by itself unless a client still has files open
         pyfuse3.terminate()
         serving.cancel()  # those who wait for swap or a disk
+
+
+def _most_waiting() -> int:
+    """How many requests may wait at once: fewer than MOST_WAITING if memory is scarce."""
+    return max(LEAST_WAITING, min(MOST_WAITING, available() // SHARE // REQUEST_BYTES))
 
 
 def _lock_memory() -> None:

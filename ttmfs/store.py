@@ -41,7 +41,7 @@ from .errors import (
     from_os_error,
 )
 from .keeper import LEDGER, NAMESPACE, STORE
-from .ledger import FILE, Ledger
+from .ledger import FEW_IDS, FILE, Ledger
 from .memory import Reserve, Swap
 from .options import Options, format_size
 from .quota import UNBOUND, Quota
@@ -173,6 +173,7 @@ class Store:
         self._recount_at = self._look_at = 0.0
         self._failed = set(failed)
         self.remember: Callable[[str, int], object] = lambda _, __: None  # what the next daemon must know, by a key
+        self._takes_ids = False
         self._open: OrderedDict[int, int] = OrderedDict()  # id: descriptor, the one used last at the end
         self._most_open = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._names: dict[int, str] = {}
@@ -451,6 +452,25 @@ class Store:
             raise absent
         self._remember(id, name)
         return id
+
+    async def have_ids(self) -> None:
+        """See that a backup can be made without waiting for a disk on the loop.
+
+        More ids are taken from the ledger's file ahead of need, in a thread that no one waits for. Making a backup
+        waits only if hundreds are made before the disk has answered once.
+        """
+        ledger = self._ledger
+        if not ledger or self.in_memory or ledger.ids_left > FEW_IDS:
+            return
+        if not ledger.ids_left:
+            with _failures_of("writing to the store"):
+                await trio.to_thread.run_sync(ledger.take_ids, limiter=self.waiting.changes.limiter)
+        elif not self._takes_ids:
+            self._takes_ids = True
+            trio.lowlevel.start_thread_soon(ledger.take_ids, self._took_ids)
+
+    def _took_ids(self, _: object) -> None:
+        self._takes_ids = False
 
     def create(self, name: str, size: int, mode: int, uid: int, gid: int) -> int:
         """Make the file of a new backup, whole or not at all, and give its id. BackupExists if the name is taken."""

@@ -67,6 +67,7 @@ from .inodes import (
     IMAGE,
     MAX_BACKUP_ID,
     MAX_HANDLE,
+    READER,
     ROOT,
     SHMEM,
     STATS,
@@ -99,6 +100,9 @@ KEPT = 64
 
 RANGES_AT_ONCE = 256
 """How many ranges of a list, which can have 32,768, are read before others may be served."""
+
+RANGE_BYTES = 64
+"""Bytes that a list of handles takes for each of its characters."""
 
 DOUBT_SECONDS = 1.5
 """For so long after a backup's mode or owner changed, the kernel may judge its pages by the old ones: those that the
@@ -477,7 +481,7 @@ class Tree:
             await backup.bring_in(start, len(data), to_write=True)
             if not self._in_memory:
                 async with backup.locked():
-                    if handle != IMAGE:
+                    if handle < IMAGE:
                         _check_page(backup, handle)
                     return await backup.write_in_thread(start, data)
         return self._write_now(backup, handle, start, data)
@@ -500,10 +504,19 @@ class Tree:
             await backup.sync(start, progress.done)
             return progress.done
 
+    def as_reader(self, fh: int, caller: Caller) -> int:
+        """A file handle just opened to read, marked if its caller may not write there: nor may he sync then.
+
+        The kernel keeps a file locked while it is synced, so that its writers wait.
+        """
+        found = self.backup(fh).stat() if backup_of(fh) else self.pool.store.stat()
+        return fh if caller.uid == found.st_uid or may(found, caller, os.W_OK) else fh | READER
+
     async def sync(self, fh: int) -> None:
         """fsync(2): of a page, or of the IMAGE all pages, pushed out of memory to where they last."""
         if not backup_of(fh):
             return
+        _check_syncs(fh)
         handle, page_size = handle_of(fh), self.pool.page_size
         if handle >= IMAGE:
             await self.backup(fh).sync(0, MAX_HANDLE * page_size)
@@ -513,6 +526,7 @@ class Tree:
     async def sync_directory(self, fh: int) -> None:
         """fsync(2) of a directory: what was made, renamed and removed in it lasts."""
         if not self.pool.store.in_memory:
+            _check_syncs(fh)
             await self.pool.store.sync(backup_of(fh) or None)
 
     async def truncate(self, ino: int, size: int, pid: int = 0) -> None:
@@ -748,7 +762,8 @@ class Tree:
         backup = self.backup(ino)
         if max(last for _, last in ranges) > (limit := backup.size // self.pool.page_size):
             raise InvalidArgument(f"the backup's last handle is {limit}")
-        with self._progress("drop", ino, value, caller.pid) as progress:
+        held = self.pool.store.waiting.holding(backup.stat().st_uid, RANGE_BYTES * len(value))
+        with held, self._progress("drop", ino, value, caller.pid) as progress:
             begun, index = divmod(progress.done, 1 << HANDLE_BITS)  # the range that a daemon before was at, and where
 
             def reached(end: int) -> None:
@@ -814,6 +829,11 @@ def _check_page(backup: Backup, handle: int) -> None:
 
 def _dropped(handle: int) -> PageDropped:
     return PageDropped(f"handle {handle} holds no page any more")
+
+
+def _check_syncs(fh: int) -> None:
+    if fh & READER:
+        raise AccessDenied("to sync a file takes the right to write it: its writers wait meanwhile")
 
 
 def _directory(found: os.stat_result) -> Attributes:

@@ -19,9 +19,10 @@ from weakref import WeakValueDictionary
 import trio
 
 from .errors import TooMuchHeld
+from .memory import available
 from .turns import Turns
 
-__all__ = ["FileLocks", "Waiting"]
+__all__ = ["SHARE", "FileLocks", "Waiting"]
 
 PAGE_INS, PAGE_INS_IN_ALL = 20, 200
 """Pages of one owner's backups are brought in by so many threads at a time, and those of all."""
@@ -36,8 +37,20 @@ CHANGES, CHANGES_IN_ALL = 10, 100
 """The same of threads that change files on a disk. An fsync(2) that takes long takes none of these."""
 
 HELD = 256 << 20
-"""Bytes of writes that may wait at a time; the daemon takes twice as much for them, for libfuse and pyfuse3 hold a copy
-each. One owner's backups may have half of what the others' leave, so that something is left for each."""
+"""Bytes of writes that may wait at a time. One owner's backups may have half of what the others' leave, so that
+something is left for each."""
+
+LEAST_HELD = 8 << 20
+"""So many may wait however little memory there is: someone must get on."""
+
+COPIES = 2
+"""How often the daemon has what waits: libfuse and pyfuse3 hold a copy each."""
+
+SHARE = 4
+"""The part of what the machine and the control group can give, that waiting writes may take: a quarter."""
+
+ROOM_SECONDS = 0.1
+"""For so long an answer serves to the question what they can give. To ask takes as long as several writes."""
 
 
 class Threads:
@@ -91,6 +104,8 @@ class Waiting:
         self.looks = Threads(LOOKS, LOOKS_IN_ALL)  # which are no threads: the loop does them, in slices
         self.turns = Turns()
         self._held: Counter[int] = Counter()
+        self._largest = 0  # bytes that were ever held
+        self._room, self._room_until = 0, 0.0
         self.count = 0
         self.done: Callable[[int], object] = lambda _: None
         """Told of each request that has waited, how many ns."""
@@ -107,13 +122,20 @@ class Waiting:
             self.count -= 1
             self.done(time.perf_counter_ns() - start)
 
+    def _most_held(self) -> int:
+        """How many bytes may wait now. What the daemon has taken once for those before, it still has."""
+        if (now := time.monotonic()) > self._room_until:
+            self._room, self._room_until = available() + COPIES * self._largest, now + ROOM_SECONDS
+        return min(HELD, max(LEAST_HELD, self._room // SHARE // COPIES))
+
     @contextlib.contextmanager
     def holding(self, uid: int, size: int) -> Iterator[None]:
         """While data for an owner's backup waits to be written. Raises TooMuchHeld."""
-        own = self._held[uid]
-        if 2 * (own + size) > HELD - (self._held.total() - own):
-            raise TooMuchHeld("too many writes wait for pages that are not in memory")
+        own, total = self._held[uid], self._held.total()
+        if 2 * (own + size) > self._most_held() - (total - own):
+            raise TooMuchHeld("too many writes wait for swap or a disk")
         self._held[uid] += size
+        self._largest = max(self._largest, total + size)
         try:
             yield
         finally:

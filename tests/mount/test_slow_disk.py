@@ -6,16 +6,18 @@ a fraction of that. So nothing here depends on how fast a machine is.
 
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from errno import EACCES, ENOMEM
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from harness import Mount, attribute, opened
-from stores import filesystem, slow_writes
+from harness import Mount, attribute, opened, raises_errno, run
+from stores import BOB, ControlGroup, Place, acting_as, filesystem, slow_writes
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
@@ -96,3 +98,98 @@ def test_a_write_that_the_kernel_throttles_holds_up_no_one(slow: Slow) -> None:
     _, times = during(lambda: fill(slow.path / "a/.image", 16, longest), lambda: bob(slow))
     assert max(longest) > SLOW, "the disk was not slow"
     assert max(times) < max(longest) / FRACTION
+
+
+# --- what waits for the disk takes the daemon's memory ---
+
+WRITERS = """
+import errno, mmap, os, sys, threading
+path, count = sys.argv[1], int(sys.argv[2])
+data = mmap.mmap(-1, 1 << 20)
+data[:] = b"x" * len(data)
+answers = []
+def write(n):
+    fd = os.open(f"{path}/{n}/.image", os.O_WRONLY | os.O_SYNC)
+    try:
+        answers.append(os.pwrite(fd, data, 0))
+    except OSError as error:
+        answers.append(-error.errno)
+    os.close(fd)
+threads = [threading.Thread(target=write, args=(n,)) for n in range(count)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(*(f"{number}:{answers.count(number)}" for number in sorted(set(answers))))
+"""
+
+
+def test_many_synchronous_writes_take_no_more_memory_than_the_daemons_group_gives(
+    mountpoint: Path, tmp_path: Path
+) -> None:
+    """Those that would are refused with ENOMEM; all others are stored."""
+    count = 240
+    with filesystem(tmp_path / "below", "ext4", 1 << 30) as below, ControlGroup(200 << 20) as group:
+        (below / "store").mkdir()
+        with Mount(mountpoint, f"store={below}/store,backup_size=2m", preexec_fn=group.join) as mount:
+            for n in range(count):
+                (mountpoint / str(n)).mkdir()
+            os.sync()
+            with slow_writes(mount.pid, below, 8 << 20):
+                said = run(f"{sys.executable} -c '{WRITERS}' {mountpoint} {count}")
+            assert group.oom_kills() == 0
+            answers = {int(number): int(times) for number, times in (row.split(":") for row in said.split())}
+            assert set(answers) <= {MIB, -ENOMEM}
+            assert sum(answers.values()) == count
+            assert answers[MIB] > 0
+            stored = [n for n in range(count) if (mountpoint / str(n) / ".image").read_bytes()[:MIB] == b"x" * MIB]
+            assert len(stored) == answers[MIB]
+
+
+# --- syncing ---
+
+
+@pytest.mark.parametrize("name", ["a/.image", "a/1", "a", "."])
+def test_a_reader_cannot_keep_a_file_locked_by_syncing_it(place: Place, tmp_path: Path, name: str) -> None:
+    """Who may not write it is refused at once, while the owner's fsync takes its time."""
+    with filesystem(tmp_path / "below", "ext4") as below, place.directory("mount") as mountpoint:
+        (below / "store").mkdir()
+        with Mount(mountpoint, f"store={below}/store,backup_size=64m,allow_other") as mount:
+            (mountpoint / "a").mkdir(mode=0o755)
+            (mountpoint / "a/1").write_bytes(b"x" * PAGE)
+            (mountpoint / "a/1024").write_bytes(b"x" * PAGE)
+            os.sync()
+            with slow_writes(mount.pid, below):
+                fill(mountpoint / "a/.image", 3)
+
+                def owner() -> None:
+                    with opened(mountpoint / "a/1024", os.O_RDONLY) as fd:  # as sync(1) opens it
+                        os.fsync(fd)
+
+                def reader() -> None:
+                    with acting_as(BOB), opened(mountpoint / name, os.O_RDONLY) as fd, raises_errno(EACCES):
+                        os.fsync(fd)
+
+                took, times = during(owner, reader)
+                assert took > SLOW, "the disk was not slow"
+                assert max(times) < took / FRACTION
+            run(f"sync {mountpoint}/{name}")
+
+
+def test_a_thousand_backups_are_made_without_waiting_for_the_disk(slow: Slow) -> None:
+    """Their ids must be on the disk before they are."""
+    fill(slow.path / "a/.image", 3)
+    times = []
+    for n in range(1100):
+        if n == 700:  # the disk has answered since more ids were asked for
+            with opened(slow.path / "a/.image") as fd:
+                os.fsync(fd)
+            fill(slow.path / "a/.image", 3)
+        start = time.monotonic()
+        (slow.path / f"n{n}").mkdir()
+        times.append(time.monotonic() - start)
+    start = time.monotonic()
+    with opened(slow.path / "a/.image") as fd:
+        fill(slow.path / "a/.image", 3)
+        os.fsync(fd)
+    assert max(times) < (time.monotonic() - start) / FRACTION
