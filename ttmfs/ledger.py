@@ -40,7 +40,7 @@ FILE = ".ttmfs"
 FORMAT = 1
 MARK = "user.ttmfs.id"
 FIRST_ID = 2
-MAX_ID = 2**33 - 1  # what an inode number has room for
+MAX_ID = 2**32 - 1  # what an inode number has room for
 MAX_PAGES = 2**30 - 3
 IDS_AT_ONCE = 1024
 """So many ids are taken from the file at a time. What a daemon did not use of them is lost."""
