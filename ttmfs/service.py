@@ -63,7 +63,7 @@ def main() -> int:
         held[STARTS] = os.memfd_create("ttmfs-starts")
         os.pwrite(held[STARTS], _NOTE.pack(0, 1, 0.0, 0.0), 0)
         manager.keep({STARTS: held[STARTS]})
-    failed, tries, seconds, since = _NOTE.unpack(os.pread(held[STARTS], _NOTE.size, 0))
+    failed, tries, seconds, since = _read_note(held[STARTS])
     now = time.monotonic()
     since = since or now
     if failed and STATE not in held:
@@ -108,8 +108,14 @@ def _hold(manager: Keeper, held: "dict[str, int]", mountpoint: str, failed: int)
             return _let_go(manager, held, mountpoint)
 
 
+def _read_note(starts: int) -> "tuple[int, int, float, float]":
+    """What is noted in the memfd of STARTS; as at the first start if another version noted it in another way."""
+    found = os.pread(starts, _NOTE.size + 1, 0)
+    return _NOTE.unpack(found) if len(found) == _NOTE.size else (0, 1, 0.0, 0.0)
+
+
 def _limits(held: "dict[str, int]") -> "tuple[int, float]":
-    _, tries, seconds, _ = _NOTE.unpack(os.pread(held[STARTS], _NOTE.size, 0))
+    _, tries, seconds, _ = _read_note(held[STARTS])
     return tries, seconds
 
 

@@ -10,8 +10,10 @@
     WORDS     to the end               what the interpreter wrote when the daemon died of a fault
 
 It is mapped, so that counting and noting are writes to memory: a SIGKILL between any two of them loses nothing. Rows
-are only ever added, and found by key, so that a newer version goes on with an older one's; the format changes when that
-does not do. (Not a file of the store's tmpfs: it would count against size= and nr_inodes=, and lie about in store=DIR.)
+are only ever added, and found by key, so that a newer version goes on with an older one's. Whatever else changes (the
+layout, the header's entries, what a key means) takes the next FORMAT, or tests/store/test_format.py fails.
+
+(Not a file of the store's tmpfs: it would count against size= and nr_inodes=, and lie about in store=DIR.)
 
 Concurrency: one thread.
 """
@@ -31,7 +33,9 @@ from .errors import NotSupported
 
 __all__ = ["LATEST", "POINTS", "Progress", "State", "identity"]
 
-FORMAT = 1
+FORMAT = 3
+"""1 and 2 each stood for several layouts while ttmfs was made, and are refused."""
+
 HEADER = 4096  # one page: written at once, or not at all
 ROWS, KEY = 1024, 48
 NOTES, LONG = 16384, 1024
@@ -71,8 +75,10 @@ class State:
         if found != FORMAT:
             raise NotSupported(
                 f"the running mount was left by ttmfs {self.header.get('version')} in format {found}, and this version "
-                f"knows format {FORMAT} alone; its pages are safe with the keeper"
+                f"knows format {FORMAT} alone; its pages are safe with the keeper: install that version again to go on"
             )
+        if os.fstat(fd).st_size < _WORDS_AT:
+            raise NotSupported("what is kept of the mount is cut short; its pages are safe with the keeper")
         self._map = mmap.mmap(fd, _WORDS_AT)
         whole = memoryview(self._map)
         self._keys = whole[HEADER:_VALUES_AT]

@@ -14,7 +14,7 @@ import pytest
 from harness import REPOSITORY, wait_until
 from stores import ControlGroup
 from ttmfs.errors import NotSupported
-from ttmfs.state import FAULT, HEADER, KEY, KILL, LONG, NOTES, POINTS, ROWS, State, identity
+from ttmfs.state import FAULT, FORMAT, HEADER, KEY, KILL, LONG, NOTES, POINTS, ROWS, State, identity
 
 WHOLE = HEADER + ROWS * (KEY + 16) + NOTES * 8 + LONG * 16
 
@@ -177,14 +177,17 @@ def test_what_there_is_no_row_for_is_counted_in_the_last_and_every_other_row_sta
 @pytest.mark.parametrize(
     ("header", "says"),
     [
-        (b'{"format": 2, "version": "9.9"}', r"ttmfs 9\.9 in format 2, and this version knows format 1"),
+        (
+            b'{"format": %d, "version": "9.9"}' % (FORMAT + 1),
+            rf"ttmfs 9\.9 in format {FORMAT + 1}, and .* {FORMAT} alone",
+        ),
         (b'{"format": 0, "version": "0.1"}', r"ttmfs 0\.1 in format 0"),
         (b'{"version": "1"}', "no state of ttmfs"),
         (b"[1]", "no state of ttmfs"),
         (b"", "no state of ttmfs"),
         (b"\x7fELF", "no state of ttmfs"),
         (b"\xff\xfe\xfd", "no state of ttmfs"),
-        (b'{"format": 1', "no state of ttmfs"),
+        (b'{"format": %d' % FORMAT, "no state of ttmfs"),
     ],
 )
 def test_what_this_version_does_not_know_is_refused_and_left_as_it_was(state: State, header: bytes, says: str) -> None:
@@ -193,6 +196,13 @@ def test_what_this_version_does_not_know_is_refused_and_left_as_it_was(state: St
     with pytest.raises(NotSupported, match=says):
         State(state.fd)
     assert os.pread(state.fd, WHOLE, 0) == before
+
+
+def test_a_state_that_is_shorter_than_its_format_is_refused_and_left_as_it_was(state: State) -> None:
+    os.ftruncate(state.fd, WHOLE - 1)
+    with pytest.raises(NotSupported, match="cut short"):
+        State(state.fd)
+    assert os.fstat(state.fd).st_size == WHOLE - 1
 
 
 def test_a_descriptor_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -208,7 +218,7 @@ def test_a_header_that_does_not_fit_is_refused_and_the_one_before_stands(state: 
     with pytest.raises(NotSupported, match="does not fit"):
         state.update(init="x" * HEADER)
     found = again(state)
-    assert found.header == {"format": 1, "version": "1", "page_size": 4096}
+    assert found.header == {"format": FORMAT, "version": "1", "page_size": 4096}
     found.close()
     state.update(device="0:1")
     assert state.header["device"] == "0:1"

@@ -1,0 +1,264 @@
+"""Mounts whose daemon or keeper is killed, stopped or replaced while clients use them, and what looks at them."""
+
+import contextlib
+import json
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from harness import MOUNT_COMMAND, MOUNT_PY, REPOSITORY, Mount, children, descriptors, opened, wait_until
+
+COMMAND = shlex.join(MOUNT_COMMAND)
+PAGE = os.sysconf("SC_PAGE_SIZE")
+DEAD = {"ENOTCONN", "ECONNABORTED"}
+REPLACED = r"the keeper was killed: \d+ is another"
+LEFT = r"SIGUSR1: leaving /\S+ to another daemon", r"the daemon \d+ of /\S+ left it: starting another"
+FAILED = r"the daemon \d+ of /\S+ ended with status \d+ before it served \(\d+ of \d+\)"
+GAVE_UP = r"gave up: "
+
+
+def processes(path: Path) -> set[int]:
+    """Who has a path among his arguments: keeper and daemon of a mount there."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.fsencode(path) in (entry / "cmdline").read_bytes().split(b"\0"):
+                    found.add(int(entry.name))
+    return found
+
+
+def keeper_of(path: Path) -> int:
+    found: int = json.loads((path / ".config").read_text())["keeper_pid"]
+    return found
+
+
+class Kept(Mount):
+    """A mount whose keeper may be killed. It ends by SIGTERM to the last one."""
+
+    def config(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.path / ".config").read_text())
+        return found
+
+    @property
+    def keeper(self) -> int:
+        """The keeper's process id, whoever made it."""
+        return keeper_of(self.path)
+
+    @property
+    def daemon(self) -> int:
+        return int(self.config()["daemon_pid"])
+
+    def kill_daemon(self) -> None:
+        """Kill it, when it has been answering."""
+        os.kill(self.daemon, signal.SIGKILL)
+
+    def kill_keeper(self, *, wait: bool = True) -> None:
+        """Kill it, and wait for another."""
+        self.expect_log(REPLACED)
+        self.expect_log("the keeper does not hear: .*Connection refused")  # killed while it was told something
+        self.expect_log(r"the daemon \d+ of /\S+ is dead: starting another")  # no child of the new one
+        before = self.keeper
+        os.kill(before, signal.SIGKILL)
+        if before == self.process.pid:
+            self.process.wait(5)
+        if wait:
+            self.wait_for_another_keeper(before)
+
+    def wait_for_another_keeper(self, before: int) -> None:
+        wait_until(lambda: self.keeper != before, "another keeper")
+
+    def restart(self) -> None:
+        """Restart it on purpose, and wait until it is."""
+        for pattern in LEFT:
+            self.expect_log(pattern)
+        self.expect_restarts()
+        before = self.daemon
+        os.kill(self.keeper, signal.SIGUSR1)
+        wait_until(lambda: self.daemon != before, "another daemon")
+
+    def said(self, pattern: str) -> list[str]:
+        return [line for line in self.log if re.search(pattern, line)]
+
+    def wait_for_log(self, pattern: str) -> None:
+        self.expect_log(pattern)
+        wait_until(lambda: self.said(pattern), f"{pattern!r} in the log")
+
+    def give_up(self) -> None:
+        """Kill the daemon, of which no other can be started, and wait until the keeper has given up."""
+        self.expect_restarts()
+        self.expect_log(FAILED)
+        self.kill_daemon()
+        self.wait_for_log(GAVE_UP)
+
+    def try_again(self, keeper: int) -> None:
+        """Have a keeper that gave up try again, and wait until there is a mount."""
+        self.expect_log("anew over the pages that were kept")
+        served = len(self.said("serving /"))
+        os.kill(keeper, signal.SIGUSR1)
+        self.wait_for_log("trying again")
+        wait_until(lambda: len(self.said("serving /")) > served, "the mount")
+
+    def ends_with(self, code: int) -> None:
+        """See keeper and daemon end by themselves."""
+        assert self.process.wait(10) == code
+        self._ends_with = code
+        wait_until(lambda: not processes(self.path), "every process to end")
+
+    def _finish(self) -> int:
+        if self.process.poll() is None or not processes(self.path):
+            code = super()._finish()
+        else:  # its keeper was killed: another is there, a child of this process when the daemon has ended
+            keeper, statuses = self.keeper, dict[int, int]()
+            os.kill(keeper, signal.SIGTERM)
+
+            def ended() -> bool:
+                with contextlib.suppress(ChildProcessError):
+                    for orphan in children():
+                        pid, status = os.waitpid(orphan, os.WNOHANG)
+                        statuses[pid] = os.waitstatus_to_exitcode(status)
+                return keeper in statuses and not processes(self.path)
+
+            wait_until(ended, "keeper and daemon to end")
+            super()._finish()
+            code = statuses[keeper]
+        assert not processes(self.path), "a process is left"
+        return code
+
+    def _bite(self) -> None:
+        self.log.append("watchdog: killed")
+        for pid in processes(self.path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+CALLER = """
+import errno, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+print("open", flush=True)
+while sys.stdin.readline():
+    try:
+        print("read" if os.pread(fd, 4096, 0) else "nothing", flush=True)
+    except OSError as error:
+        print(errno.errorcode[error.errno], flush=True)
+"""
+
+
+class Caller:
+    """Another process, which has a file open and reads from it when asked to. It may have to wait."""
+
+    def __init__(self, path: Path) -> None:
+        command = [sys.executable, "-I", "-c", CALLER, str(path)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def __enter__(self) -> Self:
+        assert self._said() == "open"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate(timeout=5)
+
+    def ask(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.write("read\n")
+
+    def asks_and_waits(self) -> None:
+        """Ask, and see that it waits in the kernel."""
+        self.ask()
+        wait_until(lambda: "fuse" in Path(f"/proc/{self._process.pid}/stack").read_text(), "the caller to wait")
+
+    def answer(self) -> str:
+        """What was read, or an error's name. Within 10 s."""
+        return self._said()
+
+    def waits(self) -> bool:
+        return not self._readable(0)
+
+    def _said(self) -> str:
+        assert self._readable(10), "the caller hangs"
+        assert self._process.stdout
+        line: str = self._process.stdout.readline()
+        return line.rstrip("\n")
+
+    def _readable(self, seconds: float) -> bool:
+        assert self._process.stdout
+        return bool(select.select([self._process.stdout], [], [], seconds)[0])
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A backup with pages of all kinds and descriptors open on it, which must be what they were at the end."""
+    a = path / "a"
+    a.mkdir()
+    content = {handle: os.urandom(PAGE) for handle in (1, 2, 3, 1000)}
+    for handle, data in content.items():
+        (a / str(handle)).write_bytes(data)
+    with (
+        os.scandir(a) as names,
+        opened(a / "2") as page,
+        opened(a / ".image") as image,
+        opened(a / ".shmem") as memory,
+    ):
+        listed = [next(names).name]
+        yield
+        content[2] = os.urandom(PAGE)
+        assert os.pwrite(page, content[2], 0) == PAGE
+        assert os.pread(image, PAGE, PAGE) == content[2]
+        assert os.pread(memory, PAGE, PAGE) == content[2]
+        with opened(a / ".shmem") as again:
+            assert os.path.sameopenfile(memory, again)
+        assert listed + [entry.name for entry in names] == ["1", "2", "3", "1000"]
+        for handle, data in content.items():
+            assert (a / str(handle)).read_bytes() == data
+    shutil.rmtree(a)
+
+
+def kept_state(keeper: int) -> Path:
+    """The state that a keeper holds, as a file."""
+    (found,) = (fd for fd in Path(f"/proc/{keeper}/fd").iterdir() if os.readlink(fd) == "/memfd:ttmfs-state (deleted)")
+    return found
+
+
+def kinds(pid: int) -> Counter[str]:
+    """How many sockets, pipes, devices and so on a process has open; not files of backups, which come and go."""
+    return Counter(
+        name.partition(":")[0] for name in descriptors(pid) if not name.startswith("/") or name.startswith("/dev")
+    )
+
+
+def copied_package(directory: Path) -> Path:
+    """A copy of ttmfs, to be changed."""
+    shutil.copytree(REPOSITORY / "ttmfs", directory / "ttmfs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(MOUNT_PY, directory)
+    return directory
+
+
+def of_package(package: Path) -> tuple[str, ...]:
+    return *MOUNT_COMMAND[:-1], str(package / MOUNT_PY.name)
+
+
+@contextlib.contextmanager
+def changed(file: Path, old: str, new: str) -> Iterator[None]:
+    """A file with other words in it, for a while.
+
+    What Python has compiled of it goes by its time, in whole seconds, and its length: so each is a minute later.
+    """
+    text, before = file.read_text(), file.stat().st_mtime
+    assert old in text
+    file.write_text(text.replace(old, new))
+    os.utime(file, (before + 60, before + 60))
+    try:
+        yield
+    finally:
+        file.write_text(text)
+        os.utime(file, (before + 120, before + 120))
