@@ -73,6 +73,7 @@ class Process:
     keeper: Keeper | None
     ready: Callable[[], None]
     another_keeper: Callable[[], Keeper]
+    become_keeper: Callable[[dict[str, int]], None]
 
 
 def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -> Process:
@@ -113,7 +114,7 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
                 os.write(told, b"\1")
             os.close(told)
 
-    return Process(held, kept_by, ready, lambda: keeper.another(*about))
+    return Process(held, kept_by, ready, lambda: keeper.another(*about), lambda kept: keeper.become_alone(kept, *about))
 
 
 def _command(source: str, mountpoint: str, options: Options, foreground: bool) -> list[str]:

@@ -6,23 +6,25 @@ with a store of descriptors is a keeper; without one, this file is: run as a pro
 
 The protocol is sd_notify(3)'s. The daemon sends datagrams of lines to ``NOTIFY_SOCKET``, or to one of our own through a
 channel that has no name and is passed to it: ``FDSTORE=1`` and ``FDNAME=`` with descriptors, ``READY=1`` when it
-serves, ``STOPPING=1`` when it ends on purpose, ``BARRIER=1`` with a pipe that is closed when all before it was heard
-(ours writes a byte to it first: its death closes the pipe as well). A daemon started anew finds the descriptors from 3
-on (``LISTEN_PID``, ``LISTEN_FDS``, ``LISTEN_FDNAMES``). That a service manager has a store it says by ``FDSTORE`` in
-the environment, as systemd does from version 254 on.
+serves, ``WATCHDOG=1`` with it and every few seconds then, ``STOPPING=1`` when it ends on purpose, ``BARRIER=1`` with a
+pipe that is closed when all before it was heard (ours writes a byte to it first: its death closes the pipe as well).
+A daemon started anew finds the descriptors from 3 on (``LISTEN_PID``, ``LISTEN_FDS``, ``LISTEN_FDNAMES``). That a
+service manager has a store it says by ``FDSTORE`` in the environment, as systemd does from version 254 on.
 
 The program::
 
     keeper.py CHANNEL VOICE PID READY TRIES SECONDS LOG MOUNTPOINT COMMAND...
 
-CHANNEL and VOICE are the ends of a socket pair, its own and that of its daemons, PID the daemon that runs already,
-READY a pipe to write a byte to when it first serves (-1: none), TRIES and SECONDS when to give up, LOG stderr, journal
-or syslog. It imports next to nothing, touches no page and
+CHANNEL and VOICE are the ends of a socket pair, its own and that of its daemons. PID is the daemon that runs already; 0
+if this process was it, which then names what it kept in TTMFS_KEPT. READY is a pipe to write a byte to when a daemon
+first serves (-1: none), TRIES and SECONDS are when to give up, LOG is stderr, journal or syslog. It imports next to
+nothing, touches no page and
 
 - starts the next daemon when one has died, at once; after a start that failed by itself a little later each time;
 - gives up after TRIES such starts in a row, or SECONDS without a daemon that serves: it closes the connection, of which
   the kernel makes errors for all who wait, and goes on holding the pages;
 - hands SIGTERM, SIGINT and SIGHUP on (end), and SIGUSR1 (restart; having given up, try again);
+- kills a daemon that does not obey such a signal, or that gives no more signs of life, unless a debugger traces it;
 - ends with the daemon that said STOPPING, or that died before it left anything here.
 """
 
@@ -48,6 +50,7 @@ __all__ = [
     "Keeper",
     "another",
     "become",
+    "become_alone",
     "inherited",
 ]
 
@@ -69,9 +72,16 @@ RETRY_SECONDS = 0.2
 SHORT_LIFE, LONGEST_DELAY = 1.0, 0.5
 """A daemon that died by itself so soon has the next one wait, longer each time, lest they use up the machine."""
 
+GRACE_SECONDS = 10.0
+"""How long a daemon may take to obey a signal. It takes 0.1 s, and as long as fusermount3 takes to unmount."""
+
+LOOK_SECONDS, MOST_SILENT = 5.0, 6
+"""The interval of looks for a sign of life, and after how many looks without one the daemon is killed: 30 s, as in the
+units. Looks are counted and not seconds: while the machine stands still the keeper does not look either."""
+
 LAST_LINES = 4
 
-KEEPER_PID, KEEPER_CHANNEL = "TTMFS_KEEPER_PID", "TTMFS_KEEPER_CHANNEL"
+KEEPER_PID, KEEPER_CHANNEL, KEPT = "TTMFS_KEEPER_PID", "TTMFS_KEEPER_CHANNEL", "TTMFS_KEPT"
 
 
 # --- the daemon's side ---
@@ -151,14 +161,14 @@ class Keeper:
             os.close(self._channel)
         self._channel = -1
 
-    def tell(self, *lines: str, descriptors: "tuple[int, ...]" = ()) -> None:
-        """Send a message. Raises OSError if there is no one to hear it."""
+    def tell(self, *lines: str, descriptors: "tuple[int, ...]" = (), seconds: float = BARRIER_SECONDS) -> None:
+        """Send a message, within so many seconds. Raises OSError if there is no one to hear it."""
         if self._channel >= 0:
             sender = socket.socket(fileno=os.dup(self._channel))
         else:
             sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         with sender as channel:
-            channel.settimeout(BARRIER_SECONDS)
+            channel.settimeout(seconds)
             if self._channel < 0:
                 channel.connect(self._address)
             if descriptors:
@@ -217,6 +227,26 @@ def become(tries: int, seconds: float, log: str, mountpoint: str, command: "list
         os.execv(words[0], words)
     finally:
         os.kill(child, signal.SIGKILL)
+        os._exit(4)
+
+
+def become_alone(
+    held: "dict[str, int]", tries: int, seconds: float, log: str, mountpoint: str, command: "list[str]"
+) -> None:
+    """Become the keeper of what this process held as a daemon without one, and start another daemon.
+
+    Does not return.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, RESTART})  # until the keeper's handlers are there
+    channel, voice = _channel()
+    for fd in channel.fileno(), voice.fileno(), *held.values():
+        os.set_inheritable(fd, True)
+    # By their numbers of now: a thread that still stores a page must not find another file there.
+    os.environ[KEPT] = " ".join(f"{name}={fd}" for name, fd in held.items())
+    words = _command_line(channel.fileno(), voice.fileno(), 0, -1, tries, seconds, log, mountpoint, command)
+    try:
+        os.execv(words[0], words)
+    finally:
         os._exit(4)
 
 
@@ -282,14 +312,20 @@ class _Program:
         self.ready, self.tries, self.seconds, self.log = ready, tries, seconds, log
         self.mountpoint, self.command = mountpoint, command
         self.held: list[tuple[str, int]] = []
-        self.pid, self.pidfd = daemon, os.pidfd_open(daemon)
+        for word in os.environ.pop(KEPT, "").split():
+            name, _, fd = word.partition("=")
+            os.set_inheritable(int(fd), False)
+            self.held.append((name, int(fd)))
+        self.pid, self.pidfd = daemon, os.pidfd_open(daemon) if daemon else -1
         self.serving = self.stopping = self.asked_to_end = self.asked_to_restart = self.gave_up = False
-        self.ever_served = self.interrupted = False  # asked to end before it ever did
+        self.ever_served, self.interrupted = not daemon, False  # asked to end before it ever did
         self.wake = self.said = -1  # the other ends: a signal's, and standard error of the daemon in the background
         self.failed = 0  # starts in a row
         self.short_lived, self.served_since = 0, 0.0
         self.start_at = 0.0  # when there is no daemon
-        self.down_since: float | None = None  # None: a daemon serves, or the first has not yet
+        self.kill_at: float | None = None  # when a daemon is killed that has been sent a signal
+        self.watched, self.silent, self.look_at = False, 0, 0.0  # whether it gives signs of life; looks since the last
+        self.down_since = None if daemon else time.monotonic()  # None: a daemon serves, or the first has not yet
 
     def run(self) -> int:
         """Keep until there is nothing to keep; the exit status."""
@@ -313,6 +349,10 @@ class _Program:
                 elif (code := self.bury()) is not None:
                     return code
             now = time.monotonic()
+            if self.kill_at is not None and now >= self.kill_at:
+                self.kill(f"has not obeyed a signal for {GRACE_SECONDS:g} s")
+            if self.watched and now >= self.look_at:
+                self.look()
             if self.gave_up:
                 if self.asked_to_end:
                     return 32
@@ -326,6 +366,10 @@ class _Program:
         times = [] if self.gave_up else [self.start_at] * (not self.pid)
         if self.down_since is not None:
             times.append(self.down_since + self.seconds)
+        if self.kill_at is not None:
+            times.append(self.kill_at)
+        if self.watched:
+            times.append(self.look_at)
         return max(0.0, (min(times) - time.monotonic()) * 1000 + 1) if times else None
 
     def obey_all(self) -> None:
@@ -346,7 +390,30 @@ class _Program:
             self.asked_to_restart = bool(self.pid)  # what is started already may be the version before
         # A daemon that takes over is told when it serves: only then does it know all that there is to end.
         if self.pid and (self.serving or (number in ENDING and not self.held)):
-            self.signal(number)
+            self.ask(number)
+
+    def ask(self, number: int) -> None:
+        """Send the daemon a signal that it has to obey soon."""
+        self.signal(number)
+        if self.kill_at is None:
+            self.kill_at = time.monotonic() + GRACE_SECONDS
+
+    def look(self) -> None:
+        """Kill the daemon if it has given no sign of life for too long."""
+        self.look_at = time.monotonic() + LOOK_SECONDS
+        self.silent += 1
+        self.hear_all()
+        if self.watched and self.silent > MOST_SILENT:
+            self.kill(f"has given no sign of life for {LOOK_SECONDS * MOST_SILENT:g} s")
+
+    def kill(self, why: str) -> None:
+        """Kill the daemon, but for one that someone looks at with a debugger."""
+        self.kill_at, self.silent = None, 0
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/status") as status:
+            if any(line.startswith("TracerPid:") and int(line[10:]) for line in status):
+                return
+        self.say(f"the daemon {self.pid} of {self.mountpoint} {why}: killing it")
+        self.signal(signal.SIGKILL)
 
     def signal(self, number: int) -> None:
         """Send the daemon a signal. It can be dead already: of one that is no child of ours no one but we are told."""
@@ -382,7 +449,10 @@ class _Program:
                 self.drop(name)
                 self.held += [(name, fd) for fd in descriptors]
                 descriptors = []
-            self.stopping |= "STOPPING=1" in lines
+            if "STOPPING=1" in lines:  # from here on it may take its time
+                self.stopping, self.watched, self.kill_at = True, False, None
+            if "WATCHDOG=1" in lines:
+                self.watched, self.silent = not self.stopping, 0
             if "READY=1" in lines:
                 self.served()
             if "BARRIER=1" in lines:
@@ -408,9 +478,9 @@ class _Program:
                 os.dup2(null, stream)
             os.close(null)
         if self.asked_to_end:
-            self.signal(signal.SIGTERM)
+            self.ask(signal.SIGTERM)
         elif self.asked_to_restart:
-            self.signal(RESTART)
+            self.ask(RESTART)
         self.asked_to_restart = False
 
     def drop(self, name: str) -> None:
@@ -429,6 +499,7 @@ class _Program:
             code = None  # it was no child of ours: it made us
         os.close(self.pidfd)
         was, self.pid, self.pidfd = self.pid, 0, -1
+        self.watched, self.kill_at = False, None
         words = self.last_words()
         if self.stopping or not self.held:
             return 8 if code == 0 and self.interrupted else 0 if code is None else code if code >= 0 else 4
@@ -445,7 +516,9 @@ class _Program:
         if self.down_since is None:
             self.down_since = now
         if self.serving:
-            soon = code not in (LEFT, -signal.SIGKILL) and now < self.served_since + SHORT_LIFE
+            kept = any(name == CONNECTION for name, _ in self.held)
+            left = -signal.SIGKILL, *[LEFT] * kept  # on purpose; without a connection it may have been cut off
+            soon = code not in left and now < self.served_since + SHORT_LIFE
             self.short_lived = self.short_lived + 1 if soon else 0
             if self.short_lived > 1:
                 self.start_at += min(LONGEST_DELAY, RETRY_SECONDS * (self.short_lived - 1) / 4)
@@ -513,6 +586,7 @@ class _Program:
         """Make the mountpoint dead: an error for all who wait. The pages stay."""
         if self.pid:
             self.signal(signal.SIGKILL)  # it holds the connection too
+            self.watched, self.kill_at = False, None
         self.drop(CONNECTION)
         self.gave_up, self.down_since = True, None
         if not any(name == STORE for name, _ in self.held):

@@ -1,12 +1,13 @@
 """The mounts that this process sees, as the kernel lists them. None is touched: some may be dead. See proc(5)."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["TYPE", "Mounted", "mounted_at", "mounts", "ttmfs_mounts", "ttmfs_on"]
+__all__ = ["TYPE", "Mounted", "is_attached", "mounted_at", "mounts", "ttmfs_mounts", "ttmfs_on"]
 
 TYPE = "fuse.ttmfs"
 
@@ -58,6 +59,32 @@ def ttmfs_on(st_dev: int) -> Mounted | None:
     What a file says of itself, by extended attributes for one, anyone can make it say. This is the kernel's word.
     """
     return next((mount for mount in ttmfs_mounts() if mount.st_dev == st_dev), None)
+
+
+def is_attached(device: str) -> bool:
+    """Whether a filesystem is mounted in this process' mount namespace, or in one of another process that we may read.
+
+    True if the kernel does not tell.
+    """
+    number = os.fsencode(device)
+    try:
+        if _has_row(Path("/proc/self/mountinfo"), number):
+            return True
+        others = [entry for entry in os.listdir("/proc") if entry.isdigit()]
+    except OSError:
+        return True
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    for pid in others:
+        with contextlib.suppress(OSError):  # the process has ended, or is another user's
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace not in seen and _has_row(Path(f"/proc/{pid}/mountinfo"), number):
+                return True
+            seen.add(namespace)
+    return False
+
+
+def _has_row(mountinfo: Path, device: bytes) -> bool:
+    return any(line.split(b" ", 3)[2] == device for line in mountinfo.read_bytes().split(b"\n")[:-1])
 
 
 def _plain(word: bytes) -> str:

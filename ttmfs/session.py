@@ -34,6 +34,7 @@ import trio
 
 from . import fusermount, linux
 from .busy_poll import BusyPoll
+from .connection import has_ended, was_cut_off
 from .errors import NotSupported, TtmfsError
 from .fusermount import MountError, checked_mountpoint, device_at, is_dead
 from .handover import Handover
@@ -42,6 +43,7 @@ from .keeper import CONNECTION, ENDING, RESTART, STATE, STORE, Keeper
 from .kernel_cache import KernelCache
 from .memory import available
 from .metrics import Metrics
+from .mountinfo import mounted_at, mounts
 from .operations import Operations
 from .options import ExitCode, Options, format_size
 from .pool import Pool
@@ -74,6 +76,9 @@ LEAST_WAITING, REQUEST_BYTES = 500, 12 << 10
 ANSWER_SECONDS = 10.0
 FIRST_RETRY_SECONDS, KEEPER_RETRY_SECONDS = 0.05, 5.0
 LINGER_SECONDS = 1.0
+LOOK_SECONDS = 5.0
+"""How late is noticed that the connection was cut, if requests are under way that keep the loop from its end."""
+
 START_SECONDS, STATUS_SECONDS = 0.1, 5.0
 """How often a service manager is told the status: as soon as there is one, and then."""
 
@@ -91,6 +96,12 @@ class Process(Protocol):
     def another_keeper(self) -> Keeper:
         """In place of one of our own that died. Raises OSError."""
 
+    def become_keeper(self, kept: dict[str, int]) -> None:
+        """Let this process, which has no keeper, go on as one, and start another daemon with what is kept.
+
+        Does not return.
+        """
+
 
 @dataclass
 class _Mount:
@@ -100,14 +111,15 @@ class _Mount:
     connection: int
     pool: Pool
     state: State
-    begun: bool  # the kernel has been served by a daemon before
+    begun: bool  # a daemon before this one has served this connection
 
 
 def serve(source: str, mountpoint: str, options: Options, process: Process) -> ExitCode:
     """Serve a mount until it is unmounted or a signal asks for the end; on RESTART leave it to another daemon.
 
     The mount is a new one, or that of a daemon before, if its keeper has passed it to this process. Raises MountError.
-    Gives OK when all pages are released, and LEFT after RESTART.
+    Gives OK when all pages are released, and LEFT if another daemon is to go on. Where no keeper would start that one,
+    this process becomes the keeper, and the call does not return.
     """
     with _Ending() as ending:
         try:
@@ -121,17 +133,22 @@ def serve(source: str, mountpoint: str, options: Options, process: Process) -> E
         # What becomes of the pages:               of a new mount             of one taken over
         #   it ended, by unmounting or a signal    released                   released
         #   RESTART                                left to the next daemon    left
+        #   its connection was cut, not unmounted  left                       left
         #   it failed before it served             released, and unmounted    left, for another try
-        #   an exception when it served            left if there is a keeper  left
+        #   an exception when it served            left                       left
         leave, session = resumed, None
         try:
             session = _Session(mount, options, ending, process)
             session.run()
             leave = session.leaving or (resumed and session.failure is not None)
         except BaseException:
-            leave = resumed or (process.keeper is not None and session is not None and session.served)
+            leave = resumed or (session is not None and session.served and ending.asked not in ENDING)
+            if leave and not process.keeper:
+                log.exception("a fault in ttmfs; please report it. Another daemon takes over")
             raise
         finally:
+            if leave and not process.keeper and session is not None:
+                process.become_keeper(session.kept())
             if not leave and process.keeper:
                 with contextlib.suppress(OSError):  # it lets go of the connection too: that cuts off who waits still
                     process.keeper.tell("STOPPING=1", "FDSTOREREMOVE=1", f"FDNAME={CONNECTION}")
@@ -197,8 +214,11 @@ def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, i
         log.info("taking over %s: no page and no open file is lost", mountpoint)
         return _Mount(mountpoint, held[CONNECTION], pool, state, begun=True)
     state.forget_unfinished()  # who waited for it got an error
-    if (device := device_at(mountpoint)) and device == state.header["device"] and is_dead(mountpoint):
+    before = state.header["device"]
+    if device_at(mountpoint) == before and is_dead(mountpoint):
         fusermount.unmount(mountpoint)
+    elif (over := mounted_at(mountpoint)) and before in (m.device for m in mounts() if m.path == mountpoint):
+        raise MountError(f"{over.type} is mounted over {mountpoint}, which is to be mounted anew: unmount that first")
     connection = _connected(source, mountpoint, options, state)
     log.warning("mounted %s anew over the pages that were kept: none is lost, files that were open are", mountpoint)
     return _Mount(mountpoint, connection, pool, state, begun=False)
@@ -271,6 +291,8 @@ class _Session:
         self._connection, self._mountpoint, pool, state = mount.connection, mount.mountpoint, mount.pool, mount.state
         self._initialized = trio.Event()
         self.served = self.leaving = False  # whether requests were answered; whether another daemon is to go on
+        self._resumed = STATE in process.held
+        self._stopped, self._cut_off = trio.Event(), False  # the loop reads no more; the connection is of no use
         self.failure: MountError | None = None
         self._init = bytes.fromhex(state.header["init"])
         version = struct.unpack_from("<II", self._init, INIT_VERSION_OFFSET)
@@ -336,7 +358,7 @@ class _Session:
                 trio.run(self._main)
             finally:
                 pyfuse3.close(unmount=False)
-                if self._handover and not self.leaving:
+                if self._handover and (self._cut_off or not self.leaving):
                     self._handover.close()
 
     def _connect(self) -> None:
@@ -350,15 +372,49 @@ class _Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
             nursery.start_soon(self._say_ready, nursery.cancel_scope)
+            nursery.start_soon(self._end_with_connection, nursery.cancel_scope)
             nursery.start_soon(self._report)
             if self._handover:
                 nursery.start_soon(self._handover.serve)
             try:
                 with self._busy_polling():
                     await pyfuse3.main(max_tasks=_most_waiting())
-            except* ConnectionAbortedError:  # it was unmounted just as a request was being read: fuse_dev_do_read()
-                log.debug("unmounted amid a request")
-            nursery.cancel_scope.cancel()
+            except* ConnectionAbortedError:  # it ended just as a request was being read: fuse_dev_do_read()
+                log.debug("the connection ended amid a request")
+            self._stopped.set()
+
+    async def _end_with_connection(self, serving: trio.CancelScope) -> None:
+        """End when the loop does. Leave the pages to another daemon if the connection was cut and not unmounted.
+
+        A loop whose connection was cut still waits for its requests, which may wait for a device.
+        """
+        while not self._stopped.is_set() and not has_ended(self._connection):
+            with trio.move_on_after(LOOK_SECONDS):
+                await self._stopped.wait()
+        if (
+            (self.served or self._resumed)
+            and await was_cut_off(self._connection, self._mount.state.header["device"])
+            and self._ending.asked not in ENDING
+        ):
+            self._cut_off = True
+            log.warning(
+                "the connection of %s was cut off, but it was not unmounted (an umount -f refused as busy, an abort "
+                "or a time limit): no page is lost, and another daemon mounts it anew", self._mountpoint,
+            )  # fmt: skip
+            await self._drop_connection()
+            self.leaving = True
+            pyfuse3.terminate()
+        else:
+            await self._stopped.wait()
+        serving.cancel()
+
+    async def _drop_connection(self) -> None:
+        """Have the keeper let the connection go, so that the next daemon mounts anew. Wait until it has heard."""
+        pause, forget = FIRST_RETRY_SECONDS, f"FDSTOREREMOVE=1\nFDNAME={CONNECTION}"
+        while (keeper := self._process.keeper) and not self._is_heard(keeper, forget):
+            log.error("the keeper does not answer: the pages are safe as long as this process, %d, lives", os.getpid())
+            await trio.sleep(pause)
+            pause = min(2 * pause, KEEPER_RETRY_SECONDS)
 
     @contextlib.contextmanager
     def _busy_polling(self) -> Iterator[None]:
@@ -403,18 +459,19 @@ class _Session:
             await self._watch_keeper()
 
     async def _report(self) -> None:
-        """Tell a service manager what is stored, and that this loop turns, which is the one that serves."""
-        manager, said = self._process.keeper, ""
-        while manager and manager.pid is None:
+        """Tell the keeper that this loop turns, which is the one that serves, and a service manager what is stored."""
+        said = ""
+        while keeper := self._process.keeper:
             if self.served:
-                room = self._mount.pool.room()
-                status = (
-                    f"STATUS=backups: {room.backups}, stored: {format_size(room.stored)} of {format_size(room.size)}"
-                )
-                with contextlib.suppress(OSError):  # it is being restarted
-                    manager.tell("WATCHDOG=1", *[status] * (status != said))
+                status = ""
+                if keeper.pid is None:
+                    room = self._mount.pool.room()
+                    stored, size = format_size(room.stored), format_size(room.size)
+                    status = f"STATUS=backups: {room.backups}, stored: {stored} of {size}"
+                with contextlib.suppress(OSError):  # it is being restarted, or hangs itself: nobody may wait for that
+                    keeper.tell("WATCHDOG=1", *[status] * (status != said), seconds=0)
                     said = status
-            await trio.sleep(min(STATUS_SECONDS, manager.watchdog or STATUS_SECONDS) if self.served else START_SECONDS)
+            await trio.sleep(min(STATUS_SECONDS, keeper.watchdog or STATUS_SECONDS) if self.served else START_SECONDS)
 
     def _begin_serving(self) -> None:
         """Requests are answered from here on."""
@@ -453,17 +510,22 @@ class _Session:
             return None
         return MountError("the keeper was killed before the mount answered; mount again")
 
-    def _give_to_keeper(self, keeper: Keeper, besides: dict[str, int]) -> bool:
-        """Have a keeper hold what the next daemon needs, but for what it holds, and know that this one serves.
+    def kept(self) -> dict[str, int]:
+        """What the next daemon needs, by the keeper's names.
 
         The state first: who finds it without the rest knows that that is lost, and makes no empty mount in its place.
         """
-        store, state = self._mount.pool.store, self._mount.state
-        kept = {STATE: state.fd, **store.descriptors()}
-        if self._resends:
+        kept = {STATE: self._mount.state.fd, **self._mount.pool.store.descriptors()}
+        if self._resends and not self._cut_off:
             kept[CONNECTION] = self._connection
+        return kept
+
+    def _give_to_keeper(self, keeper: Keeper, besides: dict[str, int]) -> bool:
+        """Have a keeper hold what the next daemon needs, but for what it holds, and know that this one serves."""
+        store = self._mount.pool.store
+        kept = self.kept()
         try:
-            keeper.keep({name: fd for name, fd in kept.items() if besides.get(name) != fd}, "READY=1")
+            keeper.keep({name: fd for name, fd in kept.items() if besides.get(name) != fd}, "READY=1\nWATCHDOG=1")
             if keeper.pid and not besides:
                 store.lead_paths_through(keeper.pid)
         except OSError as error:
@@ -471,10 +533,10 @@ class _Session:
             return False
         return True
 
-    def _is_heard(self, keeper: Keeper) -> bool:
-        """Whether a keeper lives, and has heard all that it was told."""
+    def _is_heard(self, keeper: Keeper, *lines: str) -> bool:
+        """Whether a keeper lives, and has heard all that it was told, and now these lines."""
         try:
-            keeper.keep({})
+            keeper.keep({}, *lines)
         except OSError:
             return False
         return True

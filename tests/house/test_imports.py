@@ -11,9 +11,9 @@ from harness import REPOSITORY
 PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
-    "handles errors version quoting options linux mountinfo fusermount inherited checked state keeper service memory "
-    "turns waiting ledger quota store backup pool inodes access texts kernel_cache tree metrics handover operations "
-    "busy_poll session background page_array client keepers rescue mount_helper cli"
+    "handles errors version quoting options linux mountinfo connection fusermount inherited checked state keeper "
+    "service memory turns waiting ledger quota store backup pool inodes access texts kernel_cache tree metrics "
+    "handover operations busy_poll session background page_array client keepers rescue mount_helper cli"
 ).split()
 
 COMMANDS = "terminal command apart mounts png manifest users backups ls map save load fd doctor rescue".split()

@@ -104,6 +104,29 @@ def test_c22_restarts_crashes_and_a_missed_watchdog_keep_every_page_and_every_de
         assert len(service.logged(WARNING)) == 2, "what the two faults left; all else is information"
 
 
+def test_c23_a_forced_unmount_that_is_refused_has_the_unit_mount_anew(machine: Machine) -> None:
+    with served(machine, "forced", "size=64m") as service:
+        machine.run("mkdir /mnt/forced/a; for i in $(seq 100); do echo $i >/mnt/forced/a/$i; done")
+        for turn in range(2):
+            with holder(service, "/mnt/forced/a/1") as process:
+                assert process.stdin
+                assert process.stdout
+                process.stdin.write("open\n")
+                assert process.stdout.readline().strip() == "open"
+                machine.run("umount -f /mnt/forced", code=32)
+                process.stdin.close()
+                wait_until(lambda: machine.call("ls /mnt/forced/a").returncode == 0, "the mount", 20)
+            assert service.restarts() == turn + 1
+            wait_until(lambda: service.unit.state == ("active", "running"), "the unit", 20)
+        assert machine.run("cat /mnt/forced/a/.image | tr -d '\\0' | wc -l") == "100\n"
+        assert int(service.unit.show("NFileDescriptorStore")) == 4, "the new connection in place of the old one"
+        said = service.logged(WARNING)
+        assert sum("was cut off, but it was not unmounted" in line for line in said) == 2
+        assert sum("anew over the pages that were kept" in line for line in said) == 2
+        machine.run("umount /mnt/forced")
+        wait_until(lambda: service.unit.state == ("inactive", "dead"), "the end")
+
+
 def test_pages_go_to_swap_and_come_back_and_a_user_has_a_descriptor(machine: Machine, tmp_path: Path) -> None:
     """All that the unit's confinement must let through: paging out, asking where pages are, the socket."""
     with served(machine, "swapped", "size=64m,allow_other,mode=1777"), swap(tmp_path):

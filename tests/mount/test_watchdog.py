@@ -1,0 +1,162 @@
+"""A daemon that is stopped or hangs is killed by the keeper, whose patience is shortened here."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from kept import PAGE, Caller, Kept, copied_package, held, of_package
+
+from harness import opened, wait_until
+
+SILENT = r"the daemon \d+ of /\S+ has given no sign of life for \S+ s: killing it"
+DISOBEYED = r"the daemon \d+ of /\S+ has not obeyed a signal for \S+ s: killing it"
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> tuple[str, ...]:
+    """The command of a ttmfs whose keeper looks every 0.2 s and lets 6 looks pass, or 0.5 s after a signal."""
+    package = copied_package(tmp_path / "package")
+    for name, changes in {
+        "keeper": {
+            "GRACE_SECONDS = 10.0": "GRACE_SECONDS = 0.5",
+            "LOOK_SECONDS, MOST_SILENT = 5.0": "LOOK_SECONDS, MOST_SILENT = 0.2",
+        },
+        "session": {"STATUS_SECONDS = 0.1, 5.0": "STATUS_SECONDS = 0.1, 0.1"},
+    }.items():
+        file = package / f"ttmfs/{name}.py"
+        text = file.read_text()
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        file.write_text(text)
+    return of_package(package)
+
+
+def test_c22_a_stopped_daemon_is_killed_and_no_caller_notices(mountpoint: Path, impatient: tuple[str, ...]) -> None:
+    with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
+        mount.expect_restarts()
+        for turn in range(2):
+            with Caller(mountpoint / "a/1") as caller:
+                os.kill(mount.daemon, signal.SIGSTOP)
+                caller.asks_and_waits()
+                assert caller.answer() == "read"
+            mount.wait_for_log(SILENT)
+            assert mount.restarts() == turn + 1
+        assert len(mount.said(SILENT)) == 2
+
+
+@pytest.mark.parametrize("by_another", [False, True], ids=["its first keeper", "a keeper that a daemon made"])
+def test_c22_a_restart_that_a_stopped_daemon_does_not_obey_is_done_all_the_same(
+    mountpoint: Path, impatient: tuple[str, ...], by_another: bool
+) -> None:
+    with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
+        mount.expect_restarts()
+        if by_another:
+            mount.kill_keeper()
+        keeper, daemon = mount.keeper, mount.daemon
+        os.kill(daemon, signal.SIGSTOP)
+        os.kill(keeper, signal.SIGUSR1)
+        mount.wait_for_log(DISOBEYED)
+        assert mount.restarts() == 1
+        assert mount.keeper == keeper
+        assert not mount.said(SILENT)
+
+
+def test_an_end_that_a_stopped_daemon_does_not_obey_comes_all_the_same(
+    mountpoint: Path, impatient: tuple[str, ...]
+) -> None:
+    """Another daemon takes over, and ends properly: nothing stays mounted."""
+    with Kept(mountpoint, "size=16m", command=impatient) as mount:
+        mount.expect_restarts()
+        (mountpoint / "a").mkdir()
+        os.kill(mount.daemon, signal.SIGSTOP)
+        mount.process.send_signal(signal.SIGTERM)
+        mount.wait_for_log(DISOBEYED)
+        mount.ends_with(0)
+
+
+def test_a_daemon_that_is_slow_but_serves_is_not_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
+    """Stopped again and again for a while, for longer in all than the keeper waits for a sign of life."""
+    with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
+        daemon, end = mount.daemon, time.monotonic() + 4
+        while time.monotonic() < end:
+            os.kill(daemon, signal.SIGSTOP)
+            time.sleep(0.3)
+            os.kill(daemon, signal.SIGCONT)
+            time.sleep(0.3)
+        assert mount.daemon == daemon
+
+
+def test_a_machine_that_stands_still_has_no_daemon_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
+    """Daemon and keeper are stopped for longer than the keeper waits, and go on at once."""
+    with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
+        daemon, keeper = mount.daemon, mount.keeper
+        for process in daemon, keeper:
+            os.kill(process, signal.SIGSTOP)
+        time.sleep(3)
+        for process in keeper, daemon:
+            os.kill(process, signal.SIGCONT)
+            time.sleep(0.3)
+        assert mount.daemon == daemon
+
+
+TRACER = """
+import ctypes, os, signal, sys
+SEIZE, pid = 0x4206, int(sys.argv[1])
+trace = ctypes.CDLL(None, use_errno=True).ptrace
+if trace(SEIZE, pid, None, None):
+    sys.exit(os.strerror(ctypes.get_errno()))
+os.kill(pid, signal.SIGSTOP)
+print("traced", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_daemon_in_a_debugger_is_not_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
+    with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
+        daemon = mount.daemon
+        with subprocess.Popen(
+            [sys.executable, "-c", TRACER, str(daemon)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as tracer:
+            assert tracer.stdout
+            assert tracer.stdout.readline() == "traced\n"
+            time.sleep(2.5)
+            tracer.communicate("\n")
+        os.kill(daemon, signal.SIGCONT)
+        assert mount.daemon == daemon
+
+
+def test_a_keeper_that_is_stopped_holds_up_no_request(mountpoint: Path, impatient: tuple[str, ...]) -> None:
+    """Its channel fills up with signs of life that it does not take."""
+    with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
+        keeper = mount.keeper
+        os.kill(keeper, signal.SIGSTOP)
+        longest, end = 0.0, time.monotonic() + 4
+        with opened(mountpoint / "a/1", os.O_RDONLY) as page:
+            while time.monotonic() < end:
+                begun = time.monotonic()
+                assert len(os.pread(page, PAGE, 0)) == PAGE
+                longest = max(longest, time.monotonic() - begun)
+                time.sleep(0.01)
+        os.kill(keeper, signal.SIGCONT)
+        assert longest < 2, "one waited for the keeper"
+        wait_until(lambda: mount.keeper == keeper, "the keeper")
+
+
+def test_the_patience_is_that_of_the_units() -> None:
+    """30 s, of which a sign of life comes several times."""
+    root = Path(__file__).resolve().parents[2]
+    keeper, session = ((root / f"ttmfs/{name}.py").read_text() for name in ("keeper", "session"))
+    found = re.search(r"^LOOK_SECONDS, MOST_SILENT = ([\d.]+), (\d+)$", keeper, re.MULTILINE)
+    given = re.search(r"^START_SECONDS, STATUS_SECONDS = [\d.]+, ([\d.]+)$", session, re.MULTILINE)
+    assert found
+    assert given
+    patience = float(found[1]) * int(found[2])
+    assert float(given[1]) * 3 <= patience
+    for unit in (root / "systemd").glob("*/ttmfs@.service"):
+        assert f"\nWatchdogSec={patience:g}\n" in unit.read_text()
