@@ -131,7 +131,12 @@ class Mount:
     A mount that lives longer than WATCHDOG_SECONDS is killed, its stacks saved in the log, so that no client hangs.
     """
 
-    NORMAL = (r"serving /", r"SIGTERM: unmounting /", r"this kernel cannot refuse descriptors of strangers")
+    NORMAL = (
+        r"serving /",
+        r"SIGTERM: unmounting /",
+        r"refused: ",
+        r"this kernel cannot refuse descriptors of strangers",
+    )
     RESTARTED = (r"the daemon \d+ of /\S+ (was killed|ended|left it)", r"taking over /")
 
     def __init__(

@@ -89,7 +89,7 @@ def guarded(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, A
         except FUSEError:
             raise
         except TtmfsError as error:
-            raise FUSEError(self.refused(name, error)) from None
+            raise FUSEError(self.refused(name, error, arguments)) from None
         except Exception as error:
             self.unforeseen(name, error, arguments)
             raise FUSEError(errno.EIO) from None
@@ -164,10 +164,11 @@ class Operations(pyfuse3.Operations):
     def init(self) -> None:
         self._init()
 
-    def refused(self, operation: str, error: TtmfsError) -> int:
+    def refused(self, operation: str, error: TtmfsError, arguments: tuple[Any, ...] = ()) -> int:
         """The errno for an error of the model, counted, and logged if someone should look at it."""
         number = errno_of(error)
         self.metrics.count_error(operation, number)
+        self.tree.refusals.note(operation, number, error, arguments[-1] if arguments else None)
         cause = operation, getattr(error.__cause__, "errno", None)  # not the text: names in it are the caller's choice
         if isinstance(error, StoreFailed) and cause not in self._logged:
             self._logged.add(cause)

@@ -82,6 +82,7 @@ from .kernel_cache import LIFETIME, KernelCache, Recent
 from .linux import XATTR_SIZE_MAX
 from .options import parse_size
 from .pool import NAME_MAX, Pool, bytes_avail
+from .refusals import Refusals
 from .state import Progress
 from .texts import Texts
 
@@ -167,6 +168,7 @@ class Tree:
         self._progress = progress
         self.texts = Texts(texts)
         self._cache = cache
+        self.refusals = Refusals()
         # Directories that a daemon before opened are open still: two of one handle would share what is kept of them.
         self._serial = itertools.count(secrets.randbits(HANDLE_BITS))
         self.doubts = Recent(DOUBT_SECONDS)  # backups whose mode or owner changed
@@ -671,6 +673,8 @@ class Tree:
         Gives a coroutine in place of the bytes only for what can take long.
         """
         if (attribute := self._xattrs_at(ino).get(name)) and attribute.get:
+            if attribute.private and uid not in (0, os.geteuid()):
+                raise NotPermitted("only root and the user who mounted read this: it has names of others'")
             if inspect.iscoroutinefunction(attribute.get):
                 return self._look(attribute.get, ino, uid)
             return str(attribute.get(self, ino)).encode()
@@ -783,16 +787,18 @@ class Tree:
 class _Xattr(NamedTuple):
     """How an extended attribute is had and set; None where it is not. A setter's arguments: inode, text, who asks.
 
-    What can take long is got by a coroutine function.
+    What can take long is got by a coroutine function. What is `private` is for root and the user who mounted.
     """
 
     get: Callable[[Tree, int], object] | None
     set: Callable[[Tree, int, str, Caller], Awaitable[None]] | None = None
+    private: bool = False
 
 
 _ROOT_XATTRS = {
     b"user.ttmfs.bytes_avail": _Xattr(lambda *_: bytes_avail()),
     b"user.ttmfs.page_size": _Xattr(lambda tree, _: tree.pool.page_size),
+    b"user.ttmfs.refusals": _Xattr(lambda tree, _: tree.refusals.text(), private=True),
     b"user.ttmfs.size": _Xattr(lambda tree, _: tree.pool.room().size, Tree.set_budget),
 }
 

@@ -12,11 +12,11 @@ PACKAGE = REPOSITORY / "ttmfs"
 
 ORDER = (
     "handles errors version quoting options linux mountinfo connection fusermount inherited checked state keeper "
-    "service memory turns waiting ledger quota store backup pool inodes access texts kernel_cache tree metrics "
-    "handover operations busy_poll session background page_array client keepers rescue mount_helper cli"
+    "service memory turns waiting ledger quota store backup pool inodes access refusals texts kernel_cache tree "
+    "metrics handover operations busy_poll session background page_array client keepers rescue mount_helper cli"
 ).split()
 
-COMMANDS = "terminal command apart mounts png manifest users backups ls map save load fd doctor rescue".split()
+COMMANDS = "terminal command apart mounts png manifest users backups ls map save load fd doctor why rescue".split()
 USED_BY_COMMANDS = set(
     "handles errors version quoting options linux mountinfo checked memory inodes client keepers rescue".split()
 )

@@ -161,7 +161,8 @@ class Arena:
         assert worst < longest, f"Bob waited {worst:.3f} s for a page"
         assert after[0] - before[0] < growth, f"the daemon grew from {before[0]} to {after[0]} bytes"
         assert after[1] - before[1] <= 2 + files, f"it holds {after[1]} descriptors, before {before[1]}"
-        assert after[2] == before[2], self.mount.log[before[2] :]
+        said = [line for line in self.mount.log[before[2] :] if "refused: " not in line]
+        assert not said, said
 
     def stall(self, attack: Callable[[], object], rounds: int = 3) -> float:
         """How long an attack keeps Bob waiting, the machine's own delays left out."""
@@ -275,8 +276,9 @@ for where in path, path + "/alice":
 
 
 @pytest.mark.usefixtures("alices")
-def test_ten_thousand_errors_leave_no_line_and_no_trace(arena: Arena) -> None:
+def test_ten_thousand_errors_leave_few_lines_and_no_trace(arena: Arena) -> None:
     """By names of 255 bytes, with line ends and escape sequences, as many different ones."""
+    began, before = time.monotonic(), len(arena.mount.log)
     with arena.unharmed():
         arena.attack("""
 for n in range(2000):
@@ -296,6 +298,9 @@ for n in range(2000):
         os.rename(f"{path}/{name}", f"{path}/{name[:-1]}")
         os.rmdir(f"{path}/{name[:-1]}")
 """)
+    lines = arena.mount.log[before:]
+    assert 1 <= len(lines) <= 2 + time.monotonic() - began, "one a second at most"
+    assert all(line.isprintable() and len(line) < 400 for line in lines), lines
 
 
 def test_reads_and_writes_far_past_every_end_are_answered(arena: Arena, alices: Path) -> None:

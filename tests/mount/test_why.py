@@ -1,0 +1,83 @@
+"""Why something was refused: in the log, and by ``ttmfs why``."""
+
+import errno
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import Mount, raises_errno, run
+from stores import ALICE, Place, acting_as
+from ttmfs import errors, refusals
+from ttmfs.refusals import Refusals
+
+WHY = f"{sys.executable} -m ttmfs why"
+
+
+def test_the_reason_is_in_the_log_and_why_shows_it(mount: Mount, backup: Path) -> None:
+    with raises_errno(errno.EINVAL):
+        os.setxattr(mount.path, "user.ttmfs.size", b"plenty\n\x1b[31m")
+    with raises_errno(errno.EPERM):
+        (mount.path / ".hidden").mkdir()
+    with raises_errno(errno.ENOENT):
+        (backup / "7").stat()
+    found = json.loads(run(f"{WHY} {mount.path} --json"))
+    assert [(row["operation"], row["errno"]) for row in found] == [("setxattr", "EINVAL"), ("mkdir", "EPERM")]
+    assert "is no size" in found[0]["reason"]
+    assert all((row["uid"], row["pid"]) == (os.geteuid(), os.getpid()) for row in found)
+    lines = run(f"{WHY} {mount.path}").splitlines()
+    assert lines[0].startswith("TIME")
+    assert re.search(r"setxattr +EINVAL +.*plenty.*is no size", lines[1])
+    assert len(lines) == 3
+    assert all(line.isprintable() for line in lines)
+    assert any(re.search(r"refused: setxattr .*EINVAL.*plenty.*is no size", line) for line in mount.log)
+
+
+def test_nothing_was_refused_yet(mnt: Path) -> None:
+    assert "nothing was refused" in run(f"{WHY} {mnt}")
+    assert json.loads(run(f"{WHY} --json {mnt}")) == []
+    (mnt / "a").mkdir()
+    assert "no mount point" in run(f"{WHY} {mnt}/a", code=2)
+
+
+def test_a_stranger_sees_no_names_of_others(place: Place) -> None:
+    with place.directory("why") as path, Mount(path, "size=1m,mode=1777,allow_other", cwd=place.path):
+        with raises_errno(errno.EPERM):
+            (path / ".secret").mkdir()
+        with acting_as(ALICE), raises_errno(errno.EPERM):
+            os.getxattr(path, "user.ttmfs.refusals")
+        assert b"mkdir" in os.getxattr(path, "user.ttmfs.refusals")
+
+
+def test_the_log_has_few_of_many_and_says_how_many(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    kept = Refusals()
+    for n in range(1000):
+        kept.note("write", errno.ENOSPC, errors.NoRoom(f"{n}"))
+    assert [record.getMessage() for record in caplog.records] == ["refused: write: ENOSPC: 0"]
+    monkeypatch.setattr(refusals, "KIND_SECONDS", 0.0)
+    monkeypatch.setattr(refusals, "LINE_SECONDS", 0.0)
+    kept.note("write", errno.ENOSPC, errors.NoRoom("last"))
+    assert "(999 more before this were not logged)" in caplog.records[-1].getMessage()
+    assert [row["reason"] for row in json.loads(kept.text())][-2:] == ["999", "last"]
+    assert len(json.loads(kept.text())) == refusals.KEPT
+
+
+def test_long_reasons_fit_into_the_attribute() -> None:
+    kept = Refusals()
+    for _ in range(100):
+        kept.note("setxattr", errno.EINVAL, errors.InvalidArgument("\U0001f4be" * 70_000))
+    assert len(kept.text()) <= 65536
+    assert json.loads(kept.text())
+
+
+def test_what_is_ordinary_is_left_out() -> None:
+    kept = Refusals()
+    for error in refusals.ORDINARY:
+        kept.note("open", errno.ESTALE, error("it is gone"))
+    assert kept.text() == "[]"
