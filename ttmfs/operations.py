@@ -30,7 +30,7 @@ from .kernel_cache import LIFETIME
 from .metrics import Metrics
 from .pool import NAME_MAX, Pool
 from .state import LATEST, POINTS, State, identity
-from .tree import WANTED, Attributes, Tree
+from .tree import CHANGING, WANTED, Attributes, Tree
 
 __all__ = ["Operations"]
 
@@ -317,7 +317,7 @@ class Operations(pyfuse3.Operations):
         except PageDropped:
             if fh is not None:
                 raise
-            attributes = self.tree.as_before_drop(inode, ctx.pid)
+            attributes = self.tree.as_before_drop(inode, ctx.pid, CHANGING)
         return self._entry(inode, attributes)
 
     @guarded
@@ -360,6 +360,8 @@ class Operations(pyfuse3.Operations):
     def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> "Created | Coroutine[Any, Any, Created]":
+        if self.tree.stale:
+            self.tree.stale.pop(ctx.pid, None)  # the call comes to its end: the page is made anew
         made = self.tree.create_page(parent_inode, name, flags, _caller(ctx) if ctx.uid else None)
         return self._created(*made) if isinstance(made, tuple) else self._created_later(made)
 

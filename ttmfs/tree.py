@@ -109,6 +109,9 @@ DOUBT_SECONDS = 1.5
 """For so long after a backup's mode or owner changed, the kernel may judge its pages by the old ones: those that the
 answer to a truncation said which was under way. It keeps them for LIFETIME."""
 
+OPENING, CHANGING, AFTER_LAST = range(3)
+"""The steps of a call by path: a page is opened, or its name removed; then its size or attributes are changed."""
+
 RETRY_SECONDS = 1.0
 """How long a thread may take to ask again for a path that it was told is stale. It does so at once."""
 
@@ -129,6 +132,18 @@ class Attributes(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     lasting: bool = True  # whether the kernel may keep them for a while
+
+
+class Stale(NamedTuple):
+    """A thread was told that the page of an inode is gone. It may ask once more in the same call, by the same path.
+
+    `next_step` is the first step that is then answered as if the page were there: AFTER_LAST before it looked it up.
+    """
+
+    ino: int
+    at: float
+    next_step: int
+    misses: int  # times that it has looked up and found nothing
 
 
 Entry = tuple[bytes, int, Attributes, int]
@@ -173,8 +188,7 @@ class Tree:
         self._serial = itertools.count(secrets.randbits(HANDLE_BITS))
         self.doubts = Recent(DOUBT_SECONDS)  # backups whose mode or owner changed
         self._bulk_drops = Recent(LIFETIME)  # backups of which pages were dropped in bulk; the kernel has the names yet
-        # By thread: the inode of which it was told last that its page is gone, when, and whether it looked up since.
-        self.stale: _Kept[tuple[int, float, bool]] = _Kept()
+        self.stale: _Kept[Stale] = _Kept()  # by thread: what it was told last
         # Of open directories: index to go on from, end of the run of pages that it is in, and when that was looked up.
         self._extents: _Kept[tuple[int, int, float]] = _Kept()
 
@@ -350,7 +364,7 @@ class Tree:
         id = backup_of(parent)
         backup = self.pool.backup(id)
         if self._bulk_drops and id in self._bulk_drops and not backup.holds(handle - 1):
-            self.as_before_drop(inode(id, handle), pid)  # the VFS looks the name up anew, and says ENOENT
+            self.as_before_drop(inode(id, handle), pid, OPENING)  # the VFS looks the name up anew, and says ENOENT
         elif self.stale:
             self.stale.pop(pid, None)
         if not self._in_memory:
@@ -381,7 +395,7 @@ class Tree:
             if flags & os.O_APPEND:
                 ino = inode(id, APPENDED)
         elif not self.pool.backup(id).holds(handle - 1):
-            self.as_before_drop(ino, pid)
+            self.as_before_drop(ino, pid, OPENING)
         return _file_handle(ino, flags)
 
     async def open_text(self, ino: int, flags: int, uid: int) -> int:
@@ -392,29 +406,41 @@ class Tree:
             raise NoSuchName(f"there is no inode {ino}")
         return await self.texts.open(ino, uid)
 
-    def as_before_drop(self, ino: int, pid: int) -> Attributes:
-        """What a thread is told that asks by path for a page which is gone. PageDropped, but not twice in a row.
+    def as_before_drop(self, ino: int, pid: int, step: int) -> Attributes:
+        """What a thread is told that asks by path for a page which is gone. PageDropped, but not twice in one call.
 
         After the first ESTALE the VFS looks the path up anew and asks once more; a second one would reach the caller.
         But a page that was found meanwhile, and has gone again, was there during the call. So what is asked for counts
         as done just before the page was dropped. (What comes by a descriptor is not preceded by looking up.)
+
+        A call may take two requests, such as opening and truncating. Its steps ascend, so a step that does not belongs
+        to a later call, which is told the truth.
         """
-        known, at, looked_up = self.stale.get(pid, (0, 0.0, False))
-        if not pid or known != ino or not looked_up or time.monotonic() > at + RETRY_SECONDS:
-            self.stale[pid] = ino, time.monotonic(), False
+        told = self.stale.get(pid)
+        if (
+            not pid
+            or not told
+            or told.ino != ino
+            or step < told.next_step
+            or time.monotonic() > told.at + RETRY_SECONDS
+        ):
+            self.stale[pid] = Stale(ino, time.monotonic(), AFTER_LAST, 0)
             raise _dropped(handle_of(ino))
-        del self.stale[pid]
+        self.stale[pid] = told._replace(next_step=step + 1)
         return self._page(self.backup(ino).stat())._replace(lasting=False)
 
     def note_lookup(self, pid: int, *, found: bool) -> None:
         """A thread has a path looked up. To be told while anything is `stale`.
 
-        What is not found ends the call, or is made anew. The next call may ask for it without a look-up before.
+        The VFS looks up a name that it knew, and if that is gone looks it up once more. So the second miss ends the
+        call, or the page is made anew.
         """
-        if not (note := self.stale.get(pid)):
+        if not (told := self.stale.get(pid)):
             return
         if found:
-            self.stale[pid] = *note[:2], True
+            self.stale[pid] = told._replace(next_step=OPENING)
+        elif not told.misses:
+            self.stale[pid] = told._replace(next_step=AFTER_LAST, misses=1)
         else:
             del self.stale[pid]
 
