@@ -331,6 +331,10 @@ class Ledger:
 
     # --- counts ---
 
+    def has_counted(self, id: int) -> bool:
+        """Whether the pages of a backup were counted by this process."""
+        return id in self._counted
+
     def pages(self, id: int, fd: int) -> int:
         """How many pages of room an open backup takes, which on a disk is the number of its pages.
 

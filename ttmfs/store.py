@@ -736,7 +736,7 @@ class Store:
         if (start := time.monotonic()) < self._recount_at:
             return
         for id in list(self.scan()):
-            if id in self.waiting.files:  # what is counted of it is right, and the kernel has it locked
+            if id in self.waiting.files and ledger.has_counted(id):  # it is right, and the kernel has the file locked
                 continue
             with contextlib.suppress(TtmfsError), _failures_of("counting pages"):  # one that fails stops no other
                 ledger.pages(id, self.descriptor(id))
