@@ -56,8 +56,10 @@ def obey(path: str, suspect_seconds: float) -> None:
     import signal
     import sys
     import time
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from typing import Any
+
+    import trio
 
     from ttmfs import operations
     from ttmfs.busy_poll import BusyPoll
@@ -124,27 +126,44 @@ def obey(path: str, suspect_seconds: float) -> None:
         sys.setprofile(seen)
 
     def obeying(name: str, handler: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(handler)
-        def plain(self: Operations, *arguments: Any) -> Any:
-            look(name, "before", arguments)
+        async def rest(answer: Coroutine[Any, Any, Any], arguments: tuple[Any, ...]) -> Any:
             try:
-                count_calls(name, arguments)
-                return handler(self, *arguments)
+                return await answer
             finally:
                 sys.setprofile(None)
                 look(name, "after", arguments)
 
         @functools.wraps(handler)
-        async def waiting(self: Operations, *arguments: Any) -> Any:
+        def watched(self: Operations, *arguments: Any) -> Any:
             look(name, "before", arguments)
+            answer = None
             try:
                 count_calls(name, arguments)
-                return await handler(self, *arguments)
+                answer = handler(self, *arguments)
+                return rest(answer, arguments) if inspect.iscoroutine(answer) else answer
+            finally:
+                if not inspect.iscoroutine(answer):
+                    sys.setprofile(None)
+                    look(name, "after", arguments)
+
+        return watched
+
+    run_sync = trio.to_thread.run_sync
+
+    async def run_sync_watched(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        """Count the system calls of threads, too."""
+        profile = sys.getprofile()
+
+        def work(*arguments: Any) -> Any:
+            sys.setprofile(profile)
+            try:
+                return function(*arguments)
             finally:
                 sys.setprofile(None)
-                look(name, "after", arguments)
 
-        return waiting if inspect.iscoroutinefunction(handler) else plain
+        return await run_sync(work, *arguments, **more)
+
+    trio.to_thread.run_sync = run_sync_watched  # type: ignore[assignment]
 
     for name, operation in list(vars(Operations).items()):
         if handler := getattr(operation, "__wrapped__", None):
@@ -211,7 +230,7 @@ class Killed(Long):
         self.give(handler, point, deed)
         try:
             yield
-            wait_until(lambda: self.deeds() == deeds + 1, f"a kill in {handler}", 2)
+            wait_until(lambda: self.deeds() == deeds + 1, f"a kill in {handler}")
             wait_until(lambda: self.restarts() == restarts + 1, "another daemon")
         finally:
             self.order.unlink(missing_ok=True)

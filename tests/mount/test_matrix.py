@@ -292,7 +292,8 @@ def opening() -> None:
         add(f"reopen w {what}'s path", open_and(partial(reopened, W), name, os.O_PATH), **writing)
         add(f"reopen rw {what}", open_and(partial(reopened, RW), name, R), **writing)
         add(f"read {what}", open_and(silent(begin) if text else begin, name, R), of=what)
-        add(f"fsync {what}", open_and(os.fsync, name, R), of=what)
+        # Whoever may only read cannot sync it: that would make the owner's writes wait.
+        add(f"fsync {what}", open_and(os.fsync, name, RW if what == ".image" else R), of=what)
         if not text:
             add(f"write {what}", open_and(write, name, W), of=what, changes=True)
             add(f"ftruncate {what}", open_and(empty, name, RW), **changing)
