@@ -1,5 +1,6 @@
 # make demo   the main job on real input, every command shown
 # make test   lint and all tests (T=tests/mount/test_swap.py: some alone, without lint)
+# make check  in half a minute, without root: lint, and the tests that mount nothing
 # make lint   types, linter, formatter
 # make bench  what it costs beside tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
 # make soak   mixed load with kills, swap and budget changes, for SECONDS (600)
@@ -10,7 +11,7 @@
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench bench-quick soak setup lock install uninstall clean
+.PHONY: demo test check check-tests lint format bench bench-quick soak setup lock install uninstall clean
 
 SECONDS := 600
 PREFIX := /usr/local
@@ -20,6 +21,12 @@ demo: setup
 
 test: setup
 	scripts/test.sh $(T)
+
+check: setup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint check-tests
+
+check-tests: setup
+	$(BIN)/python -m pytest -q tests/arithmetic tests/model tests/face tests/house/test_imports.py
 
 lint: setup
 	$(BIN)/ruff check
