@@ -16,7 +16,9 @@ ORDER = (
     "metrics handover operations busy_poll session background page_array client keepers rescue mount_helper cli"
 ).split()
 
-COMMANDS = "terminal command apart mounts png manifest users backups ls map save load fd doctor why rescue".split()
+COMMANDS = (
+    "terminal command apart mounts cells plot manifest users backups ls map save load fd doctor why rescue".split()
+)
 USED_BY_COMMANDS = set(
     "handles errors version quoting options linux mountinfo checked memory inodes client keepers rescue".split()
 )

@@ -20,12 +20,12 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -400,11 +400,10 @@ def test_writeback_and_the_picture_tell_what_is_cold(mnt: Path, tmp_path: Path) 
     assert abs(cells[:256].count("█") - 256) <= 56
     assert cells[256:512].count("⣿") >= 200
     assert set(cells[512:]) == {"·"}
-    ttmfs("map", mnt / "a", "-o", tmp_path / "a.png")
-    colours = pixels(tmp_path / "a.png")
-    assert {"hot", "cold", "nothing"} <= {
-        name for name, colour in COLOURS.items() if colours.count(colour) > 14 * 14 * 5
-    }
+    ttmfs("map", mnt / "a", "-o", tmp_path / "a.png", cwd=REPOSITORY)
+    area = areas(tmp_path / "a.png")
+    assert 0.1 < area["hot"] / area["nothing"] < 0.9
+    assert 0.1 < area["cold"] / area["nothing"] < 0.9
     text = seen("map", mnt / "a", columns=76)
     assert "\x1b[0;34m⣿" in text
     assert "\x1b[0;33m█" in text
@@ -412,7 +411,7 @@ def test_writeback_and_the_picture_tell_what_is_cold(mnt: Path, tmp_path: Path) 
 
 # --- the picture ---
 
-COLOURS = {"hot": b"\xe2\x62\x0a", "cold": b"\x18\x60\xae", "nothing": b"\xe2\xe4\xe7"}
+COLOURS = {"hot": b"\xe2\x62\x0a", "cold": b"\x18\x60\xae", "nothing": b"\xe9\xeb\xee"}
 
 
 def cells_of(text: str) -> str:
@@ -420,26 +419,10 @@ def cells_of(text: str) -> str:
     return "".join(line[11:] for line in text.splitlines() if re.match(r" *\d+ [^ ]", line))
 
 
-def pixels(path: Path) -> list[bytes]:
-    """The pixels of a PNG, of 8 bits a colour, without filters. Its checks are held on the way."""
-    data, found = path.read_bytes(), b""
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    position, header = 8, b""
-    while position < len(data):
-        (length,) = struct.unpack_from(">I", data, position)
-        kind, body = data[position + 4 : position + 8], data[position + 8 : position + 8 + length]
-        assert struct.unpack_from(">I", data, position + 8 + length) == (zlib.crc32(kind + body),)
-        position += length + 12
-        if kind == b"IHDR":
-            header = body
-        elif kind == b"IDAT":
-            found += body
-    width, height, *kinds = struct.unpack(">IIBBBBB", header)
-    assert kinds == [8, 2, 0, 0, 0]
-    raw = zlib.decompress(found)
-    assert len(raw) == height * (1 + 3 * width)
-    rows = [raw[row * (1 + 3 * width) + 1 : (row + 1) * (1 + 3 * width)] for row in range(height)]
-    return [row[3 * x : 3 * x + 3] for row in rows for x in range(width)]
+def areas(path: Path) -> dict[str, int]:
+    """How many pixels of a picture have each of the COLOURS."""
+    found = (matplotlib.image.imread(path)[:, :, :3] * 255).round().astype(int)
+    return {name: int((found == list(colour)).all(axis=2).sum()) for name, colour in COLOURS.items()}
 
 
 @pytest.mark.parametrize(
@@ -461,10 +444,28 @@ def test_the_picture_shows_each_page_of_a_few(
     text = ttmfs("map", mnt / "a", env={**os.environ, "LC_ALL": "C.UTF-8"})
     assert cells_of(text) == expected
     assert ("from the first page stored" in text) == (size > 16 * PAGE)
-    ttmfs("map", mnt / "a", "-o", tmp_path / "a.png")
-    colours = pixels(tmp_path / "a.png")
-    assert colours.count(COLOURS["hot"]) // 27**2 == len(pages)
-    assert colours.count(COLOURS["nothing"]) // 27**2 == expected.count("·")
+    ttmfs("map", mnt / "a", "-o", tmp_path / "a.png", cwd=REPOSITORY)
+    area = areas(tmp_path / "a.png")
+    share = area["hot"] / (area["hot"] + area["nothing"])
+    assert abs(share - len(pages) / len(expected)) < 0.05  # the legend has both colours, too
+
+
+@pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_the_ending_says_what_kind_of_picture(mnt: Path, tmp_path: Path, ending: str, begins: bytes) -> None:
+    name = "a$b_{c}$ \N{GREEK SMALL LETTER ALPHA}"  # neither a formula nor a line of the terminal's
+    (mnt / name).mkdir()
+    ttmfs("map", mnt / name, "-o", tmp_path / f"a.{ending}", cwd=REPOSITORY)
+    assert (tmp_path / f"a.{ending}").read_bytes().startswith(begins)
+    assert "the ending says what to write: .png, .svg or .pdf" in ttmfs("map", mnt / name, "-o", "a.gif", code=2)
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(mnt: Path) -> None:
+    (mnt / "a").mkdir()
+    program = f"import sys; sys.modules['matplotlib'] = None; sys.argv = ['ttmfs', 'map', '{mnt}/a', '-o', 'a.png']; "
+    program += "from ttmfs.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=mnt, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"ttmfs map: a picture needs matplotlib: .*-m pip install .*\n", done.stderr)
 
 
 def test_the_picture_fits_the_width_and_reads_without_colours(mnt: Path) -> None:

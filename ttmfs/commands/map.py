@@ -1,7 +1,7 @@
 """``map``: a picture of which pages of a backup are absent, in memory, and swapped out.
 
-A cell stands for a few pages in a row. How full it is shows in its character (in a PNG: how bright it is), how cold its
-pages are in its colour. What is cold has characters of its own, so that the picture reads without colours too.
+A cell stands for a few consecutive pages. Its character shows how many of them exist, its colour where they are. Pages
+that are swapped out have characters of their own, so that the picture reads without colours too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..quoting import quoted
+from .cells import Cell, View
 from .command import Command, CommandError, reason
 from .mounts import backup_at
-from .png import BLUE, GREY, LETTER, LINE_HEIGHT, ORANGE, PURPLE, Canvas
+from .plot import ACROSS, DOWN, FORMATS, check_is_installed, picture
 from .terminal import columns, has_colours, is_terminal, is_utf8, painted, size
 
 if TYPE_CHECKING:
@@ -38,67 +39,45 @@ UNICODE, ASCII = ("·", "░▒█", "⠂⠶⣿"), (".", "-+#", ":oO")
 
 HOT, WARM, COLD, DIM = "33", "35", "34", "2"
 
-WIDTH, HEIGHT, CELL, BORDER = 64, 32, 14, 20
-"""Of a PNG: cells in a line and lines, and pixels."""
-
-
-class Cell(NamedTuple):
-    """Some pages in a row: how many there could be, are stored, and are swapped out."""
-
-    span: int
-    pages: int
-    swapped: int
-
-    @property
-    def fullness(self) -> int:
-        """0 to 3: none, up to a third, some, all."""
-        return 0 if not self.pages else 3 if self.pages == self.span else 1 if self.pages * 3 <= self.span else 2
-
-    @property
-    def coldness(self) -> int:
-        """0 to 2: in memory, both, swapped out."""
-        return 0 if not self.swapped else 2 if self.swapped == self.pages else 1
-
-
-class View(NamedTuple):
-    """The part of a backup that is shown, cell by cell."""
-
-    first: int
-    past: int
-    limit: int
-    step: int
-    cells: list[Cell]
-    pages: int
-    swapped: int
-    page_size: int
-    knows_swap: bool
-
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backup", metavar="MNT/NAME", help="the backup")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--stored", action="store_true", help="only from the first page stored to the last")
     which.add_argument("--whole", action="store_true", help="all that it spans, however empty")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a PNG instead; - is standard output")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", type=Path,
+        help="write a picture instead, by its ending a PNG, SVG or PDF; - is a PNG on standard output",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the runs of pages, by handle, with what is swapped out")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.json and arguments.output:
-        raise CommandError("--json is text, on standard output; -o writes a PNG: give one of the two")
+        raise CommandError("--json is text, on standard output; -o writes a picture: give one of the two")
     if str(arguments.output) == "-" and is_terminal(sys.stdout):
         raise CommandError("a PNG is nothing for a terminal: send it to a file or a program")
+    kind = _kind(arguments.output) if arguments.output else ""
     with backup_at(arguments.backup) as backup:
         if arguments.json:
             _tell(arguments.backup, backup)
             return 0
-        width, lines = (WIDTH, HEIGHT) if arguments.output else (columns() - MARGIN, LINES)
+        width, lines = (ACROSS, DOWN) if arguments.output else (columns() - MARGIN, LINES)
         view = _view(backup, width * lines, arguments)
     if arguments.output:
-        _write(arguments.output, _png(arguments.backup, view))
+        _write(arguments.output, picture(quoted(arguments.backup), view, kind))
         return 0
     sys.stdout.write("\n".join(_picture(quoted(arguments.backup), view, width)) + "\n")
     return 0
+
+
+def _kind(output: Path) -> str:
+    """What kind of picture to write. CommandError if it is none that can be, or matplotlib is missing."""
+    kind = "png" if str(output) == "-" else output.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise CommandError(f"{quoted(output)}: the ending says what to write: .png, .svg or .pdf")
+    check_is_installed()
+    return kind
 
 
 def _swapped(backup: Backup, first: int, past: int) -> int:
@@ -190,34 +169,7 @@ def _picture(name: str, view: View, width: int) -> list[str]:
     return lines
 
 
-# --- as PNG ---
-
-
-def _png(name: str, view: View) -> bytes:
-    across = min(WIDTH, max(len(view.cells), 1))
-    lines, cell = -(-len(view.cells) // across), 2 * CELL if len(view.cells) <= WIDTH // 2 else CELL
-    texts = [name[-(WIDTH * CELL // LETTER) :], *_facts(view)]
-    below = [(ORANGE, 1), (BLUE, 2), ((GREY,), 0)]
-    canvas = Canvas(WIDTH * CELL + 2 * BORDER, lines * cell + LINE_HEIGHT * (len(texts) + 4) + 4 * BORDER)
-    top = BORDER
-    for text in texts:
-        canvas.text(BORDER, top, text)
-        top += LINE_HEIGHT
-    for n, found in enumerate(view.cells):
-        colour = (ORANGE, PURPLE, BLUE)[found.coldness][found.fullness - 1] if found.fullness else GREY
-        canvas.rectangle(BORDER + n % across * cell, top + n // across * cell, cell - 1, cell - 1, colour)
-    top += lines * cell + BORDER
-    counts = _counts(view)
-    texts = [f"{what:<11} {count:>10} pages  {size(count * view.page_size):>6}" for what, count in counts]
-    for shades, text in (
-        *((shades, texts[n]) for shades, n in below),
-        (PURPLE, "cells with both; paler: less is stored"),
-    ):
-        for n, shade in enumerate(shades):
-            canvas.rectangle(BORDER + n * (CELL + 2), top, CELL, CELL, shade)
-        canvas.text(BORDER + 4 * CELL + 4, top, text)
-        top += LINE_HEIGHT
-    return canvas.png()
+# --- as a picture ---
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -236,8 +188,8 @@ def _write(path: Path, data: bytes) -> None:
 COMMANDS = (
     Command(
         "map",
-        "Draw which pages of a backup are absent, in memory, and swapped out: as wide as the terminal is, or as PNG.\n"
-        "A backup that is mostly empty is shown from its first page to its last.",
+        "Draw which pages of a backup are absent, in memory, and swapped out: as wide as the terminal is, or with -o\n"
+        "as a picture for a report. A backup that is mostly empty is shown from its first page to its last.",
         """\
 examples:
   ttmfs map /mnt/ttm/bo7
