@@ -7,11 +7,11 @@ import sys
 from typing import NoReturn
 
 try:
-    from ttmfs.inherited import raise_limits
+    from ttmfs.daemon.inherited import raise_limits
 
     raise_limits()  # within those of the caller the rest may not even load
-    from ttmfs import background, session
-    from ttmfs.fusermount import MountError
+    from ttmfs.daemon import background, session
+    from ttmfs.daemon.mounting import MountError
     from ttmfs.options import ExitCode, OptionError, Options, help_text
     from ttmfs.version import __version__
 except ImportError as error:

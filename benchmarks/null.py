@@ -18,8 +18,8 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ttmfs.busy_poll import BusyPoll
-from ttmfs.session import WAIT
+from ttmfs.daemon.session import WAIT
+from ttmfs.fuse.busy_poll import BusyPoll
 
 ROOT, DIRECTORY, FILE = pyfuse3.ROOT_INODE, 2, 3
 REQUEST = bytes(range(256)) * 4096

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from harness import MOUNT_PY, REPOSITORY, Mount, mounts_below, run, wait_until
 from ttmfs.options import Options
-from ttmfs.store import Store
+from ttmfs.stores.store import Store
 
 KINDS = ("tmpfs", "user", "fallback", "dir-tmpfs", "dir-ext4", "dir-xfs", "dir-btrfs")
 """Root's private tmpfs, a user's, what a user has who may make no user namespaces, and ``store=DIR`` on filesystems."""

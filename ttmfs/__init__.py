@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import handles
-    from .backup import Backup
     from .errors import (
         BackupAbsent,
         BackupClosed,
@@ -39,7 +38,8 @@ if TYPE_CHECKING:
         StoreFailed,
         TtmfsError,
     )
-    from .pool import Pool, Room, bytes_avail, open_pool
+    from .model.backup import Backup
+    from .model.pool import Pool, Room, bytes_avail, open_pool
     from .version import __version__
 
 __all__ = [
@@ -69,12 +69,12 @@ __all__ = [
 ]
 
 _ELSEWHERE = {
-    "Backup": "backup",
-    "Pool": "pool",
-    "Room": "pool",
+    "Backup": "model.backup",
+    "Pool": "model.pool",
+    "Room": "model.pool",
     "__version__": "version",
-    "bytes_avail": "pool",
-    "open_pool": "pool",
+    "bytes_avail": "model.pool",
+    "open_pool": "model.pool",
 }
 """Which module has a name; the others are errors."""
 

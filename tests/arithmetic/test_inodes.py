@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttmfs import inodes
+from ttmfs.fuse import inodes
 
 backups = st.integers(2, inodes.MAX_BACKUP_ID)
 handles = st.integers(0, inodes.SHMEM)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import trio
 
-from ttmfs.busy_poll import FIRST_WINDOW, LONGEST_PAUSE, PAUSE, TURN, BusyPoll
+from ttmfs.fuse.busy_poll import FIRST_WINDOW, LONGEST_PAUSE, PAUSE, TURN, BusyPoll
 
 LONGEST = 50_000_000  # ns; longer than any wait of the machine for its processors is likely to be
 

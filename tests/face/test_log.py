@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ttmfs import background
+from ttmfs.daemon import background
 
 
 def test_a_syslog_that_is_not_read_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

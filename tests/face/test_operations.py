@@ -19,16 +19,18 @@ import pyfuse3
 import pytest
 import trio
 
-from ttmfs import errors, texts, waiting
-from ttmfs.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, SYNC, handle_of, inode
-from ttmfs.kernel_cache import BLOCK_BITS, NOTIFY_INVAL_INODE, KernelCache
-from ttmfs.metrics import Metrics
-from ttmfs.operations import Operations
+from ttmfs import errors
+from ttmfs.fuse import texts
+from ttmfs.fuse.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, SYNC, handle_of, inode
+from ttmfs.fuse.kernel_cache import BLOCK_BITS, NOTIFY_INVAL_INODE, KernelCache
+from ttmfs.fuse.metrics import Metrics
+from ttmfs.fuse.operations import Operations
+from ttmfs.fuse.tree import Tree
+from ttmfs.model.pool import Pool
 from ttmfs.options import Options
-from ttmfs.pool import Pool
-from ttmfs.state import State
-from ttmfs.store import Store
-from ttmfs.tree import Tree
+from ttmfs.recovery.state import State
+from ttmfs.stores import blocking_io as waiting
+from ttmfs.stores.store import Store
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -316,7 +318,7 @@ def test_a_listing_goes_on_where_the_kernel_stopped(face: Face, a: int, monkeypa
 def test_a_listing_is_answered_in_parts_however_much_room_there_is(
     face: Face, a: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ttmfs.operations.MOST_ENTRIES", 3)
+    monkeypatch.setattr("ttmfs.fuse.operations.MOST_ENTRIES", 3)
     for handle in range(2, 9):
         face.create(a, b"%d" % handle, 0o644, os.O_RDWR, CTX)
     taken: list[bytes] = []
@@ -341,7 +343,7 @@ def test_a_listing_is_answered_in_parts_however_much_room_there_is(
 
 
 def test_a_map_is_made_in_slices_and_goes_on_where_it_was(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttmfs.turns.SLICE_SECONDS", -1.0)
+    monkeypatch.setattr("ttmfs.stores.turns.SLICE_SECONDS", -1.0)
     for handle in (3, 4, 7):
         face.create(a, b"%d" % handle, 0o644, os.O_RDWR, CTX)
     assert face.getxattr(a, b"user.ttmfs.map", CTX) == b"1,3-4,7"

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from harness import REPOSITORY
-from ttmfs.cli import COMMANDS, parser
+from ttmfs.cli.main import COMMANDS, parser
 
 
 def ttmfs(*words: str) -> str:
@@ -43,9 +43,13 @@ def test_every_command_has_examples_with_options_that_there_are(name: str) -> No
 def test_help_is_there_at_once() -> None:
     """It imports neither numpy nor what other commands need."""
     began = time.monotonic()
-    loaded = "import sys; sys.argv = ['ttmfs', 'ls', '/proc']; import ttmfs.cli as c; c.main(); print(*sys.modules)"
+    loaded = (
+        "import sys; sys.argv = ['ttmfs', 'ls', '/proc']; import ttmfs.cli.main as c; c.main(); print(*sys.modules)"
+    )
     text = subprocess.run(
         [sys.executable, "-c", loaded], cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=True
     ).stdout
-    assert not {"numpy", "trio", "pyfuse3", "ttmfs.commands.manifest", "ttmfs.linux"} & set(text.split())
+    assert not {"numpy", "trio", "pyfuse3", "ttmfs.cli.commands.manifest", "ttmfs.linux.system_calls"} & set(
+        text.split()
+    )
     assert time.monotonic() < began + 2

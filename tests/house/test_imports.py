@@ -1,74 +1,88 @@
-"""The order of the modules: each imports only from those above it, and pyfuse3 stays in its two."""
+"""The direction of imports: each package imports from itself and from those before it. pyfuse3 stays in its modules."""
 
 import ast
 import re
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from harness import REPOSITORY
 
 PACKAGE = REPOSITORY / "ttmfs"
+PACKAGES = "linux stores model recovery fuse daemon client cli".split()
+"""In their order, after the modules that lie in ttmfs/ itself."""
 
-ORDER = (
-    "handles errors version quoting options linux mountinfo connection fusermount inherited checked state keeper "
-    "service memory turns waiting ledger quota store backup pool inodes access refusals texts kernel_cache tree "
-    "metrics handover operations busy_poll session background page_array client keepers rescue mount_helper cli"
-).split()
+TOP = {"__init__", "__main__", "errors", "handles", "options", "quoting", "version"}
+ALONE = {"recovery.keeper", "linux.system_calls", "cli.keepers"}
+"""Run by their path with the standard library alone, or imported by what is: they import nothing of ttmfs."""
 
-COMMANDS = (
-    "terminal command apart mounts cells plot manifest users backups ls map save load fd doctor why rescue".split()
+BY_COMMANDS = {"linux", "client", "cli", "model.arguments", "fuse.inodes"}
+"""What the commands know of the rest: nothing of the server but two modules of arithmetic."""
+
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.name not in ("__init__.py", "__main__.py")
 )
-USED_BY_COMMANDS = set(
-    "handles errors version quoting options linux mountinfo checked memory inodes client keepers rescue".split()
-)
-"""What they know of the rest: none of the server."""
 
 
-def imports_of(path: Path) -> set[str]:
-    """The modules that a file imports; those of its own package without a name before, of that above it with a dot."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(module: str) -> Iterator[str]:
+    """What a module imports: modules of ttmfs by their names in it, others by their first name."""
+    here = module.split(".")[:-1]
+    for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level:
+            above = here[: len(here) - node.level + 1]
             names = [node.module] if node.module else [alias.name for alias in node.names]
-            found.update("." * (node.level - 1) + name for name in names)
+            yield from (".".join([*above, name]) for name in names)
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-    return found
+            yield (node.module or "").partition(".")[0]
 
 
-def test_every_module_has_its_place() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__", "__main__"}
+def place(module: str) -> int:
+    """Where a module of ttmfs, or something imported from it, stands in the order; -1: in ttmfs/ itself."""
+    package = module.partition(".")[0]
+    return PACKAGES.index(package) if package in PACKAGES else -1
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of ttmfs that a module imports."""
+    return {name for name in imports_of(module) if name in MODULES or name.partition(".")[0] in PACKAGES}
+
+
+def test_every_module_has_its_package() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == TOP
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*PACKAGES}
 
 
 def test_the_map_for_contributors_shows_every_module() -> None:
     text = (REPOSITORY / "CONTRIBUTING.md").read_text()
-    assert set(re.findall(r"`ttmfs/(\w+)\.py`", text)) == {*ORDER, "__init__", "__main__"}
+    shown = {name.replace("/", ".") for name in re.findall(r"`ttmfs/([\w/]+)\.py`", text)}
+    assert shown == {name for name in MODULES if not name.startswith("cli.commands.")} | {"__init__", "__main__"}
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_point_up_the_list_only(module: str) -> None:
-    own = imports_of(PACKAGE / f"{module}.py") & set(ORDER)
-    assert own <= set(ORDER[: ORDER.index(module)])
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_to_earlier_packages_only(module: str) -> None:
+    later = {name for name in own_imports(module) if place(name) > place(module)}
+    assert not later
 
 
-def test_every_command_has_its_place() -> None:
-    assert {path.stem for path in (PACKAGE / "commands").glob("*.py")} == {*COMMANDS, "__init__"}
+@pytest.mark.parametrize("module", sorted(ALONE))
+def test_what_is_run_by_its_path_imports_nothing_of_ttmfs(module: str) -> None:
+    assert not own_imports(module)
 
 
-@pytest.mark.parametrize("module", COMMANDS)
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("cli.commands.")])
 def test_commands_know_nothing_of_the_server(module: str) -> None:
-    own = imports_of(PACKAGE / "commands" / f"{module}.py")
-    assert own & {f".{name}" for name in ORDER} <= {f".{name}" for name in USED_BY_COMMANDS}
-    assert own & set(COMMANDS) <= set(COMMANDS[: COMMANDS.index(module)])
-    assert not own & {"pyfuse3", "trio"}
+    for name in own_imports(module):
+        assert place(name) < 0 or name in BY_COMMANDS or name.partition(".")[0] in BY_COMMANDS
+    assert not {*imports_of(module)} & {"pyfuse3", "trio"}
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_only_the_face_and_the_session_know_pyfuse3(module: str) -> None:
-    assert ("pyfuse3" in imports_of(PACKAGE / f"{module}.py")) == (module in ("operations", "session"))
+@pytest.mark.parametrize("module", MODULES)
+def test_only_what_talks_to_the_kernel_knows_pyfuse3(module: str) -> None:
+    assert ("pyfuse3" in imports_of(module)) == (module in ("fuse.operations", "daemon.session"))
 
 
 def test_mount_py_stays_short() -> None:

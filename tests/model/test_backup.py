@@ -11,9 +11,9 @@ import pytest
 import trio
 
 import ttmfs
-from ttmfs import linux
 from ttmfs.errors import OutOfBounds
-from ttmfs.memory import Reserve
+from ttmfs.linux import system_calls as linux
+from ttmfs.linux.memory import Reserve
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PAGE_SIZES = (PAGE, 64 << 10, 2 << 20)

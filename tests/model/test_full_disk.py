@@ -14,11 +14,11 @@ import trio
 
 import ttmfs
 from stores import filesystem
-from ttmfs import linux
 from ttmfs.errors import NoRoom
+from ttmfs.linux import system_calls as linux
+from ttmfs.model.pool import Pool
 from ttmfs.options import Options
-from ttmfs.pool import Pool
-from ttmfs.store import Store
+from ttmfs.stores.store import Store
 
 BLOCK = 4096
 PAGES = 48  # that the tests use
@@ -183,10 +183,10 @@ def test_c6_an_absent_page_that_was_read_stays_absent(tmp_path: Path, kind: str)
 KILLED = """
 import os, signal, sys
 import trio
-from ttmfs import linux
+from ttmfs.linux import system_calls as linux
 from ttmfs.options import Options
-from ttmfs.pool import Pool
-from ttmfs.store import Store
+from ttmfs.model.pool import Pool
+from ttmfs.stores.store import Store
 
 allocate_range = linux.allocate_range
 

@@ -16,7 +16,7 @@ from kept import COMMAND, DEAD, FAILED, GAVE_UP, PAGE, Caller, Kept, copied_pack
 
 from harness import Mount, mounts, opened, raises_errno, run, wait_until
 from stores import ALICE, Place, UsersMount, acting_as
-from ttmfs.mountinfo import mounted_at
+from ttmfs.linux.mountinfo import mounted_at
 
 CUT_OFF = r"the connection of /\S+ was cut off, but it was not unmounted"
 ANEW = r"mounted /\S+ anew over the pages that were kept"
@@ -329,7 +329,7 @@ def test_c23_an_exception_in_the_loop_of_a_daemon_without_a_keeper_loses_no_page
     tmp_path: Path, mountpoint: Path
 ) -> None:
     package = copied_package(tmp_path / "package")
-    session = package / "ttmfs/session.py"
+    session = package / "ttmfs/daemon/session.py"
     text, task = session.read_text(), "            nursery.start_soon(self._report)\n"
     assert task in text
     session.write_text(text.replace(task, f"{task}            nursery.start_soon(fault)\n") + FAULT)

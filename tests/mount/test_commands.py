@@ -32,7 +32,8 @@ import pytest
 import stores
 from harness import REPOSITORY, Mount, attribute, count, names, opened, run, set_attribute, wait_until
 from stores import ALICE, BOB, Place, as_user
-from ttmfs import cli, linux
+from ttmfs.cli import main as cli
+from ttmfs.linux import system_calls as linux
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
@@ -232,7 +233,7 @@ def test_a_shell_that_makes_words_of_strange_names_does_no_harm(words: str) -> N
     command = [word.format(strange) for word in words.split()]
     if words == "mount":
         done = subprocess.run(
-            [sys.executable, "-c", "from ttmfs.mount_helper import main; main()", "-f", "ttm", os.fsencode(strange)],
+            [sys.executable, "-c", "import ttmfs.cli.mount_helper as m; m.main()", "-f", "ttm", os.fsencode(strange)],
             cwd=REPOSITORY, capture_output=True, timeout=20, check=False,
         )  # fmt: skip
         text = (done.stdout + done.stderr).decode()
@@ -307,7 +308,7 @@ def test_an_interruption_at_any_moment_is_no_fault(mnt: Path) -> None:
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=20)
         seen.add(process.returncode)
-        assert b"Traceback" not in said or b"/ttmfs/cli.py" not in said, said.decode()
+        assert b"Traceback" not in said or b"/ttmfs/cli/main.py" not in said, said.decode()
         if milliseconds > 200 and seen >= {-signal.SIGINT, 0}:
             break
     assert seen >= {-signal.SIGINT, 0}
@@ -462,7 +463,7 @@ def test_the_ending_says_what_kind_of_picture(mnt: Path, tmp_path: Path, ending:
 def test_a_picture_without_matplotlib_says_what_to_install(mnt: Path) -> None:
     (mnt / "a").mkdir()
     program = f"import sys; sys.modules['matplotlib'] = None; sys.argv = ['ttmfs', 'map', '{mnt}/a', '-o', 'a.png']; "
-    program += "from ttmfs.cli import main; sys.exit(main())"
+    program += "from ttmfs.cli.main import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=mnt, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"ttmfs map: a picture needs matplotlib: .*-m pip install .*\n", done.stderr)

@@ -23,7 +23,7 @@ import ttmfs
 from harness import MOUNT_PY, Mount, count, opened, raises_errno, run, wait_until
 from ttmfs.errors import NotSupported
 from ttmfs.options import ExitCode, Options
-from ttmfs.store import Store
+from ttmfs.stores.store import Store
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20

@@ -19,13 +19,13 @@ import pytest
 
 from harness import Mount, count, descriptors, wait_until
 from stores import ALICE, BOB, CAROL, Place, UsersMount, acting_as
-from ttmfs import handover
 from ttmfs.client import Backup
-from ttmfs.handover import Handover
-from ttmfs.inodes import IMAGE
+from ttmfs.daemon import descriptor_socket as handover
+from ttmfs.daemon.descriptor_socket import Handover
+from ttmfs.fuse.inodes import IMAGE
+from ttmfs.model.pool import Pool
 from ttmfs.options import Options
-from ttmfs.pool import Pool
-from ttmfs.store import Store
+from ttmfs.stores.store import Store
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 GROUP = 65500

@@ -732,7 +732,7 @@ for name in "fuse", "store", "state", "ledger":
             shlex.join(["/usr/bin/env", "python3", "-I", "-c", ATTACK + script, "/", address]),
             **as_user(ALICE, cwd=Path("/")),
         )
-        run(f"{sys.executable} {REPOSITORY}/ttmfs/rescue.py {keeper} {tmp_path}/out")
+        run(f"{sys.executable} {REPOSITORY}/ttmfs/cli/rescue.py {keeper} {tmp_path}/out")
         assert (tmp_path / "out/a").read_bytes()[:4] == b"kept"
     finally:
         if str(mountpoint) in mounts():

@@ -51,7 +51,7 @@ from harness import (
 )
 from load import Load
 from stores import ALICE, ControlGroup, Place, UsersMount, acting_as
-from ttmfs.state import FORMAT
+from ttmfs.recovery.state import FORMAT
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_c22_a_daemon_that_cannot_start_leaves_a_dead_mountpoint_and_every_page(
     mountpoint: Path, package: Path
 ) -> None:
     """Those who wait get an error; when the code is mended a signal brings all back."""
-    broken = package / "ttmfs/session.py"
+    broken = package / "ttmfs/daemon/session.py"
     with Kept(mountpoint, "size=16m,restart_tries=3", command=of_package(package)) as mount:
         a = mountpoint / "a"
         a.mkdir()
@@ -221,7 +221,7 @@ def test_c22_a_state_of_another_format_is_refused_and_nothing_is_lost(mountpoint
         refusal = rf"left by ttmfs \S+ in format {FORMAT}, .* {FORMAT + 1} alone; its pages are safe with the keeper"
         mount.expect_log(refusal)
         state, daemon = kept_state(keeper), mount.daemon
-        with changed(package / "ttmfs/state.py", f"\nFORMAT = {FORMAT}\n", f"\nFORMAT = {FORMAT + 1}\n"):
+        with changed(package / "ttmfs/recovery/state.py", f"\nFORMAT = {FORMAT}\n", f"\nFORMAT = {FORMAT + 1}\n"):
             os.kill(daemon, signal.SIGSTOP)
             wait_until(lambda: "State:\tT" in Path(f"/proc/{daemon}/status").read_text(), "it to stop")
             before = state.read_bytes()
@@ -455,7 +455,7 @@ def test_c22_a_new_version_takes_the_running_mount_over(mountpoint: Path, packag
     with Kept(mountpoint, "size=16m", command=of_package(package)) as mount, held(mountpoint):
         mount.expect_restarts()
         assert old in (mountpoint / ".stats").read_text()
-        with changed(package / "ttmfs/metrics.py", "Backups there are.", "What the new version counts."):
+        with changed(package / "ttmfs/fuse/metrics.py", "Backups there are.", "What the new version counts."):
             if how == "killed":
                 mount.kill_daemon()
             else:
@@ -616,7 +616,7 @@ def test_a_keeper_that_cannot_start_any_more_is_not_started_without_end(mountpoi
     with Kept(mountpoint, "size=16m", command=of_package(package)) as mount, held(mountpoint):
         mount.expect_log("the keeper does not hear")
         mount.expect_log(r"^  |^Traceback|Error: ")  # Python's own words for it
-        with changed(package / "ttmfs/keeper.py", "if __name__", "1 / 0\nif __name__"):
+        with changed(package / "ttmfs/recovery/keeper.py", "if __name__", "1 / 0\nif __name__"):
             os.kill(mount.keeper, signal.SIGKILL)
             mount.process.wait(5)
             begun = time.monotonic()

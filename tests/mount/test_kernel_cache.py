@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from harness import Mount, attribute, opened, raises_errno, run, set_attribute, wait_until
-from ttmfs.kernel_cache import LIFETIME, MOST_BLOCKS
+from ttmfs.fuse.kernel_cache import LIFETIME, MOST_BLOCKS
 
 PAGE = 4096
 PAGES = 64

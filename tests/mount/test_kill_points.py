@@ -61,9 +61,9 @@ def obey(path: str, suspect_seconds: float) -> None:
 
     import trio
 
-    from ttmfs import operations
-    from ttmfs.busy_poll import BusyPoll
-    from ttmfs.operations import Operations, guarded
+    from ttmfs.fuse import operations
+    from ttmfs.fuse.busy_poll import BusyPoll
+    from ttmfs.fuse.operations import Operations, guarded
 
     operations.SUSPECT_SECONDS = suspect_seconds
     answered: list[str] = []
@@ -116,7 +116,7 @@ def obey(path: str, suspect_seconds: float) -> None:
         def seen(frame: Any, event: str, argument: Any) -> None:
             nonlocal left
             of_os = event == "c_call" and getattr(argument, "__module__", "") in ("posix", "fcntl")
-            if of_os or (event == "call" and frame.f_code.co_filename.endswith("/ttmfs/linux.py")):
+            if of_os or (event == "call" and frame.f_code.co_filename.endswith("/ttmfs/linux/system_calls.py")):
                 left -= 1
                 if not left:
                     sys.setprofile(None)

@@ -782,7 +782,7 @@ class Altered(Mount):
 
 
 FAULT = """
-from ttmfs.tree import Tree
+from ttmfs.fuse.tree import Tree
 def fault(*arguments, **more):
     raise RuntimeError("nobody foresaw this")
 Tree.{method} = fault

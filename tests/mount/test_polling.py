@@ -145,7 +145,8 @@ def test_a_client_killed_between_polling_and_reading_holds_no_one_up(mountpoint:
     flag = mountpoint.parent / "flag"
     script = f"""
         import os, time, trio
-        from ttmfs import busy_poll, tree
+        from ttmfs.fuse import busy_poll
+        from ttmfs.fuse import tree
         found = busy_poll.BusyPoll._found
         def slowly(self):
             if (there := found(self)) and os.path.exists({str(flag)!r}):

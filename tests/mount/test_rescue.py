@@ -73,7 +73,7 @@ def given_up(tmp_path: Path, mountpoint: Path) -> "Iterator[subprocess.Popen[str
         assert "serving" in process.stderr.readline()
         wait_until(lambda: children(process.pid), "the daemon")
         fill(mountpoint)
-        (package / "ttmfs/tree.py").write_text("this is no Python")
+        (package / "ttmfs/fuse/tree.py").write_text("this is no Python")
         for daemon in children(process.pid):
             os.kill(daemon, signal.SIGKILL)
         line = next(line for line in process.stderr if "gave up" in line)
@@ -95,7 +95,7 @@ def test_every_way_to_name_a_keeper_gets_the_same_backups_out(
         path for path in Path(f"/proc/{pid}/fd").iterdir()
         if path.is_dir() and not os.path.samefile(path, f"/proc/{pid}/cwd")
     )  # fmt: skip
-    alone, copy = REPOSITORY / "ttmfs/rescue.py", tmp_path
+    alone, copy = REPOSITORY / "ttmfs/cli/rescue.py", tmp_path
     for number, command in enumerate(
         (
             f"{TTMFS} rescue {pid}",

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from stores import Site
 from ttmfs.errors import TtmfsError, errno_of
-from ttmfs.pool import Pool
+from ttmfs.model.pool import Pool
 
 PAGES = 16  # a backup's size
 BUDGET = 24  # what all backups together may hold

@@ -18,7 +18,7 @@ import trio
 import stores
 import ttmfs
 from harness import Mount, count, meminfo, opened, run, wait_until
-from ttmfs import linux
+from ttmfs.linux import system_calls as linux
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PAGES = 4096

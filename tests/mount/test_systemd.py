@@ -192,7 +192,7 @@ def test_c22_a_broken_upgrade_ends_in_a_dead_mountpoint_with_the_pages_held_and_
 ) -> None:
     with served(machine, "broken", "size=64m,restart_tries=3") as service:
         machine.run("mkdir /mnt/broken/a; echo kept >/mnt/broken/a/7")
-        session = package(machine) / "session.py"
+        session = package(machine) / "daemon/session.py"
         good = session.read_text()
         session.write_text("a broken upgrade\n")
         try:
@@ -231,7 +231,7 @@ def test_c22_an_option_that_is_wrong_since_the_start_loses_nothing(machine: Mach
 
 def test_a_unit_that_gave_up_is_stopped_without_a_trace(machine: Machine) -> None:
     with served(machine, "given", "size=64m,restart_tries=1") as service:
-        session = package(machine) / "session.py"
+        session = package(machine) / "daemon/session.py"
         good = session.read_text()
         session.write_text("a broken upgrade\n")
         try:

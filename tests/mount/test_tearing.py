@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from harness import Mount, opened, wait_until
+from ttmfs.cli.commands.manifest import blocks_of
 from ttmfs.client import Backup
-from ttmfs.commands.manifest import blocks_of
 
 BASE = mmap.PAGESIZE
 REQUEST = 1 << 20

@@ -11,8 +11,9 @@ import pytest
 
 from harness import Mount, raises_errno, run
 from stores import ALICE, Place, acting_as
-from ttmfs import errors, refusals
-from ttmfs.refusals import Refusals
+from ttmfs import errors
+from ttmfs.fuse import refusals
+from ttmfs.fuse.refusals import Refusals
 
 WHY = f"{sys.executable} -m ttmfs why"
 

@@ -1,7 +1,8 @@
 """What daemons of different versions hand over is frozen: a change that keeps the number of its format fails here.
 
-If a test here fails because you changed the layout of the state, or what is in it, give ``ttmfs.state.FORMAT`` the next
-number. Then run ``PYTHONPATH=. python tests/store/test_format.py``, and add what it prints to FROZEN. A daemon of
+If a test here fails because you changed the layout of the state, or what is in it, give
+``ttmfs.recovery.state.FORMAT`` the next number. Then run
+``PYTHONPATH=. python tests/store/test_format.py``, and add what it prints to FROZEN. A daemon of
 another version refuses to take over then, in place of reading wrong numbers.
 """
 
@@ -12,8 +13,11 @@ import struct
 import sys
 from pathlib import Path
 
-from ttmfs import keeper, metrics, service
-from ttmfs.state import FORMAT, HEADER, KEY, LATEST, LONG, NOTES, POINTS, ROWS, State
+from ttmfs.daemon import service
+from ttmfs.fuse import metrics
+from ttmfs.recovery import keeper
+from ttmfs.recovery.state import FORMAT, HEADER, KEY, LATEST, LONG, NOTES, POINTS, ROWS, State
+from ttmfs.stores import store
 
 HEADER_ENTRIES = {
     "version": "0.1.0",
@@ -81,7 +85,7 @@ def interface() -> str:
         "sections": [HEADER, ROWS, KEY, 16, NOTES, 8, LONG, 16, LATEST, POINTS],
         "header": list(HEADER_ENTRIES),
         "buckets of durations": metrics.BOUNDS,
-        "descriptors": [getattr(keeper, n) for n in ("CONNECTION", "STORE", "STATE", "NAMESPACE", "LEDGER", "STARTS")],
+        "descriptors": [keeper.CONNECTION, store.STORE, keeper.STATE, store.NAMESPACE, store.LEDGER, keeper.STARTS],
         "note of the starts": service._NOTE.format,
         "keeper's arguments": keeper._command_line(3, 4, 5, 6, 7, 8.0, "syslog", "/mnt", ["python", "mount.py"])[4:],
         "environment": [keeper.KEEPER_PID, keeper.KEEPER_CHANNEL, *sorted(keeper._listen_fds(["a"]))],

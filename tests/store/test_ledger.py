@@ -12,12 +12,14 @@ import trio
 import stores
 import ttmfs
 from harness import descriptors
-from ttmfs import inodes, linux, store
 from ttmfs.errors import BackupEnded, InvalidArgument, NoRoom, NotSupported, StoreBusy
-from ttmfs.ledger import FILE, IDS_AT_ONCE, MAX_ID, MAX_PAGES, Ledger
+from ttmfs.fuse import inodes
+from ttmfs.linux import system_calls as linux
+from ttmfs.model.pool import Pool
 from ttmfs.options import Options
-from ttmfs.pool import Pool
-from ttmfs.store import Store
+from ttmfs.stores import store
+from ttmfs.stores.ledger import FILE, IDS_AT_ONCE, MAX_ID, MAX_PAGES, Ledger
+from ttmfs.stores.store import Store
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

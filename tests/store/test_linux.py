@@ -14,7 +14,7 @@ def test_a_capability_is_renounced_and_no_other() -> None:
     """In a user namespace of its own, where there are all of them."""
     script = """
         from pathlib import Path
-        from ttmfs import linux
+        from ttmfs.linux import system_calls as linux
         print(Path("/proc/self/status").read_text())
         linux.renounce(linux.CAP_SYS_RESOURCE)
         print("====", Path("/proc/self/status").read_text())

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from harness import meminfo
-from ttmfs import memory
-from ttmfs.memory import Reserve
+from ttmfs.linux import memory
+from ttmfs.linux.memory import Reserve
 
 CGROUP_V1 = Path("/sys/fs/cgroup/memory")
 

@@ -14,7 +14,7 @@ import pytest
 from harness import REPOSITORY, wait_until
 from stores import ControlGroup
 from ttmfs.errors import NotSupported
-from ttmfs.state import FAULT, FORMAT, HEADER, KEY, KILL, LONG, NOTES, POINTS, ROWS, State, identity
+from ttmfs.recovery.state import FAULT, FORMAT, HEADER, KEY, KILL, LONG, NOTES, POINTS, ROWS, State, identity
 
 WHOLE = HEADER + ROWS * (KEY + 16) + NOTES * 8 + LONG * 16
 
@@ -87,7 +87,7 @@ def test_what_a_process_counted_is_there_after_its_sigkill(state: State) -> None
     output(
         f"""
 import os, signal
-from ttmfs.state import State
+from ttmfs.recovery.state import State
 state = State({state.fd})
 for number in range(100):
     state.values[state.at(f"error read E{{number}}")] += number
@@ -242,7 +242,7 @@ def test_a_header_is_there_whole_or_as_it_was_before_when_its_writer_is_killed(s
     state.update(init="a" * 3000, device="a")
     os.set_inheritable(state.fd, True)
     script = f"""
-from ttmfs.state import State
+from ttmfs.recovery.state import State
 state = State({state.fd})
 state.set("began", 1)
 while True:
@@ -327,7 +327,7 @@ def test_a_fault_is_two_points_and_leaves_one_line(state: State, fault: str, say
     """Whichever of the two the next daemon asks for first."""
     os.set_inheritable(state.fd, True)
     script = f"""
-from ttmfs.state import LATEST, State
+from ttmfs.recovery.state import LATEST, State
 import threading
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 def main():
@@ -391,7 +391,7 @@ ASKED = [(1, 1, b"a"), (1, 1, b"\xff" * 255), (2**32 - 1, 2**64 - 1, 2**63), (0,
 
 
 def test_a_request_has_the_same_identity_in_every_process() -> None:
-    script = f"from ttmfs.state import identity\nprint([identity(*asked) for asked in {ASKED!r}])"
+    script = f"from ttmfs.recovery.state import identity\nprint([identity(*asked) for asked in {ASKED!r}])"
     here = [identity(*asked) for asked in ASKED]
     for seed in "0", "1", "4294967295", "random":
         assert json.loads(output(script, PYTHONHASHSEED=seed)) == here
@@ -462,7 +462,7 @@ def test_more_than_there_is_room_for_begin_from_the_start(state: State) -> None:
 
 
 def test_what_no_one_asks_for_again_is_forgotten_in_the_end(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttmfs.state.UNFINISHED_SECONDS", 0.0)
+    monkeypatch.setattr("ttmfs.recovery.state.UNFINISHED_SECONDS", 0.0)
     with contextlib.ExitStack() as killed:
         for number in range(LONG):
             killed.enter_context(state.progress("drop", number)).reach(1)

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from harness import descriptors
-from ttmfs import linux
-from ttmfs import store as store_module
 from ttmfs.errors import (
     BackupAbsent,
     BackupEnded,
@@ -21,8 +19,10 @@ from ttmfs.errors import (
     NotPermitted,
     NotSupported,
 )
+from ttmfs.linux import system_calls as linux
 from ttmfs.options import Options
-from ttmfs.store import Store
+from ttmfs.stores import store as store_module
+from ttmfs.stores.store import Store
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -153,7 +153,7 @@ def test_fewer_files_stay_open_where_the_limit_is_low() -> None:
     """With `ulimit -n 60` a store keeps 30 of 100 files open, and every one can be had."""
     code = """if True:
         from ttmfs.options import Options
-        from ttmfs.store import Store
+        from ttmfs.stores.store import Store
         store = Store.on_tmpfs(Options.parse("size=1m"))
         ids = [store.create(str(i), 4096, 0o755, 0, 0) for i in range(100)]
         print(len([store.descriptor(id) for id in ids]), len(store._open))

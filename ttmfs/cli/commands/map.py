@@ -1,0 +1,203 @@
+"""``map``: a picture of which pages of a backup are absent, in memory, and swapped out.
+
+A cell stands for a few consecutive pages. Its character shows how many of them exist, its colour where they are. Pages
+that are swapped out have characters of their own, so that the picture reads without colours too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...quoting import quoted
+from .cells import Cell, View
+from .command import Command, CommandError, reason
+from .mounts import backup_at
+from .plot import ACROSS, DOWN, FORMATS, check_is_installed, picture
+from .terminal import columns, has_colours, is_terminal, is_utf8, painted, size
+
+if TYPE_CHECKING:
+    from ...client.backup import Backup
+
+__all__ = ["COMMANDS"]
+
+LINES = 16
+"""Lines of cells on a terminal."""
+
+MARGIN = 12
+"""Columns for the handle before each line."""
+
+EMPTY_SHARE = 16
+"""If what lies from the first page to the last is so much smaller than the span, only that is shown."""
+
+UNICODE, ASCII = ("·", "░▒█", "⠂⠶⣿"), (".", "-+#", ":oO")
+"""Absent; in memory; swapped out: a third of the pages at most, some, all."""
+
+HOT, WARM, COLD, DIM = "33", "35", "34", "2"
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("backup", metavar="MNT/NAME", help="the backup")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--stored", action="store_true", help="only from the first page stored to the last")
+    which.add_argument("--whole", action="store_true", help="all that it spans, however empty")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", type=Path,
+        help="write a picture instead, by its ending a PNG, SVG or PDF; - is a PNG on standard output",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="the runs of pages, by handle, with what is swapped out")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.json and arguments.output:
+        raise CommandError("--json is text, on standard output; -o writes a picture: give one of the two")
+    if str(arguments.output) == "-" and is_terminal(sys.stdout):
+        raise CommandError("a PNG is nothing for a terminal: send it to a file or a program")
+    kind = _kind(arguments.output) if arguments.output else ""
+    with backup_at(arguments.backup) as backup:
+        if arguments.json:
+            _tell(arguments.backup, backup)
+            return 0
+        width, lines = (ACROSS, DOWN) if arguments.output else (columns() - MARGIN, LINES)
+        view = _view(backup, width * lines, arguments)
+    if arguments.output:
+        _write(arguments.output, picture(quoted(arguments.backup), view, kind))
+        return 0
+    sys.stdout.write("\n".join(_picture(quoted(arguments.backup), view, width)) + "\n")
+    return 0
+
+
+def _kind(output: Path) -> str:
+    """What kind of picture to write. CommandError if it is none that can be, or matplotlib is missing."""
+    kind = "png" if str(output) == "-" else output.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise CommandError(f"{quoted(output)}: the ending says what to write: .png, .svg or .pdf")
+    check_is_installed()
+    return kind
+
+
+def _swapped(backup: Backup, first: int, past: int) -> int:
+    return backup.residency_of(first, past).swapped if backup.is_native else 0
+
+
+def _tell(path: str, backup: Backup) -> None:
+    where = backup.residency()
+    runs = [
+        {"first": first + 1, "last": past}
+        | ({"swapped": _swapped(backup, first, past) if where.swapped else 0} if backup.is_native else {})
+        for first, past in backup.runs()
+    ]
+    about = {"backup": path, "page_size": backup.page_size, "size": backup.size}
+    sys.stdout.write(json.dumps({**about, **where.__dict__, "runs": runs}, indent=1) + "\n")
+
+
+def _view(backup: Backup, room: int, arguments: argparse.Namespace) -> View:
+    """What is to be seen in at most so many cells."""
+    limit, where = max(1, backup.size // backup.page_size), backup.residency()
+    runs = [(first, min(past, limit)) for first, past in backup.runs() if first < limit]
+    first, past = 0, limit
+    stored = (runs[0][0], runs[-1][1]) if runs else (0, limit)
+    if runs and not arguments.whole and (arguments.stored or (stored[1] - stored[0]) * EMPTY_SHARE <= limit):
+        first, past = stored
+    step = -(-(past - first) // room)
+    counts = [0] * -(-(past - first) // step)
+    for start, end in runs:
+        for number in range((start - first) // step, -(-(end - first) // step)):
+            at = first + number * step
+            counts[number] += min(end, at + step) - max(start, at)
+    cells = []
+    for number, count in enumerate(counts):
+        at = first + number * step
+        end = min(past, at + step)
+        cold = min(count, _swapped(backup, at, end)) if count and where.swapped else 0
+        cells.append(Cell(end - at, count, cold))
+    return View(
+        first, past, limit, step, cells, where.pages, where.swapped, backup.page_size,
+        backup.is_native or not where.swapped,
+    )  # fmt: skip
+
+
+def _facts(view: View) -> list[str]:
+    """What is to be said beside the picture: what is shown, and what is not."""
+    facts = [f"handles {view.first + 1} to {view.past}"]
+    if (view.first, view.past) != (0, view.limit):
+        facts = [f"{facts[0]} of {view.limit}", "(from the first page stored to the last; --whole shows all)"]
+    facts.append(f"a cell is {view.step} page{'s' * (view.step > 1)} ({size(view.step * view.page_size)})")
+    if not view.knows_swap:
+        facts.append("which pages are swapped out is not known: the backup's own file is out of reach here")
+    return facts
+
+
+def _counts(view: View) -> tuple[tuple[str, int], tuple[str, int], tuple[str, int]]:
+    absent = view.limit - view.pages
+    return ("absent", absent), ("in memory", view.pages - view.swapped), ("swapped out", view.swapped)
+
+
+# --- on a terminal ---
+
+
+def _picture(name: str, view: View, width: int) -> list[str]:
+    colours = has_colours(sys.stdout)
+    nothing, hot, cold = UNICODE if is_utf8(sys.stdout) else ASCII
+
+    def drawn(cell: Cell) -> tuple[str, str]:
+        if not cell.fullness:
+            return nothing, DIM
+        sort = cold if cell.swapped * 2 >= cell.pages else hot
+        return sort[cell.fullness - 1], (HOT, WARM, COLD)[cell.coldness]
+
+    facts = _facts(view)
+    lines = [painted(name, "1", colours=colours), *([", ".join(facts)] if len(facts) == 2 else facts)]
+    for start in range(0, len(view.cells), width):
+        handle = view.first + start * view.step + 1
+        text, before = "", ""
+        for char, colour in map(drawn, view.cells[start : start + width]):
+            if colours and colour != before:
+                text += f"\x1b[0;{colour}m"
+                before = colour
+            text += char
+        lines.append(f"{handle:>{MARGIN - 2}} {text}" + "\x1b[0m" * colours)
+    for (what, count), chars, colour in zip(_counts(view), (nothing, hot, cold), (DIM, HOT, COLD), strict=True):
+        key = painted(f"{chars:<3}", colour, colours=colours)
+        lines.append(f"{key} {what:<11} {count:>10} pages {size(count * view.page_size):>6}")
+    if view.swapped and colours:
+        lines.append(painted("purple: cells with both", WARM, colours=True))
+    return lines
+
+
+# --- as a picture ---
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        if str(path) == "-":
+            sys.stdout.buffer.write(data)
+            sys.stdout.flush()
+        else:
+            path.write_bytes(data)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CommandError(reason(error, os.fspath(path))) from None
+
+
+COMMANDS = (
+    Command(
+        "map",
+        "Draw which pages of a backup are absent, in memory, and swapped out: as wide as the terminal is, or with -o\n"
+        "as a picture for a report. A backup that is mostly empty is shown from its first page to its last.",
+        """\
+examples:
+  ttmfs map /mnt/ttm/bo7
+  ttmfs map /mnt/ttm/bo7 -o bo7.png
+  ttmfs map --json /mnt/ttm/bo7 | jq '.runs | length'""",
+        _add,
+        _run,
+        uses_client=True,
+        waits_for=lambda arguments: [arguments.backup],
+    ),
+)

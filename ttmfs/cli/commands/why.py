@@ -1,0 +1,86 @@
+"""``why``: the last refusals of a mount, with their reasons."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+import time
+from typing import Any
+
+from ...quoting import plain, quoted
+from .command import Command, CommandError, reason
+from .mounts import Place, located
+from .terminal import table
+
+__all__ = ["COMMANDS"]
+
+HEADER = ("TIME", "USER", "PROCESS", "OPERATION", "ERROR", "REASON")
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("mount", metavar="MNT", help="the mount point")
+    parser.add_argument("--json", action="store_true", help="a list of objects: time, operation, errno, reason, who")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    path: str = arguments.mount
+    try:
+        with located(path) as place:
+            if not place or place.page_size is None:
+                raise CommandError(f"{quoted(path)} is no mount point of ttmfs; give MNT, not a backup in it")
+            found = _refusals(place)
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise CommandError(
+                f"{quoted(path)}: only root and the user who mounted it may see what was refused"
+            ) from None
+        raise CommandError(reason(error, path)) from None
+    if arguments.json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    elif found:
+        sys.stdout.write("\n".join(table(HEADER, map(_row, found), frozenset(HEADER))) + "\n")
+    else:
+        sys.stderr.write("nothing was refused since the daemon was started\n")
+    return 0
+
+
+def _refusals(place: Place) -> list[dict[str, Any]]:
+    """What a mount says was refused: a list of objects, if nothing else of it is certain."""
+    if (text := place.attribute("refusals")) is None:
+        raise CommandError(f"{quoted(place.path)}: its daemon is of an older version, which keeps no reasons")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise CommandError(f"{quoted(place.path)}: what it says is no list of refusals")
+    return found
+
+
+def _row(refusal: dict[str, Any]) -> tuple[str, ...]:
+    at, pid, command = refusal.get("time", 0), refusal.get("pid"), refusal.get("command")
+    try:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    except (TypeError, ValueError, OverflowError, OSError):
+        when = "?"
+    process = "-" if pid is None else f"{plain(str(pid))} {plain(str(command))}" if command else plain(str(pid))
+    user = "-" if refusal.get("uid") is None else plain(str(refusal["uid"]))
+    return when, user, process, *(plain(str(refusal.get(key))) for key in ("operation", "errno", "reason"))
+
+
+COMMANDS = (
+    Command(
+        "why",
+        "Show why requests were refused: the last 64, the newest last. A caller gets an errno alone; the daemon keeps\n"
+        "the reason. Only root and the user who mounted may see them. They begin anew when the daemon is replaced.\n"
+        "The log has them too, at most one line for each operation and error in ten seconds.",
+        """\
+examples:
+  ttmfs why /mnt/ttm
+  ttmfs why /mnt/ttm --json | jq '.[] | select(.errno == "ENOSPC")'""",
+        _add,
+        _run,
+    ),
+)

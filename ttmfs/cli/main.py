@@ -1,0 +1,128 @@
+"""The command ``ttmfs``, for those who look after mounts: its parser, and which command it is.
+
+A command's module is imported when the command is used, so that none waits for what the others need.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from ..quoting import plain
+from ..version import __version__
+from .commands.apart import interrupt_once, supervised
+from .commands.command import Command, guarded
+
+__all__ = ["COMMANDS", "main", "parser"]
+
+COMMANDS = {
+    "create": ("backups", "make backups"),
+    "ls": ("ls", "list backups: pages, sizes, what is in memory and what is swapped out"),
+    "map": ("map", "draw which pages of a backup are absent, in memory, and swapped out"),
+    "save": ("save", "save a backup to a sparse file, with its checksum"),
+    "load": ("load", "load a backup from a sparse file, at the same handles"),
+    "writeback": ("backups", "push backups out of memory, to swap, now"),
+    "fini": ("backups", "end backups, with all their pages"),
+    "fd": ("fd", "run a program with a backup's own descriptor, for native speed"),
+    "doctor": ("doctor", "look at the machine and its mounts, and say what to do"),
+    "why": ("why", "show why requests were refused"),
+    "rescue": ("rescue", "get backups out of a keeper that gave up, as sparse files with checksums"),
+}
+"""Each command's module, and what it does."""
+
+EPILOG = """\
+exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if it was interrupted.
+ttmfs COMMAND --help has examples of each."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that shows what is wrong without harm: a shell makes arguments of the names that others chose."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {plain(message)}\n")
+
+
+def _command(name: str) -> Command:
+    module = importlib.import_module(f".commands.{COMMANDS[name][0]}", __package__)
+    found: Command = next(command for command in module.COMMANDS if command.name == name)
+    return found
+
+
+def parser(*used: str) -> argparse.ArgumentParser:
+    """The parser of the command line: with the arguments of the commands that are `used`, or of all."""
+    raw = argparse.RawDescriptionHelpFormatter
+    whole = _Parser(
+        "ttmfs",
+        description="Look after mounts of ttmfs and their backups. mount.py makes them.",
+        epilog=EPILOG,
+        formatter_class=raw,
+    )
+    whole.add_argument("-V", "--version", action="version", version=f"ttmfs {__version__}")
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+    for name, (_, help_) in COMMANDS.items():
+        one = commands.add_parser(name, help=help_, formatter_class=raw)
+        if name in (used or COMMANDS):
+            command = _command(name)
+            one.description, one.epilog = command.description, command.examples
+            command.add_arguments(one)
+            one.set_defaults(command=command)
+    return whole
+
+
+def _have_standard_files() -> None:
+    """Have standard input, output and error, whichever the caller closed: else a backup's file could become one."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+def main(*, apart: bool = False) -> int:
+    """From argv to an exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if interrupted.
+
+    `apart`: a command that waits for a mount does so in a process of its own, so that it can be interrupted always.
+    """
+    name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    _have_standard_files()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whatever the caller left: how a process ended is asked for
+    return guarded(name, lambda: _run(name, apart=apart), interrupted=lambda: _interrupted(name))
+
+
+def _run(name: str, *, apart: bool) -> int:
+    try:
+        arguments = parser(name).parse_args()
+    except SystemExit:  # it has said what it is asked for, or what is wrong
+        sys.stdout.flush()
+        raise
+    command: Command = arguments.command
+
+    def run(on_interruption: Callable[..., object]) -> int:
+        if command.uses_client:
+            importlib.import_module("ttmfs.client")
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # nothing is imported any more: see __main__.py
+            signal.signal(signal.SIGINT, on_interruption)
+        status = command.run(arguments)
+        sys.stdout.flush()
+        return status
+
+    if not apart or command.waits_for is None:
+        return run(signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return supervised(
+        name,
+        command.waits_for(arguments),
+        lambda: guarded(name, lambda: run(interrupt_once), interrupted=lambda: _interrupted(name)),
+    )
+
+
+def _interrupted(name: str) -> str:
+    """What is said then."""
+    return _command(name).interrupted if name in COMMANDS else "interrupted"

@@ -1,0 +1,146 @@
+"""What mount(8), fstab and systemd run to mount a ttmfs: ``/sbin/mount.ttmfs`` and ``/sbin/mount.fuse.ttmfs``.
+
+::
+
+    mount.ttmfs SOURCE DIRECTORY [-sfnrwv] [-N NAMESPACE] [-o OPTION,...] [-t TYPE]
+
+That is mount(8)'s own way of speaking, in which ``-f`` is *fake* (section EXTERNAL HELPERS there). This program makes a
+command line of ``mount.py`` of it and becomes that. mount(8) is set-user-ID, but calls it with the rights of the user
+who called: what an ordinary user may do is fusermount3's to decide, as without mount(8).
+"""
+
+import argparse
+import errno
+import os
+import shutil
+import stat
+import sys
+from typing import NoReturn
+
+from ..options import ExitCode, OptionError, Options, escaped, is_known, split
+from ..quoting import plain
+from ..version import __version__
+
+__all__ = ["main"]
+
+NAME = "mount.ttmfs"
+TYPES = ("ttmfs", "fuse.ttmfs")
+
+REMOUNT = (
+    "a ttmfs cannot be remounted. Its budget is changed in use by: setfattr -n user.ttmfs.size -v SIZE {directory}; "
+    "for any other option unmount it, which releases its pages, and mount it anew"
+)
+
+NAMESPACE = (
+    "-N is refused: a mount needs Python and fusermount3 of the other mount namespace, and its owner may have put "
+    "other programs in their place, which would run with your rights. Where you trust it, enter it yourself: "
+    "nsenter --mount --target PID mount -t ttmfs SOURCE DIRECTORY"
+)
+
+
+class _Error(Exception):
+    """Why nothing is mounted. The text is for the user's eyes."""
+
+    def __init__(self, text: str, code: ExitCode) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that exits as mount(8) does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _Error(message, ExitCode.USAGE)
+
+
+def main() -> int:
+    """Become ``mount.py``, or give the exit status: mount(8)'s."""
+    try:
+        return _run(_parser().parse_intermixed_args())
+    except OptionError as error:
+        return _failed(str(error), ExitCode.USAGE)
+    except _Error as error:
+        return _failed(str(error), error.code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(NAME, description="Mount a ttmfs, as mount(8) asks for it.", allow_abbrev=False)
+    parser.add_argument("source", metavar="SOURCE", help="a name for df and findmnt")
+    parser.add_argument("directory", metavar="DIRECTORY", help="where to mount")
+    parser.add_argument("-f", dest="fake", action="store_true", help="check, and mount nothing")
+    parser.add_argument("-s", dest="sloppy", action="store_true", help="tolerate unknown options")
+    parser.add_argument("-n", dest="no_mtab", action="store_true", help="accepted and left: there is no mtab")
+    parser.add_argument("-v", dest="verbose", action="store_true", help="say which command mounts")
+    parser.add_argument("-r", dest="words", action="append_const", const="ro", help="the same as -o ro")
+    parser.add_argument("-w", dest="words", action="append_const", const="rw", help="the same as -o rw")
+    parser.add_argument("-o", dest="words", action="append", metavar="option,...", help="see mount.ttmfs(8)")
+    parser.add_argument("-N", dest="namespace", help="refused: enter the namespace with nsenter(1)")
+    parser.add_argument("-t", dest="type", choices=TYPES, metavar="TYPE", help=" or ".join(TYPES))
+    parser.add_argument("-V", "--version", action="version", version=f"ttmfs {__version__}")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.namespace:
+        raise _Error(NAMESPACE, ExitCode.FAILED)
+    words = _words(arguments.words or [], sloppy=arguments.sloppy)
+    if "remount" in words:
+        raise _Error(REMOUNT.format(directory=arguments.directory), ExitCode.FAILED)
+    options = Options.parse(*map(escaped, words))
+    program = os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), "mount.py")
+    given = ["-o", ",".join(map(escaped, words))] if words else []
+    command = [program, *given, "--", arguments.source, arguments.directory]
+    if arguments.verbose:
+        _say(" ".join(command))
+    if arguments.fake:
+        _check(arguments.directory, options, program)
+        return ExitCode.OK
+    return _become(command)
+
+
+def _words(texts: list[str], *, sloppy: bool) -> list[str]:
+    """The options given, without those that mean nothing here."""
+    words = [word for text in texts for word in split(text)]
+    # Who is allowed to unmount, as some versions of mount(8) tell: it is for mount(8) itself.
+    words = [word for word in words if not word.startswith("user=")]
+    return [word for word in words if not sloppy or word == "remount" or is_known(word)]
+
+
+def _check(directory: str, options: Options, program: str) -> None:
+    """Whatever can be checked without mounting. Changes nothing."""
+    _check_directory(directory)
+    if options.store:
+        _check_directory(options.store)
+    if not shutil.which("fusermount3"):
+        raise _Error("fusermount3 is not installed; install the package fuse3", ExitCode.SYSTEM)
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise _Error("/dev/fuse cannot be opened: try 'modprobe fuse', or as root", ExitCode.SYSTEM)
+    if not os.access(program, os.X_OK):
+        raise _Error(f"{program} is not there; install ttmfs again", ExitCode.BUG)
+
+
+def _check_directory(path: str) -> None:
+    try:
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise _Error(f"{path} is no directory", ExitCode.FAILED)
+    except FileNotFoundError:
+        raise _Error(f"{path} does not exist; make it first: mkdir {path}", ExitCode.FAILED) from None
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:  # a dead mount, which mount.py removes if it is ttmfs'
+            raise _Error(f"{path}: {error.strerror}", ExitCode.FAILED) from None
+
+
+def _become(command: list[str]) -> int:
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise _Error(f"{command[0]}: {error.strerror}; install ttmfs again", ExitCode.BUG) from None
+
+
+def _failed(text: str, code: ExitCode) -> int:
+    _say(text + "; mount.ttmfs(8) lists what can be given" * (code == ExitCode.USAGE))
+    return code
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{NAME}: {plain(text)}\n")

@@ -1,0 +1,1 @@
+"""The life of a mount: made, served, taken over, ended."""

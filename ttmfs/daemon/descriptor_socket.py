@@ -1,0 +1,194 @@
+"""A backup's own descriptor for whoever may have it: native speed without root and without /proc.
+
+A program connects to the Unix socket that ``.config`` names (SOCK_SEQPACKET), sends the inode number of a backup's
+directory, and is sent an errno, or 0 and the descriptor of the backup's file (SCM_RIGHTS), open to read and to write.
+The kernel says who is at the other end (SO_PEERCRED, SO_PEERGROUPS), as of when he connected. (The socket cannot lie in
+the mount: bound there it would keep it busy. A name without a file would be shut in the daemon's network namespace.)
+
+Nobody can send a descriptor here. The thread that receives one must close it, which takes as long as the sender likes:
+a TCP socket can linger. So the kernel is asked to refuse such messages before they are queued (SO_PASSRIGHTS, Linux
+6.16). An older kernel cannot; there the mount has no socket if other users could connect.
+
+A descriptor is for those who may read, write and reach the backup by its mode bits. To read alone is not enough: who
+maps the file and reads a hole of it stores a page there (shmem_fault() allocates it), which readers must not. Stores
+whose pages are counted by this process (``store=``, ``uid_size=``) give none out: it would not know what they become.
+
+Concurrency: one thread. Nothing is awaited between looking at the mode bits and opening the file.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable
+
+import trio
+
+from ..errors import TtmfsError, errno_of
+from ..fuse.inodes import backup_of, handle_of
+from ..fuse.permissions import Someone, allows
+from ..model.pool import Pool
+
+__all__ = ["ANSWER", "REQUEST", "Handover"]
+
+REQUEST, ANSWER = struct.Struct("=Q"), struct.Struct("=i")
+"""The inode number of a backup's directory; 0 or an errno."""
+
+PATIENCE = 1.0
+"""Seconds for which the daemon waits for a request."""
+
+AT_ONCE, AT_ONCE_IN_ALL = 8, 64
+"""Connections that one user may have open, and all users: one may have many user ids (subuid(5))."""
+
+RETRY_SECONDS = 0.1
+
+_SO_PEERGROUPS, _SO_PASSRIGHTS = 59, 83
+_MOST_GROUPS = 256  # getsockopt() of Python takes 1 KiB at most
+_OVERFLOW_UID = 65534
+_READ_WRITE_REACH = 0o7
+
+
+class Handover:
+    """Gives out the descriptors of one mount's backups.
+
+    `owner` mounted it, and it is shown to others besides if `open_to_others`. `count` is told of each descriptor given.
+    OSError if there can be no socket at `path`.
+    """
+
+    def __init__(self, pool: Pool, path: str, *, owner: int, open_to_others: bool, count: Callable[[], object]) -> None:
+        self._pool = pool
+        self._owner = owner
+        self._open_to_others = open_to_others
+        self._count = count
+        self._connections: Counter[int] = Counter()
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            self._knows_everyone = file.read().split() == ["0", "0", str(2**32 - 1)]
+        self.path = path
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory := os.path.dirname(path))
+            os.chmod(directory, 0o755)  # whatever the umask: the socket has a mode of its own
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # of a daemon before
+        _remove_abandoned(os.path.dirname(path))
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with contextlib.nullcontext() if open_to_others else contextlib.suppress(OSError):
+                _refuse_descriptors(self._listener)
+            self._listener.bind(path)
+            os.chmod(path, 0o666 if open_to_others else 0o600)
+            self._listener.listen()
+        except BaseException:
+            self._listener.close()
+            raise
+
+    async def serve(self) -> None:
+        """Answer requests, until cancelled."""
+        listener = trio.socket.from_stdlib_socket(self._listener)
+        with listener:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    try:
+                        connection, _ = await listener.accept()
+                    except OSError:  # descriptors have run out, or it has gone again
+                        await trio.sleep(RETRY_SECONDS)
+                        continue
+                    try:
+                        peer = _peer(connection)
+                    except OSError:
+                        connection.close()
+                        continue
+                    if self._connections[peer.uid] < AT_ONCE and self._connections.total() < AT_ONCE_IN_ALL:
+                        nursery.start_soon(self._answer, connection, peer)
+                    else:
+                        connection.close()
+
+    def close(self) -> None:
+        """Take the socket away, if no other daemon goes on."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        self._listener.close()
+
+    async def _answer(self, connection: trio.socket.SocketType, peer: Someone) -> None:
+        self._connections[peer.uid] += 1
+        try:
+            with connection, trio.move_on_after(PATIENCE):
+                request = await connection.recv(REQUEST.size + 1)
+                fd = -1
+                try:
+                    fd, number = self._opened(request, peer), 0
+                    self._count()  # before it is given: who has it may ask for the count
+                except TtmfsError as error:
+                    number = errno_of(error)
+                except OSError as error:
+                    number = error.errno or errno.EIO
+                try:
+                    await connection.sendmsg([ANSWER.pack(number)], _rights(fd))
+                finally:
+                    if fd >= 0:
+                        os.close(fd)
+        except OSError:  # it has gone
+            return
+        finally:
+            self._connections[peer.uid] -= 1
+            if not self._connections[peer.uid]:
+                del self._connections[peer.uid]
+
+    def _opened(self, request: bytes, peer: Someone) -> int:
+        """A new open file description of a backup's file. OSError for what is refused."""
+        if len(request) != REQUEST.size:
+            raise OSError(errno.EINVAL, "no inode number")
+        if not self._pool.store.shares_files:
+            raise OSError(errno.EOPNOTSUPP, "the pages of this store are counted by the daemon")
+        (ino,) = REQUEST.unpack(request)
+        if not backup_of(ino) or handle_of(ino) or ino >> 63:
+            raise OSError(errno.EINVAL, "the inode number of no backup")
+        if peer.uid == _OVERFLOW_UID and not self._knows_everyone:
+            raise OSError(errno.EACCES, "whoever has no number in this user namespace")
+        if not self._reaches(peer):
+            raise OSError(errno.EACCES, "the mount is not shown to this user")
+        if not allows(self._pool.backup(backup_of(ino)).stat(), peer, _READ_WRITE_REACH):
+            raise OSError(errno.EACCES, "the backup's mode bits do not allow it")
+        return self._pool.store.opened_anew(backup_of(ino))
+
+    def _reaches(self, peer: Someone) -> bool:
+        """Whether the mount's root can be passed: as fuse_allow_current_process() and the root's mode bits have it."""
+        if not self._open_to_others:
+            return peer.uid == self._owner
+        return allows(self._pool.store.stat(), peer, os.X_OK)
+
+
+def _refuse_descriptors(listener: socket.socket) -> None:
+    """Have the kernel refuse descriptors sent to a listener's connections, which inherit this. Raises OSError."""
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError as error:
+        raise OSError(error.errno, "this kernel cannot refuse descriptors of strangers (SO_PASSRIGHTS, 6.16)") from None
+
+
+def _remove_abandoned(directory: str) -> None:
+    """Remove the sockets of daemons that were killed for good. (One that is being replaced makes its own anew.)"""
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+                caller.setblocking(False)
+                try:
+                    caller.connect(entry.path)
+                except ConnectionRefusedError:
+                    os.unlink(entry.path)
+
+
+def _peer(connection: trio.socket.SocketType) -> Someone:
+    _, uid, gid = struct.unpack("=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        found = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        found = b""  # more than fit: it counts as in none, and has .image
+    return Someone(uid, frozenset({gid, *struct.unpack(f"={len(found) // 4}I", found)}))
+
+
+def _rights(fd: int) -> list[tuple[int, int, bytes]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", fd))] if fd >= 0 else []

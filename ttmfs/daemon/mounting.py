@@ -1,0 +1,151 @@
+"""Mounting and unmounting by fusermount3, for root and users alike, and what stands in the way at a mount point."""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+from ..linux.mountinfo import TYPE, mounted_at
+from ..options import ExitCode, Options, escaped
+
+__all__ = [
+    "MountError",
+    "checked_mountpoint",
+    "device_at",
+    "is_automounter",
+    "is_dead",
+    "mount",
+    "unmount",
+    "warn_of_hiding",
+]
+
+log = logging.getLogger(__name__)
+
+FUSERMOUNT = "fusermount3"
+ANSWER_SECONDS = 10.0
+
+PACKAGE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+NEEDED = (PACKAGE, os.path.realpath(sys.executable), sys.prefix, "/dev", "/usr/bin")
+"""What must not be hidden by a mount: the daemons to come are started from there."""
+
+
+class MountError(Exception):
+    """The mount cannot be had. The text is for the user's eyes; `code` is how the program should exit."""
+
+    def __init__(self, text: str, code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def checked_mountpoint(path: str) -> str:
+    """The real path of a directory to mount on."""
+    try:
+        os.statvfs(path)  # unlike stat(2) it asks whoever serves what is mounted there, so it finds a dead mount
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise MountError(f"{path} is no directory; give an empty one")
+        real = os.path.realpath(path)
+        if hidden := next((place for place in NEEDED if Path(place).is_relative_to(real)), None):
+            raise MountError(f"a mount on {path} would hide {hidden}, which it needs; give an empty directory")
+    except FileNotFoundError:
+        raise MountError(f"{path} does not exist; make it first: mkdir {path}") from None
+    except OSError as error:
+        if error.errno == errno.ENOTCONN and (what := mounted_at(os.path.abspath(path))):
+            if what.type != TYPE:
+                raise MountError(f"a dead mount is in the way at {path}; remove it: {FUSERMOUNT} -u {path}") from None
+            log.warning("removing the dead ttmfs at %s", path)
+            unmount(os.path.abspath(path))
+            return checked_mountpoint(path)
+        raise MountError(f"{path}: {error.strerror}") from None
+    return real
+
+
+def warn_of_hiding(mountpoint: str) -> None:
+    """Say what a mount hides as long as it lasts: as with mount(8) it is no error, but seldom meant."""
+    found = mounted_at(mountpoint)
+    if found and found.type == TYPE:
+        log.warning("another ttmfs is mounted at %s already: it is hidden until this one is unmounted", mountpoint)
+        return
+    with contextlib.suppress(OSError), os.scandir(mountpoint) as entries:
+        if next(entries, None):
+            log.warning("%s is not empty: what is in it is hidden until this is unmounted", mountpoint)
+
+
+def mount(source: str, mountpoint: str, options: Options) -> int:
+    """Let fusermount3 mount, and take the connection from it. It passes it over the socket of _FUSE_COMMFD."""
+    words = [f"fsname={escaped(source or 'none')}", "subtype=ttmfs"]
+    if options.allow_other or os.geteuid():  # else root alone is let in, whom no mode bits hold up (Operations.access)
+        words.append("default_permissions")  # costs a round trip for a directory's attributes after each change of it
+    words += ["allow_other"] * options.allow_other + ["ro"] * options.ro + [*options.kernel]
+    here, there = socket.socketpair()
+    with here:
+        with there:
+            result = _fusermount(["-o", ",".join(words), "--", mountpoint], there.fileno())
+        if result.returncode:
+            text = result.stderr.strip().removeprefix(f"{FUSERMOUNT}: ") or f"exit status {result.returncode}"
+            lacking = "/dev/fuse" in text or "fuse device" in text
+            if lacking and "ermission denied" in text:
+                text += "; as root: chmod 0666 /dev/fuse, which udev does on most systems"
+            code = ExitCode.SYSTEM if lacking else ExitCode.FAILED
+            raise MountError(f"{FUSERMOUNT} cannot mount at {mountpoint}: {text}", code)
+        _, descriptors, _, _ = socket.recv_fds(here, 1, 1)
+    (connection,) = descriptors
+    os.set_inheritable(connection, False)
+    return connection
+
+
+def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "_FUSE_COMMFD": str(channel), "LC_ALL": "C"}
+    keep = () if channel is None else (channel,)
+    try:
+        return subprocess.run(
+            [FUSERMOUNT, *arguments], env=environment, pass_fds=keep, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS, check=False,
+            start_new_session=not is_automounter(arguments[-1]),  # a Ctrl-C is for us
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise MountError(f"{FUSERMOUNT} is not installed; install the package fuse3", ExitCode.SYSTEM) from None
+    except subprocess.TimeoutExpired:
+        raise MountError(f"{FUSERMOUNT} did not answer within {ANSWER_SECONDS:.0f} s", ExitCode.SYSTEM) from None
+    except OSError as error:
+        raise MountError(f"{FUSERMOUNT} cannot be run: {error.strerror}", ExitCode.SYSTEM) from None
+
+
+def is_automounter(mountpoint: str) -> bool:
+    """Whether this process mounts for an automounter that waits for just that.
+
+    The kernel lets the automounter's process group past an autofs and has everyone else wait until the mount is there,
+    so who mounts must stay in that group, up to the last child. (autofs_oz_mode(); systemd: x-systemd.automount)
+    """
+    found = mounted_at(mountpoint)
+    return found is not None and found.type == "autofs" and f"pgrp={os.getpgrp()}" in found.options
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Whether no one serves the ttmfs at a path. Only for whoever has no connection to it: else it would be himself."""
+    if (what := mounted_at(mountpoint)) and what.type == TYPE:
+        try:
+            os.statvfs(mountpoint)
+        except OSError as error:
+            return error.errno == errno.ENOTCONN
+    return False
+
+
+def device_at(mountpoint: str) -> str | None:
+    """The device number of what is mounted topmost at a path, without touching it; None if nothing is."""
+    return found.device if (found := mounted_at(mountpoint)) else None
+
+
+def unmount(mountpoint: str) -> None:
+    """Take the mount out of the tree, also while it is in use (lazily)."""
+    try:
+        result = _fusermount(["-u", "-z", "--", mountpoint])
+    except MountError as error:
+        log.error("%s", error)
+        return
+    if result.returncode:
+        log.error("cannot unmount %s: %s", mountpoint, result.stderr.strip())

@@ -1,0 +1,1 @@
+"""What the kernel talks to: names, attributes, requests and their counts."""

@@ -1,0 +1,1 @@
+"""Backups and their pages: the verbs, and backups by name. Nothing here knows FUSE."""

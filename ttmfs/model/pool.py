@@ -1,0 +1,180 @@
+"""The backups of one store by name, and the room that is left for them.
+
+Concurrency: one thread; nothing is awaited between looking and acting, so each method happens at once.
+"""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+from ..errors import BackupAbsent, BackupEnded, BackupNotEmpty, InvalidArgument, NameTooLong
+from ..linux import memory
+from ..options import TABLE, OptionError, Options, unknown
+from ..stores.store import Store
+from .backup import Backup
+
+__all__ = ["NAME_MAX", "Pool", "Room", "bytes_avail", "open_pool"]
+
+bytes_avail = memory.bytes_avail
+
+NAME_MAX = 255
+
+BACKUPS_KEPT = 1024
+"""How many Backup objects are kept for the next request. They hold nothing but the id; to make one takes as long as to
+find out whether a page is there."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a pool holds and may still take, at one moment. Bytes, but for the counts."""
+
+    size: int  # the budget
+    stored: int
+    available: int  # what can be stored before the budget or the memory reserve is touched
+    backups: int  # count
+    files: int  # count; inodes of the store, used or not, as nr_inodes counts them; 0: no limit
+    files_free: int  # count
+
+    @property
+    def free(self) -> int:
+        """What the budget leaves."""
+        return self.size - self.stored
+
+
+class Pool:
+    """Backups by name. :func:`open_pool` makes one of its own; a mount has one too."""
+
+    def __init__(self, store: Store, options: Options, backup_size: int = 0) -> None:
+        self.page_size = options.page_size
+        self.store = store
+        asked = backup_size or options.backup_size
+        self.backup_size = asked or self.whole_pages(store.room().f_blocks * self.page_size)
+        self.backup: Callable[[int], Backup] = lru_cache(BACKUPS_KEPT)(partial(Backup, store))
+        """The backup of an id. That it exists shows at its first use."""
+
+    # --- backups ---
+
+    async def create(self, name: str, size: int | None = None, *, mode: int = 0o755, uid: int | None = None,
+                     gid: int | None = None) -> Backup:  # fmt: skip
+        """Make an empty backup of `size` bytes (default: the pool's backup_size). ``ttm_backup_shmem_create()``.
+
+        The size is rounded up to whole pages and takes no memory. Raises BackupExists, NoRoom (the number of backups is
+        used up), InvalidArgument (size, or a name that is empty, begins with a dot or has a slash) and NameTooLong.
+        """
+        _check_name(name)
+        size = self.backup_size if size is None else self.whole_pages(size)
+        uid, gid = os.geteuid() if uid is None else uid, os.getegid() if gid is None else gid
+        await self.store.have_ids()
+        return self.backup(self.store.create(name, size, mode, uid, gid))
+
+    async def open(self, name: str) -> Backup:
+        """The backup of a name. Raises BackupAbsent."""
+        return self.backup(self.store.find(name))
+
+    async def names(self) -> list[str]:
+        """The names of all backups, in the order in which they were made."""
+        return [self.store.name_of(id) for id in self.store.scan()]
+
+    async def rename(self, old: str, new: str, *, replace: bool = False) -> None:
+        """Give a backup another name. With `replace` an empty backup of the new name is ended, as rename(2) does.
+
+        Raises BackupAbsent, BackupExists, BackupNotEmpty, InvalidArgument and NameTooLong.
+        """
+        _check_name(new)
+        id, replaced = self.store.find(old), None
+        with contextlib.suppress(BackupAbsent):
+            replaced = self.store.find(new)
+        async with self.store.locked_soon(id, replaced):
+            with contextlib.suppress(BackupAbsent):
+                if replace and (now := self.store.find(new)) != id:
+                    self._check_empty(now, new)
+            self.store.rename(id, new, replace=replace)
+
+    async def remove(self, name: str) -> None:
+        """End a backup that holds no page. Raises BackupNotEmpty and BackupAbsent."""
+        id = self.store.find(name)
+        async with self.store.locked_soon(id):
+            self._check_empty(id, name)
+            self.store.remove(id)
+
+    def whole_pages(self, size: int) -> int:
+        """A size in bytes, rounded up to whole pages. Raises InvalidArgument for what is no size."""
+        if not isinstance(size, int) or not 0 < size <= 2**62:
+            raise InvalidArgument(f"a size is a positive number of bytes, not {size!r}")
+        return -(-size // self.page_size) * self.page_size
+
+    def _check_empty(self, id: int, name: str) -> None:
+        if not self.backup(id).is_empty:
+            raise BackupNotEmpty(f"the backup {name!r} holds pages")
+
+    # --- room ---
+
+    def room(self, uid: int = 0) -> Room:
+        """What is stored and what may be, now; `available` to a user."""
+        kept = self.store.room()
+        size, free = kept.f_blocks * kept.f_frsize, kept.f_bfree * kept.f_frsize
+        return Room(
+            size=size,
+            stored=size - free,
+            available=min(kept.f_bavail * kept.f_frsize, self.store.headroom(), self.store.left_for(uid)),
+            backups=self.store.count,
+            files=kept.f_files,
+            files_free=kept.f_ffree,
+        )
+
+    async def count_pages(self) -> int:
+        """How many pages all backups hold, counted in slices between which others are served."""
+        if self.store.counts_pages_by_room:
+            return self.room().stored // self.page_size
+        pages = 0
+        for id in self.store.ids_after(0):
+            with contextlib.suppress(BackupEnded):  # it went meanwhile
+                pages += await self.backup(id).count_pages()
+        return pages
+
+    def resize(self, size: int) -> None:
+        """Change the budget, in bytes. Raises InvalidArgument if more than that is stored."""
+        self.store.resize(self.whole_pages(size))
+
+    def close(self, *, leave: bool = False) -> None:
+        """Give up the store. On a tmpfs of its own that releases every page, unless another process has it too."""
+        self.store.close(leave=leave)
+
+
+@contextlib.asynccontextmanager
+async def open_pool(**options: Any) -> AsyncIterator[Pool]:
+    """A pool on a private tmpfs, or (``store=``) in a directory, for the time of the context.
+
+    `options` are those of ``mount.py``, by name (``python mount.py --help``): size, backup_size, page_size, reserve in
+    bytes, store as a path, and so on. Raises InvalidArgument, NotSupported and StoreBusy.
+
+    >>> async with ttmfs.open_pool(size=1 << 30) as pool:
+    ...     backup = await pool.create("a", size=64 << 20)
+    ...     handle = await backup.backup_page(page, 0)
+    """
+    try:
+        for name in options:
+            if name not in TABLE:
+                raise unknown(name, TABLE)
+        checked = Options(**options)
+    except OptionError as error:
+        raise InvalidArgument(str(error)) from None
+    pool = Pool(Store.of(checked), checked)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _check_name(name: str) -> None:
+    if not name or name[0] == "." or "/" in name or "\0" in name:
+        raise InvalidArgument(f"{name!r} cannot name a backup: it must not be empty, begin with a dot or hold a slash")
+    try:
+        length = len(os.fsencode(name))
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"{name!r} cannot name a backup: {error.reason}") from None
+    if length > NAME_MAX:
+        raise NameTooLong(f"a backup's name has at most {NAME_MAX} bytes")

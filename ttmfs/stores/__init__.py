@@ -1,0 +1,1 @@
+"""Where backups lie: the directory of their files, its budget, and what may wait for it."""
