@@ -1,5 +1,6 @@
 """What the documents claim is run."""
 
+import html
 import os
 import re
 import subprocess
@@ -83,3 +84,17 @@ def test_links_between_documents_lead_somewhere(document: str) -> None:
     for page in sorted(path.glob("*.md")) if path.is_dir() else [path]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_picture_of_the_architecture_is_made_from_its_source() -> None:
+    source = (REPOSITORY / "docs/pictures/overview.dot").read_text()
+    picture = html.unescape((REPOSITORY / "docs/pictures/overview.svg").read_text())
+    labels = [line for label in re.findall(r'label="([^"]*)"', source) for line in label.split(r"\n")]
+    assert len(labels) > 10
+    assert sorted(re.findall(r"<text [^>]*>([^<]*)</text>", picture)) == sorted(labels)
+
+
+def test_the_architecture_names_every_package() -> None:
+    text = (REPOSITORY / "docs/architecture.md").read_text()
+    for package in REPOSITORY.glob("ttmfs/*/__init__.py"):
+        assert f"| `{package.parent.name}/` |" in text

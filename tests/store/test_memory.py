@@ -56,7 +56,7 @@ def cgroup() -> Iterator[Path]:
 
 @pytest.mark.skipif(not CGROUP_V1.is_dir(), reason="no cgroup v1 memory controller here")
 def test_a_control_groups_limit_counts(cgroup: Path) -> None:
-    code = "import sys; from ttmfs import memory; print(memory.available())"
+    code = "import sys; from ttmfs.linux import memory; print(memory.available())"
     inside = f"echo 0 > {cgroup}/tasks && exec {sys.executable} -c '{code}'"
     printed = int(subprocess.check_output(["sh", "-c", inside], text=True))
     assert 100 << 20 < printed <= (200 << 20) + meminfo("SwapFree")
