@@ -1,6 +1,6 @@
 #!/bin/sh
-# Lint and all tests: the lower layers first, then the mounts', and beside these what no other load disturbs. Every part
-# runs, whatever failed before it; the last lines name the parts that failed. Arguments are pytest's, for some tests
+# Lint and all tests: the lower layers first, then the mounts' in two parts at once, since most of their time is waiting.
+# Every part runs, whatever failed before it; the last lines name the parts that failed. Arguments are pytest's, for some tests
 # alone: scripts/test.sh tests/mount/test_swap.py -k dropped. As root or through sudo. Asks nothing.
 set -u
 cd "$(dirname "$0")/.."
@@ -19,17 +19,28 @@ part() { # NAME COMMAND...
     "$@" || echo "    $name (exit status $?)" >>"$failed"
 }
 
+# What measures no time and makes no swap. The others take as long, and have the machine for themselves but for these.
+beside="tests/house tests/mount/test_soak.py"
+for name in abort commands errors fini hostile_mounts inherited kernel_cache kill_points matrix mount_py names rights \
+    tearing texts why; do
+    beside="$beside tests/mount/test_$name.py"
+done
+ignored=
+for file in $beside; do
+    ignored="$ignored --ignore=$file"
+done
+
 part "lower layers" $pytest tests/arithmetic tests/store tests/model tests/face
 {
     part "ruff check" .venv/bin/ruff check
     part "ruff format" .venv/bin/ruff format --check
     part "mypy" .venv/bin/mypy
-    part "the house, mixed load" $pytest tests/house tests/mount/test_soak.py
+    part "the house, mixed load, mounts" $pytest $beside
 } >"$log" 2>&1 &
-beside=$!
-part "mounts" $pytest tests/mount --ignore=tests/mount/test_soak.py
-wait "$beside"
-echo "--- beside these: lint, the tests of the house, and a minute of mixed load"
+beside_pid=$!
+part "mounts" $pytest tests/mount $ignored
+wait "$beside_pid"
+echo "--- beside these: lint, the tests of the house, a minute of mixed load, and the other half of the mounts' tests"
 cat "$log"
 if [ -s "$failed" ]; then
     echo "--- these parts failed:"

@@ -27,9 +27,6 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 LAYERS = ("arithmetic", "store", "model", "face", "mount", "house")
-UNHURRIED = ("test_errors", "test_kill_points", "test_matrix")
-"""Files of tests beside which others may run, as scripts/test.sh has it."""
-
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -43,9 +40,9 @@ def layer_of(path: Path) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lower layers first: the first failure is then the nearest to its cause. Of a layer first what times nothing."""
+    """Lower layers first: the first failure is then the nearest to its cause."""
     order = [*LAYERS, "other"]
-    items.sort(key=lambda item: (order.index(layer_of(item.path)), item.path.stem not in UNHURRIED))
+    items.sort(key=lambda item: order.index(layer_of(item.path)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,7 +12,7 @@ from harness import REPOSITORY
 
 PARTS = {
     "lower layers": "arithmetic/test_a.py",
-    "the house, mixed load": "house/test_b.py",
+    "the house, mixed load, mounts": "house/test_b.py",
     "mounts": "mount/test_c.py",
 }
 PASSES = "def test_a() -> None:\n    pass\n"
@@ -36,7 +36,7 @@ def copy(tmp_path: Path) -> Path:
         "model/test_e.py",
         "face/test_f.py",
         "mount/test_g.py",
-        "mount/test_soak.py",
+        *(f"mount/{path.name}" for path in REPOSITORY.glob("tests/mount/test_*.py")),
     ):
         (tmp_path / "tests" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tests" / path).write_text(PASSES)
