@@ -95,13 +95,18 @@ class Asked:
             os.close(self.channel)
             self.channel = -1
             os.kill(self.pid, signal.SIGKILL)
-            self.is_over()
+            if not self.is_over():
+                _ending.append(self)
 
     def is_over(self) -> bool:
         """Whether its process has ended."""
         if self.pid and os.waitpid(self.pid, os.WNOHANG)[0]:
             self.pid = 0
         return not self.pid
+
+
+_ending: list[Asked] = []
+"""Those that were let go of, and whose processes had not ended by then: else each would stay a zombie."""
 
 
 @contextlib.contextmanager
@@ -150,6 +155,7 @@ def ask_all(
     `left` holds those that were given up on before, and still wait: they are not asked again, and it is added to.
     """
     left = {} if left is None else left
+    _ending[:] = [asked for asked in _ending if not asked.is_over()]
     for path in [path for path, asked in left.items() if asked.is_over()]:
         del left[path]
     answers: list[Answer | None] = [left[path].silence() if path in left else None for path, _ in works]
