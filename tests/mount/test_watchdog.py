@@ -22,11 +22,11 @@ def impatient(tmp_path: Path) -> tuple[str, ...]:
     """The command of a ttmfs whose keeper looks every 0.2 s and lets 6 looks pass, or 0.5 s after a signal."""
     package = copied_package(tmp_path / "package")
     for name, changes in {
-        "keeper": {
+        "recovery/keeper": {
             "GRACE_SECONDS = 10.0": "GRACE_SECONDS = 0.5",
             "LOOK_SECONDS, MOST_SILENT = 5.0": "LOOK_SECONDS, MOST_SILENT = 0.2",
         },
-        "session": {"STATUS_SECONDS = 0.1, 5.0": "STATUS_SECONDS = 0.1, 0.1"},
+        "daemon/session": {"STATUS_SECONDS = 0.1, 5.0": "STATUS_SECONDS = 0.1, 0.1"},
     }.items():
         file = package / f"ttmfs/{name}.py"
         text = file.read_text()
@@ -151,7 +151,7 @@ def test_a_keeper_that_is_stopped_holds_up_no_request(mountpoint: Path, impatien
 def test_the_patience_is_that_of_the_units() -> None:
     """30 s, of which a sign of life comes several times."""
     root = Path(__file__).resolve().parents[2]
-    keeper, session = ((root / f"ttmfs/{name}.py").read_text() for name in ("keeper", "session"))
+    keeper, session = ((root / f"ttmfs/{name}.py").read_text() for name in ("recovery/keeper", "daemon/session"))
     found = re.search(r"^LOOK_SECONDS, MOST_SILENT = ([\d.]+), (\d+)$", keeper, re.MULTILINE)
     given = re.search(r"^START_SECONDS, STATUS_SECONDS = [\d.]+, ([\d.]+)$", session, re.MULTILINE)
     assert found
