@@ -485,7 +485,7 @@ def test_stat(sh: Shell) -> None:
     assert sh("stat -c '%s %b %h %a %u %g %F' a/.image") == f"{PAGES * PAGE} {PAGE // 32} 1 644 {me} regular file\n"
     assert sh("stat -c '%h %a %u %g %F' a") == f"2 755 {me} directory\n"
     assert sh("stat -c '%F' a/.shmem; stat -Lc '%s %b' a/.shmem") == f"symbolic link\n{PAGES * PAGE} {PAGE // 32}\n"
-    assert sh("stat -c '%h %F' .; stat -c %F .stats") == "3 directory\nregular empty file\n"
+    assert sh("stat -c '%h %F' .; stat -c %F .stats") == "3 directory\nregular file\n"
     assert sh("stat -f -c '%S %s %b %f %l' .") == f"{PAGE} {PAGE} 8192 8176 255\n"
     assert len(set(sh("stat -c '%Y %Z' a a/3 a/.image").splitlines())) == 1
 
