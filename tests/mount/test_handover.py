@@ -259,7 +259,7 @@ def test_a_user_of_many_numbers_takes_no_more_than_there_is_for_all(mount: Mount
 
 def test_a_stranger_s_descriptors_never_reach_the_daemon(place: Place) -> None:
     """The kernel closes what is received, in the thread that receives it. A socket that lingers holds that up."""
-    options = "size=1m,mode=1777,allow_other,busy_poll=off"  # the timer of busy polling would end the wait
+    options = "size=1m,mode=1777,allow_other,busy_poll=off"
     with place.directory("shared") as path, Mount(path, options, cwd=place.path) as mount:
         door = mount.descriptors_socket()
         (path / "a").mkdir()
