@@ -380,6 +380,10 @@ class ControlGroup:
     def join(self) -> None:
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
 
+    def usage(self) -> int:
+        """Bytes charged to it."""
+        return int((self.path / ("memory.usage_in_bytes" if self._old else "memory.current")).read_text())
+
     def shmem(self) -> int:
         """Bytes of shared memory, and so of pages, that its members allocated and that are there still."""
         rows = dict(line.split() for line in (self.path / "memory.stat").read_text().splitlines())
