@@ -1,50 +1,19 @@
-"""What can go wrong, and the one table from that to errno.
+"""The exceptions of ttmfs, the table from them to errno, and the translation of an OSError into one of them.
 
-The model raises these; the FUSE face turns them into the errno of the table, a program that uses the Python API catches
-them by class. Each carries a sentence for a person.
+The model raises these exceptions. The FUSE face turns them into the errno of the table; a program that uses the Python
+API catches them by class. Each message is a sentence for a person.
 """
 
 import errno
-
-__all__ = [
-    "ERRNO",
-    "AccessDenied",
-    "BackupAbsent",
-    "BackupBusy",
-    "BackupClosed",
-    "BackupEnded",
-    "BackupExists",
-    "BackupNotEmpty",
-    "InvalidArgument",
-    "NameTooLong",
-    "NoRoom",
-    "NoSuchAttribute",
-    "NoSuchName",
-    "NotPermitted",
-    "NotSupported",
-    "OutOfBounds",
-    "OverQuota",
-    "PageAbsent",
-    "PageDropped",
-    "ReadOnlyEntry",
-    "StoreBusy",
-    "StoreFailed",
-    "TextForgotten",
-    "TooLong",
-    "TooMuchHeld",
-    "TtmfsError",
-    "WrongParent",
-    "errno_of",
-    "from_os_error",
-]
+from collections.abc import Mapping
 
 
 class TtmfsError(Exception):
-    """Whatever ttmfs itself refuses or fails at."""
+    """The base class: a refusal or a failure of ttmfs itself."""
 
 
 class InvalidArgument(TtmfsError, ValueError):
-    """An index outside the backup, a page of the wrong size, a name that no backup may have."""
+    """An argument is wrong: an index past the size, a page of the wrong length, a name that no backup can have."""
 
 
 class PageAbsent(TtmfsError, LookupError):
@@ -56,15 +25,15 @@ class BackupAbsent(TtmfsError, LookupError):
 
 
 class NoSuchName(TtmfsError, LookupError):
-    """The name looked up cannot stand for anything there."""
+    """The directory can have no entry of that name."""
 
 
 class NoSuchAttribute(TtmfsError, LookupError):
-    """No extended attribute of that name can be had there."""
+    """The file has no extended attribute of that name."""
 
 
 class BackupExists(TtmfsError):
-    """The name is taken by another backup."""
+    """Another backup has that name."""
 
 
 class BackupNotEmpty(TtmfsError):
@@ -72,15 +41,15 @@ class BackupNotEmpty(TtmfsError):
 
 
 class BackupBusy(TtmfsError):
-    """The backup is being changed on a slow disk, and its name cannot be changed just now."""
+    """The backup cannot be renamed while a slow disk changes it."""
 
 
 class BackupEnded(TtmfsError):
-    """The backup was ended (fini, rmdir) after the caller got hold of it."""
+    """The backup was ended (fini, rmdir) after the caller opened it."""
 
 
 class BackupClosed(TtmfsError):
-    """The caller closed it; the backup and its pages are still there."""
+    """The caller closed the backup; its pages are still there."""
 
 
 class PageDropped(TtmfsError):
@@ -88,7 +57,7 @@ class PageDropped(TtmfsError):
 
 
 class TextForgotten(TtmfsError):
-    """The text of which the caller has read a part is gone: the daemon was replaced, or too many are open."""
+    """The rest of a text is gone: the daemon was replaced, or too many texts are open."""
 
 
 class NoRoom(TtmfsError):
@@ -96,27 +65,27 @@ class NoRoom(TtmfsError):
 
 
 class OverQuota(NoRoom):
-    """The owner of the backup has used up what one user may store."""
+    """The owner of the backup has stored as much as one user may."""
 
 
 class TooMuchHeld(TtmfsError):
-    """The writes that wait for swap or a disk hold as much of the daemon's memory as they may."""
+    """Pending writes, which wait for swap or a disk, hold as much of the daemon's memory as they may."""
 
 
 class OutOfBounds(TtmfsError):
-    """A page, or bytes, past the end of the backup, or bytes past the end of a page."""
+    """The range lies past the end of the backup, or of a page."""
 
 
 class NotPermitted(TtmfsError):
-    """No one may do this here, whatever the mode bits say."""
+    """The operation is forbidden here, whatever the mode bits are."""
 
 
 class AccessDenied(TtmfsError):
-    """The mode bits do not allow it."""
+    """The mode bits forbid it."""
 
 
 class ReadOnlyEntry(TtmfsError):
-    """The entry can be read only."""
+    """The file is read-only."""
 
 
 class WrongParent(TtmfsError):
@@ -124,11 +93,11 @@ class WrongParent(TtmfsError):
 
 
 class NameTooLong(TtmfsError):
-    """A backup's name has at most 255 bytes."""
+    """The name of the backup is longer than 255 bytes."""
 
 
 class TooLong(TtmfsError):
-    """The answer is longer than an extended attribute may be."""
+    """The answer does not fit into an extended attribute."""
 
 
 class NotSupported(TtmfsError):
@@ -136,16 +105,16 @@ class NotSupported(TtmfsError):
 
 
 class StoreBusy(TtmfsError):
-    """The directory is another mount's or pool's store at the moment."""
+    """Another mount or pool has the directory as its store."""
 
 
 class StoreFailed(TtmfsError):
-    """The store below failed; ``__cause__`` is its OSError."""
+    """The filesystem below failed; ``__cause__`` is its OSError."""
 
 
 ERRNO: dict[type[TtmfsError], int] = {
     InvalidArgument: errno.EINVAL,
-    PageAbsent: errno.ENOENT,  # the kernel reads zeros from such a handle; a directory must not show what is not there
+    PageAbsent: errno.ENOENT,  # the kernel reads zeros from such a handle; a directory shows only files that exist
     BackupAbsent: errno.ENOENT,
     NoSuchName: errno.ENOENT,
     NoSuchAttribute: errno.ENODATA,
@@ -153,43 +122,71 @@ ERRNO: dict[type[TtmfsError], int] = {
     BackupNotEmpty: errno.ENOTEMPTY,
     BackupBusy: errno.EBUSY,
     BackupEnded: errno.ESTALE,
-    BackupClosed: errno.EBADF,  # of the client alone, as of a descriptor that was closed
-    PageDropped: errno.ESTALE,  # not ENOENT: on ESTALE from open the VFS looks the name up once more by itself
+    BackupClosed: errno.EBADF,  # raised by the client alone
+    PageDropped: errno.ESTALE,  # not ENOENT: after ESTALE from open(2) the VFS looks the name up once more
     TextForgotten: errno.ESTALE,
     NoRoom: errno.ENOSPC,
     OverQuota: errno.EDQUOT,
     TooMuchHeld: errno.ENOMEM,
-    OutOfBounds: errno.EFBIG,  # as at RLIMIT_FSIZE; EINVAL would make tools blame their own flags
+    OutOfBounds: errno.EFBIG,  # as at RLIMIT_FSIZE; tools that meet EINVAL blame their own flags
     NotPermitted: errno.EPERM,
     ReadOnlyEntry: errno.EACCES,
     AccessDenied: errno.EACCES,
-    WrongParent: errno.EXDEV,  # what makes mv copy and remove instead
+    WrongParent: errno.EXDEV,  # mv(1) then copies and removes
     NameTooLong: errno.ENAMETOOLONG,
     TooLong: errno.E2BIG,
     NotSupported: errno.EOPNOTSUPP,
-    StoreBusy: errno.EBUSY,  # only while a store is opened, so no caller at a mount ever sees it
+    StoreBusy: errno.EBUSY,  # raised while a store is opened, so no caller at a mount sees it
     StoreFailed: errno.EIO,
 }
 
+Meanings = Mapping[int | None, type[TtmfsError] | None]
+"""Maps the errno of an OSError to an exception; None: raise the OSError unchanged. Others mean StoreFailed."""
+
+OF_THE_STORE: Meanings = {
+    errno.ENOSPC: NoRoom,
+    errno.EDQUOT: NoRoom,
+    errno.ENOMEM: NoRoom,  # the memory control group can reclaim nothing more
+    errno.EEXIST: BackupExists,
+    errno.EFBIG: OutOfBounds,
+    errno.ENAMETOOLONG: NameTooLong,
+    errno.EPERM: NotPermitted,
+    errno.EACCES: NotPermitted,
+}
+"""The meanings of the errors of the filesystem that holds the backups' files."""
+
 
 def errno_of(error: TtmfsError) -> int:
-    """The errno that stands for an error at the mount."""
+    """Return the errno that the mount answers for an exception."""
     return ERRNO[type(error)]
 
 
 def from_os_error(error: OSError, what: str) -> TtmfsError:
-    """What an OSError of the store means to a caller. Raise it ``from`` the OSError, which is its cause."""
-    match error.errno:
-        # ENOMEM is a memory cgroup that can reclaim nothing more: no room, and nothing is wrong with the store.
-        case errno.ENOSPC | errno.EDQUOT | errno.ENOMEM:
-            return NoRoom(f"{what}: no room is left in the store")
-        case errno.EEXIST:
-            return BackupExists(f"{what}: there is a backup of that name already")
-        case errno.EFBIG:
-            return OutOfBounds(f"{what}: larger than the store's files can be")
-        case errno.ENAMETOOLONG:
-            return NameTooLong(f"{what}: the name is too long")
-        case errno.EPERM | errno.EACCES:
-            return NotPermitted(f"{what}: {error.strerror}")
-        case _:
-            return StoreFailed(f"{what}: {error.strerror or error}")
+    """Return the exception that an OSError of the store means. `what` names the operation; raise it ``from error``.
+
+    For code that runs at each request; :class:`translated` is shorter, and takes 1 us more.
+    """
+    kind = OF_THE_STORE.get(error.errno) or StoreFailed
+    return kind(f"{what}: {error.strerror or error}")
+
+
+class translated:  # noqa: N801 # it is used like a function, as contextlib.suppress is
+    """A context manager: translates an OSError that the block raises, which becomes the cause.
+
+    `what` names the operation, for the message. ::
+
+        with translated("dropping pages"):
+            system_calls.punch_hole(fd, offset, length)
+    """
+
+    __slots__ = ("_meanings", "_what")
+
+    def __init__(self, what: str, meanings: Meanings = OF_THE_STORE) -> None:
+        self._what, self._meanings = what, meanings
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, OSError) and (kind := self._meanings.get(error.errno, StoreFailed)):
+            raise kind(f"{self._what}: {error.strerror or error}") from error
