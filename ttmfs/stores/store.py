@@ -10,17 +10,13 @@ Concurrency: used from one thread; no method waits for anything but the filesyst
 
 import contextlib
 import errno
-import fcntl
 import os
 import resource
-import shutil
 import stat
-import tempfile
 import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import trio
@@ -42,6 +38,7 @@ from ..errors import (
 from ..linux import system_calls
 from ..linux.memory import Reserve, Swap
 from ..options import Options, format_size
+from . import temporary_directory
 from .blocking_io import Waiting
 from .ledger import FEW_IDS, FILE, Ledger
 from .quota import UNBOUND, Quota
@@ -64,12 +61,6 @@ RECOUNT_SECONDS = 1.0
 
 SHORT_LOOK_SECONDS = 0.002
 """A directory that is read within so long is read at each listing."""
-
-TEMPORARY = "ttmfs-"
-"""How the names of directories begin that serve those who may make no tmpfs."""
-
-TEMPORARY_MARK = "removed-by-the-next-mount"
-"""A file in each of them: a store=DIR that someone named alike has none."""
 
 NO_ROOM = "the budget (size), or the memory that must stay free (reserve), is used up"
 OVER_QUOTA = "user {} has stored all that one user may (uid_size)"
@@ -264,34 +255,16 @@ class Store:
 
     @classmethod
     def in_temporary_directory(cls, options: Options, why: NotSupported) -> Self:
-        """A new directory that is removed at the end, in memory, for a user who may make no user namespaces.
-
-        It lies where there is more room of $XDG_RUNTIME_DIR and /dev/shm, and no one else can enter it. Raises `why` if
-        neither will do.
-        """
-        places = []
-        for place in {os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm"}:
-            with contextlib.suppress(OSError):
-                room = os.statvfs(place)
-                places.append((room.f_bavail * room.f_frsize, place))
-        for _, place in sorted(places, reverse=True):
-            with contextlib.suppress(OSError):
-                _remove_abandoned(place)
-                outer = tempfile.mkdtemp(prefix=TEMPORARY, dir=place)
-                try:
-                    Path(outer, TEMPORARY_MARK).touch()
-                    inner = os.path.join(outer, "store")  # the mode and owner of the root are the mount's business
-                    os.mkdir(inner)
-                    os.chown(
-                        inner, -1 if options.uid is None else options.uid, -1 if options.gid is None else options.gid
-                    )
-                    os.chmod(inner, 0o755 if options.mode is None else options.mode)
-                    store = cls.in_directory(inner, options, temporary=outer)
-                    if store.in_memory:
-                        return store
-                    store.close()
-                except (OSError, TtmfsError):
-                    shutil.rmtree(outer, ignore_errors=True)
+        """A new directory in memory that is removed at the end. Raises `why` if no place for one is suitable."""
+        for temporary in temporary_directory.candidates(options):
+            try:
+                store = cls.in_directory(temporary_directory.store_in(temporary), options, temporary=temporary)
+            except TtmfsError:
+                temporary_directory.remove(temporary)
+                continue
+            if store.in_memory:
+                return store
+            store.close()
         raise why
 
     @classmethod
@@ -325,8 +298,7 @@ class Store:
         while self._open:
             os.close(self._open.popitem()[1])
         if self._temporary is not None and not leave:
-            os.fchmod(self._directory, 0o700)  # chmod of the mount's root can have left us no right to empty it
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            temporary_directory.remove(self._temporary)
         if self._ledger:
             self._ledger.close()
         for fd in self._directory, self._user_namespace:
@@ -828,17 +800,3 @@ def _changed(change: Callable[..., T], file: system_calls.Duplicate, arguments: 
 def _sync(files: list[system_calls.Duplicate]) -> None:
     for file in files:
         os.fsync(file.fd)
-
-
-def _remove_abandoned(place: str) -> None:
-    """Remove the directories in `place` that killed daemons of this user left: ours, and locked by no one."""
-    for outer in Path(place).glob(TEMPORARY + "*"):
-        with contextlib.suppress(OSError):
-            if outer.stat(follow_symlinks=False).st_uid == os.geteuid() and (outer / TEMPORARY_MARK).exists():
-                fd = os.open(outer / "store" / FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    (outer / "store").chmod(0o700)
-                    shutil.rmtree(outer)
-                finally:
-                    os.close(fd)

@@ -1,0 +1,72 @@
+"""Directories in memory that replace the private tmpfs of a user who may not create user namespaces.
+
+They lie in ``$XDG_RUNTIME_DIR`` or ``/dev/shm``, and only their user can enter them. A daemon removes its own when the
+mount ends. The next mount of the same user removes those of daemons that were killed.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..options import Options
+from .ledger import FILE
+
+__all__ = ["candidates", "remove", "store_in"]
+
+PREFIX = "ttmfs-"
+MARK = "removed-by-the-next-mount"
+"""A file in each of them. A user's own store=DIR may have such a name too, but not this file."""
+
+
+def candidates(options: Options) -> Iterator[str]:
+    """Create one in each suitable place, the place with the most room first. The caller removes those not wanted."""
+    for place in sorted({os.environ.get("XDG_RUNTIME_DIR") or "/dev/shm", "/dev/shm"}, key=_room, reverse=True):
+        with contextlib.suppress(OSError):
+            _remove_abandoned(place)
+            path = tempfile.mkdtemp(prefix=PREFIX, dir=place)
+            try:
+                Path(path, MARK).touch()
+                os.mkdir(store_in(path))
+                os.chown(store_in(path), options.uid or 0, options.gid or 0)
+                os.chmod(store_in(path), options.mode or 0)
+            except OSError:
+                remove(path)
+                raise
+            yield path
+
+
+def store_in(path: str) -> str:
+    """The directory for the backups. The mount's root has its mode and owner."""
+    return os.path.join(path, "store")
+
+
+def remove(path: str) -> None:
+    """Remove it with its backups. The mount's root may have a mode that shuts out its owner."""
+    with contextlib.suppress(OSError):
+        os.chmod(store_in(path), 0o700)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _room(place: str) -> int:
+    try:
+        found = os.statvfs(place)
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
+
+
+def _remove_abandoned(place: str) -> None:
+    """Remove those that no daemon has locked."""
+    for path in Path(place).glob(PREFIX + "*"):
+        with contextlib.suppress(OSError):
+            if path.stat(follow_symlinks=False).st_uid == os.geteuid() and (path / MARK).exists():
+                fd = os.open(path / "store" / FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remove(str(path))
+                finally:
+                    os.close(fd)
