@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from ttmfs.daemon import background
+from ttmfs.recovery import keeper
 
 
 def test_a_syslog_that_is_not_read_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "SYSLOG", str(tmp_path / "log"))
+    monkeypatch.setattr(keeper, "SYSLOG", str(tmp_path / "log"))
     handler = background._Syslog()
     record = logging.LogRecord("ttmfs", logging.ERROR, __file__, 1, "the daemon before died", (), None)
     handler.emit(record)  # there is none yet

@@ -5,7 +5,6 @@ import faulthandler
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +18,8 @@ from .service import note_service
 
 __all__ = ["Process", "begin", "prepare"]
 
-SYSLOG = "/dev/log"
-
 FEW_PROCESSES = "ulimit -u and the control group may limit them"
 
-LOG_DAEMON = 3 << 3
 PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
 
@@ -68,13 +64,17 @@ def _open_standard_streams() -> None:
 
 @dataclass
 class Process:
-    """This process: what a daemon before left it, who keeps its descriptors, and what is to be done once it serves."""
+    """The process that serves a mount, and its keeper."""
 
-    held: dict[str, int]
+    held: dict[str, int]  # the descriptors that the previous daemon left, by the keeper's names for them
     keeper: Keeper | None
-    ready: Callable[[], None]
-    another_keeper: Callable[[], Keeper]
+    ready: Callable[[], None]  # to be called once requests are answered
+    another_keeper: Callable[[], Keeper]  # replaces a keeper that died; raises OSError
     become_keeper: Callable[[dict[str, int]], None]
+    """Makes this process, which has no keeper, a keeper that starts the next daemon with these descriptors.
+
+    It does not return.
+    """
 
 
 def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -> Process:
@@ -171,39 +171,10 @@ def _end(child: int) -> None:
 
 
 class _Syslog(logging.Handler):
-    """syslog(3) that waits for no one: what it does not take at once is lost. The library's handler would wait.
-
-    A log that no one reads, or that waits for memory itself, must not stop the mount.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._socket: socket.socket | None = None
+    """The log of a daemon in the background. The library's handler would wait for syslog, and stop the mount."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = f"<{LOG_DAEMON | _priority_of(record)}>ttmfs[{os.getpid()}]: {self.format(record)}\0"
-        message = text.encode(errors="backslashreplace")  # names need not be UTF-8
-        for _ in range(2):  # the second time to a syslog that was started anew
-            try:
-                if self._socket is None:
-                    self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-                    self._socket.connect(SYSLOG)
-                self._socket.send(message)
-            except BlockingIOError:
-                return
-            except OSError:
-                self._disconnect()
-            else:
-                return
-
-    def close(self) -> None:
-        self._disconnect()
-        super().close()
-
-    def _disconnect(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        keeper.write_to_syslog("ttmfs", _priority_of(record), self.format(record))
 
 
 def _log_to_syslog() -> None:

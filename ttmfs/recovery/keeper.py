@@ -49,6 +49,7 @@ __all__ = [
     "become",
     "become_alone",
     "inherited",
+    "write_to_syslog",
 ]
 
 CONNECTION, STATE = "fuse", "state"
@@ -81,6 +82,17 @@ units. Looks are counted and not seconds: while the machine stands still the kee
 LAST_LINES = 4
 
 KEEPER_PID, KEEPER_CHANNEL, KEPT = "TTMFS_KEEPER_PID", "TTMFS_KEEPER_CHANNEL", "TTMFS_KEPT"
+
+
+SYSLOG, FACILITY, WARNING = "/dev/log", 3 << 3, 4
+
+
+def write_to_syslog(name: str, priority: int, text: str) -> None:
+    """Log to syslog(3) without waiting. The text is lost if syslog does not take it at once."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.setblocking(False)
+        log.connect(SYSLOG)
+        log.send(f"<{FACILITY | priority}>{name}[{os.getpid()}]: {text}\0".encode(errors="backslashreplace"))
 
 
 # --- the daemon's side ---
@@ -605,10 +617,7 @@ class _Program:
         """Log one line."""
         try:
             if self.log == "syslog":
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
-                    log.setblocking(False)  # rather a line lost than a daemon late
-                    log.connect("/dev/log")
-                    log.send(f"<28>ttmfs-keeper[{os.getpid()}]: {text}".encode(errors="replace"))
+                write_to_syslog("ttmfs-keeper", WARNING, text)
             else:
                 priority = "<4>" if self.log == "journal" else ""
                 os.write(2, f"{priority}ttmfs-keeper: {text}\n".encode(errors="replace"))
