@@ -27,7 +27,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import pyfuse3
 import trio
@@ -50,11 +50,12 @@ from ..stores.blocking_io import SHARE
 from ..stores.store import STORE, Store
 from ..version import __version__
 from . import mounting
+from .background import Process
 from .connection import has_ended, was_cut_off
 from .descriptor_socket import Handover
 from .mounting import MountError, checked_mountpoint, device_at, is_dead
 
-__all__ = ["Process", "serve"]
+__all__ = ["serve"]
 
 log = logging.getLogger(__name__)
 
@@ -82,26 +83,6 @@ LOOK_SECONDS = 5.0
 
 START_SECONDS, STATUS_SECONDS = 0.1, 5.0
 """How often a service manager is told the status: as soon as there is one, and then."""
-
-
-class Process(Protocol):
-    """How the process stands that serves: what it was given, and whom it tells."""
-
-    held: dict[str, int]
-    """Descriptors of a daemon before, by the keeper's names."""
-    keeper: Keeper | None
-
-    def ready(self) -> None:
-        """Called once requests are answered."""
-
-    def another_keeper(self) -> Keeper:
-        """In place of one of our own that died. Raises OSError."""
-
-    def become_keeper(self, kept: dict[str, int]) -> None:
-        """Let this process, which has no keeper, go on as one, and start another daemon with what is kept.
-
-        Does not return.
-        """
 
 
 @dataclass

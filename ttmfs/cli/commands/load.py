@@ -36,7 +36,7 @@ from .manifest import (
     report,
 )
 from .mounts import NoSuchBackup, backup_at, new_backup
-from .terminal import Progress, size
+from .terminal import ProgressBar, size
 
 if TYPE_CHECKING:
     from ...client.backup import Backup
@@ -269,7 +269,7 @@ class _Loading:
     def _store(self, stored: dict[int, Part]) -> None:
         """Store the parts, each of which is added to `stored` once it is."""
         manifest, page_size = self._manifest, self._backup.page_size
-        with Progress(f"load {self._path}", manifest.pages * page_size) as progress:
+        with ProgressBar(f"load {self._path}", manifest.pages * page_size) as progress:
             for part, (done, was_there) in in_threads(self._stored, manifest.parts.values()):
                 if done:
                     stored[done.number] = done

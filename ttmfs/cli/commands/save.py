@@ -27,7 +27,7 @@ from ..rescue import BLOCK, PART, PIECE, Digest, data_runs, open_file, partial_n
 from .command import Command, CommandError, reason
 from .manifest import MANIFEST, Manifest, Part, Source, blocks_of, by_part, in_threads, manifest_of, matches, report
 from .mounts import backup_at
-from .terminal import Progress
+from .terminal import ProgressBar
 
 if TYPE_CHECKING:
     from ...client.backup import Backup
@@ -234,7 +234,7 @@ class _Saving:
             parts = [Part(number, runs, None) for number, runs in source.parts().items()]
             self._prepare({part.number for part in parts})
             total = sum(part.pages for part in parts) * backup.page_size
-            with Progress(f"save {quoted(self._path)}", total) as progress:
+            with ProgressBar(f"save {quoted(self._path)}", total) as progress:
                 copied = self._copy(source, parts, progress)
                 os.utime(self._file, ns=(self._found.st_atime_ns, self._found.st_mtime_ns))
                 progress.note("to the disk")
@@ -251,7 +251,7 @@ class _Saving:
             if number not in numbers and self._digest(number).pieces:
                 self._clear(number)
 
-    def _copy(self, source: Source, parts: list[Part], progress: Progress) -> dict[int, Part]:
+    def _copy(self, source: Source, parts: list[Part], progress: ProgressBar) -> dict[int, Part]:
         copied: dict[int, Part] = {}
         for part, (done, was_there) in in_threads(lambda part: self._copied(source, part), parts):
             if done:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
-__all__ = ["Progress", "age", "columns", "has_colours", "is_terminal", "is_utf8", "painted", "size", "table"]
+__all__ = ["ProgressBar", "age", "columns", "has_colours", "is_terminal", "is_utf8", "painted", "size", "table"]
 
 UNITS = "KMGTPE"
 
@@ -82,7 +82,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: frozenset[
     ]
 
 
-class Progress:
+class ProgressBar:
     """A bar with rate and time left on standard error, if that is a terminal; for the time of a ``with``.
 
     Not for several threads at once.
