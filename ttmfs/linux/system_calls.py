@@ -31,6 +31,7 @@ __all__ = [
     "allocate_range",
     "device_and_inode",
     "evicted",
+    "first_absent",
     "is_data",
     "is_tmpfs",
     "lock_memory",
@@ -81,6 +82,9 @@ XATTR_SIZE_MAX = 65536  # bytes of an extended attribute, include/uapi/linux/lim
 CAP_SYS_RESOURCE = 24
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
+
+SCANNED = 10
+"""Pages of a run that SEEK_HOLE scans in the time that one SEEK_DATA takes."""
 
 
 def _checked(result: int, what: str) -> int:
@@ -269,6 +273,19 @@ def is_data(fd: int, offset: int, length: int) -> bool:
         if error.errno != errno.ENXIO:
             raise
         return False
+
+
+def first_absent(fd: int, page_size: int, first: int, past: int) -> int | None:
+    """The first index of a range that holds no page; None if every page of the range exists.
+
+    A short range is looked at page by page: the run that it lies in can end far past it, and is scanned to its end.
+    """
+    if (past - first) * SCANNED < os.fstat(fd).st_blocks * 512 // page_size:
+        return next((idx for idx in range(first, past) if not is_data(fd, idx * page_size, page_size)), None)
+    start, end = next(page_runs(fd, page_size, first, past), (past, past))
+    if start > first:
+        return first
+    return end if end < past else None
 
 
 def device_and_inode(path: str) -> tuple[int, int]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     PageBuffer = Buffer | NDArray[np.uint8]
 
-__all__ = ["PageBuffer", "destination", "flat", "handle_of", "index_of", "page", "pages", "rows", "runs"]
+__all__ = ["PageBuffer", "check_end", "destination", "flat", "handle_of", "index_of", "page", "pages", "rows", "runs"]
 
 
 def page(buffer: PageBuffer, page_size: int) -> memoryview:
@@ -80,6 +80,12 @@ def runs(handles: Uint64Array) -> list[tuple[int, int]]:
     breaks = np.flatnonzero(np.diff(indices) != 1)
     firsts, lasts = indices[np.concatenate(([0], breaks + 1))], indices[np.concatenate((breaks, [-1]))]
     return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
+
+
+def check_end(past: int, limit: int) -> None:
+    """Raise InvalidArgument if a range of indices that ends before `past` does not lie within `limit` pages."""
+    if past > limit:
+        raise InvalidArgument(f"index {past - 1} lies past the end of the backup, which has {limit} pages")
 
 
 def flat(buffer: PageBuffer) -> memoryview:

@@ -111,21 +111,9 @@ def backup_at(path: str, *, native: bool = True) -> "Iterator[Backup]":
             kind = NoSuchBackup if error.errno == errno.ENOENT else CommandError
             raise kind(reason(error, path)) from None
         from ...client.backup import Backup
+        from ...client.directory import Directory
 
-        yield stack.enter_context(_backup_of(place.fd, Backup, native=native))
-
-
-@contextlib.contextmanager
-def _backup_of(fd: int, kind: "type[Backup]", *, native: bool) -> "Iterator[Backup]":
-    with contextlib.ExitStack() as undo:
-        directory = os.dup(fd)
-        undo.callback(os.close, directory)
-        mount = os.open("..", PLACE, dir_fd=directory)
-        undo.callback(os.close, mount)
-        backup = kind(directory, mount, native=native)
-        undo.pop_all()
-    with backup:
-        yield backup
+        yield stack.enter_context(Backup(Directory.open(f"/proc/self/fd/{place.fd}"), native=native))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,148 @@
+"""The backup's own file, a file of a tmpfs: how its descriptor is obtained, and its pages by system calls on it.
+
+Threading: any thread may call any method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import struct
+from concurrent.futures import wait
+from typing import TYPE_CHECKING
+
+from ..errors import BackupEnded, PageAbsent
+from ..linux import system_calls
+from ..linux.memory import Swap
+from ..options import BASE_PAGE_SIZE
+from .existing_pages import fill_from, read_existing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import ThreadPoolExecutor
+
+    from .directory import Directory
+
+__all__ = ["OwnFile", "descriptor_of"]
+
+PARALLEL = 8 << 20
+"""Bytes from which on several threads copy: unlike writing, reading takes no lock of the file."""
+
+WORKERS = 4
+
+ANSWER_SECONDS = 2.0
+"""How long to wait for the daemon to hand over a descriptor."""
+
+
+class OwnFile:
+    """A backup's own file. Errors are OSError and TtmfsError; runs and offsets are as in Directory."""
+
+    def __init__(self, fd: int, page_size: int, threads: ThreadPoolExecutor) -> None:
+        """Take over a descriptor, open for reading and writing."""
+        self.fd = fd
+        self._page_size = page_size
+        self._threads = threads
+        self._swap = Swap()
+
+    @property
+    def size(self) -> int:
+        """Bytes that the backup spans. Raises BackupEnded."""
+        status = os.fstat(self.fd)
+        if not status.st_nlink:
+            raise BackupEnded("the backup was ended")
+        return status.st_size
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Yield the runs of stored pages, ascending."""
+        return system_calls.page_runs(self.fd, self._page_size, 0, self.size // self._page_size)
+
+    def store(self, offset: int, data: memoryview) -> int:
+        """Store whole pages. Return the number of bytes stored."""
+        self._charged()
+        if self._page_size > BASE_PAGE_SIZE:  # so that no page is stored in part
+            system_calls.allocate_range(self.fd, offset, len(data))
+        return os.pwrite(self.fd, data, offset)
+
+    def read(self, dst: memoryview, runs: list[tuple[int, int]]) -> None:
+        """Read the pages of runs, one behind the other. Raises PageAbsent."""
+        read_existing(self, dst, runs, self._page_size)
+
+    def fill(self, dst: memoryview, offset: int) -> None:
+        """Fill a buffer; absent pages read as zeros."""
+        self._charged()
+        workers = min(WORKERS, len(os.sched_getaffinity(0)))
+        if len(dst) < PARALLEL or workers == 1:
+            fill_from(self.fd, dst, offset)
+            return
+        share = -(-len(dst) // workers // BASE_PAGE_SIZE) * BASE_PAGE_SIZE
+        parts = [(dst[start : start + share], offset + start) for start in range(0, len(dst), share)]
+        others = [self._threads.submit(fill_from, self.fd, *part) for part in parts[1:]]
+        try:
+            fill_from(self.fd, *parts[0])
+        finally:
+            wait(others)  # they write to the caller's memory
+        for other in others:
+            other.result()
+
+    def check_present(self, runs: list[tuple[int, int]]) -> None:
+        """Raise PageAbsent unless every page of the runs is stored."""
+        for first, past in runs:
+            if (absent := system_calls.first_absent(self.fd, self._page_size, first, past)) is not None:
+                raise PageAbsent(f"handle {absent + 1} holds no page")
+
+    def drop(self, runs: list[tuple[int, int]]) -> None:
+        """Drop the pages of runs."""
+        for first, past in runs:
+            system_calls.punch_hole(self.fd, first * self._page_size, (past - first) * self._page_size)
+
+    def residency(self, first: int, past: int) -> tuple[int, int]:
+        """Return the number of pages between two indices, and how many of them are swapped out, rounded up."""
+        length = (min(past, self.size // self._page_size) - first) * self._page_size
+        if length <= 0:
+            return 0, 0
+        resident, evicted = system_calls.residency(self.fd, first * self._page_size, length)
+        pages = sum(end - start for start, end in system_calls.page_runs(self.fd, self._page_size, first, past))
+        return pages, -(-pages * evicted // (resident + evicted)) if evicted else 0
+
+    def _charged(self) -> None:
+        """Refresh the counts of swap before memory is charged to this process' control group."""
+        if self._swap.used:
+            self._swap.renew_counts()
+
+
+def descriptor_of(directory: Directory) -> int:
+    """Return a descriptor of a backup's own file, for reading and writing; -1 if this process can get none.
+
+    The daemon hands it over (``ttmfs.daemon.descriptor_socket``) to a process that may read, write and reach the
+    backup. Root and the daemon's user can also open ``.shmem``.
+    """
+    if directory.served_by not in (0, os.geteuid()):  # another user could hand over any file for us to write to
+        return -1
+    try:
+        config = os.open(".config", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.mount)
+        with open(config, encoding="utf-8") as file:
+            path = json.load(file).get("descriptors")
+        if not path:
+            return -1
+        with contextlib.suppress(OSError):
+            return _handed_over(path, directory.id)
+        return os.open(".shmem", os.O_RDWR | os.O_CLOEXEC, dir_fd=directory.fd)
+    except (OSError, ValueError):
+        return -1
+
+
+def _handed_over(path: str, id: int) -> int:
+    """Ask the daemon for the descriptor of a backup, by the inode number of its directory. Raises OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(ANSWER_SECONDS)
+        connection.connect(path)
+        connection.send(struct.pack("=Q", id))
+        answer, descriptors, _, _ = socket.recv_fds(connection, 4, 1, socket.MSG_CMSG_CLOEXEC)
+    if answer == bytes(4) and descriptors:
+        return int(descriptors[0])
+    for fd in descriptors:
+        os.close(fd)
+    raise OSError(errno.EPROTO, "the daemon handed over no descriptor")
