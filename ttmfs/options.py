@@ -1,7 +1,7 @@
-"""The mount options: one table, from which parsing, checking, ``--help`` and ``.config`` are made; and the exit codes.
+"""The mount options, in one table for parsing, checks, ``--help`` and ``.config``; sizes; the exit codes.
 
-``size``, ``nr_inodes``, ``mode``, ``uid`` and ``gid`` mean what they mean to tmpfs (tmpfs(5)). Options of mount(8) that
-speak to the kernel are handed to fusermount3; those that speak to mount(8) and systemd alone are accepted and left.
+``size``, ``nr_inodes``, ``mode``, ``uid`` and ``gid`` mean what they mean in tmpfs(5). fusermount3 gets the options of
+mount(8) that concern the kernel. Options that concern only mount(8) and systemd are accepted and ignored.
 """
 
 import difflib
@@ -11,24 +11,9 @@ import os
 import pwd
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Self
-
-__all__ = [
-    "BASE_PAGE_SIZE",
-    "TABLE",
-    "ExitCode",
-    "Option",
-    "OptionError",
-    "Options",
-    "escaped",
-    "format_size",
-    "help_text",
-    "is_known",
-    "parse_size",
-    "split",
-    "unknown",
-]
+from dataclasses import asdict, dataclass, field, fields
+from itertools import permutations
+from typing import Any, NamedTuple, Self
 
 BASE_PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
 LARGEST_PAGE_SIZE = 2 << 20
@@ -43,63 +28,46 @@ RESTART_TRIES, MOST_TRIES = 5, 1000
 RESTART_SECONDS, LONGEST_RESTART = 10, 86_400
 _BUSY_POLLS = {"auto": AUTO_POLL, "off": 0}
 
-OPPOSITES = {
-    "suid": "nosuid",
-    "nosuid": "suid",
-    "dev": "nodev",
-    "nodev": "dev",
-    "exec": "noexec",
-    "noexec": "exec",
-    "sync": "async",
-    "async": "sync",
-    "atime": "noatime",
-    "noatime": "atime",
-    "dirsync": "",
-}
-"""Flags that fusermount3 3.14 hands on to the kernel, and which other each revokes."""
+_PAIRS = ("suid nosuid", "dev nodev", "exec noexec", "sync async", "atime noatime")
+OPPOSITES = {one: other for pair in _PAIRS for one, other in permutations(pair.split())} | {"dirsync": ""}
+"""Flags that fusermount3 3.14 passes to the kernel, each with the flag that it revokes."""
 
 IGNORED = frozenset(
     "defaults auto noauto user nouser users owner group nofail _netdev relatime norelatime strictatime nostrictatime "
     "lazytime nolazytime diratime nodiratime silent loud".split()
 )
-"""Options of mount(8) and systemd that ask nothing of a filesystem, or nothing of one whose reads keep no times."""
+"""Options of mount(8) and systemd that do not concern a filesystem, or not one that keeps no access times."""
 
 IGNORED_PREFIXES = ("x-", "X-", "comment=")
 
 
 class ExitCode(enum.IntEnum):
-    """How ``mount.py`` ends: mount(8)'s codes, since mount(8) may be who asks."""
+    """The exit codes of ``mount.py``. They are those of mount(8), which may be the caller."""
 
-    OK = 0
-    USAGE = 1
-    SYSTEM = 2
-    BUG = 4
-    INTERRUPTED = 8
-    FAILED = 32
-    LEFT = 75
+    meaning: str  # a sentence for --help and the manual
 
-    @property
-    def meaning(self) -> str:
-        """A sentence for ``--help`` and the manual."""
-        return {
-            self.OK: "the mount answers; with -f: it was unmounted",
-            self.USAGE: "a wrong option or argument",
-            self.SYSTEM: "the system lacks something: /dev/fuse, fusermount3, memory, a right",
-            self.BUG: "a fault in ttmfs itself",
-            self.INTERRUPTED: "interrupted before the mount answered",
-            self.FAILED: "the mount failed",
-            self.LEFT: "left to another daemon, at SIGUSR1; only a keeper or service manager sees it",
-        }[self]
+    OK = 0, "the mount answers; with -f: it was unmounted"
+    USAGE = 1, "a wrong option or argument"
+    SYSTEM = 2, "the system lacks something: /dev/fuse, fusermount3, memory, a right"
+    BUG = 4, "a fault in ttmfs itself"
+    INTERRUPTED = 8, "interrupted before the mount answered"
+    FAILED = 32, "the mount failed"
+    LEFT = 75, "left to another daemon, at SIGUSR1; only a keeper or service manager sees it"
+
+    def __new__(cls, value: int, meaning: str = "") -> Self:  # noqa: D102
+        code = int.__new__(cls, value)
+        code._value_, code.meaning = value, meaning
+        return code
 
 
 class OptionError(ValueError):
-    """An option that ttmfs does not know, or a value that it cannot take. The text says what to write instead."""
+    """An unknown option or a wrong value. The message says what to write instead."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes in ``4096``, ``64k``, ``4G`` (powers of 1024) or ``50%`` (of the machine's RAM, rounded up to a page).
+    """Return the bytes in ``4096``, ``64k``, ``4G`` (powers of 1024) or ``50%`` (of RAM, rounded up to a page).
 
-    A tmpfs rounds a percentage up too (shmem_parse_one in mm/shmem.c).
+    tmpfs rounds a percentage up too (shmem_parse_one() in mm/shmem.c).
     """
     if match := _PERCENT.fullmatch(text):
         return -(-int(match[1]) * os.sysconf("SC_PHYS_PAGES") // 100) * BASE_PAGE_SIZE
@@ -111,24 +79,19 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """The shortest text that :func:`parse_size` reads back as `size`."""
+    """Return the shortest text that :func:`parse_size` reads as `size`, in bytes."""
     for suffix, shift in reversed(_SUFFIXES.items()):
         if size and not size % (1 << shift):
             return f"{size >> shift}{suffix}"
     return str(size)
 
 
-def _parse_budget(text: str) -> int:
-    if not (size := parse_size(text)):
-        raise OptionError(
-            "0 is not offered: to tmpfs it means no limit, which lets any writer use up the machine's memory"
-        )
-    return size
-
-
 def _parse_positive_size(text: str) -> int:
     if not (size := parse_size(text)):
-        raise OptionError("0 is not offered: leave the option out for its default")
+        raise OptionError(
+            "0 is not offered: leave the option out for its default. To tmpfs 0 means no limit, so that a writer can "
+            "use up the machine's memory"
+        )
     return size
 
 
@@ -197,114 +160,72 @@ def _format_busy_poll(longest: int) -> str:
     return next((text for text, known in _BUSY_POLLS.items() if known == longest), str(longest))
 
 
-@dataclass(frozen=True)
-class Option:
-    """One row of the table: an option of ttmfs' own."""
+class Option(NamedTuple):
+    """One row of the table: an option of ttmfs itself."""
 
     name: str
-    value: str  # what stands for the value in --help; "" for a flag, which takes none
+    value: str  # its placeholder in --help; "" for a flag, which has no value
     parse: Callable[[str], Any]
     show: Callable[[Any], str]
     help: str
 
 
 def escaped(text: str) -> str:
-    """A text as it stands in an ``-o`` string, where commas part options."""
+    """Escape the commas of a text for an ``-o`` string."""
     return re.sub(r"([\\,])", r"\\\1", text)
 
 
-def _flag(name: str, help_: str) -> Option:
-    return Option(name, "", lambda _: True, str, help_)
+def _row(default: object, value: str, parse: Callable[[str], Any], show: Callable[[Any], str], help_: str) -> Any:
+    """A field of Options with its row of the table."""
+    return field(default=default, metadata={"row": (value, parse, show, help_)})
 
 
-TABLE = {
-    option.name: option
-    for option in (
-        Option("size", "SIZE", _parse_budget, format_size, "what all backups together may hold (50% of RAM)"),
-        Option("nr_inodes", "N", _parse_count, str, "number of backups, plus 1; 0: no limit (pages of size)"),
-        Option("store", "DIR", str, escaped, "keep the backups in DIR, for good (in memory of their own)"),
-        Option("mode", "MODE", _parse_mode, "{:04o}".format, "mode of the root directory, in octal (0755)"),
-        Option("uid", "UID", _parse_uid, str, "owner of the root directory (who mounts)"),
-        Option("gid", "GID", _parse_gid, str, "group of the root directory (who mounts)"),
-        Option("backup_size", "SIZE", _parse_positive_size, format_size, "size of a backup that mkdir makes (size)"),
-        Option("page_size", "SIZE", parse_size, format_size, "bytes a page, a power of two up to 2m (the system's)"),
-        Option("uid_size", "SIZE", _parse_positive_size, format_size, "what one user except root may store (no limit)"),
-        Option("reserve", "SIZE", parse_size, format_size, "memory and swap that storing leaves free (64m)"),
-        Option("busy_poll", "auto|off|US", _parse_busy_poll, _format_busy_poll, "how long to poll for requests (auto)"),
-        Option(
-            "keeper", "on|off", _parse_switch, _format_switch, "survive the daemon's death: a process keeps all (on)"
-        ),
-        Option("restart_tries", "N", _parse_tries, str, "failed starts of a daemon until the keeper gives up (5)"),
-        Option("restart_seconds", "S", _parse_seconds, str, "seconds after a death until it gives up (10)"),
-        Option(
-            "resend",
-            "on|off",
-            _parse_switch,
-            _format_switch,
-            "off: mount anew after a death, as before Linux 6.9 (on)",
-        ),
-        _flag("allow_other", "let other users in, as far as the mode bits allow"),
-        _flag("ro", "mount read-only"),
-        _flag("debug", "log every operation"),
-    )
-}
-"""ttmfs' own options by name; in brackets the default."""
+def _flag(help_: str) -> Any:
+    return _row(False, "", lambda _: True, str, help_)
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of one mount, complete and consistent. Sizes are bytes."""
 
-    size: int = 0  # 0: half of the machine's RAM; with store: what its filesystem has
-    nr_inodes: int | None = None  # None: as many as the filesystem below gives
-    store: str | None = None  # None: a private tmpfs
-    mode: int | None = None  # None: 0755; with store: as it is
-    uid: int | None = None  # None: who mounts; with store: as it is
-    gid: int | None = None
-    backup_size: int = 0  # 0: the same as size
-    page_size: int = BASE_PAGE_SIZE
-    uid_size: int = 0  # 0: no bound
-    reserve: int = 64 << 20
-    busy_poll: int = AUTO_POLL  # us at most; 0: off
-    keeper: bool = True
-    restart_tries: int = RESTART_TRIES
-    restart_seconds: int = RESTART_SECONDS
-    resend: bool = True
-    allow_other: bool = False
-    ro: bool = False
-    debug: bool = False
+    # 0 or None as a default: see __post_init__. The text in brackets at the end of a help is its default.
+    size: int = _row(0, "SIZE", _parse_positive_size, format_size, "what all backups together may hold (50% of RAM)")
+    nr_inodes: int | None = _row(None, "N", _parse_count, str, "number of backups, plus 1; 0: no limit (pages of size)")
+    store: str | None = _row(None, "DIR", str, escaped, "keep the backups in DIR, for good (in memory of their own)")
+    mode: int | None = _row(None, "MODE", _parse_mode, "{:04o}".format, "mode of the root directory, in octal (0755)")
+    uid: int | None = _row(None, "UID", _parse_uid, str, "owner of the root directory (who mounts)")
+    gid: int | None = _row(None, "GID", _parse_gid, str, "group of the root directory (who mounts)")
+    backup_size: int = _row(0, "SIZE", _parse_positive_size, format_size, "size of a backup that mkdir makes (size)")
+    page_size: int = _row(
+        BASE_PAGE_SIZE, "SIZE", parse_size, format_size, "bytes a page, a power of two up to 2m (the system's)"
+    )
+    uid_size: int = _row(0, "SIZE", _parse_positive_size, format_size, "what one user except root may store (no limit)")
+    reserve: int = _row(64 << 20, "SIZE", parse_size, format_size, "memory and swap that storing leaves free (64m)")
+    busy_poll: int = _row(  # microseconds at most; 0: off
+        AUTO_POLL, "auto|off|US", _parse_busy_poll, _format_busy_poll, "how long to poll for requests (auto)"
+    )
+    keeper: bool = _row(
+        True, "on|off", _parse_switch, _format_switch, "survive the daemon's death: a process keeps all (on)"
+    )
+    restart_tries: int = _row(
+        RESTART_TRIES, "N", _parse_tries, str, "failed starts of a daemon until the keeper gives up (5)"
+    )
+    restart_seconds: int = _row(
+        RESTART_SECONDS, "S", _parse_seconds, str, "seconds after a death until it gives up (10)"
+    )
+    resend: bool = _row(
+        True, "on|off", _parse_switch, _format_switch, "off: mount anew after a death, as before Linux 6.9 (on)"
+    )
+    allow_other: bool = _flag("let other users in, as far as the mode bits allow")
+    ro: bool = _flag("mount read-only")
+    debug: bool = _flag("log every operation")
     kernel: tuple[str, ...] = ()  # flags for fusermount3
 
     def __post_init__(self) -> None:
-        """Fill in the defaults that follow from others, and check what no single value shows."""
-        numbers = (
-            "size",
-            "nr_inodes",
-            "backup_size",
-            "page_size",
-            "uid_size",
-            "reserve",
-            "busy_poll",
-            "restart_tries",
-            "restart_seconds",
-        )
-        for name in numbers:
-            value = getattr(self, name)
-            if not isinstance(value, int) and not (name == "nr_inodes" and value is None):
-                raise OptionError(f"{name}: a number is needed here, not {value!r}")
-            if value is not None and not 0 <= value <= _LARGEST_SIZE:
-                raise OptionError(f"{name}: {value} does not lie between 0 and {_LARGEST_SIZE}")
-        if self.busy_poll > LONGEST_POLL:
-            raise OptionError(f"busy_poll: {self.busy_poll} is more than {LONGEST_POLL} microseconds")
+        """Check the values, and fill in the defaults that depend on other options."""
+        self._check_numbers()
         if self.store is not None:
             object.__setattr__(self, "store", _directory(self.store))
-        if self.nr_inodes == 1:
-            raise OptionError("nr_inodes: 1 leaves no backup: the root directory is counted; 2 or more, or 0: no limit")
-        if not BASE_PAGE_SIZE <= self.page_size <= LARGEST_PAGE_SIZE or self.page_size.bit_count() != 1:
-            raise OptionError(
-                f"page_size={format_size(self.page_size)}: must be a power of two from "
-                f"{format_size(BASE_PAGE_SIZE)} to {format_size(LARGEST_PAGE_SIZE)}"
-            )
         for name, own in ("mode", 0o755), ("uid", os.geteuid()), ("gid", os.getegid()):
             if self.store is None:
                 if getattr(self, name) is None:
@@ -316,11 +237,32 @@ class Options:
             # Whole pages, rounded up as tmpfs rounds its own size.
             object.__setattr__(self, name, -(-size // self.page_size) * self.page_size)
 
+    def _check_numbers(self) -> None:
+        for entry in fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            if entry.type not in (int, int | None):
+                continue
+            if value is None and entry.default is None:
+                continue
+            if not isinstance(value, int):
+                raise OptionError(f"{name}: a number is needed here, not {value!r}")
+            if not 0 <= value <= _LARGEST_SIZE:
+                raise OptionError(f"{name}: {value} does not lie between 0 and {_LARGEST_SIZE}")
+        if self.busy_poll > LONGEST_POLL:
+            raise OptionError(f"busy_poll: {self.busy_poll} is more than {LONGEST_POLL} microseconds")
+        if self.nr_inodes == 1:
+            raise OptionError("nr_inodes: 1 leaves no backup: the root directory is counted; 2 or more, or 0: no limit")
+        if not BASE_PAGE_SIZE <= self.page_size <= LARGEST_PAGE_SIZE or self.page_size.bit_count() != 1:
+            raise OptionError(
+                f"page_size={format_size(self.page_size)}: must be a power of two from "
+                f"{format_size(BASE_PAGE_SIZE)} to {format_size(LARGEST_PAGE_SIZE)}"
+            )
+
     @classmethod
     def parse(cls, *texts: str) -> Self:
-        r"""Read ``-o`` strings, ``name=value`` and flags between commas; ``\,`` is a comma within a value.
+        r"""Read ``-o`` strings: ``name=value`` and flags, separated by commas; ``\,`` is a comma within a value.
 
-        Of an option given twice the last counts, as for mount(8).
+        The last value of an option counts, as for mount(8).
         """
         values: dict[str, Any] = {}
         kernel: dict[str, None] = {}
@@ -339,13 +281,13 @@ class Options:
             elif word in OPPOSITES:
                 kernel.pop(OPPOSITES[word], None)
                 kernel[word] = None
-            elif word not in IGNORED and not word.startswith(IGNORED_PREFIXES):
-                raise unknown(word, (*TABLE, "rw", *OPPOSITES, *IGNORED))
+            elif not is_known(word):
+                raise unknown(word, (*TABLE, *_OF_MOUNT))
         return cls(**values, kernel=tuple(kernel))
 
     def show(self) -> str:
-        """What differs from the default, as an ``-o`` string that :meth:`parse` reads back."""
-        # Some defaults go by other options: what is shown must differ from the default that it would then have.
+        """Return the options that differ from their defaults, as an ``-o`` string for :meth:`parse`."""
+        # Some defaults depend on other options: compare with the defaults under those.
         default = Options(page_size=self.page_size, size=self.size, store=self.store)
         plain = Options(store=self.store)
         unset = {"store": None, "size": plain.size, "page_size": plain.page_size}
@@ -357,45 +299,45 @@ class Options:
         return ",".join((*words, *self.kernel))
 
     def as_dict(self) -> dict[str, Any]:
-        """Every option and its value in force, for ``.config``. Some values are text, as they are written."""
+        """Return every option with its value in force, for ``.config``. Some values are texts, as in ``-o``."""
         mode = None if self.mode is None else TABLE["mode"].show(self.mode)
         shown = {name: TABLE[name].show(getattr(self, name)) for name in ("busy_poll", "keeper", "resend")}
         return {**asdict(self), "mode": mode, **shown, "kernel": list(self.kernel)}
 
 
+TABLE = {entry.name: Option(entry.name, *entry.metadata["row"]) for entry in fields(Options) if entry.metadata}
+"""The options of ttmfs itself, by name."""
+
+_OF_MOUNT = frozenset({"rw", *OPPOSITES, *IGNORED})
+
+
 def _directory(path: str | os.PathLike[str]) -> str:
     try:
         if os.fspath(path) and b"\0" not in os.fsencode(path):
-            return os.path.abspath(path)  # the daemon works in another directory
+            return os.path.abspath(path)  # the daemon changes its working directory
     except (TypeError, UnicodeEncodeError):
         pass
     raise OptionError(f"store: the path of an existing directory is needed, not {path!r}")
 
 
 def split(text: str) -> list[str]:
-    """The words between commas, without empty ones."""
+    """Split an ``-o`` string at its commas, without empty words."""
     return [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|[^,\\]|\\$)+", text, re.DOTALL)]
 
 
 def is_known(word: str) -> bool:
-    """Whether a word of an ``-o`` string is an option here, of ours or of mount(8)'s."""
-    return (
-        word.partition("=")[0] in TABLE
-        or word == "rw"
-        or word in OPPOSITES
-        or word in IGNORED
-        or word.startswith(IGNORED_PREFIXES)
-    )
+    """Whether a word of an ``-o`` string is an option of ttmfs or of mount(8)."""
+    return word.partition("=")[0] in TABLE or word in _OF_MOUNT or word.startswith(IGNORED_PREFIXES)
 
 
 def unknown(word: str, known: Iterable[str]) -> OptionError:
-    """The error for an option, with or without a value, that there is not; it names the nearest that there is."""
+    """Return the error for an unknown option, with or without a value. It names the nearest known one."""
     match = difflib.get_close_matches(word.partition("=")[0], known, 1)
     return OptionError(f"unknown option {word!r}" + (f", perhaps {match[0]!r}" if match else ""))
 
 
 def help_text() -> str:
-    """The options and the exit codes, for ``--help``."""
+    """Return the description of options and exit codes for ``--help``."""
     rows = [(o.name + ("=" + o.value if o.value else ""), o.help) for o in TABLE.values()]
     width = max(len(name) for name, _ in rows)
     options = "\n".join(f"  {name:<{width}} {help_}" for name, help_ in rows)
