@@ -14,11 +14,13 @@ try:
     from ttmfs.daemon.mounting import MountError
     from ttmfs.options import ExitCode, OptionError, Options, help_text
     from ttmfs.version import __version__
-except ImportError as error:
-    sys.stderr.write(f"mount.py: {error}. Run make once, then .venv/bin/python mount.py; or pip install . elsewhere\n")
-    sys.exit(2)
-except MemoryError:
-    sys.stderr.write("mount.py: there is too little memory to start; ulimit -v and ulimit -d may limit it\n")
+except (ImportError, MemoryError, SystemError) as error:
+    # The dynamic linker reports a lack of memory as an ImportError, and Python at times as a SystemError.
+    if isinstance(error, ImportError) and "failed to map" not in str(error) and "llocate memory" not in str(error):
+        message = f"{error}. Run make once, then .venv/bin/python mount.py; or pip install . elsewhere"
+    else:
+        message = "there is too little memory to start; ulimit -v and ulimit -d may limit it"
+    sys.stderr.write(f"mount.py: {message}\n")
     sys.exit(2)
 except KeyboardInterrupt:
     sys.exit(8)

@@ -80,10 +80,6 @@ def test_a_soft_limit_is_raised_and_limits_nothing(mountpoint: Path, name: str) 
         ("--as=1000000000", r"RLIMIT_AS is 1000000000, and ttmfs needs \d+ at least: raise it with ulimit -v"),
         ("--data=1000000000", r"RLIMIT_DATA is 1000000000, and ttmfs needs \d+ at least: raise it with ulimit -d"),
         ("--cpu=1000", r"RLIMIT_CPU is 1000, and ttmfs needs no limit: raise it with ulimit -t"),
-        (
-            "--data=14000000",
-            r"(there is too little memory to start; .* ulimit -d may limit it|RLIMIT_DATA is)",
-        ),
     ],
 )
 def test_a_hard_limit_that_is_too_low_is_refused_with_what_to_do(
@@ -93,6 +89,15 @@ def test_a_hard_limit_that_is_too_low_is_refused_with_what_to_do(
     assert re.fullmatch(f"mount.py: .*{message}.*\n", done.stderr)
     assert done.returncode == ExitCode.SYSTEM
     assert str(mountpoint) not in mounts()
+
+
+@pytest.mark.parametrize("limit", range(8_000_000, 24_000_000, 1_000_000))
+def test_too_little_memory_to_load_the_program_is_one_line(mountpoint: Path, limit: int) -> None:
+    done = mount_py(mountpoint, limits=f"--data={limit}")
+    assert re.fullmatch(
+        r"mount.py: (there is too little memory to start; .* ulimit -d may limit it|RLIMIT_DATA is .*)\n", done.stderr
+    )
+    assert done.returncode == ExitCode.SYSTEM
 
 
 def test_help_is_given_whatever_the_limits() -> None:
