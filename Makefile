@@ -1,12 +1,13 @@
-# make demo   the main job on real input, every command shown
-# make test   lint and all tests (T=tests/mount/test_swap.py: some alone, without lint)
-# make check  in half a minute, without root: lint, and the tests that mount nothing
-# make lint   types, linter, formatter
-# make bench  what it costs beside tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
-# make soak   mixed load with kills, swap and budget changes, for SECONDS (600)
-# make install  for the machine, below PREFIX (/usr/local): commands and systemd units (make uninstall)
-# make lock     note the versions in .venv as those to develop with
-# They install what is missing (Debian, Ubuntu), as root or through sudo.
+# make demo     run the main job on real input, and show every command
+# make test     lint and all tests (T=tests/mount/test_swap.py: only these tests, without lint)
+# make check    lint, and the tests that mount nothing: half a minute, without root
+# make lint     linter, formatter, types
+# make format   fix what the formatter and the linter can
+# make bench    compare with tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
+# make soak     mixed load with kills, swap and budget changes, for SECONDS (600)
+# make install  install commands, systemd units and manual pages below PREFIX (/usr/local); make uninstall removes them
+# make lock     write the versions in .venv to requirements-dev.lock
+# Each target first installs what is missing (Debian, Ubuntu), as root or through sudo.
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin

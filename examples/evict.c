@@ -1,8 +1,8 @@
-/* Backs pages up in a mount of ttmfs and reads them back, by system calls alone: no library, no header of ours.
+/* Backs up pages in a mount of ttmfs and reads them back, with system calls alone: no library, no header of ttmfs.
  *
- *     cc -O2 -o evict examples/evict.c && ./evict /mnt/ttm/c 1024   # a backup to make, and how many pages
+ *     cc -O2 -o evict examples/evict.c && ./evict /mnt/ttm/c 1024   # the backup to make, and the number of pages
  *
- * The page of index i lies in BACKUP/.image at byte i * page_size; its handle, and its name, is i + 1.
+ * The page of index i lies in BACKUP/.image at byte i * page_size. Its handle, which is also its name, is i + 1.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -32,7 +32,7 @@ int main(int argc, char **argv)
 	char *pages = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	check(pages != MAP_FAILED, "mmap");
 	for (size_t i = 0; i < length; i += sizeof(size_t))
-		*(size_t *)(pages + i) = i * 0x9E3779B97F4A7C15; /* something to recognise */
+		*(size_t *)(pages + i) = i * 0x9E3779B97F4A7C15; /* a pattern to check later */
 
 	int image = (snprintf(path, sizeof path, "%s/.image", argv[1]), open(path, O_RDWR | O_CLOEXEC));
 	check(image >= 0, path);
@@ -42,8 +42,8 @@ int main(int argc, char **argv)
 		check(stored > 0, "backing up"); /* ENOSPC: the pages before this one are stored */
 		done += stored;
 	}
-	check(!madvise(pages, length, MADV_DONTNEED), "madvise"); /* now they are out of this process */
-	check(!fsync(image), "writing back"); /* and, if there is swap, out of memory */
+	check(!madvise(pages, length, MADV_DONTNEED), "madvise"); /* now this process no longer holds them */
+	check(!fsync(image), "writing back"); /* and to swap, if there is any */
 
 	for (size_t done = 0; done < length;) { /* ttm_backup_copy_page() */
 		ssize_t copied = pread(image, pages + done, length - done, done);

@@ -1,7 +1,7 @@
 #!/bin/bash
-# The main job on real input: 64 MiB of this machine's shared libraries go into a backup page by page and in bulk, are
-# looked at, dropped in part, and restored bit for bit. Every command is shown as it is run: `show` prints the string
-# that it evaluates. Exit status 0 only if all of it held; nothing is left behind however it ends.
+# Runs the main job on real input. 64 MiB of this machine's shared libraries go into a backup, page by page and in bulk.
+# The demo inspects them, drops a part, and restores the rest bit for bit. `show` prints each command and then evaluates
+# it. The exit status is 0 only if everything held. Nothing is left behind.
 set -euo pipefail
 export LC_ALL=C
 exec </dev/null
@@ -15,13 +15,13 @@ if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then bold=$'\e[1m' dim=$'\e[2m' plain=$'\
 
 say() { printf '\n%s# %s%s\n' "$dim" "$1" "$plain"; }
 
-show() { # COMMAND: print it, then run exactly that
+show() { # COMMAND: print it, then run it
     command=$1
     printf '%s$ %s%s\n' "$bold" "$1" "$plain"
     eval "$1"
 }
 
-refused() { # MESSAGE COMMAND: the same, for a command that must fail, and with that message
+refused() { # MESSAGE COMMAND: print and run a command that must fail with this message
     local status=0 output
     command=$2
     printf '%s$ %s%s\n' "$bold" "$2" "$plain"
@@ -44,7 +44,7 @@ clean_up() {
     [ "$status" -eq 0 ] || printf 'demo: FAILED (exit status %d) at: %s\n' "$status" "${command:-the beginning}" >&2
     cd /
     if grep -qF " $directory/mnt fuse.ttmfs " /proc/self/mounts && ! fusermount3 -u -z "$directory/mnt"; then
-        printf 'demo: %s is mounted still\n' "$directory/mnt" >&2
+        printf 'demo: %s is still mounted\n' "$directory/mnt" >&2
         exit 1
     fi
     rm -rf --one-file-system "$directory"
@@ -55,12 +55,12 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-say "A mount, of 80 MiB at most. It is ready when mount.py returns."
+say "A mount of at most 80 MiB. It is ready when mount.py returns."
 show "cd $directory && mkdir mnt"
 show "$(printf '%q %q' "$python" "$repository/mount.py") ttm mnt -o size=80m"
 show 'findmnt mnt'
 
-say "Real input: shared libraries of this machine, 64 MiB of them."
+say "Real input: 64 MiB of this machine's shared libraries."
 show "find /usr/lib -type f -name '*.so*' -size +32k | sort > libraries; touch source"
 show 'while [ $(stat -c %s source) -lt $((64 << 20)) ] && read -r file; do cat "$file" >> source; done < libraries'
 found=$(stat -c %s source)
@@ -71,13 +71,13 @@ say "A backup is a directory. Its pages are files, named by handle: 1, 2, 3 and 
 show 'page=$(getconf PAGESIZE); pages=$(($(stat -c %s source) / page)); echo $pages pages of $page bytes'
 show 'mkdir mnt/a'
 
-say "The first 2 MiB go in page by page, each by a cat of its own ..."
+say "The first 2 MiB go in page by page, one cat for each ..."
 show "head -c 2M source | split -b \$page -a 5 --numeric-suffixes=1 --filter='cat > mnt/a/\$(expr \$FILE + 0)' - ''"
 show 'ls -lv mnt/a | tail -n 3'
-say "... and the rest in bulk, through .image, which has every page at its place."
+say "... and the rest in bulk, through .image, which holds page i at byte i * page_size."
 show 'dd if=source of=mnt/a/.image bs=1M skip=2 seek=2 conv=notrunc'
 
-say "A look at it."
+say "Inspect it."
 set +o pipefail # head ends before xxd does
 show 'xxd mnt/a/1 | head -n 4'
 set -o pipefail
@@ -87,19 +87,19 @@ show 'getfattr -n user.ttmfs.pages mnt/a'
 show 'getfattr -n user.ttmfs.map mnt/a'
 show '[ $(ls mnt/a | wc -l) -eq $pages ] && [ $(df --output=used -B $page mnt | tail -n 1) -eq $pages ]'
 
-say "All of it is there, through .image, and through .shmem: the memory itself, at its own speed."
+say "Compare everything, through .image and through .shmem, the memory itself."
 show 'cmp -n $((64 << 20)) source mnt/a/.image'
 show 'readlink mnt/a/.shmem'
 show 'cmp -n $((64 << 20)) source mnt/a/.shmem'
 
-say "Drop every third page. Their memory is the system's again at once."
+say "Drop every third page. Their memory is free at once."
 show "seq 3 3 \$pages | sed 's|^|mnt/a/|' | xargs rm"
 show 'df -h mnt'
 show 'left=$((pages - pages / 3)); echo $left pages should be left'
 show '[ $(ls mnt/a | wc -l) -eq $left ] && [ $(df --output=used -B $page mnt | tail -n 1) -eq $left ]'
 refused 'No such file or directory' 'cat mnt/a/3'
 
-say "Restore the others, and compare with the source, every third page left out."
+say "Restore the others, and compare them with the source without every third page."
 show "xxd -p -c \$page source | sed '0~3d' | xxd -r -p | sha256sum | tee expected"
 show "ls -v mnt/a | sed 's|^|mnt/a/|' | xargs cat | sha256sum | tee restored"
 show 'cmp expected restored'
@@ -112,6 +112,6 @@ show '[ $(df --output=used -B $page mnt | tail -n 1) -eq 0 ] && [ -z "$(ls -A mn
 show 'fusermount3 -u mnt'
 show 'timeout 10 sh -c "while [ -e /proc/$daemon/exe ]; do sleep 0.1; done" && rmdir mnt'
 
-# shellcheck disable=SC2154 # pages and left are set by commands shown above
+# shellcheck disable=SC2154 # the commands shown above set pages and left
 printf '\nheld: %d pages stored, %d dropped, %d restored bit for bit, every byte given back; %s s\n' \
     "$pages" $((pages - left)) "$left" "$(awk "BEGIN { printf \"%.1f\", (${EPOCHREALTIME/./} - $start) / 1e6 }")"

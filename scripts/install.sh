@@ -1,9 +1,9 @@
 #!/bin/sh
-# Installs ttmfs for the machine below PREFIX (/usr/local), as root: a virtual environment of its own in lib/ttmfs, its
-# commands in bin/, its units in lib/systemd/ and its manual pages in share/man/; and in /sbin, where alone mount(8) looks
-# for them, mount.ttmfs and mount.fuse.ttmfs. "uninstall" takes all that away again. Asks nothing.
+# Installs ttmfs for the machine below PREFIX (/usr/local), as root: a virtual environment in lib/ttmfs, commands in
+# bin/, units in lib/systemd/ and manual pages in share/man/. mount.ttmfs and mount.fuse.ttmfs go to /sbin, the only place
+# where mount(8) looks for them. "uninstall" removes everything. The script asks no questions.
 set -eu
-umask 022 # every user is to run it
+umask 022 # every user may run it
 cd "$(dirname "$0")/.."
 prefix=${PREFIX:-/usr/local}
 case $prefix in /*) ;; *) echo "install: PREFIX must be an absolute path, not $prefix" >&2; exit 1 ;; esac
@@ -17,9 +17,9 @@ helpers="mount.ttmfs mount.fuse.ttmfs"
 reload() { [ ! -d /run/systemd/system ] || systemctl daemon-reload; }
 
 if [ "${1:-install}" = uninstall ]; then
-    [ -d "$home" ] || { echo "uninstall: there is no ttmfs in $home; PREFIX= tells where it is" >&2; exit; }
+    [ -d "$home" ] || { echo "uninstall: there is no ttmfs in $home; set PREFIX= to where it is" >&2; exit; }
     served=$(awk '$3 == "fuse.ttmfs" { print $2 }' /proc/self/mounts)
-    [ -z "$served" ] || echo "uninstall: no other daemon can be started for what is mounted: $served" >&2
+    [ -z "$served" ] || echo "uninstall: no new daemon can start for these mounts: $served" >&2
     for command in $commands; do
         [ "$(readlink "$prefix/bin/$command")" != "$home/bin/$command" ] || rm "$prefix/bin/$command" # only ours
     done
@@ -27,19 +27,19 @@ if [ "${1:-install}" = uninstall ]; then
     for page in $pages; do rm -f "$prefix/share/man/$page"; done
     rm -f "$prefix/share/man/man8/mount.fuse.ttmfs.8"
     for helper in $helpers; do
-        # Only ours: another PREFIX's, or another package's, stays.
+        # Only ours: the helper of another PREFIX or package stays.
         [ "$(readlink "/sbin/$helper")" != "$home/bin/$helper" ] || rm "/sbin/$helper"
     done
     rm -rf "$home"
     reload
-    echo "uninstalled: what lay below $prefix, and the helpers in /sbin"
+    echo "uninstalled: everything below $prefix, and the helpers in /sbin"
     exit
 fi
 
 for command in $commands; do
     path=$prefix/bin/$command
     if [ -e "$path" ] && [ "$(readlink "$path")" != "$home/bin/$command" ]; then
-        echo "install: $path is another's: take it away first, or choose another PREFIX" >&2
+        echo "install: $path does not belong to ttmfs: remove it first, or choose another PREFIX" >&2
         exit 1
     fi
 done
@@ -47,7 +47,7 @@ for helper in $helpers; do
     case $(readlink "/sbin/$helper" || :) in
     */lib/ttmfs/bin/"$helper") ;; # an earlier one of ours
     *)
-        [ ! -e "/sbin/$helper" ] || { echo "install: /sbin/$helper is another's: take it away first" >&2; exit 1; }
+        [ ! -e "/sbin/$helper" ] || { echo "install: /sbin/$helper does not belong to ttmfs: remove it first" >&2; exit 1; }
         ;;
     esac
 done
@@ -56,7 +56,7 @@ done
 mkdir -p "$prefix/bin" "$prefix/lib/systemd/system" "$prefix/lib/systemd/user"
 mkdir -p "$prefix/share/man/man1" "$prefix/share/man/man5" "$prefix/share/man/man8"
 for command in $commands; do ln -sf "$home/bin/$command" "$prefix/bin/$command"; done
-for unit in $units; do # with the program's path: systemd looks for one without below /usr and /usr/local alone
+for unit in $units; do # with the program's path: without one, systemd looks only below /usr and /usr/local
     rm -f "$prefix/lib/systemd/$unit"
     sed "s|^ExecStart=ttmfs-service|ExecStart=$prefix/bin/ttmfs-service|" "$home/lib/systemd/$unit" >"$prefix/lib/systemd/$unit"
 done

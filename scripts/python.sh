@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prints the Python to use: $PYTHON, or Debian's own where it will do (every user can run it), or what PATH has.
+# Prints the Python to use: $PYTHON, else Debian's own if it is new enough (every user can run it), else the one in PATH.
 set -eu
 python=${PYTHON:-}
 if [ -z "$python" ]; then

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Installs what ttmfs needs and what its demo, tests and benchmarks use: Debian packages where a program is missing, then
-# .venv. As root or through sudo. Asks nothing; a second run does nothing that is done already.
+# Installs what ttmfs, its demo, tests and benchmarks need: Debian packages for missing programs, then .venv. It runs as
+# root or through sudo and asks no questions. A second run skips finished steps.
 set -eu
 cd "$(dirname "$0")/.."
 
-PATH=$PATH:/usr/sbin:/sbin # which an ordinary user's may lack
+PATH=$PATH:/usr/sbin:/sbin # an ordinary user's PATH may lack them
 sudo=
 [ "$(id -u)" = 0 ] || sudo=sudo
 packages=
@@ -40,16 +40,16 @@ if [ -n "$packages" ]; then
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
 fi
 
-# Made anew where it was left half made, or its Python has gone or become another version.
+# Makes .venv again if it is incomplete, or if its Python is gone or has another version.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 .venv/bin/python -m pip install -q --disable-pip-version-check --config-settings editable_mode=compat \
     --constraint requirements-dev.lock --editable '.[dev,bench]'
 
-# promtool alone, for the tests: the package would start a server.
+# Only promtool, for the tests: the package would start a server.
 if command -v promtool >/dev/null || [ -x .venv/bin/promtool ]; then
     :
 elif ! command -v apt-get >/dev/null; then
-    echo "setup: there is no promtool (of Prometheus), and no apt-get to have it from: a test will fail" >&2
+    echo "setup: there is no promtool (of Prometheus), and no apt-get to install it: a test will fail" >&2
 else
     deb=$(mktemp -d)
     chmod 755 "$deb"

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Lint and all tests: the lower layers first, then the mounts' in two parts at once, since most of their time is waiting.
-# Every part runs, whatever failed before it; the last lines name the parts that failed. Arguments are pytest's, for some
-# tests alone: scripts/test.sh tests/mount/test_swap.py -k dropped. As root or through sudo. Asks nothing.
+# Runs lint and all tests: the lower layers first, then the mount tests in two parts at once, because most of their time
+# is waiting. Every part runs, whatever failed before it. The last lines name the parts that failed. Arguments go to
+# pytest and select tests: scripts/test.sh tests/mount/test_swap.py -k dropped. It runs as root or through sudo.
 set -u
 cd "$(dirname "$0")/.."
 sudo=
 [ "$(id -u)" = 0 ] || sudo=sudo
-# Interruptions are sent, which what a shell starts beside itself would have ignored.
+# Some tests send SIGINT. Without this, a background process of a shell ignores it.
 pytest="$sudo env --default-signal=INT,QUIT .venv/bin/python -m pytest"
 [ $# = 0 ] || exec $pytest "$@"
 failed=$(mktemp)
@@ -19,7 +19,7 @@ part() { # NAME COMMAND...
     "$@" || echo "    $name (exit status $?)" >>"$failed"
 }
 
-# What measures no time and makes no swap. The others take as long, and have the machine for themselves but for these.
+# Tests that measure no time and make no swap. The others take as long, and run beside only these.
 beside="tests/house tests/mount/test_soak.py"
 for name in abort commands errors fini hostile_mounts inherited kernel_cache kill_points matrix mount_py names rights \
     tearing texts why; do
@@ -30,7 +30,7 @@ for file in $beside; do
     ignored="$ignored --ignore=$file"
 done
 
-# Commands that look at all mounts keep them busy: each half sees its own alone.
+# Commands that look at all mounts keep them busy, so each half sees only its own mounts.
 apart="$sudo unshare --mount --pid --fork --mount-proc --propagation private"
 
 part "lower layers" $pytest tests/arithmetic tests/store tests/model tests/face

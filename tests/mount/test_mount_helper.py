@@ -268,7 +268,7 @@ def test_an_automount_mounts_at_the_first_access_and_survives_a_kill(machine: Ma
 def test_install_does_not_replace_what_is_not_ours(machine: Machine) -> None:
     machine.run("mv /sbin/mount.ttmfs /run/ours; echo theirs >/sbin/mount.ttmfs")
     try:
-        assert "/sbin/mount.ttmfs is another's" in machine.run("scripts/install.sh", code=1)
+        assert "/sbin/mount.ttmfs does not belong to ttmfs" in machine.run("scripts/install.sh", code=1)
         assert machine.run("cat /sbin/mount.ttmfs") == "theirs\n"
     finally:
         machine.run("mv -f /run/ours /sbin/mount.ttmfs")
