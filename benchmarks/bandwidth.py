@@ -1,4 +1,4 @@
-"""Many pages a request: ``.image`` and ``.shmem`` beside a tmpfs file, and by request size and page size."""
+"""Requests of many pages: ``.image`` and ``.shmem`` beside a tmpfs file, by request size and page size."""
 
 import contextlib
 import itertools
@@ -18,8 +18,8 @@ __all__ = ["report", "run", "targets"]
 WAYS: dict[str, Transfer] = {"write": write_image, "read": read_image}
 IMAGE, SHMEM, BESIDE = FILES = (".image", ".shmem", "tmpfs file")
 PAGE_SIZES = (4 << 10, 64 << 10, 2 << 20)
-BULK_TURNS = 3  # a round: they are short, and what is near 1 needs many
-PIECE_BYTES = 16 << 20  # of one file, then of the next
+BULK_TURNS = 3  # for each round: turns are short, and ratios near 1 need many
+PIECE_BYTES = 16 << 20  # of one file, before the next file's turn
 BOUNDS = {(IMAGE, "write"): 0.50, (IMAGE, "read"): 0.70, (SHMEM, "write"): 0.97, (SHMEM, "read"): 0.97}
 
 
@@ -32,7 +32,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
         if page_size >= System.page_size
     }
     others, missing = side_by_side(size, (BINDFS, TMPFS))
-    missing[EXAMPLE] = "left out: each write copies its whole file, which its page cache hides"
+    missing[EXAMPLE] = "left out: its page cache hides that each write copies the whole file"
     ends = images | {system.name: system for system in others}
     with mounted(directory, list(ends.values())), contextlib.ExitStack() as stack:
         paths = {name: _file(system) for name, system in ends.items()}
@@ -44,7 +44,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
         for turn in range(BULK_TURNS * plan.rounds + 1):
             first = (turn + turn // BULK_TURNS) % len(FILES)
             order = FILES[first:] + FILES[:first]
-            if not turn or turn % BULK_TURNS == 1:  # where in memory a file lies makes it faster or slower
+            if not turn or turn % BULK_TURNS == 1:  # the place of a file in memory changes its speed
                 for name in order:
                     os.truncate(bulk[name].with_name(".image") if name == SHMEM else bulk[name], 0)
                     write_image(opened[name], plan.bulk_bytes, request)
@@ -82,7 +82,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _sweep(plan: Plan, opened: dict[str, int]) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """By way, file and request size. The pages are there."""
+    """By way, file and request size. The pages exist."""
     found: dict[str, dict[str, dict[int, list[float]]]] = {
         way: {name: {size: [] for size in plan.request_sizes} for name in opened} for way in WAYS
     }
@@ -105,7 +105,7 @@ def targets(found: dict[str, Any]) -> list[Target]:
     speeds = found["mib_per_second"]
     return [
         Target(
-            f"{name}, {way} by 1 MiB, of a tmpfs file",
+            f"{name}, {way} by 1 MiB / tmpfs file",
             ratio(speeds[way][name], speeds[way][BESIDE]),
             bound,
             at_most=False,
@@ -117,9 +117,9 @@ def targets(found: dict[str, Any]) -> list[Target]:
 def report(found: dict[str, Any]) -> str:
     speeds, sweep = found["mib_per_second"], found["sweep_mib_per_second"]
     parts = [
-        f"Requests of 1 MiB over {bytes_text(found['bytes'])} of pages that are there, MiB/s: median (least to\n"
-        f"most) of {len(speeds['read'][BESIDE])} rounds; files in turns by 16 MiB, and stored anew\n"
-        "for every third round; in brackets, of the tmpfs file.",
+        f"Requests of 1 MiB over {bytes_text(found['bytes'])} of existing pages, MiB/s: median (least to\n"
+        f"most) of {len(speeds['read'][BESIDE])} rounds. Files take turns of 16 MiB, and are stored again\n"
+        "for every third round. In brackets: the ratio to the tmpfs file.",
         table(
             ("", *FILES),
             [
@@ -130,7 +130,7 @@ def report(found: dict[str, Any]) -> str:
     ]
     for way, by_name in sweep.items():
         parts += [
-            f"{way} of pages that are there by request size, MiB/s, medians. (FUSE gets it by 1 MiB at most.)",
+            f"{way} of existing pages by request size, MiB/s, medians. (A FUSE request has at most 1 MiB.)",
             table(
                 ("", *(bytes_text(int(size)) for size in next(iter(by_name.values())))),
                 [

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The benchmarks of ttmfs: what it costs, beside tmpfs, bindfs and pyfuse3's example, on real mounts in one run.
+"""Benchmarks: compare ttmfs with tmpfs, bindfs and pyfuse3's example, on real mounts in one run.
 
-Prints tables, and writes results.json and SVG plots. Nothing is left mounted. Needs root.
+Prints tables, and writes results.json and SVG plots. Leaves nothing mounted. Needs root.
 """
 
 import argparse
@@ -49,18 +49,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="plan", action="store_const", const=QUICK, default=FULL, help="under a minute")
-    size.add_argument("--tiny", dest="plan", action="store_const", const=TINY, help="to see that it works, no more")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="NAME", help=f"of {', '.join(GROUPS)}")
-    parser.add_argument("--rounds", type=int, help="rounds that count, after one to warm up")
+    size.add_argument("--tiny", dest="plan", action="store_const", const=TINY, help="only a check that it works")
+    parser.add_argument(
+        "--only", nargs="+", choices=GROUPS, metavar="NAME", help=f"run only these groups: {', '.join(GROUPS)}"
+    )
+    parser.add_argument("--rounds", type=int, help="counted rounds, after one to warm up")
     parser.add_argument("--json", type=Path, default=RESULTS / "results.json", metavar="FILE", help="(%(default)s)")
-    parser.add_argument("--plots", type=Path, default=RESULTS, metavar="DIR", help="where the SVG go (%(default)s)")
+    parser.add_argument(
+        "--plots", type=Path, default=RESULTS, metavar="DIR", help="directory for the SVG plots (%(default)s)"
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed or was not measured")
     arguments = parser.parse_args()
     if os.geteuid():
         parser.error("needs root, to mount a tmpfs and to drop the kernel's caches")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: ended by SIGTERM"))
     try:
-        import plots  # an extra; better said now than after the measuring
+        import plots  # needs an extra: fail before measuring, not after
     except ImportError as error:
         parser.error(f"{error}: pip install '.[bench]'")
     plan = replace(arguments.plan, rounds=arguments.rounds or arguments.plan.rounds)
@@ -73,7 +77,7 @@ def main() -> int:
         try:
             result = measure(name, plan)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            found["failed"][name] = repr(error)  # the others' figures are worth having
+            found["failed"][name] = repr(error)  # keep the figures of the other groups
             print(f"\n## {name}\n\nFAILED: {error!r}", flush=True)
             log(f"{name} failed: {error!r}")
             continue
@@ -98,7 +102,7 @@ def measure(name: str, plan: Plan) -> dict[str, Any]:
         directory = Path(temporary)
         result: dict[str, Any] = GROUPS[name].run(plan, directory)
         for left in directory.iterdir():
-            left.rmdir()  # fails, rather than empties it, if something is mounted still
+            left.rmdir()  # fails if something is still mounted; does not empty it
         return result
 
 

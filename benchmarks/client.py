@@ -1,6 +1,6 @@
-"""Speed of ``ttmfs.client``: 1 GiB in 4 KiB pages there and back, beside numpy's own copy.
+"""Speed of ``ttmfs.client``: 1 GiB in 4 KiB pages, stored and copied back, beside numpy's own copy.
 
-``python benchmarks/client.py``, as root. All in one run, in turns, medians. Prints a table.
+``python benchmarks/client.py``, as root, prints a table of medians. All kinds take turns in one run.
 """
 
 import argparse
@@ -17,15 +17,15 @@ import numpy as np
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from ttmfs.client import Backup  # noqa: E402 # found where it lies, installed or not
+from ttmfs.client import Backup  # noqa: E402 # works without an installation
 
 PAGE = 4096
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", type=int, default=1024, help="how much is copied (1024)")
-    parser.add_argument("--rounds", type=int, default=5, help="how often (5)")
+    parser.add_argument("--mib", type=int, default=1024, help="size of the copied data (1024)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (5)")
     arguments = parser.parse_args()
     count = (arguments.mib << 20) // PAGE
     source = np.random.default_rng(1).integers(0, 256, (count, PAGE), np.uint8)

@@ -1,4 +1,4 @@
-"""Many clients at once: throughput, CPU time, whether each gets its share, and a reader beside one that streams."""
+"""Many concurrent clients: throughput, CPU time, fair shares, and a reader beside a streaming client."""
 
 import os
 import statistics
@@ -18,7 +18,7 @@ __all__ = ["report", "run", "targets"]
 NAMES = (TTMFS, OFF, BINDFS, TMPFS)
 PAGES = 32  # of each client
 SHARE = 0.5
-"""Nobody starves: the client that got least done has done at least so much of what the one in the middle has."""
+"""Nobody starves: the slowest client does at least this part of the median client's operations."""
 
 STREAM_BYTES = 16 << 20
 
@@ -29,7 +29,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
         "clients": plan.clients,
         "seconds": plan.client_seconds,
         "stream_seconds": plan.stream_seconds,
-        "missing": missing | {EXAMPLE: "left out: its page cache answers the reads and writes of pages held"},
+        "missing": missing | {EXAMPLE: "left out: its page cache answers reads and writes of open pages"},
         "rounds": {system.name: [] for system in systems},
         "fairness": [],
     }
@@ -69,7 +69,7 @@ def _home(system: System, name: str) -> Path:
 
 
 def _at_once(system: System, homes: list[Path], seconds: float) -> dict[str, Any]:
-    """What clients get done in the time, in a mix of open+read+close, pread and pwrite."""
+    """The work of concurrent clients in the given time, in a mix of open+read+close, pread and pwrite."""
     pause()
     before = system.cpu()
     clients = together([partial(_client, home, seconds) for home in homes])
@@ -125,7 +125,7 @@ def _percentiles(took: list[int]) -> dict[str, float]:
 
 
 def _reader(home: Path, seconds: float) -> dict[str, Any]:
-    """Reads a page again and again, opened each time and held in turns."""
+    """Read a page repeatedly, by turns opened each time and through an open descriptor."""
     path, size, clock = f"{home}/1", System.page_size, time.perf_counter_ns
     held = os.open(path, os.O_RDONLY)
     opened: list[int] = []
@@ -144,7 +144,7 @@ def _reader(home: Path, seconds: float) -> dict[str, Any]:
 
 
 def _streamer(backup: Path, seconds: float) -> dict[str, Any]:
-    """Writes and reads an image by requests of 1 MiB, in turns."""
+    """Write and read an image in requests of 1 MiB, in turns."""
     fd, request = os.open(backup / ".image", os.O_RDWR), buffer(REQUEST_BYTES)
     moved, offset = 0, 0
     begin = time.perf_counter()
@@ -160,7 +160,7 @@ def _column(found: dict[str, Any], name: str, which: str, what: str) -> list[Any
 
 
 def _p99(found: dict[str, Any], which: str) -> list[float]:
-    """Of the slower of the two kinds of reading, in ms."""
+    """The 99th percentile of the slower kind of reading, in ms."""
     return [max(turn[which][kind]["p99"] for kind in ("open+read+close", "pread")) / 1000 for turn in found["fairness"]]
 
 
@@ -172,9 +172,9 @@ def targets(found: dict[str, Any]) -> list[Target]:
     share = statistics.median(_column(found, TTMFS, "all", "share"))
     beside = statistics.median(_p99(found, "beside"))
     return [
-        Target(f"CPU time an operation, daemon and {many}, of {OFF}", cpu_ratio, 1.2),
-        Target(f"throughput of {many}, of that of one", speed_ratio, 1.0, at_most=False),
-        Target(f"nobody starves: least operations of {many}, of the median client's", share, SHARE, at_most=False),
+        Target(f"CPU time an operation, daemon and {many} / {OFF}", cpu_ratio, 1.2),
+        Target(f"throughput of {many} / throughput of one", speed_ratio, 1.0, at_most=False),
+        Target(f"fair shares: least operations of {many} / median client", share, SHARE, at_most=False),
         Target("99th percentile of a page read beside a stream", beside, 5, unit="ms"),
     ]
 
@@ -201,12 +201,12 @@ def report(found: dict[str, Any]) -> str:
             )
     streams = [turn["stream"]["mib_per_second"] for turn in found["fairness"]]
     parts = [
-        f"{count} processes at once, and 1, each in a directory of its own, for {found['seconds']:g} s:\n"
+        f"{count} concurrent processes, and 1, each in its own directory, for {found['seconds']:g} s:\n"
         "open+read+close, pread and pwrite in turns. Median (least to most) of the rounds. Operations a second of\n"
-        "all together; CPU time of daemon and clients; least share: the operations of the client that did least, of\n"
-        "the median client's; p99: of the client whose 99th percentile is longest.",
+        "all clients together. CPU time of daemon and clients. Least share: the operations of the slowest client\n"
+        "relative to the median client. p99: the longest 99th percentile of any client.",
         table(head, [row(name) for name in found["rounds"]]),
-        f"A page read, ms, alone and beside a client that streams .image both ways: {spread(streams, 0)} MiB/s.",
+        f"A page read, ms, alone and beside a client that writes and reads .image: {spread(streams, 0)} MiB/s.",
         table(["", "median", "99th percentile", "longest"], fairness),
         *(f"NOT MEASURED: {name}: {why}" for name, why in found["missing"].items()),
     ]

@@ -1,4 +1,4 @@
-"""What pyfuse3 and the kernel take when there is nothing behind them (``null.py``), and how much of ttmfs that is."""
+"""The time of pyfuse3 and the kernel with nothing behind them (``null.py``), and their part of ttmfs' time."""
 
 import contextlib
 import itertools
@@ -31,13 +31,13 @@ CREATE = "create+write+close"
 
 
 def run(plan: Plan, directory: Path) -> dict[str, Any]:
-    """Microseconds an operation, and MiB/s of requests of 1 MiB, a round each; systems in turns."""
+    """Microseconds an operation, and MiB/s of requests of 1 MiB, one value a round. Systems take turns."""
     size = 4 * plan.operations * os.sysconf("SC_PAGE_SIZE") + 2 * plan.bulk_bytes + (64 << 20)
     systems, missing = side_by_side(size, (NULL, TTMFS, BINDFS, TMPFS))
     with mounted(directory, systems):
         homes = {system.name: system.new("a") for system in systems}
         costs = _operations(plan, systems, homes)
-        speeds = _transfers(plan, homes)  # last: after so much work client and daemon run on different CPUs for a while
+        speeds = _transfers(plan, homes)  # last: after this work, client and daemon run on different CPUs for a while
     return {
         "systems": list(homes),
         "missing": missing,
@@ -87,7 +87,7 @@ def _transfers(plan: Plan, homes: dict[str, Path]) -> dict[str, dict[str, list[f
 
 
 def targets(_: dict[str, Any]) -> list[Target]:
-    """None: it is what others' targets are to be read with."""
+    """None: these figures help to read the other groups' targets."""
     return []
 
 
@@ -101,11 +101,10 @@ def report(found: dict[str, Any]) -> str:
         ]
 
     parts = [
-        "null.py is pyfuse3 with ttmfs' polling and answers that are ready: what is not the filesystem's.\n"
-        "Microseconds an operation; in brackets, of null.py.",
+        "null.py is pyfuse3 with the polling of ttmfs and prepared answers: all time that is not the filesystem's.\n"
+        "Microseconds an operation. In brackets: the ratio to null.py.",
         table(("operation", *names), rows(latency, 1)),
-        "Requests of 1 MiB over pages that are there, MiB/s. Of null.py what is written is copied twice, and what is\n"
-        "read once.",
+        "Requests of 1 MiB over existing pages, MiB/s. null.py copies written data twice and read data once.",
         table(("", *names), rows(speeds, 0)),
     ]
     parts += [f"NOT MEASURED: {name}: {why}" for name, why in found["missing"].items()]

@@ -1,4 +1,4 @@
-"""What the daemon costs when nobody asks: after a burst of operations, and over a longer time."""
+"""The CPU time of an idle daemon: right after a burst of operations, and over a longer time."""
 
 import os
 import statistics
@@ -37,7 +37,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
         finally:
             for fd in pages.values():
                 os.close(fd)
-        time.sleep(WATCH_SECONDS)  # to close them was a burst, too
+        time.sleep(WATCH_SECONDS)  # closing them was a burst, too
         before = {system.name: _ticks(system) for system in systems}
         time.sleep(plan.idle_seconds)
         ticks = {system.name: _ticks(system) - before[system.name] for system in systems}
@@ -47,7 +47,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
 def _after_burst(system: System, page: int) -> list[float]:
     """The daemon's CPU time in microseconds from the last answer of a burst to each look, and to the end of a watch.
 
-    The last look but one comes within 10 ms, or the burst is done again.
+    If the second to last look comes later than 10 ms, the burst is repeated.
     """
     for _ in range(TRIES):
         for _ in range(BURST):
@@ -63,7 +63,7 @@ def _after_burst(system: System, page: int) -> list[float]:
         time.sleep(WATCH_SECONDS)
         used.append((system.cpu() - base) / 1000)
         return used
-    raise TimeoutError(f"{TRIES} times the machine was too busy to look at the daemon within 10 ms of a burst")
+    raise TimeoutError(f"the machine was too busy to look at the daemon within 10 ms of a burst, {TRIES} times")
 
 
 def _ticks(system: System) -> int:
@@ -73,7 +73,7 @@ def _ticks(system: System) -> int:
 
 
 def _late(found: dict[str, Any], name: str) -> list[float]:
-    """What was used later than 10 ms after the burst."""
+    """CPU time used later than 10 ms after the burst."""
     return [used[-1] - used[-2] for used in found["after"][name]]
 
 
@@ -99,7 +99,7 @@ def report(found: dict[str, Any]) -> str:
     ticks = "; ".join(f"{name} {count}" for name, count in found["ticks"].items())
     return "\n\n".join(
         (
-            f"CPU time of the daemon in microseconds, from the last answer of a burst of {BURST} preads on.",
+            f"CPU time of the daemon in microseconds, after the last answer of a burst of {BURST} preads.",
             table(head, rows),
             f"CPU ticks (utime + stime) of the idle daemon in {found['seconds']:g} s: {ticks}.",
         )

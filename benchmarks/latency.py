@@ -1,4 +1,4 @@
-"""Whether a page operation takes longer where there are more pages, or more backups."""
+"""Latency of a page operation against the number of pages and of backups."""
 
 import contextlib
 import itertools
@@ -24,7 +24,7 @@ TOLERANCE = 0.20
 
 @dataclass(frozen=True)
 class Point:
-    """Where there are so many: pages that are there, and pages that are not there yet."""
+    """One number of pages or backups: its existing pages, and pages that do not exist yet."""
 
     system: System
     old: Pages
@@ -41,7 +41,7 @@ Figures = dict[str, dict[str, dict[int, list[float]]]]
 
 
 def run(plan: Plan, directory: Path) -> dict[str, Any]:
-    """Microseconds an operation, a round each, by operation, system and number."""
+    """Microseconds an operation, one value a round, by operation, system and number."""
     size = 2 * sum(plan.page_counts) * System.page_size + (256 << 20)
     systems, missing = side_by_side(size, (TTMFS, EXAMPLE, BINDFS, TMPFS))
     mounts = {count: Ttmfs(TTMFS, size) for count in plan.backup_counts}
@@ -57,7 +57,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
 
 
 def _by_pages(plan: Plan, system: System) -> Points:
-    """In one mount a directory for each number of pages."""
+    """A directory for each number of pages, in one mount."""
     most = {EXAMPLE: plan.example_pages, BINDFS: plan.bindfs_pages}.get(system.name, max(plan.page_counts))
     points = {}
     for count in plan.page_counts:
@@ -73,7 +73,7 @@ def _by_pages(plan: Plan, system: System) -> Points:
 
 
 def _with_backups(plan: Plan, system: System, count: int) -> Point:
-    """In a mount of its own so many backups; the operations go to as many of them as there are operations."""
+    """`count` backups in a mount of its own. Operations are spread over as many backups as possible."""
     homes = [system.new(f"b{number}") for number in range(count)]
     each = -(-plan.latency_operations // count)
     for home in homes:
@@ -100,14 +100,14 @@ def _rounds(plan: Plan, points: dict[str, Points]) -> Figures:
 
 
 def _know_names(pages: Pages, kind: str) -> None:
-    """Have the kernel know every name on the way, so that as many requests are made however many names there are."""
+    """Have the kernel look up every name on the path, so that each number of pages causes the same requests."""
     if kind not in HELD:
         for path in {os.path.dirname(path) for path in pages.paths} if kind in NEW else pages.paths:
             os.stat(path)
 
 
 def _worst(by_count: dict[int, list[float]]) -> float:
-    """The furthest from 1 of the numbers' ratios to the least number."""
+    """The ratio to the smallest number that is furthest from 1."""
     first, *others = by_count.values()
     return max((statistics.median(ratios(values, first)) for values in others), key=lambda value: abs(value - 1))
 
@@ -128,9 +128,9 @@ def targets(found: dict[str, Any]) -> list[Target]:
 
 def report(found: dict[str, Any]) -> str:
     parts = [
-        f"Latency against how many there are, microseconds: median (least to most) of the rounds of\n"
-        f"{found['operations']} operations, spread evenly over all pages (and backups) there are; numbers in turns.\n"
-        "Every name on the way is looked up right before, so that the same requests are made however many there are."
+        f"Latency against the number of pages or backups, microseconds: median (least to most) of the rounds of\n"
+        f"{found['operations']} operations, spread evenly over all pages (and backups). Numbers take turns.\n"
+        "Every name on the path is looked up right before, so that each number causes the same requests."
     ]
     for what in "pages", "backups":
         for name in next(iter(found[what].values())):
@@ -139,5 +139,5 @@ def report(found: dict[str, Any]) -> str:
             head = (f"{name}: {what}", *(f"{int(count):,}" for count in counts))
             parts.append(table(head, [[kind, *map(spread, by_count.values())] for kind, by_count in rows.items()]))
     parts += [f"NOT MEASURED: {name}: {why}" for name, why in found["missing"].items()]
-    parts.append(f"{EXAMPLE} and {BINDFS} are given no more pages than they can be given in reasonable time.")
+    parts.append(f"{EXAMPLE} and {BINDFS} get fewer pages, because filling them takes too long.")
     return "\n\n".join(parts)

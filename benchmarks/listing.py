@@ -1,4 +1,4 @@
-"""Many pages as names: listing them, and dropping them all, beside a tmpfs directory of as many page files."""
+"""Listing many pages and dropping all of them, beside a tmpfs directory with as many page files."""
 
 import os
 import statistics
@@ -22,7 +22,7 @@ COLD, WARM, DROP = "cold", "warm", "drop"
 
 
 def run(plan: Plan, directory: Path) -> dict[str, Any]:
-    """Microseconds an entry of each round. In a round all pages are made anew: no name of them is known."""
+    """Microseconds an entry of each round. Each round makes all pages again: the kernel knows none of their names."""
     size = plan.many_pages * System.page_size + (256 << 20)
     systems = [Ttmfs(TTMFS, size), Tmpfs(TMPFS, size)]
     found: dict[str, dict[str, list[float]]] = {step: {s.name: [] for s in systems} for step in (COLD, WARM, DROP)}
@@ -38,7 +38,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
 
 
 def _round(system: System, pages: int) -> dict[str, int]:
-    """Nanoseconds of each step, with pages made anew."""
+    """Nanoseconds of each step, with new pages."""
     home = system.new("a")
     if isinstance(system, Ttmfs):
         store(home, pages, system.page_size)
@@ -57,7 +57,7 @@ def _round(system: System, pages: int) -> dict[str, int]:
 
 
 def make_files(directory: Path, count: int, size: int) -> None:
-    """So many page files, by one process a CPU."""
+    """Make page files, with one process for each CPU."""
     workers = len(os.sched_getaffinity(0))
     together([partial(_make, directory, range(1 + n, count + 1, workers), size) for n in range(workers)])
 
@@ -84,7 +84,7 @@ def targets(found: dict[str, Any]) -> list[Target]:
     return [
         Target("listing, an entry, cold", statistics.median(took[COLD][TTMFS]), 3.0, unit="us", note=note),
         Target("listing, an entry, warm", statistics.median(took[WARM][TTMFS]), 1.5, unit="us", note=note),
-        Target("truncate -s 0 .image, of rm -r of a tmpfs directory", ratio(took[DROP][TTMFS], took[DROP][TMPFS]), 0.1,
+        Target("truncate -s 0 .image / rm -r of a tmpfs directory", ratio(took[DROP][TTMFS], took[DROP][TMPFS]), 0.1,
                note=note),
     ]  # fmt: skip
 
@@ -96,7 +96,7 @@ def report(found: dict[str, Any]) -> str:
         (
             f"{found['pages']:,} pages in a directory, microseconds an entry: median (least to most) of "
             f"{len(took[COLD][TTMFS])} rounds.\n"
-            "Listing is os.scandir, names only; its loop in Python is a part of the time. Systems in turns.",
+            "Listing is os.scandir, names only. Its loop in Python is a part of the time. Systems take turns.",
             table(
                 ("", TTMFS, TMPFS),
                 [[text, *(spread(took[step][n], 3) for n in (TTMFS, TMPFS))] for step, text in names.items()],

@@ -1,4 +1,4 @@
-"""The machine: what it is, for the record, and what of its memory is in use."""
+"""A description of the machine, and its memory in use."""
 
 import ctypes
 import os
@@ -18,13 +18,13 @@ __all__ = ["SETTLED", "SLAB", "Slab", "anonymous", "available", "describe", "rec
 SLAB = ("SUnreclaim", "SReclaimable")
 HALT_POLL = Path("/sys/module/haltpoll/parameters/guest_halt_poll_ns")
 WAKE_UPS = 2000
-SETTLED = 64 << 10  # bytes by which slab may still change between two looks
-QUIET_SECONDS, LOOK_SECONDS = 10.0, 0.1  # spent on slab that moves; between two looks
+SETTLED = 64 << 10  # bytes: slab is at rest if it changes by no more between two looks
+QUIET_SECONDS, LOOK_SECONDS = 10.0, 0.1  # the longest wait for slab to rest; the time between two looks
 
 
 def record() -> dict[str, Any]:
     models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    libfuse = ctypes.CDLL(pyfuse3.__file__)  # through which its names are found, whichever version it is
+    libfuse = ctypes.CDLL(pyfuse3.__file__)  # its symbols resolve through this module, for any version
     libfuse.fuse_pkgversion.restype = ctypes.c_char_p
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -50,7 +50,7 @@ def _number(path: Path) -> int | None:
 def _wake_up() -> float | None:
     """Microseconds from waking a process on another CPU to its running: half a round through two pipes. The median.
 
-    A page operation of a filesystem in user space has two of them, unless someone polls. None: there is one CPU.
+    A page operation of a FUSE filesystem has two of them, unless the daemon polls. None: there is only one CPU.
     """
     here, *others = sorted(os.sched_getaffinity(0))
     if not others:
@@ -92,14 +92,14 @@ def _meminfo() -> dict[str, int]:
 
 
 def available() -> int:
-    """Bytes that can be had without swapping."""
+    """Bytes available without swapping."""
     return _meminfo()["MemAvailable"]
 
 
 class Slab:
-    """SUnreclaim and SReclaimable in bytes, looked at when they hold still: the kernel frees much of it with a delay.
+    """SUnreclaim and SReclaimable in bytes, once they are at rest: the kernel frees much of them with a delay.
 
-    Where others keep the machine busy they never do. All waiting together has an end; then `at_rest` is False.
+    On a busy machine they never rest. After QUIET_SECONDS in total, `at_rest` is False.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class Slab:
         return now
 
     def forget(self) -> dict[str, int]:
-        """Let the kernel drop every dentry and inode that it can, until no more goes: it spares what was just used."""
+        """Have the kernel drop dentries and inodes until nothing more goes. It spares recently used ones."""
         os.sync()
         now = self.look()
         while True:
@@ -128,11 +128,11 @@ class Slab:
                 return now
 
     def _read(self) -> dict[str, int]:
-        Path("/proc/sys/vm/stat_refresh").read_bytes()  # what each CPU has counted for itself goes into the sums
+        Path("/proc/sys/vm/stat_refresh").read_bytes()  # adds the counters of each CPU to the sums
         rows = _meminfo()
         return {name: rows[name] for name in SLAB}
 
 
 def anonymous(pid: int) -> int:
-    """A process' own memory in bytes."""
+    """The anonymous memory of a process in bytes."""
     return int(re.findall(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]) * 1024

@@ -1,4 +1,4 @@
-"""Memory: what of the kernel's a stored page costs, and whether the daemon's own grows with pages or backups."""
+"""Kernel memory of a stored page, and growth of the daemon's own memory with pages or backups."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from workloads import OPERATIONS, REQUEST_BYTES, Pages, store
 
 __all__ = ["report", "run", "targets"]
 
-SPARE = 2 << 30  # bytes of memory that no benchmark takes
+SPARE = 2 << 30  # bytes of memory that the benchmark leaves free
 WARM_UP = 20  # operations of each kind
 LOOKS = 4
 STORED, STORED_FORGOTTEN, NAMED, NAMED_FORGOTTEN = STATES = (
@@ -37,7 +37,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
         slab_bytes = {TTMFS: _slab(slab, ttmfs, many)}
         os.truncate(ttmfs.path / "a/.image", 0)
         slab_bytes[TMPFS] = _slab(slab, tmpfs, many)
-        shutil.rmtree(tmpfs.path / "a")  # both make room for what comes
+        shutil.rmtree(tmpfs.path / "a")  # both make room for the rest
         return {
             "slab_pages": many,
             "slab_bytes": slab_bytes,
@@ -51,7 +51,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
 
 
 def _slab(slab: Slab, system: System, pages: int) -> dict[str, dict[str, float]]:
-    """Bytes of slab a page, above what there was before, by state. The pages stay."""
+    """Growth of slab in bytes a page, by state. The pages stay."""
     found = {}
     home = system.new("a")
     _warm_up(home, system.page_size)
@@ -82,7 +82,7 @@ def _each(now: dict[str, int], base: dict[str, int], pages: int) -> dict[str, fl
 
 
 def _warm_up(home: Path, page_size: int) -> None:
-    """Have everything happen once that is kept afterwards. Leaves no page."""
+    """Do every operation once, so that lasting allocations happen now. Leaves no page."""
     pages = Pages.of(home, WARM_UP, page_size)
     pages.content = os.urandom(page_size)
     for name, act in OPERATIONS.items():
@@ -93,7 +93,7 @@ def _warm_up(home: Path, page_size: int) -> None:
 
 
 def _daemon_by_pages(system: Ttmfs, pages: int) -> list[int]:
-    """The daemon's own memory at no page and at so many."""
+    """The daemon's own memory without pages and with `pages` pages."""
     warm, home = system.new("warm"), system.new("a")
     before = _most(system, warm)
     store(home, pages, system.page_size)
@@ -104,7 +104,7 @@ def _daemon_by_pages(system: Ttmfs, pages: int) -> list[int]:
 
 
 def _daemon_by_backups(system: Ttmfs, backups: int) -> list[int]:
-    """The daemon's own memory at one backup and at so many more, of which each was used."""
+    """The daemon's own memory with one backup and with `backups` more. Each of them was used."""
     warm = system.new("warm")
     before, page = _most(system, warm), os.urandom(system.page_size)
     for number in range(backups):
@@ -113,9 +113,7 @@ def _daemon_by_backups(system: Ttmfs, backups: int) -> list[int]:
 
 
 def _most(system: System, home: Path) -> int:
-    """The most memory of its own that a daemon has among operations of all kinds: the buffer of a large request comes
-    and goes.
-    """
+    """The largest own memory of a daemon during all operations: the buffer of a large request comes and goes."""
     looks = []
     for _ in range(LOOKS):
         store(home, REQUEST_BYTES // system.page_size, system.page_size)
@@ -127,7 +125,7 @@ def _most(system: System, home: Path) -> int:
 
 
 def _left(found: dict[str, Any], name: str, state: str) -> float:
-    """What is left after drop_caches cannot be reclaimed, whatever it is called."""
+    """Memory that is left after drop_caches cannot be reclaimed, even if it counts as reclaimable."""
     return float(sum(found["slab_bytes"][name][state].values()))
 
 
@@ -171,18 +169,15 @@ def report(found: dict[str, Any]) -> str:
     parts = [
         f"Kernel memory, bytes a page at {found['slab_pages']:,} pages: growth of SUnreclaim and SReclaimable\n"
         f"since the empty directory, to {SETTLED / found['slab_pages']:.2g} bytes, at rest. Names known: every\n"
-        "name listed, stat(2) of each. Forgotten: after `echo 2 > /proc/sys/vm/drop_caches`. What is left then,\n"
-        "of both, cannot be reclaimed, whatever it is called; the target is for that, of pages stored by .image.\n"
-        "While names are known it is more, until the kernel lets go of them. A tmpfs never lets go of the dentries\n"
-        "of its page files.",
+        "name was listed, and stat(2) called for each. Forgotten: after `echo 2 > /proc/sys/vm/drop_caches`. The\n"
+        "rest of both cannot be reclaimed then. The target is for this rest, with pages stored by .image. While\n"
+        "the kernel knows names, it needs more memory. A tmpfs never releases the dentries of its page files.",
         table(("state", *(f"{n}: {k}" for n in names for k in ("unreclaim", "reclaim", "both"))), map(row, STATES)),
-        f"The daemon's own memory (RssAnon), before and after: the most of {2 * LOOKS} looks among operations.",
+        f"The daemon's own memory (RssAnon), before and after: the largest of {2 * LOOKS} looks between operations.",
         table(("", "before", "after", "bytes for each"), rows),
     ]
     if not found["at_rest"]:
-        parts.insert(
-            2, "NOT MEASURED: kernel memory: the machine was not at rest, and the figures above are not to be used."
-        )
+        parts.insert(2, "NOT MEASURED: kernel memory: the machine was not at rest, so do not use the figures above.")
     if found["pages"] < found["wanted_pages"]:
-        parts.append(f"NOT MEASURED: {found['wanted_pages']:,} pages: there is memory for {found['pages']:,} here.")
+        parts.append(f"NOT MEASURED: {found['wanted_pages']:,} pages: this machine has memory for {found['pages']:,}.")
     return "\n\n".join(parts)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""A filesystem with nothing behind it: pyfuse3, ttmfs' polling, and answers that are ready before they are asked.
+"""A filesystem with nothing behind it: pyfuse3, the polling of ttmfs, and prepared answers.
 
-``null.py MOUNTPOINT``. What it takes is what no filesystem on pyfuse3 can take less than. A file reads as the same
-bytes wherever it is read; what is written is thrown away.
+``null.py MOUNTPOINT``. No filesystem on pyfuse3 can be faster. Every file has the same bytes, and written data is
+discarded.
 """
 
 import errno
@@ -24,18 +24,18 @@ from ttmfs.fuse.busy_poll import BusyPoll
 ROOT, DIRECTORY, FILE = pyfuse3.ROOT_INODE, 2, 3
 REQUEST = bytes(range(256)) * 4096
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
-LONGEST_POLL = 200_000  # ns, as ttmfs polls
+LONGEST_POLL = 200_000  # ns, as in ttmfs
 
 
 def entry(inode: int, mode: int) -> EntryAttributes:
     made = EntryAttributes()
     made.st_ino, made.st_mode, made.st_nlink, made.st_size = inode, mode, 1, 1 << 40
-    made.entry_timeout = made.attr_timeout = float(inode != 0)  # the name of nothing has no lifetime, as in ttmfs
+    made.entry_timeout = made.attr_timeout = float(inode != 0)  # an absent name has no lifetime, as in ttmfs
     return made
 
 
 class Null(pyfuse3.Operations):
-    """One directory in the root, in which every name is a file once it was made."""
+    """One directory in the root. Every created name in it is a file."""
 
     supports_dot_lookup = enable_writeback_cache = False
 
@@ -92,7 +92,7 @@ class Null(pyfuse3.Operations):
 
 def main() -> None:
     pyfuse3.init(Null(), sys.argv[1], {*pyfuse3.default_options, "fsname=null"})
-    # libfuse does not tell which descriptor it has opened.
+    # libfuse does not say which descriptor it opened.
     places = {fd: Path(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd"))}
     (connection,) = (fd for fd, place in places.items() if place.exists() and os.readlink(place) == "/dev/fuse")
     values = memoryview(bytearray(32)).cast("Q")

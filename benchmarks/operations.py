@@ -1,4 +1,4 @@
-"""Page operations side by side: how long each takes, its CPU time, and its round trips."""
+"""Page operations side by side: latency, CPU time and round trips."""
 
 import contextlib
 import itertools
@@ -31,17 +31,17 @@ STORING = ("create+write+close", "pwrite", "open+write+close")
 OF_EXAMPLE = dict(zip(FILES, (0.15, 0.30, 0.15, 0.15), strict=True))
 OF_OFF = dict.fromkeys(FILES, 0.45) | dict.fromkeys(HELD, 0.55)
 CACHED = 1.0
-"""A daemon that used fewer microseconds of CPU an operation was not asked: the kernel's cache has answered."""
+"""If the daemon used fewer microseconds of CPU an operation, the kernel's page cache answered."""
 
 
 def run(plan: Plan, directory: Path) -> dict[str, Any]:
-    """Every operation on every system in turns. Figures are microseconds an operation, a round each."""
+    """Every operation on every system, in turns. Figures are microseconds an operation, one value a round."""
     systems, missing = side_by_side(4 * plan.operations * os.sysconf("SC_PAGE_SIZE") + (64 << 20))
     costs: dict[str, dict[str, list[Cost]]] = {name: {system.name: [] for system in systems} for name in OPERATIONS}
     trips: dict[str, Counter[str]] = {name: Counter() for name in OPERATIONS}
     with mounted(directory, systems):
         homes = {system.name: system.new("a") for system in systems}
-        for turn in range(plan.rounds + 1):  # the first warms up and is not counted
+        for turn in range(plan.rounds + 1):  # the first one warms up and does not count
             pages = {system.name: Pages.of(homes[system.name], plan.operations, system.page_size) for system in systems}
             order = systems[turn % len(systems) :] + systems[: turn % len(systems)]
             for operation, system in itertools.product(OPERATIONS, order):
@@ -87,7 +87,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
 
 
 def _not_asked(costs: list[Cost]) -> bool:
-    """Whether the kernel has answered from its page cache. Of ttmfs ``.stats`` has told already that it has not."""
+    """Whether the kernel answered from its page cache. (For ttmfs, ``.stats`` has already shown that it did not.)"""
     return statistics.median(cost.daemon for cost in costs) < CACHED
 
 
@@ -96,7 +96,7 @@ def _requests(system: System) -> Counter[str]:
 
 
 def figures(costs: dict[str, dict[str, list[Cost]]], what: str) -> dict[str, dict[str, list[float]]]:
-    """What each operation took on each system, a round each: one of the fields of Cost."""
+    """The cost of each operation on each system, one value a round: one of the fields of Cost."""
     return {
         operation: {name: [round(getattr(cost, what), 3) for cost in its] for name, its in row.items()}
         for operation, row in costs.items()
@@ -106,7 +106,7 @@ def figures(costs: dict[str, dict[str, list[Cost]]], what: str) -> dict[str, dic
 def targets(found: dict[str, Any]) -> list[Target]:
     def one(operation: str, other: str, bound: float) -> Target:
         row = found["microseconds"][operation]
-        return Target(f"{operation}, of {other}", ratio(row.get(TTMFS), row.get(other)), bound)
+        return Target(f"{operation} / {other}", ratio(row.get(TTMFS), row.get(other)), bound)
 
     return [
         *(one(operation, EXAMPLE, bound) for operation, bound in OF_EXAMPLE.items()),
@@ -128,14 +128,14 @@ def report(found: dict[str, Any]) -> str:
     others = [name for name in names if name != TTMFS]
     parts = [
         f"Page operations, microseconds each: median (least to most) of the rounds; {found['pages']} pages a round,\n"
-        f"{found['held']} of them held for stat, pread and pwrite. One client; systems in turns. Names were looked up\n"
-        "right before, but where they are unknown: after `echo 2 > /proc/sys/vm/drop_caches`. ttmfs lets the kernel\n"
-        "keep names for 1 s, tmpfs.py for 300 s, and a tmpfs keeps them itself.",
+        f"{found['held']} of them open for stat, pread and pwrite. One client; systems take turns. Names were looked\n"
+        "up right before. Unknown names: after `echo 2 > /proc/sys/vm/drop_caches`. ttmfs lets the kernel keep names\n"
+        "for 1 s, tmpfs.py for 300 s, and a tmpfs keeps them itself.",
         table(
             ("operation", *names),
             [[op, *(cell(spread(latency[op][n]), op, n) for n in names)] for op in OPERATIONS],
         ),
-        "ttmfs' time as a part of each other's (median of the rounds' ratios).",
+        "The time of ttmfs relative to each other system (median of the rounds' ratios).",
         table(
             ("operation", *others),
             [
@@ -143,7 +143,7 @@ def report(found: dict[str, Any]) -> str:
                 for op in OPERATIONS
             ],
         ),
-        "CPU time an operation in microseconds, medians: daemon + client. Polling trades it for time.",
+        "CPU time an operation in microseconds, medians: daemon + client. Polling trades CPU time for latency.",
         table(
             ("operation", *names),
             [
@@ -161,6 +161,6 @@ def report(found: dict[str, Any]) -> str:
         ),
     ]
     if any(found["cached"].values()):
-        parts.insert(2, "*: the daemon was not asked: the kernel's page cache has answered. Not to be compared.")
+        parts.insert(2, "*: the kernel's page cache answered, not the daemon. Do not compare these.")
     parts += [f"NOT MEASURED: {name}: {why}" for name, why in found["missing"].items()]
     return "\n\n".join(parts)

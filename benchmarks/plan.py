@@ -1,4 +1,4 @@
-"""How much is measured: the full run, the quick one, and the least that still goes everywhere, for tests."""
+"""The sizes of a run: full, quick, and tiny. The tiny one only covers every path, for tests."""
 
 from dataclasses import dataclass
 
@@ -7,24 +7,24 @@ __all__ = ["FULL", "QUICK", "TINY", "Plan"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of one run. The issue's targets hold at those of FULL; a table says where a run is smaller."""
+    """Sizes of one run. The project's targets are for FULL. A table says where a run is smaller."""
 
     name: str
-    rounds: int  # counted ones; one more before them warms up
+    rounds: int  # counted rounds, after one round to warm up
     operations: int  # page operations a round, kind and system
-    held: int  # pages that are held open
-    clients: int  # processes at once
+    held: int  # pages that stay open
+    clients: int  # concurrent processes
     client_seconds: float
-    bulk_bytes: int  # present pages for requests of 1 MiB
+    bulk_bytes: int  # existing pages for requests of 1 MiB
     request_sizes: tuple[int, ...]
-    sweep_bytes: int  # at most so much a request size
-    sweep_requests: int  # and so many requests
+    sweep_bytes: int  # the most for each request size
+    sweep_requests: int  # the most requests for each request size
     many_pages: int  # listing, dropping at once, kernel memory
     most_pages: int  # the daemon's memory
-    page_counts: tuple[int, ...]  # latency against pages
-    latency_operations: int  # a round, kind and number
-    example_pages: int  # the most that the example is given: it slows down
-    bindfs_pages: int  # the most that bindfs is given: it is filled file by file
+    page_counts: tuple[int, ...]  # for latency against the number of pages
+    latency_operations: int  # for each round, kind and number of pages
+    example_pages: int  # the most pages for the example, because it slows down
+    bindfs_pages: int  # the most pages for bindfs, because it is filled file by file
     backup_counts: tuple[int, ...]
     stream_seconds: float
     idle_seconds: float

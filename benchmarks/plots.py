@@ -1,4 +1,4 @@
-"""The plots, as SVG: operations side by side, latency against numbers, bandwidth against request and page size."""
+"""SVG plots: operations side by side, latency against numbers, bandwidth against request and page size."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ UNITS = ((1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
 def draw(groups: Mapping[str, Any], machine: str, directory: Path) -> list[Path]:
-    """Draw what was measured; the files written."""
+    """Draw the measured groups. Return the written files."""
     kinds = {"operations": _operations, "bandwidth": _bandwidth, "latency": _latency}
     written = []
     directory.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def _figure(columns: int, height: float) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _operations(found: Mapping[str, Any]) -> Figure:
-    """Bars from the median, with lines from the least to the most of the rounds."""
+    """Bars show the median, and lines the least and the most of the rounds."""
     figure, (time, cpu) = _figure(2, 4.4)
     latency = found["microseconds"]
     for ax in time, cpu:
@@ -87,7 +87,7 @@ def _operations(found: Mapping[str, Any]) -> Figure:
 
 
 def _lines(ax: Axes, by_number: Mapping[Any, Sequence[float]], label: str, colour: str, style: str = "-") -> None:
-    """Medians as a line, the rounds' spread as a band. Keys may have become texts by way of JSON."""
+    """Medians as a line, the rounds' spread as a band. Keys from JSON may be strings."""
     numbers = [int(number) for number in by_number]
     values = list(by_number.values())
     ax.plot(numbers, [statistics.median(v) for v in values], style, color=colour, label=label, marker="o", markersize=3)
@@ -104,7 +104,7 @@ def _latency(found: Mapping[str, Any]) -> Figure:
             _lines(ax, by_count, f"{name}, by backups", COLOURS[name], "--")
         ax.set(xscale="log", title=f"{kind}, us")
         ax.xaxis.set_major_formatter("{x:,.0f}")
-    axes[len(axes) // 2].set_xlabel("pages, or backups, that there are")
+    axes[len(axes) // 2].set_xlabel("number of pages or backups")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     return figure

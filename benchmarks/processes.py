@@ -1,4 +1,4 @@
-"""Clients as processes of their own, which begin together."""
+"""Clients as child processes that begin at the same moment."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ __all__ = ["percentile", "together", "uninterrupted"]
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Have SIGINT and SIGTERM wait: between a process' start and our knowing of it they would leave it behind."""
+    """Delay SIGINT and SIGTERM: right after a fork, before we know the child, they would leave it behind."""
     came: list[int] = []
     handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -25,12 +25,12 @@ def uninterrupted() -> Iterator[None]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The least value that so many percent of all do not exceed."""
+    """The least value that `percent` percent of all values do not exceed."""
     return sorted(values)[max(0, -int(-len(values) * percent // 100) - 1)]
 
 
 def together(acts: Sequence[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Run each in a child process, all from the same moment on; what each gives, in order. They end with us."""
+    """Run each in a child process, all from the same moment on. Return the results in order. They end with us."""
     with contextlib.ExitStack() as stack:
         go, begin = os.pipe()
         stack.callback(os.close, go)
@@ -60,13 +60,13 @@ def _closing(fd: int) -> Iterator[None]:
 
 def _parsed(text: str) -> dict[str, Any]:
     if not text:
-        raise RuntimeError("a client ended before it was done")
+        raise RuntimeError("a client ended before it had finished")
     found: dict[str, Any] = json.loads(text)
     return found
 
 
 def _child(act: Callable[[], dict[str, Any]], go: int, begin: int, tell: int, give: int) -> None:
-    """Never returns: what the parent has to clean up is no business of ours."""
+    """Never returns, because the child must not run the parent's cleanup."""
     code = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -83,7 +83,7 @@ def _child(act: Callable[[], dict[str, Any]], go: int, begin: int, tell: int, gi
 
 
 def _reap(pid: int) -> None:
-    """After an error a client may run still; else it has ended."""
+    """After an error a client may still run. Otherwise it has ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

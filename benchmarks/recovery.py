@@ -2,7 +2,7 @@
 
     python benchmarks/recovery.py
 
-As root. Prints the median and the extremes of nine kills each, and the keeper's memory.
+Run it as root. It prints the median and the extremes of nine kills for each case, and the keeper's memory.
 """
 
 import json

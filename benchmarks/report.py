@@ -1,4 +1,4 @@
-"""Targets, and tables for people: plain text that is Markdown as well."""
+"""Targets, and tables in plain text that is also Markdown."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ __all__ = ["Target", "bytes_text", "ratio", "ratios", "spread", "table", "target
 
 @dataclass(frozen=True)
 class Target:
-    """What the figure must be, and what it was; None if it could not be measured."""
+    """A bound and the measured figure, which is None if it could not be measured."""
 
     what: str
     measured: float | None
@@ -34,7 +34,7 @@ class Target:
 
 
 def ratios(values: Sequence[float], to: Sequence[float]) -> list[float]:
-    """Round by round, since noise hits both of a round alike."""
+    """The ratio of each round, because noise affects both values of a round in the same way."""
     return [value / other for value, other in zip(values, to, strict=True)]
 
 
@@ -59,7 +59,7 @@ def bytes_text(size: int) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose columns are aligned: the first to the left, the others to the right."""
+    """A table with its first column aligned to the left, and the others to the right."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
 

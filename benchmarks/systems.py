@@ -1,7 +1,7 @@
-"""The filesystems that run side by side: each mounted for real by its own program, and taken away again.
+"""The filesystems to compare: each is really mounted by its own program, and unmounted afterwards.
 
 All of a group's systems are mounted at once, so that they can take turns. ``tmpfs.py`` is the example in the source
-package of the pyfuse3 that is installed; pip fetches it once, and it is kept in the user's cache directory.
+package of the installed pyfuse3. pip fetches it once into the user's cache directory.
 """
 
 import contextlib
@@ -53,11 +53,11 @@ STATS_BYTES = 1 << 16
 
 
 class Unavailable(Exception):
-    """A system that cannot be had here. The text says what to do."""
+    """A system is not available here. The text says what to do."""
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> None:
-    """Wait for a condition, but not for ever."""
+    """Wait for a condition, with a time limit."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -66,7 +66,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = WAIT_SE
 
 
 class System(ABC):
-    """A mount, and the process that serves it, if one does."""
+    """A mount, and the process that serves it, if any."""
 
     page_size = os.sysconf("SC_PAGE_SIZE")
 
@@ -80,36 +80,37 @@ class System(ABC):
     def start(self) -> None:
         """Begin to mount at ``path``, an empty directory."""
 
-    def wait(self) -> None:  # noqa: B027 (nothing to wait for, unless a daemon serves)
+    def wait(self) -> None:  # noqa: B027 (without a daemon there is nothing to wait for)
         """Return once the mount answers."""
 
     def ask_to_end(self) -> None:  # noqa: B027
-        """Begin to unmount, where that takes time."""
+        """Begin to unmount, if that takes time."""
 
     @abstractmethod
     def end(self) -> list[str]:
-        """Unmount; on return nothing is left, and whoever served has ended. What there is to complain of."""
+        """Unmount. On return nothing is left and the server has ended. Return the complaints."""
 
     @property
     def pid(self) -> int:
-        """The daemon's process id, once it was waited for."""
+        """The daemon's process id, after :meth:`wait`."""
         assert self.process is not None
         return self.process.pid
 
     def cpu(self) -> int:
-        """CPU time that the daemon has used, in ns: its whole process' clock, as clock_getcpuclockid(3) makes it."""
+        """CPU time of the daemon's whole process in ns, by the clock of clock_getcpuclockid(3)."""
         return int(time.clock_gettime_ns(~self.pid << 3 | 2)) if self.process else 0
 
     def new(self, name: str) -> Path:
-        """A new directory for pages."""
+        """Make a new directory for pages."""
         directory = self.path / name
         directory.mkdir()
         return directory
 
 
 class _Daemon(System):
-    """A system whose daemon, or its keeper, is a child of ours, in the foreground. It has a session of its own, lest
-    Ctrl-C reach it before we have let go of its files.
+    """A system whose daemon, or its keeper, is our child in the foreground.
+
+    It has its own session, so that Ctrl-C does not reach it before we have closed its files.
     """
 
     command: Sequence[str]
@@ -182,9 +183,9 @@ class Ttmfs(_Daemon):
             self.process.terminate()
 
     def requests(self) -> Counter[str]:
-        """How many requests of each kind were carried out, but for those that reading ``.stats`` itself makes.
+        """The number of finished requests of each kind, without those of reading ``.stats`` itself.
 
-        The text is made when the file is opened: it knows of the openings and readings before this one.
+        The text is made when the file is opened, so it includes earlier openings and readings.
         """
         fd = os.open(self.path / ".stats", os.O_RDONLY)
         try:
@@ -203,7 +204,7 @@ class Ttmfs(_Daemon):
 
 
 class Tmpfs(System):
-    """A tmpfs of the kernel, with a file a page: what ttmfs is instead of."""
+    """A tmpfs of the kernel, with one file a page: the alternative to ttmfs."""
 
     def start(self) -> None:
         options = f"size={self.size},nr_inodes=0"
@@ -257,7 +258,7 @@ class Example(_Daemon):
 
 
 def _example() -> Path:
-    """The path of tmpfs.py, fetched if it is not there yet."""
+    """The path of tmpfs.py. Fetches it if necessary."""
     release = version("pyfuse3")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttmfs-bench"
     path = cache / f"tmpfs-{release}.py"
@@ -286,7 +287,7 @@ def _example() -> Path:
 
 
 def side_by_side(size: int, names: Sequence[str] = SIDE_BY_SIDE) -> tuple[list[System], dict[str, str]]:
-    """The systems of these names, and of those that cannot be had, why."""
+    """The systems of these names, and the reasons why the others are not available."""
     make: dict[str, Callable[[], System]] = {
         TTMFS: lambda: Ttmfs(TTMFS, size),
         OFF: lambda: Ttmfs(OFF, size, "busy_poll=off"),
@@ -306,7 +307,7 @@ def side_by_side(size: int, names: Sequence[str] = SIDE_BY_SIDE) -> tuple[list[S
 
 @contextlib.contextmanager
 def mounted(directory: Path, systems: Sequence[System]) -> Iterator[None]:
-    """Mount systems below a directory, all at once, for the time of a ``with``."""
+    """Mount systems below a directory, all at once, for the duration of a ``with``."""
     begun: list[System] = []
     complaints: list[str] = []
 
@@ -324,11 +325,11 @@ def mounted(directory: Path, systems: Sequence[System]) -> Iterator[None]:
             system.wait()
         yield
     finally:
-        with uninterrupted(), contextlib.ExitStack() as stack:  # each is ended, whatever becomes of the others
+        with uninterrupted(), contextlib.ExitStack() as stack:  # each one ends, even if others fail
             for system in begun:
-                stack.callback(system.path.rmdir)  # fails, rather than empties it, if something is mounted still
+                stack.callback(system.path.rmdir)  # fails if something is still mounted; does not empty it
                 stack.callback(end, system)
             for system in begun:
                 stack.callback(system.ask_to_end)
-    if complaints:  # after an error these would only hide it
+    if complaints:  # after an error, these would hide it
         raise RuntimeError("; ".join(complaints))

@@ -1,6 +1,6 @@
-"""What a client does to page files, in loops that cost as little as they can, and what it took.
+"""Loops of page operations with as little overhead as possible, and their cost.
 
-Paths are made before, functions are local names. What is read is looked at in passes of their own, which are not timed.
+Paths are made in advance, and functions are local names. Separate passes check the data, and these are not timed.
 """
 
 import contextlib
@@ -56,20 +56,20 @@ class Pages:
     paths: list[str]
     size: int
     content: bytes
-    held: list[int] = field(default_factory=list)  # a descriptor an operation, few of them different
+    held: list[int] = field(default_factory=list)  # one descriptor for each operation; only a few differ
 
     @classmethod
     def of(cls, directory: Path, count: int, size: int) -> Self:
-        """The first so many pages of a directory."""
+        """The first `count` pages of a directory."""
         return cls([f"{directory}/{handle}" for handle in range(1, count + 1)], size, b"")
 
     def some(self, count: int) -> list[str]:
-        """So many of the paths, spread evenly."""
+        """`count` of the paths, spread evenly."""
         return self.paths[:: max(1, len(self.paths) // max(1, count))][:count]
 
     @contextlib.contextmanager
     def holding(self, different: int) -> Iterator[None]:
-        """Keep so many pages open."""
+        """Keep `different` pages open."""
         descriptors = [os.open(path, os.O_RDWR) for path in self.some(different)]
         self.held = list(itertools.islice(itertools.cycle(descriptors), len(self.paths)))
         try:
@@ -111,7 +111,7 @@ def unlink(pages: Pages) -> None:
 
 
 def stat_uncached(pages: Pages) -> None:
-    """statx(2) that asks the filesystem, whatever the kernel remembers."""
+    """statx(2) that always asks the filesystem, past the kernel's cache."""
     statx, answer, flags = _libc.statx, ctypes.create_string_buffer(STATX_BYTES), AT_EMPTY_PATH | AT_STATX_FORCE_SYNC
     for fd in pages.held:
         if statx(fd, b"", flags, STATX_BASIC_STATS, answer):
@@ -140,7 +140,7 @@ OPERATIONS: dict[str, Callable[[Pages], None]] = {
     UNKNOWN: open_read,
     "unlink": unlink,
 }
-"""In an order in which each finds what the one before it left."""
+"""The order matters: each operation needs what the one before it left."""
 
 EXPECTED = {
     "create+write+close": {"create", "write"},
@@ -152,16 +152,16 @@ EXPECTED = {
     UNKNOWN: {"lookup", "open", "read"},
     "unlink": {"unlink"},
 }
-"""The requests of which ttmfs must have seen exactly one an operation; else a cache has answered, or was asked."""
+"""ttmfs must have seen exactly one of these requests for each operation. Otherwise a cache answered."""
 
 
 WALKS = 3
-"""Requests that walking the path of ``.stats`` may add: its name and attributes last for a second."""
+"""Requests that the path walk to ``.stats`` may add: its name and attributes are cached for a second."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one operation, in microseconds: how long it took, and the CPU time of the daemon and of the client."""
+    """Microseconds of one operation: latency, and the CPU time of the daemon and of the client."""
 
     latency: float
     daemon: float
@@ -169,19 +169,19 @@ class Cost:
 
 
 def know_names(pages: Pages) -> None:
-    """Have the kernel look every name up, so that what comes within a second needs no request for that."""
+    """Have the kernel look up every name, so that operations within a second need no look-up."""
     for path in pages.paths:
         os.stat(path)
 
 
 def forget_names() -> None:
-    """Have the kernel forget all names and attributes that it can, of whatever system. It spares what was just used."""
+    """Have the kernel forget all names and attributes that it can. It spares recently used ones."""
     for _ in range(FORGET_TIMES):
         Path("/proc/sys/vm/drop_caches").write_text("2\n")
 
 
 def pause() -> None:
-    """Let whoever polls stop, and let the kernel hand over the releases that no close waits for."""
+    """Let polling stop, and let the kernel send the releases that no close waits for."""
     time.sleep(PAUSE_SECONDS)
 
 
@@ -199,7 +199,7 @@ def measure(system: System, operation: str, pages: Pages) -> Cost:
 
 
 def check(pages: Pages, paths: Sequence[str]) -> None:
-    """See that these of the pages are there and hold what was written."""
+    """Check that these pages exist and hold what was written."""
     for path in paths:
         with open(path, "rb", buffering=0) as file:
             if file.read(pages.size) != pages.content:
@@ -219,7 +219,7 @@ Transfer = Callable[[int, int, mmap.mmap, int], None]
 
 
 def buffer(size: int) -> mmap.mmap:
-    """A buffer that begins at a page of memory, as direct I/O likes it, with something other than zeros in it."""
+    """A page-aligned buffer for direct I/O, with random data."""
     found = mmap.mmap(-1, size)
     for start in range(0, size, REQUEST_BYTES):
         found[start : start + REQUEST_BYTES] = os.urandom(min(REQUEST_BYTES, size - start))
@@ -227,7 +227,7 @@ def buffer(size: int) -> mmap.mmap:
 
 
 def write_image(fd: int, size: int, request: mmap.mmap, start: int = 0) -> None:
-    """Write so many bytes of a file, a buffer at a time."""
+    """Write `size` bytes of a file, one buffer at a time."""
     write, length = os.pwrite, len(request)
     for offset in range(start, start + size, length):
         if (wrote := write(fd, request, offset)) != length:
@@ -242,14 +242,14 @@ def read_image(fd: int, size: int, request: mmap.mmap, start: int = 0) -> None:
 
 
 def transfer(act: Transfer, fd: int, size: int, request: mmap.mmap, start: int = 0) -> float:
-    """Seconds that it takes to write or to read."""
+    """The seconds of writing or reading."""
     begin = time.perf_counter_ns()
     act(fd, size, request, start)
     return (time.perf_counter_ns() - begin) / 1e9
 
 
 def store(backup: Path, pages: int, page_size: int) -> None:
-    """Store the first so many pages of a backup, by requests of 1 MiB through its image."""
+    """Store the first `pages` pages of a backup, in requests of 1 MiB through its image."""
     size = pages * page_size
     whole = size // REQUEST_BYTES * REQUEST_BYTES
     fd = os.open(backup / ".image", os.O_WRONLY)
