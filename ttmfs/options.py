@@ -189,32 +189,36 @@ class Options:
     """The options of one mount, complete and consistent. Sizes are bytes."""
 
     # 0 or None as a default: see __post_init__. The text in brackets at the end of a help is its default.
-    size: int = _row(0, "SIZE", _parse_positive_size, format_size, "what all backups together may hold (50% of RAM)")
+    size: int = _row(
+        0, "SIZE", _parse_positive_size, format_size, "the most that all backups together may hold (50% of RAM)"
+    )
     nr_inodes: int | None = _row(None, "N", _parse_count, str, "number of backups, plus 1; 0: no limit (pages of size)")
-    store: str | None = _row(None, "DIR", str, escaped, "keep the backups in DIR, for good (in memory of their own)")
+    store: str | None = _row(None, "DIR", str, escaped, "keep the backups in DIR, for good (a private tmpfs)")
     mode: int | None = _row(None, "MODE", _parse_mode, "{:04o}".format, "mode of the root directory, in octal (0755)")
-    uid: int | None = _row(None, "UID", _parse_uid, str, "owner of the root directory (who mounts)")
-    gid: int | None = _row(None, "GID", _parse_gid, str, "group of the root directory (who mounts)")
+    uid: int | None = _row(None, "UID", _parse_uid, str, "owner of the root directory (the user who mounts)")
+    gid: int | None = _row(None, "GID", _parse_gid, str, "group of the root directory (the user who mounts)")
     backup_size: int = _row(0, "SIZE", _parse_positive_size, format_size, "size of a backup that mkdir makes (size)")
     page_size: int = _row(
-        BASE_PAGE_SIZE, "SIZE", parse_size, format_size, "bytes a page, a power of two up to 2m (the system's)"
+        BASE_PAGE_SIZE, "SIZE", parse_size, format_size, "bytes a page: a power of two up to 2m (the system's)"
     )
-    uid_size: int = _row(0, "SIZE", _parse_positive_size, format_size, "what one user except root may store (no limit)")
+    uid_size: int = _row(
+        0, "SIZE", _parse_positive_size, format_size, "the most that one user may store, except root (no limit)"
+    )
     reserve: int = _row(64 << 20, "SIZE", parse_size, format_size, "memory and swap that storing leaves free (64m)")
     busy_poll: int = _row(  # microseconds at most; 0: off
         AUTO_POLL, "auto|off|US", _parse_busy_poll, _format_busy_poll, "how long to poll for requests (auto)"
     )
     keeper: bool = _row(
-        True, "on|off", _parse_switch, _format_switch, "survive the daemon's death: a process keeps all (on)"
+        True, "on|off", _parse_switch, _format_switch, "survive the daemon's death, by a second process (on)"
     )
     restart_tries: int = _row(
         RESTART_TRIES, "N", _parse_tries, str, "failed starts of a daemon until the keeper gives up (5)"
     )
     restart_seconds: int = _row(
-        RESTART_SECONDS, "S", _parse_seconds, str, "seconds after a death until it gives up (10)"
+        RESTART_SECONDS, "S", _parse_seconds, str, "seconds after a daemon's death until the keeper gives up (10)"
     )
     resend: bool = _row(
-        True, "on|off", _parse_switch, _format_switch, "off: mount anew after a death, as before Linux 6.9 (on)"
+        True, "on|off", _parse_switch, _format_switch, "off: mount again after a death, as before Linux 6.9 (on)"
     )
     allow_other: bool = _flag("let other users in, as far as the mode bits allow")
     ro: bool = _flag("mount read-only")
@@ -346,11 +350,11 @@ def help_text() -> str:
 options (in brackets the default):
 {options}
 
-  SIZE is in bytes, or a whole number with k, m, g or t behind it, or with % for a part of the machine's RAM.
+  SIZE is a number of bytes, or a number followed by k, m, g or t, or by % for a part of the machine's RAM.
   Options of mount(8) itself (rw, nosuid, nodev, noexec, noatime, _netdev, nofail, x-..., ...) are accepted.
 
 exit status:
 {codes}
 
-SIGTERM, SIGINT, umount(8) and "fusermount3 -u" end the mount and release every page, but for those in store=DIR.
-If the daemon is killed nothing is lost: its keeper starts another. SIGUSR1 to the keeper restarts it, to upgrade."""
+SIGTERM, SIGINT, umount(8) and "fusermount3 -u" end the mount and release every page, except those in store=DIR.
+If the daemon is killed, nothing is lost: its keeper starts another. SIGUSR1 to the keeper restarts it, to upgrade."""
