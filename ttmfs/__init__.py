@@ -11,36 +11,36 @@ A backup keeps pages that had to leave a device, in kernel shmem, by index. In a
 
 ``ttmfs.handles`` is the arithmetic of handles and tagged pointers; ``mount.py`` shows a pool as a filesystem.
 
-What is named here is imported when it is first used: who rescues pages, or restarts a daemon, needs nothing of it, and
-may do without trio.
+Backups and pools are imported at their first use: programs that rescue pages or restart a daemon need no trio.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import handles
+from .errors import (
+    BackupAbsent,
+    BackupClosed,
+    BackupEnded,
+    BackupExists,
+    BackupNotEmpty,
+    InvalidArgument,
+    NameTooLong,
+    NoRoom,
+    NotPermitted,
+    NotSupported,
+    OutOfBounds,
+    OverQuota,
+    PageAbsent,
+    StoreBusy,
+    StoreFailed,
+    TtmfsError,
+)
+from .version import __version__
+
 if TYPE_CHECKING:
-    from . import handles
-    from .errors import (
-        BackupAbsent,
-        BackupClosed,
-        BackupEnded,
-        BackupExists,
-        BackupNotEmpty,
-        InvalidArgument,
-        NameTooLong,
-        NoRoom,
-        NotPermitted,
-        NotSupported,
-        OutOfBounds,
-        OverQuota,
-        PageAbsent,
-        StoreBusy,
-        StoreFailed,
-        TtmfsError,
-    )
     from .model.backup import Backup
     from .model.pool import Pool, Room, bytes_avail, open_pool
-    from .version import __version__
 
 __all__ = [
     "Backup",
@@ -68,25 +68,14 @@ __all__ = [
     "open_pool",
 ]
 
-_ELSEWHERE = {
-    "Backup": "model.backup",
-    "Pool": "model.pool",
-    "Room": "model.pool",
-    "__version__": "version",
-    "bytes_avail": "model.pool",
-    "open_pool": "model.pool",
-}
-"""Which module has a name; the others are errors."""
+_MODULES = {"Backup": "backup", "Pool": "pool", "Room": "pool", "bytes_avail": "pool", "open_pool": "pool"}
+"""The modules of ``ttmfs.model`` that are imported at the first use of a name."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "handles":
-        return importlib.import_module(".handles", __name__)
-    found = getattr(importlib.import_module("." + _ELSEWHERE.get(name, "errors"), __name__), name)
-    globals()[name] = found
-    return found
+    return getattr(importlib.import_module(f".model.{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,7 @@
-"""Names and texts of others, fit to be shown: no line end, escape sequence or change of direction reaches a terminal.
+"""File names and texts from other users, made safe to print on a terminal.
 
-Anyone who makes a file, a backup or a mount point chooses its name, and whoever serves a mount chooses what it answers.
+Another user can choose the name of a file, a backup or a mount point, and the server of a mount chooses its answers.
+They may contain line breaks, escape sequences and marks that change the direction of text.
 """
 
 import os
@@ -9,13 +10,13 @@ import sys
 __all__ = ["plain", "quoted"]
 
 BARE = frozenset("%+,-./:=@_")
-"""What needs no quotes in a shell, beside letters and digits."""
+"""Characters that need no quotes in a shell, beside letters and digits."""
 
 ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\x1b": "\\e"}
 
 
 def quoted(name: str | os.PathLike[str]) -> str:
-    """A file's name as a shell reads it back, without anything that a terminal would obey."""
+    """Quote a file name so that a shell reads it back and a terminal shows it harmlessly."""
     text = os.fsdecode(name)
     shown = all(map(_is_shown, text))
     if shown and text and all(char.isalnum() or char in BARE for char in text):
@@ -26,12 +27,12 @@ def quoted(name: str | os.PathLike[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """A message, which may hold what others chose, without anything that a terminal would obey. It stays one line."""
+    """Escape control characters in a message. The result is one line."""
     return "".join(map(_escaped, text))
 
 
 def _is_shown(char: str) -> bool:
-    """Whether a character is shown as it is: one that is printable, which marks of direction are not."""
+    """Whether to show a character as it is. Marks of direction are not printable."""
     return char.isprintable() and (char.isascii() or _is_utf8())
 
 

@@ -1,20 +1,20 @@
-"""The caller's side of the contract: an array whose slots hold pages, or the handles of pages that had to leave memory.
+"""The caller's side of the contract: an array of slots, each with a page or with the handle of a backed-up page.
 
 It does what ``ttm_pool_backup()`` and ``ttm_pool_restore_and_alloc()`` (``drivers/gpu/drm/ttm/ttm_pool.c``) do for the
-pages of a buffer object: properties C17 to C21 of ``docs/contract.md``. A slot is a number, as the kernel's a pointer:
+pages of a buffer object: properties C17 to C21 of ``docs/contract.md``. A slot is a number, like the kernel's pointer:
 
     0                  empty
     even               the address of a page in this process
-    handle << 1 | 1    a page backed up (``ttmfs.handles``)
+    handle << 1 | 1    a backed-up page (``ttmfs.handles``)
 
-The pages lie in one anonymous mapping, page i of the array at i * page_size; one that is backed up or purged is given
-back to the system. Page i is backed up at index ``first + i`` of the backup.
+The pages lie in one anonymous mapping, page i of the array at i * page_size. The memory of a page that is backed up or
+purged is returned to the system. Page i is backed up at index ``first + i`` of the backup.
 
-Beside each slot is noted whether the backup may have a page of it (``_stored``). If the slot holds no handle, that page
-was left by an interruption, and is to be dropped. A handle whose page is not stored is *lost*: someone else dropped the
-page, and nothing is read or dropped by that handle again.
+For each slot, ``_stored`` notes whether the backup may hold a page of it. If the slot holds no handle, an interruption
+left that page, and it is to be dropped. A slot that holds a handle, but no stored page, is *lost*: someone else dropped
+the page, and its handle is not used again.
 
-One thread at a time may use an array; several arrays may share a backup, at different indices.
+Threading: one thread at a time may use an array. Arrays may share a backup, at different indices.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 
 from ..errors import BackupClosed, BackupEnded, InvalidArgument, NoRoom, NotPermitted, PageAbsent, TtmfsError
 from ..handles import Uint64Array, format_ranges, handle_to_page_ptr, page_ptr_to_handle
+from ..model import arguments
 
 if TYPE_CHECKING:
     import threading
@@ -38,31 +39,31 @@ if TYPE_CHECKING:
 __all__ = ["PageArray", "shrink"]
 
 BATCH = 256
-"""Pages that are backed up or restored by one call at most: so often an interruption is looked for."""
+"""The most pages in one call of the backup. Between calls an interruption is noticed."""
 
 REFUSALS = (BackupClosed, BackupEnded, NoRoom, NotPermitted)
-"""Errors of storing that say that nothing was stored. After others some may have been."""
+"""The errors after which nothing was stored. After other errors some pages may have been."""
 
 MADV_DONTNEED_LOCKED = 24
-"""Since Linux 5.18; Python has no name for it."""
+"""Like MADV_DONTNEED, and also for memory that mlock(2) locked. Python has no name for it."""
 
 
 class PageStore(Protocol):
-    """What an array needs of a backup; :class:`ttmfs.client.Backup` is one. Its errors are TtmfsError.
+    """The part of :class:`ttmfs.client.Backup` that an array uses. Its errors are TtmfsError.
 
-    Whatever else comes out of it is an exception of a signal handler, and ends what was under way.
+    Any other exception comes from a signal handler, and ends the call.
     """
 
     @property
     def page_size(self) -> int:
-        """Bytes a page."""
+        """Bytes in a page."""
 
     @property
     def size(self) -> int:
-        """Bytes that it spans as of now."""
+        """Bytes that the backup spans now."""
 
     def backup_pages(self, pages: NDArray[np.uint8], idx: int, writeback: bool = False) -> Uint64Array:
-        """Store pages at the indices from `idx` on; the handles of those that found room."""
+        """Store pages at the indices from `idx` on. Return the handles of the stored ones."""
 
     def copy_pages(self, dst: NDArray[np.uint8], handles: Uint64Array, intr: threading.Event | None = None) -> None:
         """Copy pages back."""
@@ -72,10 +73,10 @@ class PageStore(Protocol):
 
 
 class PageArray:
-    """`count` slots, empty at first, over a backup. Index errors are IndexError, as of any array.
+    """An array of `count` slots, empty at first. It uses the indices of a backup from `first` on.
 
-    Raises InvalidArgument unless its indices lie within the backup. Destroy it before the backup is closed: what is
-    backed up cannot be restored or dropped any more then, and BackupClosed is raised.
+    Raises InvalidArgument unless these lie within the backup. A wrong slot number is an IndexError, as in any sequence.
+    Destroy the array before the backup is closed; afterwards its methods raise BackupClosed.
     """
 
     def __init__(self, backup: PageStore, count: int, first: int = 0) -> None:
@@ -83,16 +84,16 @@ class PageArray:
         self._first = first
         self._size = backup.page_size
         if count < 1 or first < 0 or self._size % mmap.PAGESIZE:
-            raise InvalidArgument(f"an array has one slot or more, not {count}, and begins at index 0 or later")
+            raise InvalidArgument(f"an array needs one slot or more, not {count}, and an index of 0 or more")
         if (limit := backup.size // self._size) < first + count:
             raise InvalidArgument(
-                f"{count} slots from index {first} on do not lie within the backup's {limit} pages; resize it first"
+                f"{count} slots from index {first} on do not fit into a backup of {limit} pages; resize it first"
             )
         self._map = mmap.mmap(-1, count * self._size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._pages = np.frombuffer(self._map, np.uint8).reshape(count, self._size)
         self._slots = np.zeros(count, np.uint64)
         self._addresses = self._pages.ctypes.data + np.arange(count, dtype=np.uint64) * np.uint64(self._size)
-        self._stored = np.zeros(count, np.bool_)  # which may have a page in the backup, whatever came between
+        self._stored = np.zeros(count, np.bool_)  # the backup may hold a page of the slot
         self._destroyed = False
 
     def __len__(self) -> int:
@@ -104,31 +105,31 @@ class PageArray:
 
     @property
     def slots(self) -> Uint64Array:
-        """The slots, as of now, dtype uint64. To be read only."""
+        """The slots, dtype uint64: a read-only view."""
         view = self._slots.view()
         view.flags.writeable = False
         return view
 
     @property
     def populated(self) -> int:
-        """How many slots hold a page."""
+        """The number of slots that hold a page."""
         return int(np.count_nonzero(self._is_page()))
 
     @property
     def backed_up(self) -> int:
-        """How many slots hold a handle by which :meth:`restore` has yet to bring the page back."""
+        """The number of slots that hold a handle, whose pages :meth:`restore` brings back."""
         return int(np.count_nonzero(self._is_handle() & self._stored))
 
     @property
     def lost(self) -> int:
-        """How many slots hold the handle of a page that :meth:`restore` found dropped by someone else."""
+        """The number of slots whose page :meth:`restore` did not find: someone else dropped it."""
         return int(np.count_nonzero(self._is_lost()))
 
     def __getitem__(self, slot: int) -> NDArray[np.uint8]:
-        """The page in a slot, as a view of page_size bytes: to read and write until it is backed up or purged.
+        """Return the page in a slot: a view, shape (page_size,), dtype uint8, valid until the page is moved or purged.
 
-        An empty slot gets a page of zeros. Raises InvalidArgument for one that is backed up: restore first; PageAbsent
-        for one whose page is lost.
+        An empty slot gets a page of zeros. Raises InvalidArgument if the page is backed up, and PageAbsent if it is
+        lost.
         """
         self._check()
         held = int(self._slots[slot])
@@ -141,29 +142,30 @@ class PageArray:
         return view
 
     def backup(self, *, writeback: bool = False, purge: bool = False, limit: int | None = None) -> int:
-        """Move pages out of memory, at most `limit`; gives how many. ``ttm_pool_backup()``.
+        """Move at most `limit` pages out of memory. Return their number. ``ttm_pool_backup()``.
 
-        With `purge` they are thrown away and their slots are empty; else they are stored and their slots hold handles.
-        Empty slots are skipped, and so are those whose page is lost; but a purge empties all of these, uncounted, and
-        with a limit of 0 these alone. If storing fails part way, slots from there on stay pages, and the number done is
-        given if any was, else the error is raised. Raises InvalidArgument if any page is backed up already.
+        The pages are stored and their slots hold handles. With `purge` the pages are discarded and their slots are
+        empty; a purge also empties the slots of lost pages, which do not count. Empty slots are skipped.
+
+        If storing fails part way, the other slots keep their pages. The error is raised only if no page was stored.
+        Raises InvalidArgument if any page is backed up already.
         """
         self._check()
         if self.backed_up:
-            raise InvalidArgument("the array is backed up already, if only in part; restore it first")
+            raise InvalidArgument("pages of the array are backed up already; restore it first")
         if limit is not None and limit < 0:
-            raise InvalidArgument(f"a limit is a number of pages, not {limit}")
+            raise InvalidArgument(f"limit must be a number of pages, not {limit}")
         slots = np.flatnonzero(self._is_page())[:limit]
         return self._purge(slots) if purge else self._backup_slots(slots, writeback)
 
     def _purge(self, slots: NDArray[np.intp]) -> int:
         emptied = self._is_lost()
         emptied[slots] = True
-        for start, past in _runs(np.flatnonzero(emptied), len(self)):
-            self._release(start, past)  # first: an empty slot is one of zeros
+        for start, past in arguments.consecutive(np.flatnonzero(emptied)):
+            self._release(start, past)  # before the slots are empty: an empty slot reads as zeros
             self._slots[start:past] = 0
         try:
-            self._drop()  # what an interruption left
+            self._drop()  # pages that an interruption left
         except TtmfsError:
             if not len(slots):
                 raise
@@ -174,11 +176,11 @@ class PageArray:
             return 0
         within = slots[slots < self._within()]
         if not len(within):
-            raise InvalidArgument("the pages do not lie within the backup any more: it was made smaller")
+            raise InvalidArgument("the pages lie past the end of the backup, which has become smaller")
         done = 0
-        for start, past in _runs(within, BATCH):
+        for start, past in _batches(within):
             before = self._stored[start:past].copy()
-            self._stored[start:past] = True  # an interruption may come before their handles do
+            self._stored[start:past] = True  # an interruption can come after storing and before the return
             try:
                 handles = self._backup.backup_pages(self._pages[start:past], self._first + start, writeback)
             except TtmfsError as error:
@@ -197,72 +199,71 @@ class PageArray:
         return done
 
     def restore(self, intr: threading.Event | None = None) -> int:
-        """Bring every page back; gives how many. ``ttm_pool_restore_and_alloc()``.
+        """Bring every page back. Return their number. ``ttm_pool_restore_and_alloc()``.
 
-        Some at once are copied, then dropped, and nothing is copied again. An interruption (InterruptedError, if `intr`
-        is set) or any other error keeps what is done: call it again and it goes on there. Pages that were dropped by
-        someone else do not keep it from restoring all others; at the end PageAbsent names their handles, now and at
-        every call, until a purge has emptied their slots.
+        Pages are copied and then dropped, a batch at a time. After an interruption (InterruptedError, if `intr` is set)
+        or another error, call it again: it continues there, and copies nothing twice. Lost pages do not keep it from
+        restoring the others; at its end it raises PageAbsent with their handles, until a purge empties their slots.
         """
         self._check()
         self._forget_past_end()
         done = 0
-        for start, past in _runs(np.flatnonzero(self._is_handle() & self._stored), BATCH):
+        for start, past in _batches(np.flatnonzero(self._is_handle() & self._stored)):
             if intr is not None and intr.is_set():
                 raise InterruptedError(errno.EINTR, "restoring was interrupted")
             done += self._restore(start, past, intr)
-        self._drop()  # what an interruption left; last, so that no page waits for it
+        self._drop()  # pages that an interruption left; last, because no restored page depends on it
         if self.lost:
-            runs = _runs(np.flatnonzero(self._is_lost()) + self._first + 1, len(self))
+            runs = arguments.consecutive(np.flatnonzero(self._is_lost()) + self._first + 1)
             names = format_ranges([(first, past - 1) for first, past in runs])
             raise PageAbsent(f"someone else dropped the pages of these handles: {names}; a purge empties their slots")
         return done
 
     def _restore(self, start: int, past: int, intr: threading.Event | None) -> int:
-        """Restore a run of slots but for the pages that are lost; gives how many."""
+        """Restore a run of slots except lost pages. Return the number restored."""
         handles = page_ptr_to_handle(self._slots[start:past])
         try:
             self._backup.copy_pages(self._pages[start:past], handles, intr)
         except TtmfsError as error:
-            if past - start > 1:  # for all that come before the page to blame, and for those behind one that is lost
+            if past - start > 1:  # restore the pages before the one at fault, and those after a lost one
                 middle = (start + past) // 2
                 return self._restore(start, middle, intr) + self._restore(middle, past, intr)
             if not isinstance(error, PageAbsent):
                 raise
-            self._stored[start] = False  # its handle may become someone else's
+            self._stored[start] = False  # someone else may store a page under its handle
             return 0
-        self._slots[start:past] = self._addresses[start:past]  # from here on the backup is not read again
+        self._slots[start:past] = self._addresses[start:past]  # before dropping: from now on the backup is not read
         self._backup.drop_pages(handles)
         self._stored[start:past] = False
         return past - start
 
     def destroy(self) -> None:
-        """Free pages and drop what is backed up, each exactly once. Nothing is left to be done with the array.
+        """Free every page and drop every backed-up one, each exactly once. Other methods then raise InvalidArgument.
 
-        If dropping fails the error is raised, slots stay as they are, and it can be called again.
+        If dropping fails, the error is raised, the slots stay as they are, and it can be called again.
         """
         if self._destroyed:
             return
         self._drop()
         self._release(0, len(self))
         self._slots[:] = 0
-        self._destroyed = True  # the mapping goes when no view of it is left
+        self._destroyed = True  # the mapping is freed with its last view
 
     def _drop(self) -> None:
-        """Drop all that the backup may have of the array."""
-        with contextlib.suppress(BackupEnded):  # and with it every page
+        """Drop every page of the array that the backup may hold."""
+        with contextlib.suppress(BackupEnded):  # then its pages are gone
             self._forget_past_end()
             if len(indices := np.flatnonzero(self._stored)):
                 self._backup.drop_pages(indices.astype(np.uint64) + np.uint64(self._first + 1))
         self._stored[:] = False
 
     def _forget_past_end(self) -> None:
-        """What lay past the end of a backup that was made smaller is gone, and asking for it is refused."""
+        """Forget pages past the end of a backup that has become smaller: they are gone."""
         if self._stored.any():
             self._stored[self._within() :] = False
 
     def _within(self) -> int:
-        """How many slots lie within the backup."""
+        """Return the number of slots that lie within the backup."""
         return max(0, self._backup.size // self._size - self._first)
 
     def _is_page(self) -> NDArray[np.bool_]:
@@ -277,18 +278,9 @@ class PageArray:
         return self._is_handle() & ~self._stored
 
     def _release(self, start: int, past: int) -> None:
-        """Give the memory of slots back to the system; zeros are read there next. Nothing is raised."""
-        if past == start:
-            return
-        for advice in mmap.MADV_DONTNEED, MADV_DONTNEED_LOCKED:  # the second for a process that called mlockall
-            try:
-                self._map.madvise(advice, start * self._size, (past - start) * self._size)
-            except OSError as error:
-                if error.errno in (None, errno.EINTR):  # a signal handler's
-                    raise
-            else:
-                return
-        self._pages[start:past] = 0  # they are kept
+        """Return the memory of slots to the system. They then read as zeros."""
+        if past > start:
+            self._map.madvise(MADV_DONTNEED_LOCKED, start * self._size, (past - start) * self._size)
 
     def _check(self) -> None:
         if self._destroyed:
@@ -296,10 +288,10 @@ class PageArray:
 
 
 def shrink(arrays: Iterable[PageArray], pages: int, *, writeback: bool = False) -> int:
-    """Back up arrays, in the order given, until so many pages have left memory; gives how many have.
+    """Back up arrays, in the order given, until `pages` pages have left memory. Return how many have.
 
-    One that is backed up, is empty or fails is passed over, so that it does not stall the walk. If nothing could be
-    backed up though there was an array that failed, its error is raised. ``ttm_bo_shrink()``, ``ttm_lru_walk``.
+    Arrays that are backed up or empty, or that fail, are skipped. If all that could be tried failed, the first error is
+    raised. ``ttm_bo_shrink()``, ``ttm_lru_walk``.
     """
     done, failure = 0, None
     for array in arrays:
@@ -316,14 +308,10 @@ def shrink(arrays: Iterable[PageArray], pages: int, *, writeback: bool = False) 
     return done
 
 
-def _runs(slots: NDArray[np.intp], longest: int) -> list[tuple[int, int]]:
-    """Runs of consecutive numbers, ascending, as (first, past the last), none longer than so many."""
-    if not len(slots):
-        return []
-    breaks = np.flatnonzero(np.diff(slots) != 1) + 1
-    found = []
-    for run in np.split(slots, breaks):
-        found += [
-            (int(run[0]) + n, min(int(run[-1]) + 1, int(run[0]) + n + longest)) for n in range(0, len(run), longest)
-        ]
-    return found
+def _batches(slots: NDArray[np.intp]) -> list[tuple[int, int]]:
+    """Return the runs of consecutive slots, ascending, as (first, past the last), cut at BATCH slots."""
+    return [
+        (start, min(past, start + BATCH))
+        for first, past in arguments.consecutive(slots)
+        for start in range(first, past, BATCH)
+    ]

@@ -1,4 +1,4 @@
-"""The mounts that this process sees, as the kernel lists them. None is touched: some may be dead. See proc(5)."""
+"""The mounts that this process sees, from proc(5). Nothing here touches a mount: its server may hang or be dead."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ TYPE = "fuse.ttmfs"
 
 
 class Mounted(NamedTuple):
-    """A mount. `device` is MAJOR:MINOR; `options` are those of the mount and of the filesystem."""
+    """A line of mountinfo. `device` is MAJOR:MINOR; `options` are those of the mount and of the filesystem."""
 
     path: str
     root: str
@@ -24,18 +24,18 @@ class Mounted(NamedTuple):
 
     @property
     def st_dev(self) -> int:
-        """What stat(2) says of the files in it."""
+        """The st_dev of the files in it."""
         major, _, minor = self.device.partition(":")
         return os.makedev(int(major), int(minor))
 
     @property
     def served_by(self) -> int:
-        """The user who mounted, and serves, a FUSE filesystem."""
+        """The user who mounted a FUSE filesystem and serves it."""
         return next((int(word[8:]) for word in self.options if word.startswith("user_id=")), 0)
 
 
 def mounts() -> Iterator[Mounted]:
-    """All mounts of this process' mount namespace; of those on one path the topmost comes last."""
+    """Yield the mounts of this process' mount namespace. Of several on one path, the topmost comes last."""
     for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
         before, _, after = line.partition(b" - ")
         kind, source, super_options, *_ = map(_plain, after.split(b" "))
@@ -44,27 +44,27 @@ def mounts() -> Iterator[Mounted]:
 
 
 def mounted_at(path: str) -> Mounted | None:
-    """What is mounted topmost at a real path; None if nothing is."""
+    """Return the topmost mount at a real path, or None."""
     return next((mount for mount in reversed(list(mounts())) if mount.path == path), None)
 
 
 def ttmfs_mounts() -> Iterator[Mounted]:
-    """All mounts of a whole ttmfs."""
+    """Yield the mounts of ttmfs, without bind mounts of a part of one."""
     return (mount for mount in mounts() if mount.type == TYPE and mount.root == "/")
 
 
 def ttmfs_on(st_dev: int) -> Mounted | None:
-    """The mount of the ttmfs whose files have this st_dev; None if they are of no ttmfs.
+    """Return the ttmfs mount whose files have this st_dev, or None.
 
-    What a file says of itself, by extended attributes for one, anyone can make it say. This is the kernel's word.
+    Anyone can set the extended attributes of a file of their own; only the kernel's list is to be trusted.
     """
     return next((mount for mount in ttmfs_mounts() if mount.st_dev == st_dev), None)
 
 
 def is_attached(device: str) -> bool:
-    """Whether a filesystem is mounted in this process' mount namespace, or in one of another process that we may read.
+    """Whether a filesystem is mounted in the mount namespace of this process, or of any process that it may inspect.
 
-    True if the kernel does not tell.
+    True if /proc cannot be read.
     """
     number = os.fsencode(device)
     try:
@@ -75,7 +75,7 @@ def is_attached(device: str) -> bool:
         return True
     seen = {os.readlink("/proc/self/ns/mnt")}
     for pid in others:
-        with contextlib.suppress(OSError):  # the process has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process ended, or belongs to another user
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace not in seen and _has_row(Path(f"/proc/{pid}/mountinfo"), number):
                 return True

@@ -1,13 +1,13 @@
-"""The few system calls that Python lacks.
+"""The Linux system calls that Python lacks, and sparse files of pages.
 
-Each raises OSError with the errno and what was tried, unless it says otherwise.
+Each function raises OSError with the errno and the name of the call. None of them blocks on anything but memory and the
+filesystem below, unless its description says so.
 
-Numbers are those of the generic table, the same on every architecture for calls this new
-(``include/uapi/asm-generic/unistd.h``). All of it is synchronous: it waits for nothing but memory and the filesystem
-below, except where a function says more.
+Numbers of system calls are those of the generic table, the same on every architecture for calls this new
+(``include/uapi/asm-generic/unistd.h``).
 
-Run as a program, by its path, this file is the helper through which a user without privilege makes and resizes a tmpfs:
-what needs a user namespace happens there, and the caller stays outside.
+Run as a program, by its path, this file is a helper that makes or resizes a tmpfs for a user without privileges. Only
+the helper enters a user namespace.
 """
 
 import ctypes
@@ -64,7 +64,7 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _FSOPEN, _FSCONFIG, _FSMOUNT, _FSPICK, _CACHESTAT = 430, 431, 432, 433, 451
-_MOVE_PAGES, _GENERIC_MOVE_PAGES = {"x86_64": 279}, 239  # the one number here that is not the same everywhere
+_MOVE_PAGES = 279 if platform.machine() == "x86_64" else 239  # the only number here that differs by architecture
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
@@ -82,9 +82,6 @@ XATTR_SIZE_MAX = 65536  # bytes of an extended attribute, include/uapi/linux/lim
 CAP_SYS_RESOURCE = 24
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
-
-SCANNED = 10
-"""Pages of a run that SEEK_HOLE scans in the time that one SEEK_DATA takes."""
 
 
 def _checked(result: int, what: str) -> int:
@@ -190,9 +187,9 @@ def _helper_main(command: str, *arguments: str) -> None:
 
 
 class Duplicate:
-    """A descriptor of one's own of an open file, closed when no one refers to this any more.
+    """A duplicate of a file descriptor, which is closed with the last reference to this object.
 
-    So it can be given to a thread that may never be started, or be left to itself.
+    A thread that never starts, or that is abandoned, leaks no descriptor.
     """
 
     def __init__(self, fd: int) -> None:
@@ -200,7 +197,7 @@ class Duplicate:
         self.fd = os.dup(fd)
 
     def close(self) -> None:
-        """Close it now: an exception can refer to it for long."""
+        """Close it now: an exception can hold a reference for long."""
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
@@ -209,25 +206,25 @@ class Duplicate:
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Free a range of a file; it reads as zeros afterwards and SEEK_DATA skips it."""
+    """Free a range of a file. It then reads as zeros, and SEEK_DATA skips it."""
     _checked(_libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length), "fallocate punch")
 
 
 def allocate_range(fd: int, offset: int, length: int) -> None:
-    """Allocate what a range of a file lacks, all of it or (ENOSPC) nothing. It is a hole to SEEK_DATA until written."""
+    """Allocate the holes in a range of a file, all or (ENOSPC) none. They stay holes to SEEK_DATA until written."""
     while _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length) < 0:
-        if ctypes.get_errno() != errno.EINTR:  # any signal, or a suspend of the machine; of tmpfs on older kernels
+        if ctypes.get_errno() != errno.EINTR:  # a signal interrupts shmem_fallocate() of older kernels
             _checked(-1, "fallocate")
 
 
 def rename(directory: int, old: str, new: str, *, replace: bool) -> None:
-    """renameat2(2) within one directory; with `replace` false OSError(EEXIST) if the new name is taken."""
+    """Rename within one directory. With `replace` false, OSError(EEXIST) if the new name is taken. renameat2(2)."""
     flags = 0 if replace else _RENAME_NOREPLACE
     _checked(_libc.renameat2(directory, os.fsencode(old), directory, os.fsencode(new), flags), "renameat2")
 
 
 def next_data_start(fd: int, offset: int) -> int | None:
-    """Where the first data at or after an offset begins; None if there is none."""
+    """Return the offset of the first data at or after an offset; None if there is none."""
     try:
         return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:
@@ -237,18 +234,18 @@ def next_data_start(fd: int, offset: int) -> int | None:
 
 
 def next_data(fd: int, offset: int) -> tuple[int, int] | None:
-    """The first run of data at or after an offset, as (start, end) in bytes; None if there is none.
+    """Return the first run of data at or after an offset, as (start, end) in bytes; None if there is none.
 
-    Takes time in proportion to the run's length: 10 ms for 1 GiB of a tmpfs.
+    Takes time in proportion to the length of the run: 10 ms for 1 GiB of a tmpfs.
     """
     start = next_data_start(fd, offset)
     return None if start is None else (start, os.lseek(fd, start, os.SEEK_HOLE))
 
 
 def page_runs(fd: int, page_size: int, first: int, past: int) -> Iterator[tuple[int, int]]:
-    """The runs of pages of a file between two indices, as (first index, index past the last), ascending.
+    """Yield the runs of pages between two indices, as (first index, index past the last), ascending.
 
-    A page is there if any of it is data.
+    A page exists if any part of it is data.
     """
     run = (first, first)
     while run[1] < past and (found := next_data(fd, run[1] * page_size)):
@@ -265,38 +262,40 @@ def page_runs(fd: int, page_size: int, first: int, past: int) -> Iterator[tuple[
         yield run
 
 
+FEW = 64
+"""Pages that are probed one by one, without asking how large the file is."""
+
+PROBE_COST = 16
+"""Cost of one SEEK_DATA probe, in pages scanned."""
+
+
 def is_data(fd: int, offset: int, length: int) -> bool:
-    """Whether there is data within a range. Takes the same time however long the runs are."""
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA) < offset + length
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return False
+    """Whether a range contains data. The time does not depend on the length of runs."""
+    start = next_data_start(fd, offset)
+    return start is not None and start < offset + length
 
 
 def first_absent(fd: int, page_size: int, first: int, past: int) -> int | None:
-    """The first index of a range that holds no page; None if every page of the range exists.
+    """Return the first index of a range that holds no page; None if every page exists.
 
-    A short range is looked at page by page: the run that it lies in can end far past it, and is scanned to its end.
+    Pages of a short range are probed one by one: a run can end far past the range, and next_data() scans it to its end.
     """
-    if (past - first) * SCANNED < os.fstat(fd).st_blocks * 512 // page_size:
-        return next((idx for idx in range(first, past) if not is_data(fd, idx * page_size, page_size)), None)
-    start, end = next(page_runs(fd, page_size, first, past), (past, past))
-    if start > first:
-        return first
-    return end if end < past else None
+    count = past - first
+    if count <= FEW or count * PROBE_COST < os.fstat(fd).st_blocks * 512 // page_size:
+        return next((i for i in range(first, past) if not is_data(fd, i * page_size, page_size)), None)
+    run = next(page_runs(fd, page_size, first, past), (past, past))
+    return None if run == (first, past) else run[1] if run[0] == first else first
 
 
 def device_and_inode(path: str) -> tuple[int, int]:
-    """st_dev and st_ino of what a path leads to, as the kernel knows it: no server is asked, and none waited for."""
+    """Return st_dev and st_ino of a path as the kernel remembers them, without a request to the server of a mount."""
     answer = (ctypes.c_uint32 * 64)()  # a struct statx
     _checked(_libc.statx(_AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, _STATX_INO, ctypes.byref(answer)), "statx")
     return os.makedev(answer[34], answer[35]), int(ctypes.c_uint64.from_buffer(answer, 32).value)
 
 
 def is_tmpfs(fd: int) -> bool:
-    """Whether a file lies in memory and swap. statfs(2)."""
+    """Whether a file is in a tmpfs. statfs(2)."""
     answer = (ctypes.c_ulong * 32)()  # a struct statfs, which begins with f_type
     _checked(_libc.fstatfs(fd, ctypes.byref(answer)), "fstatfs")
     return answer[0] & 0xFFFFFFFF == _TMPFS_MAGIC
@@ -305,60 +304,53 @@ def is_tmpfs(fd: int) -> bool:
 # --- memory ---
 
 
-class _Range(ctypes.Structure):
-    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
-
-
-class _Cachestat(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_uint64) for name in ("cache", "dirty", "writeback", "evicted", "recently_evicted"))
-
-
 _NO_CACHESTAT = (errno.ENOSYS, errno.EPERM)
-"""An older kernel, or a filter of system calls (of a container runtime, or a unit) that does not know it."""
+"""The errno before Linux 6.5, and of a seccomp filter that does not know cachestat(2)."""
 
 
-class _Asked(threading.local):
-    """What a thread asks cachestat(2) and is answered. Kept: to make it anew takes longer than the call."""
+class _CachestatBuffers(threading.local):
+    """The structures of a thread's calls of cachestat(2). Making new ones would take longer than the call."""
 
     def __init__(self) -> None:
-        self.where, self.found = _Range(), _Cachestat()
-        self.at_where, self.at_found = ctypes.byref(self.where), ctypes.byref(self.found)
+        self.range = (ctypes.c_uint64 * 2)()  # offset and length
+        self.counts = (ctypes.c_uint64 * 5)()  # in the page cache, dirty, in writeback, evicted, recently evicted
+        self.pointers = ctypes.byref(self.range), ctypes.byref(self.counts)
 
 
-_asked = _Asked()
+_buffers = _CachestatBuffers()
 
 
-def residency(fd: int, offset: int, length: int) -> tuple[int, int]:
-    """Of a file's range, the numbers of base pages that are in memory and that were evicted. Touches none.
-
-    Of a tmpfs, evicted means swapped out. cachestat(2), Linux 6.5; before that, holes are taken for evicted pages.
-    """
-    asked = _asked
-    asked.where.offset, asked.where.length = offset, length
-    if _libc.syscall(_CACHESTAT, fd, asked.at_where, asked.at_found, 0) < 0:
-        number = ctypes.get_errno()
-        if number not in _NO_CACHESTAT:
-            raise OSError(number, f"cachestat: {os.strerror(number)}")
-        return _residency_by_mincore(fd, offset, length)
-    return asked.found.cache, asked.found.evicted
-
-
-def evicted(fd: int, offset: int = 0, length: int = 0) -> int | None:
-    """Of a range of a tmpfs file (all of it), the number of base pages that are swapped out. None before Linux 6.5.
-
-    Takes time in proportion to what is there, not to how many runs of it there are.
-    """
-    asked = _asked
-    asked.where.offset, asked.where.length = offset, length  # 0: to the end
-    if _libc.syscall(_CACHESTAT, fd, asked.at_where, asked.at_found, 0) < 0:
+def _cachestat(fd: int, offset: int, length: int) -> "ctypes.Array[ctypes.c_uint64] | None":
+    """Return the counts of base pages in a range (length 0: to the end of the file); None without cachestat(2)."""
+    buffers = _buffers
+    buffers.range[0], buffers.range[1] = offset, length
+    if _libc.syscall(_CACHESTAT, fd, *buffers.pointers, 0) < 0:
         if (number := ctypes.get_errno()) in _NO_CACHESTAT:
             return None
         raise OSError(number, f"cachestat: {os.strerror(number)}")
-    return int(asked.found.evicted)
+    return buffers.counts
+
+
+def residency(fd: int, offset: int, length: int) -> tuple[int, int]:
+    """Return the numbers of base pages of a range that are in memory and that were evicted. Loads no page.
+
+    In a tmpfs, evicted means swapped out. Before Linux 6.5 holes count as evicted pages.
+    """
+    counts = _cachestat(fd, offset, length)
+    return _residency_by_mincore(fd, offset, length) if counts is None else (counts[0], counts[3])
+
+
+def evicted(fd: int, offset: int = 0, length: int = 0) -> int | None:
+    """Return the number of base pages of a range (default: the whole file) that are swapped out; None before Linux 6.5.
+
+    Takes time in proportion to the pages that exist, not to the number of runs.
+    """
+    counts = _cachestat(fd, offset, length)
+    return None if counts is None else counts[3]
 
 
 def _residency_by_mincore(fd: int, offset: int, length: int) -> tuple[int, int]:
-    """The same on an older kernel. The mapping is never touched: a read of it would put pages into the holes."""
+    """The same before Linux 6.5. The mapping is never read: a read would fill holes."""
     cached, window, start = 0, 1 << 30, offset - offset % _PAGE_SIZE
     for position in range(start, offset + length, window):
         size = min(window, offset + length - position)
@@ -376,15 +368,15 @@ def _map(fd: int, offset: int, length: int) -> int:
     address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
     if address == _MAP_FAILED:
         _checked(-1, "mmap")
-    _libc.munlock(address, length)  # what lock_memory() has locked cannot be swapped out
+    _libc.munlock(address, length)  # pages that lock_memory() locks cannot be swapped out
     return int(address)
 
 
 def map_resident(fd: int, offset: int, length: int) -> int:
-    """Map a range with its pages in the page tables, which is what paging out asks for. Gives the address.
+    """Map a range and its pages, as :func:`page_out` requires. Return the address.
 
-    Every page of it must be data and in memory: this would put a page into a hole, and wait for one that is swapped
-    out. OSError if the file has become shorter meanwhile.
+    Every page of the range must be data and resident: this call fills holes, and waits for swap. OSError if the file
+    has become shorter.
     """
     address = _map(fd, offset, length)
     try:
@@ -396,54 +388,41 @@ def map_resident(fd: int, offset: int, length: int) -> int:
 
 
 def page_out(address: int, length: int, *, from_all_cpus: bool = False) -> None:
-    """Push the pages of a mapping of :func:`map_resident` to swap, as far as that is possible.
+    """Push the pages of a mapping of :func:`map_resident` to swap, on a best-effort basis. Pages dropped since stay so.
 
-    Pages that were dropped meanwhile stay so. Can take as long as the swap device does: call it in a thread.
+    It waits for the swap device: call it in a thread.
 
-    A page just written waits in a list of the CPU that it was written on, where MADV_PAGEOUT on another does not find
-    it. `from_all_cpus` empties these lists first, as every move_pages(2) does, also one of no pages (64 us on 2 CPUs).
+    A new page is in a list of the CPU that wrote it, where MADV_PAGEOUT on another CPU does not find it.
+    `from_all_cpus` empties these lists first, as every move_pages(2) does, even of no pages (64 us on 2 CPUs).
     """
     if from_all_cpus:
-        number = _MOVE_PAGES.get(platform.machine(), _GENERIC_MOVE_PAGES)
-        _libc.syscall(ctypes.c_long(number), 0, ctypes.c_long(0), None, (ctypes.c_int * 1)(0), None, 0)
+        _libc.syscall(ctypes.c_long(_MOVE_PAGES), 0, ctypes.c_long(0), None, (ctypes.c_int * 1)(0), None, 0)
     _libc.madvise(address, length, _MADV_PAGEOUT)
 
 
 def unmap(address: int, length: int) -> None:
-    """Take away a mapping of :func:`map_resident`."""
+    """Remove a mapping of :func:`map_resident`."""
     _libc.munmap(address, length)
 
 
-class _Sysinfo(ctypes.Structure):
-    _fields_ = (
-        ("uptime", ctypes.c_long),
-        ("loads", ctypes.c_ulong * 3),
-        *((name, ctypes.c_ulong) for name in ("ram", "ram_free", "shared", "buffers", "swap", "swap_free")),
-        ("processes", ctypes.c_ushort),
-        ("pad", ctypes.c_ushort),
-        *((name, ctypes.c_ulong) for name in ("high", "high_free")),
-        ("unit", ctypes.c_uint),
-        ("rest", ctypes.c_char * 64),
-    )
-
-
 def swap_space() -> tuple[int, int]:
-    """The machine's swap in bytes: all of it, and what is free. sysinfo(2)."""
-    answer = _Sysinfo()
+    """Return the machine's swap and its free part, in bytes. sysinfo(2)."""
+    answer = (ctypes.c_ulong * 64)()  # a struct sysinfo: totalswap and freeswap are words 8 and 9, mem_unit begins 13
     _checked(_libc.sysinfo(ctypes.byref(answer)), "sysinfo")
-    return answer.swap * answer.unit, answer.swap_free * answer.unit
+    unit = ctypes.c_uint32.from_buffer(answer, 13 * ctypes.sizeof(ctypes.c_ulong)).value
+    return answer[8] * unit, answer[9] * unit
 
 
 def lock_memory(limit: int) -> None:
-    """Keep what this process has in memory there, and what it comes to map, from when it is used on. mlockall(2).
+    """Lock this process' memory: what is mapped now and, if no limit applies, what it maps later. mlockall(2).
 
-    Mappings of stores, which this module makes, are not locked: their pages are to be swapped out. Where `limit`, which
-    is RLIMIT_MEMLOCK, holds for this process, only what is mapped by now is locked, for at the limit a process that
-    locks all that it maps gets no memory any more. OSError(EPERM or ENOMEM) where the limit is too low for that too.
+    Pages are locked when they are first used. Mappings of backups are not locked: their pages may be swapped out.
+    `limit` is RLIMIT_MEMLOCK. A process that locks all future mappings gets no more memory at the limit, so under a
+    limit only current mappings are locked. OSError(EPERM or ENOMEM) if the limit is too low for these.
     """
     _checked(_libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT), "mlockall")
     if limit != resource.RLIM_INFINITY:
-        try:  # asking for more than that tells, whatever rights there are in whichever user namespace
+        try:  # a mapping larger than the limit shows whether it applies, in any user namespace
             mmap.mmap(-1, limit + _PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ).close()
         except OSError:
             _checked(_libc.mlockall(_MCL_CURRENT | _MCL_ONFAULT), "mlockall")
@@ -453,21 +432,21 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX
 
 TOUCHED = 8 << 20
-"""Bytes for libfuse to read requests into, 1 MiB for each task that reads them, so that a kill amid that harms none."""
+"""Bytes of heap for libfuse's request buffers: 1 MiB for each task that reads requests."""
 
 
 def die_with(parent: int) -> None:
-    """Have this process killed when its parent, whose process id is given, ends in whatever way."""
+    """Have the kernel kill this process when its parent ends. `parent` is the parent's process id."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
+    if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def touch_heap() -> None:
-    """Have TOUCHED bytes of memory for malloc(3) that is in the page tables already, and stays there when it is freed.
+    """Give malloc(3) TOUCHED bytes of memory with its pages mapped, and keep them mapped after free(3).
 
-    A process that is killed while it reads from /dev/fuse into memory that it never touched makes the kernel answer
-    that request with EIO: page faults are not served any more. (get_user_pages() for fuse_copy_fill() sees the signal)
+    If a process is killed while it reads a request from FUSE into unmapped pages, the kernel answers the request with
+    EIO, because a killed process gets no page faults served (get_user_pages() in fuse_copy_fill()).
     """
     for parameter in _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD:
         _libc.mallopt(parameter, _LARGEST_THRESHOLD)
@@ -477,22 +456,15 @@ def touch_heap() -> None:
         _libc.free(ctypes.c_void_p(address))
 
 
-# --- rights ---
-
-
-class _CapabilityHeader(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _CapabilitySets(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable"))
+# --- capabilities ---
 
 
 def renounce(capability: int) -> None:
-    """Do without one of the first 32 capabilities, in this thread and those that it starts. capset(2)."""
-    header, sets = _CapabilityHeader(_CAPABILITY_VERSION_3, 0), (_CapabilitySets * 2)()
+    """Drop one of the first 32 capabilities from this thread and the threads that it starts. capset(2)."""
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)  # version and process id
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice
     _checked(_libc.capget(ctypes.byref(header), sets), "capget")
-    sets[0].effective &= ~(1 << capability)
+    sets[0] &= ~(1 << capability)
     _checked(_libc.capset(ctypes.byref(header), sets), "capset")
 
 

@@ -1,11 +1,11 @@
-"""What a caller brings, checked: pages, indices, handles, destinations. Arithmetic alone, with clear refusals.
+"""Checks of the arguments that callers pass, and arithmetic on them. Synchronous and without I/O.
 
-Both the pool's backups and the client's begin here, so that they refuse the same in the same words.
+The backups of a pool and of a client both use these checks, so that they refuse the same, with the same messages.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import InvalidArgument
 from ..handles import IntOrArray, Uint64Array, handle_to_index, index_to_handle
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 
     PageBuffer = Buffer | NDArray[np.uint8]
 
-__all__ = ["PageBuffer", "check_end", "destination", "flat", "handle_of", "index_of", "page", "pages", "rows", "runs"]
-
 
 def page(buffer: PageBuffer, page_size: int) -> memoryview:
-    """The bytes of one page."""
+    """Return the bytes of one page: any contiguous buffer of page_size bytes."""
     data = flat(buffer)
     if data.nbytes != page_size:
         raise InvalidArgument(f"a page has {page_size} bytes, not {data.nbytes}")
@@ -31,8 +29,8 @@ def page(buffer: PageBuffer, page_size: int) -> memoryview:
 
 
 def pages(array: NDArray[np.uint8], page_size: int) -> memoryview:
-    """The bytes of an array of shape (n, page_size), dtype uint8."""
-    import numpy as np  # a daemon does without it
+    """Return the bytes of an array of shape (n, page_size), dtype uint8; of a copy, if it is not contiguous."""
+    import numpy as np  # not at the top: a daemon needs no numpy
 
     if array.dtype != np.uint8 or array.ndim != 2 or array.shape[1] != page_size:
         raise InvalidArgument(
@@ -42,7 +40,7 @@ def pages(array: NDArray[np.uint8], page_size: int) -> memoryview:
 
 
 def destination(buffer: PageBuffer, page_size: int) -> memoryview:
-    """Where one page is to go."""
+    """Return the bytes of the buffer for one page: contiguous, writable, of page_size bytes."""
     data = flat(buffer)
     if data.nbytes != page_size or data.readonly:
         raise InvalidArgument(f"the destination must be writable and of {page_size} bytes")
@@ -50,7 +48,7 @@ def destination(buffer: PageBuffer, page_size: int) -> memoryview:
 
 
 def rows(array: NDArray[np.uint8], count: int, page_size: int) -> memoryview:
-    """Where so many pages are to go: the rows of an array of shape (count, page_size), dtype uint8."""
+    """Return the bytes of the array for `count` pages: contiguous, writable, shape (count, page_size), dtype uint8."""
     if array.dtype != "uint8" or array.shape != (count, page_size) or not array.flags.c_contiguous:
         raise InvalidArgument(f"the destination must be a contiguous array of uint8 of shape ({count}, {page_size})")
     if not array.flags.writeable:
@@ -59,26 +57,32 @@ def rows(array: NDArray[np.uint8], count: int, page_size: int) -> memoryview:
 
 
 def handle_of(idx: int) -> int:
-    """The handle of an index."""
+    """Return the handle of an index."""
     return _valid(index_to_handle, idx)
 
 
 def index_of(handle: int) -> int:
-    """The index of a handle."""
+    """Return the index of a handle."""
     return _valid(handle_to_index, handle)
 
 
 def runs(handles: Uint64Array) -> list[tuple[int, int]]:
-    """The runs of consecutive handles in an array, as (first index, index past the last)."""
+    """Return the runs of consecutive handles in an array, in its order, as (first index, index past the last)."""
     import numpy as np
 
     if not isinstance(handles, np.ndarray) or handles.ndim != 1:
-        raise InvalidArgument("handles must be an array of uint64 of one dimension")
-    indices = _valid(handle_to_index, handles)
-    if not len(indices):
+        raise InvalidArgument("handles must be a one-dimensional array of uint64")
+    return consecutive(_valid(handle_to_index, handles))
+
+
+def consecutive(numbers: NDArray[np.integer[Any]]) -> list[tuple[int, int]]:
+    """Return the runs of consecutive numbers in an array, in its order, as (first, past the last)."""
+    import numpy as np
+
+    if not len(numbers):
         return []
-    breaks = np.flatnonzero(np.diff(indices) != 1)
-    firsts, lasts = indices[np.concatenate(([0], breaks + 1))], indices[np.concatenate((breaks, [-1]))]
+    breaks = np.flatnonzero(np.diff(numbers) != 1)
+    firsts, lasts = numbers[np.concatenate(([0], breaks + 1))], numbers[np.concatenate((breaks, [-1]))]
     return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
 
 
@@ -89,15 +93,15 @@ def check_end(past: int, limit: int) -> None:
 
 
 def flat(buffer: PageBuffer) -> memoryview:
-    """The bytes of a contiguous buffer."""
+    """Return the bytes of a contiguous buffer."""
     try:
         return memoryview(cast("Buffer", buffer)).cast("B")
     except TypeError as error:
-        raise InvalidArgument(f"a contiguous buffer is needed: {error}") from None
+        raise InvalidArgument(f"the buffer must be contiguous: {error}") from None
 
 
 def _valid(convert: Callable[[IntOrArray], IntOrArray], value: IntOrArray) -> IntOrArray:
-    """What a function of ``handles`` makes of a value."""
+    """Convert with a function of ``handles``; its ValueError becomes InvalidArgument."""
     try:
         return convert(value)
     except ValueError as error:
