@@ -12,6 +12,7 @@ import pwd
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from itertools import permutations
 from typing import Any, NamedTuple, Self
 
@@ -19,8 +20,8 @@ BASE_PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
 LARGEST_PAGE_SIZE = 2 << 20
 
 _SUFFIXES = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-_SIZE = re.compile(r"([0-9]{1,64})([kmgt]?)", re.IGNORECASE | re.ASCII)
-_PERCENT = re.compile(r"([0-9]{1,3})%", re.ASCII)
+_SIZE_TEXT = re.compile(r"([0-9]{1,64})([kmgt]?)", re.IGNORECASE | re.ASCII)
+_PERCENT_TEXT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # what a file offset can reach
 
 AUTO_POLL, LONGEST_POLL = 200, 10_000  # us
@@ -69,9 +70,9 @@ def parse_size(text: str) -> int:
 
     tmpfs rounds a percentage up too (shmem_parse_one() in mm/shmem.c).
     """
-    if match := _PERCENT.fullmatch(text):
+    if match := _PERCENT_TEXT.fullmatch(text):
         return -(-int(match[1]) * os.sysconf("SC_PHYS_PAGES") // 100) * BASE_PAGE_SIZE
-    if not (match := _SIZE.fullmatch(text)):
+    if not (match := _SIZE_TEXT.fullmatch(text)):
         raise OptionError(f"{text!r} is no size: write a whole number of bytes, or with k, m, g, t or % behind it")
     if (size := int(match[1]) << _SUFFIXES[match[2].lower()]) > _LARGEST_SIZE:
         raise OptionError(f"{text} is more than a file can hold")
@@ -96,7 +97,7 @@ def _parse_positive_size(text: str) -> int:
 
 
 def _parse_count(text: str) -> int:
-    if "%" in text or not _SIZE.fullmatch(text):
+    if "%" in text or not _SIZE_TEXT.fullmatch(text):
         raise OptionError(f"{text!r} is no number: write one such as 10000 or 64k")
     return parse_size(text)
 
@@ -107,7 +108,7 @@ def _parse_mode(text: str) -> int:
     return int(text, 8)
 
 
-def _parse_id(text: str, kind: str, look_up: Callable[[str], int]) -> int:
+def _parse_id(kind: str, look_up: Callable[[str], int], text: str) -> int:
     if re.fullmatch(r"[0-9]{1,10}", text, re.ASCII):
         if int(text) > 2**32 - 2:
             raise OptionError(f"{text} is no {kind} id: the largest is {2**32 - 2}")
@@ -116,14 +117,6 @@ def _parse_id(text: str, kind: str, look_up: Callable[[str], int]) -> int:
         return look_up(text)
     except (KeyError, ValueError):
         raise OptionError(f"{text!r} is no {kind} of this machine") from None
-
-
-def _parse_uid(text: str) -> int:
-    return _parse_id(text, "user", lambda name: pwd.getpwnam(name).pw_uid)
-
-
-def _parse_gid(text: str) -> int:
-    return _parse_id(text, "group", lambda name: grp.getgrnam(name).gr_gid)
 
 
 def _parse_busy_poll(text: str) -> int:
@@ -138,10 +131,6 @@ def _parse_switch(text: str) -> bool:
     if text not in ("on", "off"):
         raise OptionError(f"{text!r} is neither on nor off")
     return text == "on"
-
-
-def _format_switch(on: object) -> str:
-    return "on" if on else "off"
 
 
 def _parse_tries(text: str) -> int:
@@ -175,13 +164,30 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\,])", r"\\\1", text)
 
 
-def _row(default: object, value: str, parse: Callable[[str], Any], show: Callable[[Any], str], help_: str) -> Any:
+class _Kind(NamedTuple):
+    """The kind of an option's value, as in Option."""
+
+    value: str
+    parse: Callable[[str], Any]
+    show: Callable[[Any], str] = str
+
+
+_SIZE = _Kind("SIZE", parse_size, format_size)
+_POSITIVE_SIZE = _Kind("SIZE", _parse_positive_size, format_size)
+_COUNT = _Kind("N", _parse_count)
+_MODE = _Kind("MODE", _parse_mode, "{:04o}".format)
+_UID = _Kind("UID", partial(_parse_id, "user", lambda name: pwd.getpwnam(name).pw_uid))
+_GID = _Kind("GID", partial(_parse_id, "group", lambda name: grp.getgrnam(name).gr_gid))
+_DIRECTORY = _Kind("DIR", str, escaped)
+_BUSY_POLL = _Kind("auto|off|US", _parse_busy_poll, _format_busy_poll)
+_TRIES, _SECONDS = _Kind("N", _parse_tries), _Kind("S", _parse_seconds)
+_SWITCH = _Kind("on|off", _parse_switch, lambda on: "on" if on else "off")
+_FLAG = _Kind("", lambda _: True)
+
+
+def _row(default: object, kind: _Kind, help_: str) -> Any:
     """A field of Options with its row of the table."""
-    return field(default=default, metadata={"row": (value, parse, show, help_)})
-
-
-def _flag(help_: str) -> Any:
-    return _row(False, "", lambda _: True, str, help_)
+    return field(default=default, metadata={"row": (*kind, help_)})
 
 
 @dataclass(frozen=True)
@@ -189,40 +195,26 @@ class Options:
     """The options of one mount, complete and consistent. Sizes are bytes."""
 
     # 0 or None as a default: see __post_init__. The text in brackets at the end of a help is its default.
-    size: int = _row(
-        0, "SIZE", _parse_positive_size, format_size, "the most that all backups together may hold (50% of RAM)"
-    )
-    nr_inodes: int | None = _row(None, "N", _parse_count, str, "number of backups, plus 1; 0: no limit (pages of size)")
-    store: str | None = _row(None, "DIR", str, escaped, "keep the backups in DIR, for good (a private tmpfs)")
-    mode: int | None = _row(None, "MODE", _parse_mode, "{:04o}".format, "mode of the root directory, in octal (0755)")
-    uid: int | None = _row(None, "UID", _parse_uid, str, "owner of the root directory (the user who mounts)")
-    gid: int | None = _row(None, "GID", _parse_gid, str, "group of the root directory (the user who mounts)")
-    backup_size: int = _row(0, "SIZE", _parse_positive_size, format_size, "size of a backup that mkdir makes (size)")
-    page_size: int = _row(
-        BASE_PAGE_SIZE, "SIZE", parse_size, format_size, "bytes a page: a power of two up to 2m (the system's)"
-    )
-    uid_size: int = _row(
-        0, "SIZE", _parse_positive_size, format_size, "the most that one user may store, except root (no limit)"
-    )
-    reserve: int = _row(64 << 20, "SIZE", parse_size, format_size, "memory and swap that storing leaves free (64m)")
-    busy_poll: int = _row(  # microseconds at most; 0: off
-        AUTO_POLL, "auto|off|US", _parse_busy_poll, _format_busy_poll, "how long to poll for requests (auto)"
-    )
-    keeper: bool = _row(
-        True, "on|off", _parse_switch, _format_switch, "survive the daemon's death, by a second process (on)"
-    )
-    restart_tries: int = _row(
-        RESTART_TRIES, "N", _parse_tries, str, "failed starts of a daemon until the keeper gives up (5)"
-    )
+    size: int = _row(0, _POSITIVE_SIZE, "the most that all backups together may hold (50% of RAM)")
+    nr_inodes: int | None = _row(None, _COUNT, "number of backups, plus 1; 0: no limit (pages of size)")
+    store: str | None = _row(None, _DIRECTORY, "keep the backups in DIR, for good (a private tmpfs)")
+    mode: int | None = _row(None, _MODE, "mode of the root directory, in octal (0755)")
+    uid: int | None = _row(None, _UID, "owner of the root directory (the user who mounts)")
+    gid: int | None = _row(None, _GID, "group of the root directory (the user who mounts)")
+    backup_size: int = _row(0, _POSITIVE_SIZE, "size of a backup that mkdir makes (size)")
+    page_size: int = _row(BASE_PAGE_SIZE, _SIZE, "bytes a page: a power of two up to 2m (the system's)")
+    uid_size: int = _row(0, _POSITIVE_SIZE, "the most that one user may store, except root (no limit)")
+    reserve: int = _row(64 << 20, _SIZE, "memory and swap that storing leaves free (64m)")
+    busy_poll: int = _row(AUTO_POLL, _BUSY_POLL, "how long to poll for requests (auto)")  # us at most; 0: off
+    keeper: bool = _row(True, _SWITCH, "survive the daemon's death, by a second process (on)")
+    restart_tries: int = _row(RESTART_TRIES, _TRIES, "failed starts of a daemon until the keeper gives up (5)")
     restart_seconds: int = _row(
-        RESTART_SECONDS, "S", _parse_seconds, str, "seconds after a daemon's death until the keeper gives up (10)"
+        RESTART_SECONDS, _SECONDS, "seconds after a daemon's death until the keeper gives up (10)"
     )
-    resend: bool = _row(
-        True, "on|off", _parse_switch, _format_switch, "off: mount again after a death, as before Linux 6.9 (on)"
-    )
-    allow_other: bool = _flag("let other users in, as far as the mode bits allow")
-    ro: bool = _flag("mount read-only")
-    debug: bool = _flag("log every operation")
+    resend: bool = _row(True, _SWITCH, "off: mount again after a death, as before Linux 6.9 (on)")
+    allow_other: bool = _row(False, _FLAG, "let other users in, as far as the mode bits allow")
+    ro: bool = _row(False, _FLAG, "mount read-only")
+    debug: bool = _row(False, _FLAG, "log every operation")
     kernel: tuple[str, ...] = ()  # flags for fusermount3
 
     def __post_init__(self) -> None:
@@ -273,9 +265,10 @@ class Options:
         for word in (word for text in texts for word in split(text)):
             name, equals, value = word.partition("=")
             if option := TABLE.get(name):
-                if bool(option.value) != bool(equals):
-                    raise OptionError(f"{name} needs a value: {name}={option.value}" if option.value else
-                                      f"{name} is a flag and takes no value")  # fmt: skip
+                if option.value and not equals:
+                    raise OptionError(f"{name} needs a value: {name}={option.value}")
+                if equals and not option.value:
+                    raise OptionError(f"{name} is a flag and takes no value")
                 try:
                     values[name] = option.parse(value)
                 except OptionError as error:
