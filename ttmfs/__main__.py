@@ -15,7 +15,7 @@ from .cli.main import main as run
 
 def main() -> int:
     """The command: its exit status."""
-    return run(apart=True)
+    return run(in_child=True)
 
 
 if __name__ == "__main__":

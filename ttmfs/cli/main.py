@@ -1,6 +1,6 @@
-"""The command ``ttmfs``, for those who look after mounts: its parser, and which command it is.
+"""The command ``ttmfs``: its parser and its commands.
 
-A command's module is imported when the command is used, so that none waits for what the others need.
+A command's module is imported when the command runs, so that no command pays for the imports of another.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from ..quoting import plain
 from ..version import __version__
-from .commands.apart import interrupt_once, supervised
+from .commands.child_process import supervised
 from .commands.command import Command, guarded
 
 __all__ = ["COMMANDS", "main", "parser"]
@@ -35,11 +35,11 @@ COMMANDS = {
 
 EPILOG = """\
 exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if it was interrupted.
-ttmfs COMMAND --help has examples of each."""
+ttmfs COMMAND --help shows examples."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that shows what is wrong without harm: a shell makes arguments of the names that others chose."""
+    """Errors are shown without control characters: a shell makes arguments of names that others chose."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -53,7 +53,7 @@ def _command(name: str) -> Command:
 
 
 def parser(*used: str) -> argparse.ArgumentParser:
-    """The parser of the command line: with the arguments of the commands that are `used`, or of all."""
+    """The parser of the command line, with the arguments of the commands `used`, or of all."""
     raw = argparse.RawDescriptionHelpFormatter
     whole = _Parser(
         "ttmfs",
@@ -73,8 +73,8 @@ def parser(*used: str) -> argparse.ArgumentParser:
     return whole
 
 
-def _have_standard_files() -> None:
-    """Have standard input, output and error, whichever the caller closed: else a backup's file could become one."""
+def _open_standard_files() -> None:
+    """Open standard input, output and error if the caller closed them: else a backup's file could become one."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -84,21 +84,25 @@ def _have_standard_files() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
-def main(*, apart: bool = False) -> int:
+def main(*, in_child: bool = False) -> int:
     """From argv to an exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if interrupted.
 
-    `apart`: a command that waits for a mount does so in a process of its own, so that it can be interrupted always.
+    With `in_child` a command that waits for a mount does so in a child process, so that Ctrl-C always ends it.
     """
     name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    _have_standard_files()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whatever the caller left: how a process ended is asked for
-    return guarded(name, lambda: _run(name, apart=apart), interrupted=lambda: _interrupted(name))
+    _open_standard_files()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the caller may ignore it, and the kernel then reaps children itself
+    return _guarded(name, lambda: _run(name, in_child=in_child))
 
 
-def _run(name: str, *, apart: bool) -> int:
+def _guarded(name: str, run: Callable[[], int]) -> int:
+    return guarded(name, run, interrupted=lambda: _command(name).interrupted if name in COMMANDS else "interrupted")
+
+
+def _run(name: str, *, in_child: bool) -> int:
     try:
         arguments = parser(name).parse_args()
-    except SystemExit:  # it has said what it is asked for, or what is wrong
+    except SystemExit:  # after --help, --version, or an error that argparse has reported
         sys.stdout.flush()
         raise
     command: Command = arguments.command
@@ -106,23 +110,23 @@ def _run(name: str, *, apart: bool) -> int:
     def run(on_interruption: Callable[..., object]) -> int:
         if command.uses_client:
             importlib.import_module("ttmfs.client")
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # nothing is imported any more: see __main__.py
-            signal.signal(signal.SIGINT, on_interruption)
+        _handle_interruption(on_interruption)  # from here on nothing is imported: see __main__.py
         status = command.run(arguments)
         sys.stdout.flush()
         return status
 
-    if not apart or command.waits_for is None:
+    if not in_child or command.waits_for is None:
         return run(signal.default_int_handler)
+    _handle_interruption(signal.default_int_handler)
+    return supervised(name, command.waits_for(arguments), lambda: _guarded(name, lambda: run(_interrupt_once)))
+
+
+def _handle_interruption(handler: Callable[..., object]) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    return supervised(
-        name,
-        command.waits_for(arguments),
-        lambda: guarded(name, lambda: run(interrupt_once), interrupted=lambda: _interrupted(name)),
-    )
+        signal.signal(signal.SIGINT, handler)
 
 
-def _interrupted(name: str) -> str:
-    """What is said then."""
-    return _command(name).interrupted if name in COMMANDS else "interrupted"
+def _interrupt_once(*_: object) -> None:
+    """Ctrl-C reaches the child twice: the terminal sends it to both processes, and the parent passes it on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt

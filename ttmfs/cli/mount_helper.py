@@ -1,12 +1,12 @@
-"""What mount(8), fstab and systemd run to mount a ttmfs: ``/sbin/mount.ttmfs`` and ``/sbin/mount.fuse.ttmfs``.
+"""The helpers that mount(8), fstab and systemd run: ``/sbin/mount.ttmfs`` and ``/sbin/mount.fuse.ttmfs``.
 
 ::
 
     mount.ttmfs SOURCE DIRECTORY [-sfnrwv] [-N NAMESPACE] [-o OPTION,...] [-t TYPE]
 
-That is mount(8)'s own way of speaking, in which ``-f`` is *fake* (section EXTERNAL HELPERS there). This program makes a
-command line of ``mount.py`` of it and becomes that. mount(8) is set-user-ID, but calls it with the rights of the user
-who called: what an ordinary user may do is fusermount3's to decide, as without mount(8).
+The command line is that of mount(8), section EXTERNAL HELPERS; ``-f`` there means *fake*. This program translates it
+into a command line of ``mount.py`` and executes that. mount(8) is set-user-ID, but runs helpers with the caller's
+privileges. So fusermount3 decides what an ordinary user may do, as without mount(8).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import stat
 import sys
 from typing import NoReturn
 
+from ..linux import fuse_device
 from ..options import ExitCode, OptionError, Options, escaped, is_known, split
 from ..quoting import plain
 from ..version import __version__
@@ -27,19 +28,19 @@ NAME = "mount.ttmfs"
 TYPES = ("ttmfs", "fuse.ttmfs")
 
 REMOUNT = (
-    "a ttmfs cannot be remounted. Its budget is changed in use by: setfattr -n user.ttmfs.size -v SIZE {directory}; "
-    "for any other option unmount it, which releases its pages, and mount it anew"
+    "a ttmfs cannot be remounted. To change its budget: setfattr -n user.ttmfs.size -v SIZE {directory}. "
+    "To change another option, unmount it, which releases its pages, and mount it again"
 )
 
 NAMESPACE = (
-    "-N is refused: a mount needs Python and fusermount3 of the other mount namespace, and its owner may have put "
-    "other programs in their place, which would run with your rights. Where you trust it, enter it yourself: "
+    "-N is refused: mounting would run Python and fusermount3 of the other mount namespace with your privileges, and "
+    "its owner may have replaced them. If you trust that namespace, enter it yourself: "
     "nsenter --mount --target PID mount -t ttmfs SOURCE DIRECTORY"
 )
 
 
 class _Error(Exception):
-    """Why nothing is mounted. The text is for the user's eyes."""
+    """Why nothing is mounted. The text is shown to the user."""
 
     def __init__(self, text: str, code: ExitCode) -> None:
         super().__init__(text)
@@ -47,14 +48,14 @@ class _Error(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that exits as mount(8) does."""
+    """It exits with the status that mount(8) documents."""
 
     def error(self, message: str) -> NoReturn:
         raise _Error(message, ExitCode.USAGE)
 
 
 def main() -> int:
-    """Become ``mount.py``, or give the exit status: mount(8)'s."""
+    """Execute ``mount.py``, or return an exit status of mount(8)."""
     try:
         return _run(_parser().parse_intermixed_args())
     except OptionError as error:
@@ -64,13 +65,13 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(NAME, description="Mount a ttmfs, as mount(8) asks for it.", allow_abbrev=False)
+    parser = _Parser(NAME, description="Mount a ttmfs. mount(8) runs this program.", allow_abbrev=False)
     parser.add_argument("source", metavar="SOURCE", help="a name for df and findmnt")
     parser.add_argument("directory", metavar="DIRECTORY", help="where to mount")
     parser.add_argument("-f", dest="fake", action="store_true", help="check, and mount nothing")
     parser.add_argument("-s", dest="sloppy", action="store_true", help="tolerate unknown options")
-    parser.add_argument("-n", dest="no_mtab", action="store_true", help="accepted and left: there is no mtab")
-    parser.add_argument("-v", dest="verbose", action="store_true", help="say which command mounts")
+    parser.add_argument("-n", dest="no_mtab", action="store_true", help="ignored: there is no mtab")
+    parser.add_argument("-v", dest="verbose", action="store_true", help="print the command that mounts")
     parser.add_argument("-r", dest="words", action="append_const", const="ro", help="the same as -o ro")
     parser.add_argument("-w", dest="words", action="append_const", const="rw", help="the same as -o rw")
     parser.add_argument("-o", dest="words", action="append", metavar="option,...", help="see mount.ttmfs(8)")
@@ -99,24 +100,24 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _words(texts: list[str], *, sloppy: bool) -> list[str]:
-    """The options given, without those that mean nothing here."""
+    """The options, without those that mean nothing here."""
     words = [word for text in texts for word in split(text)]
-    # Who is allowed to unmount, as some versions of mount(8) tell: it is for mount(8) itself.
+    # Some versions of mount(8) add user=, the user who may unmount, for their own use.
     words = [word for word in words if not word.startswith("user=")]
     return [word for word in words if not sloppy or word == "remount" or is_known(word)]
 
 
 def _check(directory: str, options: Options, program: str) -> None:
-    """Whatever can be checked without mounting. Changes nothing."""
+    """Check what can be checked without mounting."""
     _check_directory(directory)
     if options.store:
         _check_directory(options.store)
     if not shutil.which("fusermount3"):
         raise _Error("fusermount3 is not installed; install the package fuse3", ExitCode.SYSTEM)
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise _Error("/dev/fuse cannot be opened: try 'modprobe fuse', or as root", ExitCode.SYSTEM)
+    if error := fuse_device.error():
+        raise _Error(f"{fuse_device.PATH} cannot be opened: {error}; {fuse_device.ADVICE}", ExitCode.SYSTEM)
     if not os.access(program, os.X_OK):
-        raise _Error(f"{program} is not there; install ttmfs again", ExitCode.BUG)
+        raise _Error(f"{program} is missing; install ttmfs again", ExitCode.BUG)
 
 
 def _check_directory(path: str) -> None:
@@ -126,7 +127,7 @@ def _check_directory(path: str) -> None:
     except FileNotFoundError:
         raise _Error(f"{path} does not exist; make it first: mkdir {path}", ExitCode.FAILED) from None
     except OSError as error:
-        if error.errno != errno.ENOTCONN:  # a dead mount, which mount.py removes if it is ttmfs'
+        if error.errno != errno.ENOTCONN:  # a dead mount, which mount.py removes if it is a ttmfs
             raise _Error(f"{path}: {error.strerror}", ExitCode.FAILED) from None
 
 
@@ -138,7 +139,7 @@ def _become(command: list[str]) -> int:
 
 
 def _failed(text: str, code: ExitCode) -> int:
-    _say(text + "; mount.ttmfs(8) lists what can be given" * (code == ExitCode.USAGE))
+    _say(text + "; see mount.ttmfs(8)" * (code == ExitCode.USAGE))
     return code
 
 

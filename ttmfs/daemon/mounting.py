@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..linux import fuse_device
 from ..linux.mountinfo import TYPE, mounted_at
 from ..options import ExitCode, Options, escaped
 
@@ -87,11 +88,10 @@ def mount(source: str, mountpoint: str, options: Options) -> int:
             result = _fusermount(["-o", ",".join(words), "--", mountpoint], there.fileno())
         if result.returncode:
             text = result.stderr.strip().removeprefix(f"{FUSERMOUNT}: ") or f"exit status {result.returncode}"
-            lacking = "/dev/fuse" in text or "fuse device" in text
-            if lacking and "ermission denied" in text:
-                text += "; as root: chmod 0666 /dev/fuse, which udev does on most systems"
-            code = ExitCode.SYSTEM if lacking else ExitCode.FAILED
-            raise MountError(f"{FUSERMOUNT} cannot mount at {mountpoint}: {text}", code)
+            text, code = f"{FUSERMOUNT} cannot mount at {mountpoint}: {text}", ExitCode.FAILED
+            if fuse_device.error():
+                text, code = f"{text}; {fuse_device.ADVICE}", ExitCode.SYSTEM
+            raise MountError(text, code)
         _, descriptors, _, _ = socket.recv_fds(here, 1, 1)
     (connection,) = descriptors
     os.set_inheritable(connection, False)

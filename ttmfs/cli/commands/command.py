@@ -1,4 +1,4 @@
-"""What a command is, and what stands in the way of one."""
+"""What a command is, and how it reports errors."""
 
 import argparse
 import os
@@ -21,15 +21,13 @@ class Command:
     examples: str
     add_arguments: Callable[[argparse.ArgumentParser], object]
     run: Callable[[argparse.Namespace], int]
-    interrupted: str = "interrupted"  # what is said then
-    uses_client: bool = False  # whose import takes a moment
-    waits_for: Callable[[argparse.Namespace], list[str]] | None = (
-        None  # paths in the mounts without which it cannot go on
-    )
+    interrupted: str = "interrupted"  # the message after Ctrl-C
+    uses_client: bool = False  # ttmfs.client, which takes a moment to import
+    waits_for: Callable[[argparse.Namespace], list[str]] | None = None  # the backups whose mounts it waits for
 
 
 class CommandError(Exception):
-    """What stands in the way, and what to do about it: one line. `status` 1: a part of the work was done."""
+    """What is wrong, then what to do: one line. `status` 1 means that part of the work was done."""
 
     def __init__(self, text: str, status: int = 2) -> None:
         super().__init__(text)
@@ -37,7 +35,9 @@ class CommandError(Exception):
 
 
 def reason(error: Exception, path: str | os.PathLike[str] | None = None) -> str:
-    """Why something failed, in a line: what it was done to, and what went wrong."""
+    """Why something failed, in one line: the path, then the error."""
+    if isinstance(error, CommandError):
+        return str(error)
     if isinstance(error, OSError):
         where = error.filename if path is None and isinstance(error.filename, str) else path
         what = error.strerror or str(error)
@@ -49,22 +49,20 @@ def reason(error: Exception, path: str | os.PathLike[str] | None = None) -> str:
 
 
 def complain(command: str, text: str) -> None:
-    """Say on standard error what is wrong, in one line."""
+    """Report on standard error what is wrong, in one line."""
     sys.stderr.write(f"{f'ttmfs {command}'.rstrip()}: {plain(text)}\n")
 
 
 def guarded(command: str, run: Callable[[], int], *, interrupted: Callable[[], str] = lambda: "interrupted") -> int:
-    """The exit status of some work; where it fails, what that stands for, and a line on standard error."""
+    """Run a command. Returns its exit status, or that of the error, which is reported on standard error."""
     try:
         return run()
     except KeyboardInterrupt:
         why, status = interrupted(), 130
-    except BrokenPipeError:  # who read the output wants no more of it: as others end, whom SIGPIPE ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that nothing is flushed to it
+    except BrokenPipeError:  # the reader has closed the pipe: end as SIGPIPE ends other programs
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered is flushed at exit
         return 141
-    except CommandError as error:
-        why, status = str(error), error.status
-    except (TtmfsError, OSError) as error:
-        why, status = reason(error), 2
+    except (CommandError, TtmfsError, OSError) as error:
+        why, status = reason(error), getattr(error, "status", 2)
     complain(command, why)
     return status

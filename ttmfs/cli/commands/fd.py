@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...linux.mountinfo import ttmfs_on
 from ...quoting import quoted
-from .apart import supervised
+from .child_process import supervised
 from .command import Command, CommandError, complain, guarded, reason
 from .mounts import backup_at, config
 

@@ -1,42 +1,39 @@
-"""A table of backups.
+"""``ls``: a table of backups.
 
-Each mount is looked at by a process apart: one that does not answer, or not in time, is marked, and holds up no other.
+A child process lists each mount. So a mount that does not answer in time delays no other, and is reported.
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import os
-import pwd
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
-from typing import NoReturn
+from typing import NamedTuple
 
-from ...linux.mountinfo import Mounted, ttmfs_mounts
+from ...linux.mountinfo import ttmfs_mounts
 from ...quoting import plain, quoted
-from .apart import Asked, ask, ask_all
+from .child_process import ask, ask_all
 from .command import Command, CommandError, complain, reason
 from .mounts import Place, located, opened
-from .terminal import age, columns, has_colours, is_terminal, painted, size, table
+from .terminal import age, columns, has_colours, is_terminal, painted, size, table, user_name
 
 __all__ = ["COMMANDS"]
 
 LEFT = frozenset({"OWNER", "NAME"})
 SECONDS = 2.0
-LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
-AT_ONCE, BATCH = 4, 256
-"""Backups that are asked about at once: while one request is answered the next ones are on their way."""
+THREADS, BATCH = 4, 256
+"""Several threads ask about backups, so that the daemon always has a request to answer."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A backup, as the table and ``--json`` have it. Sizes are bytes, `modified` seconds since 1970."""
+class Row(NamedTuple):
+    """A backup in the table and in ``--json``. Sizes are bytes, `modified` is seconds since 1970."""
 
     mount: str
     name: str
@@ -62,40 +59,29 @@ SORTS: dict[str, Callable[[Row], tuple[object, ...]]] = {
 
 
 def _add_ls(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="mounts and backups (all mounts that can be reached)")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="mounts and backups (all mounts that let you in)")
     parser.add_argument("-b", "--bytes", action="store_true", help="sizes in bytes")
-    parser.add_argument("-s", "--sort", choices=SORTS, default="name", help="numbers: the largest first (name)")
-    parser.add_argument("-r", "--reverse", action="store_true", help="the other way round")
+    parser.add_argument("-s", "--sort", choices=SORTS, default="name", help="numbers: largest first (name)")
+    parser.add_argument("-r", "--reverse", action="store_true", help="reverse the order")
     parser.add_argument(
-        "-w", "--watch", nargs="?", const=str(SECONDS), metavar="SECONDS", help=f"again and again ({SECONDS:g})"
+        "-w",
+        "--watch",
+        nargs="?",
+        const=str(SECONDS),
+        metavar="SECONDS",
+        help=f"again every SECONDS ({SECONDS:g})",
     )
     parser.add_argument("--json", action="store_true", help="a list of objects; sizes are bytes, times seconds")
 
 
 def _ls(arguments: argparse.Namespace) -> int:
-    paths, seconds = list(arguments.paths), None
     if arguments.watch is not None:
-        try:
-            seconds = float(arguments.watch)
-        except ValueError:  # it was the first path
-            there = ask(arguments.watch, lambda: os.path.lexists(arguments.watch))
-            if not there.is_silent and not there.items[0]:
-                raise CommandError(f"--watch: {arguments.watch!r} is no number of seconds, and no path") from None
-            paths.insert(0, arguments.watch)
-            seconds = SECONDS
-        if not 0.1 <= seconds <= 86400:
-            raise CommandError("--watch: give seconds from 0.1 to 86400")
-        if arguments.json:
-            raise CommandError("--watch draws for people: without it, --json can be asked for as often as is wanted")
-        try:
-            _watch(paths, seconds, arguments)
-        except KeyboardInterrupt:  # is how it ends
-            return 0
-    rows, failed, status = _look(paths, {})
+        return _watch(arguments)
+    rows, failed, status = _list(arguments.paths)
     for why in failed.values():
         complain("ls", why)
     if arguments.json:
-        found = [asdict(row) for row in _sorted(rows, arguments)]
+        found = [row._asdict() for row in _sorted(rows, arguments)]
         silent = [{"mount": path, "error": why} for path, why in failed.items()]
         sys.stdout.write(json.dumps([*found, *silent], indent=2) + "\n")
     elif rows or status < 2:
@@ -103,68 +89,87 @@ def _ls(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _watch(paths: list[str], seconds: float, arguments: argparse.Namespace) -> NoReturn:
-    """Show the table again and again, on a terminal in its place."""
-    in_place, first = is_terminal(sys.stdout), True
-    left: dict[str, Asked] = {}
-    while True:
-        rows, failed, _ = _look(paths, left)
-        lines = [*_lines(rows, arguments), *map(plain, failed.values())]
-        if in_place:
-            height = os.get_terminal_size(sys.stdout.fileno()).lines or 24
-            if len(lines) > height - 1:
-                lines = [*lines[: height - 3], f"... {len(lines) - height + 2} lines more", lines[-1]]
-            text = "".join(line + "\x1b[K\n" for line in lines)
-            sys.stdout.write(("\x1b[2J" if first else "") + "\x1b[H" + text + "\x1b[J")
-        else:
-            sys.stdout.write(("" if first else "\n") + "".join(line + "\n" for line in lines))
-        sys.stdout.flush()
-        first = False
-        time.sleep(seconds)
+def _watch(arguments: argparse.Namespace) -> int:
+    """Print the table again and again, on a terminal in its place, until Ctrl-C."""
+    seconds, paths = _interval(arguments.watch), list(arguments.paths)
+    if seconds is None:  # --watch PATH
+        seconds, paths = SECONDS, [arguments.watch, *paths]
+    if arguments.json:
+        raise CommandError("--watch draws for people; run ls --json without it, as often as you need")
+    clear = "\x1b[2J"
+    try:
+        while True:
+            rows, failed, _ = _list(paths)
+            lines = [*_lines(rows, arguments), *map(plain, failed.values())]
+            if is_terminal(sys.stdout):
+                text = "".join(line + "\x1b[K\n" for line in _fitting(lines))
+                sys.stdout.write(f"{clear}\x1b[H{text}\x1b[J")
+                clear = ""
+            else:
+                sys.stdout.writelines([*(line + "\n" for line in lines), "\n"])
+            sys.stdout.flush()
+            time.sleep(seconds)
+    except KeyboardInterrupt:
+        return 0
 
 
-def _look(paths: list[str], left: dict[str, Asked]) -> tuple[list[Row], dict[str, str], int]:
-    """All backups of some mounts and backups, which of these failed and why, and the exit status."""
+def _interval(text: str) -> float | None:
+    """The number of seconds, or None if it is a path."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        there = ask(text, lambda: os.path.lexists(text))
+        if not there.is_silent and not there.items[0]:
+            raise CommandError(f"--watch: {text!r} is no number of seconds, and no path") from None
+        return None
+    if not 0.1 <= seconds <= 86400:
+        raise CommandError("--watch: give seconds from 0.1 to 86400")
+    return seconds
+
+
+def _fitting(lines: list[str]) -> list[str]:
+    """The lines that fit on the terminal, the last one in any case."""
+    room = (os.get_terminal_size(sys.stdout.fileno()).lines or 24) - 1
+    if len(lines) <= room:
+        return lines
+    return [*lines[: room - 2], f"... {len(lines) - room + 1} lines more", lines[-1]]
+
+
+def _list(paths: list[str]) -> tuple[list[Row], dict[str, str], int]:
+    """The backups at some paths, or of all mounts; the paths that failed, and why; and the exit status."""
     if paths:
         works = [(path, partial(_rows_at, path)) for path in paths]
     elif found := sorted({mount.path for mount in ttmfs_mounts()}):
-        works = [(path, partial(_rows_shown, path)) for path in found]
+        works = [(path, partial(_rows_if_allowed, path)) for path in found]
     else:
-        raise CommandError("there is no mount of ttmfs; mount.py makes one")
+        raise CommandError("no ttmfs is mounted; mount.py mounts one")
     rows: list[Row] = []
     failed: dict[str, str] = {}
-    for (path, _), answer in zip(works, ask_all(works, left), strict=True):
-        rows.extend(Row(**item) for item in answer.items if item)
+    for (path, _), answer in zip(works, ask_all(works), strict=True):
+        rows.extend(Row(*item) for item in answer.items)
         if answer.error:
             hint = f"; ttmfs doctor {quoted(path)} says what to do" if answer.is_silent else ""
             failed[path] = answer.error + hint
     return rows, failed, 0 if not failed else 1 if len(failed) < len(works) else 2
 
 
-def _rows_shown(mount: str) -> Iterator[dict[str, object]]:
-    """What :func:`_rows_at` gives, but nothing of a mount that does not let its caller in."""
-    try:
+def _rows_if_allowed(mount: str) -> Iterator[Row]:
+    """The backups of a mount; none if it does not let this user in."""
+    with contextlib.suppress(PermissionError):
         os.statvfs(mount)
-    except PermissionError:
-        return
-    yield from _rows_at(mount)
+        yield from _rows_at(mount)
 
 
-def _rows_at(path: str) -> Iterator[dict[str, object]]:
-    """The backups of a mount, or a backup."""
+def _rows_at(path: str) -> Iterator[Row]:
+    """The backups of a mount, or one backup."""
     try:
         with located(path) as place:
             if place and (page_size := place.page_size):
-                mount, root = os.readlink(f"/proc/self/fd/{place.fd}"), os.open(".", LISTED, dir_fd=place.fd)
-                try:
-                    yield from _rows(mount, root, page_size, place.mount)
-                finally:
-                    os.close(root)
+                yield from _rows(os.readlink(f"/proc/self/fd/{place.fd}"), place, page_size)
             elif place and place.is_backup:
-                with opened("..", place.fd) as above:
+                with opened("..", place.fd) as root:
                     mount, name = os.path.split(os.readlink(f"/proc/self/fd/{place.fd}"))
-                    page_size = Place(mount, above, place.mount).number("page_size")
-                    yield asdict(_row(mount, name, page_size, place))
+                    yield _row(mount, name, Place(mount, root, place.mount).number("page_size"), place)
             else:
                 raise CommandError(f"{quoted(path)} is no mount of ttmfs, and no backup")
     except OSError as error:
@@ -172,19 +177,19 @@ def _rows_at(path: str) -> Iterator[dict[str, object]]:
         raise CommandError(reason(error, path) + hint) from None
 
 
-def _rows(mount: str, root: int, page_size: int, served: Mounted) -> Iterator[dict[str, object]]:
-    """The backups of a mount. Those that go meanwhile, and those that may not be looked at, are left out."""
+def _rows(path: str, mount: Place, page_size: int) -> Iterator[Row]:
+    """The backups of a mount, without those that disappear meanwhile or cannot be opened."""
 
     def row(name: str) -> Row | None:
         try:
-            with opened(name, root, follow=False) as fd:
-                return _row(mount, name, page_size, Place(os.path.join(mount, name), fd, served))
+            with opened(name, mount.fd, follow=False) as fd:
+                return _row(path, name, page_size, Place(os.path.join(path, name), fd, mount.mount))
         except OSError:
             return None
 
-    with os.scandir(root) as listing, ThreadPoolExecutor(AT_ONCE) as threads:
+    with os.scandir(f"/proc/self/fd/{mount.fd}") as listing, ThreadPoolExecutor(THREADS) as threads:
         while names := [entry.name for entry in islice(listing, BATCH)]:
-            yield from (asdict(found) for found in threads.map(row, names) if found)
+            yield from filter(None, threads.map(row, names))
 
 
 def _row(mount: str, name: str, page_size: int, backup: Place) -> Row:
@@ -197,19 +202,11 @@ def _row(mount: str, name: str, page_size: int, backup: Place) -> Row:
         page_size=page_size,
         size=backup.number("size"),
         resident=resident * page_size,
-        swapped=(pages - resident) * page_size,  # as the mount reckons it
+        swapped=(pages - resident) * page_size,  # as the mount computes it
         uid=found.st_uid,
-        owner=_user(found.st_uid),
+        owner=user_name(found.st_uid),
         modified=found.st_mtime,
     )
-
-
-@lru_cache
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _sorted(rows: list[Row], arguments: argparse.Namespace) -> list[Row]:
@@ -240,13 +237,13 @@ def _lines(rows: list[Row], arguments: argparse.Namespace) -> list[str]:
 COMMANDS = (
     Command(
         "ls",
-        "List the backups of mounts: pages stored, bytes spanned, bytes in memory and swapped out (with store=: on\n"
-        "the disk alone), owner, and how long ago the last change was.",
+        "List the backups of mounts: stored pages, size, bytes in memory and swapped out (with store=: only on the\n"
+        "disk), owner, and the time since the last change.",
         """\
 examples:
-  ttmfs ls                             of all mounts that can be reached
+  ttmfs ls                             of all mounts that let you in
   ttmfs ls --sort swapped /mnt/ttm     the coldest first
-  ttmfs ls --watch=0.5 /mnt/ttm        drawn anew twice a second, until ^C
+  ttmfs ls --watch=0.5 /mnt/ttm        twice a second, until Ctrl-C
   ttmfs ls --json | jq '.[] | select(.pages == 0) | .name'""",
         _add_ls,
         _ls,

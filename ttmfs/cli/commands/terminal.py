@@ -4,7 +4,9 @@ Colours and bars are for terminals alone, and not for those that have none (TERM
 """
 
 import contextlib
+import functools
 import os
+import pwd
 import shutil
 import sys
 import time
@@ -12,7 +14,9 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
-__all__ = ["ProgressBar", "age", "columns", "has_colours", "is_terminal", "is_utf8", "painted", "size", "table"]
+__all__ = [
+    "ProgressBar", "age", "columns", "has_colours", "is_terminal", "is_utf8", "painted", "size", "table", "user_name",
+]  # fmt: skip
 
 UNITS = "KMGTPE"
 
@@ -61,6 +65,15 @@ def age(seconds: float) -> str:
         if seconds >= length:
             return f"{int(seconds // length)}{unit}"
     return f"{max(0, int(seconds))}s"
+
+
+@functools.cache
+def user_name(uid: int) -> str:
+    """The name of a user, or the number if the user has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _clock(seconds: float) -> str:
