@@ -386,7 +386,7 @@ def test_writeback_and_the_picture_tell_what_is_cold(mnt: Path, tmp_path: Path) 
         (mnt / name).mkdir()
         set_attribute(mnt / name, "size", 4 * MIB)
         store(mnt / name, NOISE[: 2 * MIB])
-    assert "2M out of memory, 0 in memory" in ttmfs("writeback", mnt / "a")
+    assert "2M swapped out, 0 in memory" in ttmfs("writeback", mnt / "a")
     for handle in range(1, 257):  # half of them come back
         (mnt / "a" / str(handle)).read_bytes()
     cold = count(mnt / "a", "swapped")

@@ -108,7 +108,7 @@ def test_every_way_to_name_a_keeper_gets_the_same_backups_out(
         said = run(f"{command} {copy}", cwd=REPOSITORY)
         assert "5 of 5 backups" in said
         verify(copy)
-        assert "5 of 5 backups are as they were" in run(f"{TTMFS} rescue --check {copy}", cwd=REPOSITORY)
+        assert "5 of 5 backups are unchanged" in run(f"{TTMFS} rescue --check {copy}", cwd=REPOSITORY)
     assert "nothing is overwritten" in run(f"{TTMFS} rescue {pid} {copy}", cwd=REPOSITORY, code=2)
     verify(copy)
 

@@ -1,10 +1,10 @@
-"""The keepers that there are, and what they hold: of root's or the caller's own processes alone.
+"""The keepers of mounts, and what they hold: only processes of root or of the caller.
 
-Anyone can give a process the name of a keeper and a command line like one's. So a process counts only if all its user
-ids are root's or the caller's, and if it holds the state of a mount. It is looked at through a descriptor of its
-directory in /proc, which is of no other process even if it ends.
+Anyone can give a process the name and the command line of a keeper. So a process counts only if all its user ids are
+root's or the caller's, and if it holds the state of a mount. It is examined through a descriptor of its directory in
+/proc, which never refers to another process, even after it has ended.
 
-Standard library alone, and nothing of the package, as in :mod:`ttmfs.cli.rescue`.
+It imports only the standard library, as :mod:`ttmfs.cli.rescue` does.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["NAME", "Keeper", "children", "is_stopped", "keepers", "process", "stores"]
+__all__ = ["NAME", "Keeper", "children", "is_stopped", "keepers", "pids", "process", "status_of", "stores"]
 
 NAME = "ttmfs-keeper"
 STATE = "/memfd:ttmfs-state"
-MOST_STATE = 4096  # bytes of its header
+LONGEST_HEADER = 4096  # bytes
 
 
 class Keeper(NamedTuple):
-    """A keeper: its command line, in which its mount point is, and the device number of its mount."""
+    """A keeper: its command line, which contains its mount point, and the device number of its mount."""
 
     pid: int
     words: list[str]
@@ -31,10 +31,23 @@ class Keeper(NamedTuple):
     is_stopped: bool
 
 
+def pids() -> list[int]:
+    """The process ids of all processes."""
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """What /proc/PID/status says of a process, of any user; nothing if it has ended."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
+        lines = file.read().decode(errors="replace").splitlines()
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {}
+
+
 def keepers() -> list[Keeper]:
-    """All that are root's or the caller's, by process id."""
+    """All keepers of root and of the caller, by process id."""
     found = []
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()):
+    for pid in pids():
         with contextlib.suppress(OSError), process(pid) as place:
             if _read(place, "comm").strip() == NAME.encode() and (state := _state_of(place)) is not None:
                 words = os.fsdecode(_read(place, "cmdline")).split("\0")
@@ -46,8 +59,8 @@ def keepers() -> list[Keeper]:
 def process(pid: int) -> Iterator[int]:
     """A descriptor of the directory of a process in /proc. FileNotFoundError if there is none, or it has ended.
 
-    PermissionError if it is neither root's nor the caller's: by all of its user ids, as a set-user-id program has one
-    of root's and does what a stranger says. (The directory's owner does not tell: it is root for what is not dumpable.)
+    PermissionError unless all its user ids are root's or the caller's: a set-user-ID program has only one of root's.
+    (The owner of the directory does not count: it is root for every process that is not dumpable.)
     """
     place = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -62,14 +75,14 @@ def process(pid: int) -> Iterator[int]:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process of root's or the caller's has started: of a keeper, its daemon."""
+    """The children of a process of root or of the caller. The child of a keeper is its daemon."""
     with contextlib.suppress(OSError), process(pid) as place:
         return sorted(map(int, _read(place, f"task/{pid}/children").split()))
     return []
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process of root's or the caller's is stopped, by SIGSTOP for one."""
+    """Whether a process of root or of the caller is stopped, for example by SIGSTOP."""
     with contextlib.suppress(OSError), process(pid) as place:
         return _is_stopped(place)
     return False
@@ -90,7 +103,7 @@ def _status(place: int) -> dict[str, str]:
 
 
 def _state_of(place: int) -> dict[str, object] | None:
-    """The header of the state of a mount that a process holds, made by its user; None if it holds none."""
+    """The header of the state of a mount that a process holds, and its user created. None if it holds none."""
     uid = int(_status(place)["Uid"].split()[0])
     with _held(place) as held:
         for name in os.listdir(held):
@@ -99,7 +112,7 @@ def _state_of(place: int) -> dict[str, object] | None:
                     continue
                 file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=held)
                 try:
-                    header = json.loads(os.pread(file, MOST_STATE, 0).rstrip(b"\0"))
+                    header = json.loads(os.pread(file, LONGEST_HEADER, 0).rstrip(b"\0"))
                     if os.fstat(file).st_uid == uid and isinstance(header, dict):
                         return header
                 finally:
@@ -109,9 +122,9 @@ def _state_of(place: int) -> dict[str, object] | None:
 
 @contextlib.contextmanager
 def stores(place: int) -> Iterator[list[int]]:
-    """Descriptors (O_PATH) of the directories that a process has open, but for its working directory.
+    """Descriptors (O_PATH) of the directories that a process has open, except its working directory.
 
-    Of a keeper or a daemon it is one, the store. PermissionError if the process cannot be looked into.
+    A keeper or a daemon has one, the store. PermissionError if this process may not examine it.
     """
     here, found = os.stat("cwd", dir_fd=place), list[int]()
     try:

@@ -1,4 +1,4 @@
-"""Making backups, pushing them out of memory, ending them."""
+"""``create``, ``writeback`` and ``fini``: one action on each of several backups."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from ...errors import TtmfsError
 from ...fuse.inodes import MAX_HANDLE
 from ...options import OptionError, parse_size
 from ...quoting import quoted
+from ..exit_status import ExitStatus
 from .command import Command, CommandError, complain, reason
 from .mounts import backup_at, new_backup
 from .terminal import size
@@ -18,16 +19,16 @@ from .terminal import size
 __all__ = ["COMMANDS"]
 
 
-def _each(command: str, paths: list[str], work: Callable[[str], object]) -> int:
-    """Do something to each path; what fails is told and stops no other. The exit status."""
+def _each(command: str, paths: list[str], work: Callable[[str], object]) -> ExitStatus:
+    """Do something to each path. A failure is reported, and the others continue."""
     failed = 0
     for path in paths:
         try:
             work(path)
         except (CommandError, OSError, TtmfsError) as error:
             failed += 1
-            complain(command, str(error) if isinstance(error, CommandError) else reason(error, path))
-    return 0 if not failed else 1 if failed < len(paths) else 2
+            complain(command, reason(error, path))
+    return ExitStatus.of(failed, len(paths))
 
 
 # --- create ---
@@ -35,8 +36,8 @@ def _each(command: str, paths: list[str], work: Callable[[str], object]) -> int:
 
 def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="MNT/NAME", help="the backup to make, in the root of a mount")
-    parser.add_argument("-s", "--size", metavar="SIZE", help="bytes it spans, or with k, m, g, t, or %% of the RAM")
-    parser.add_argument("-m", "--mode", metavar="MODE", help="its mode bits, in octal (0777 less the umask)")
+    parser.add_argument("-s", "--size", metavar="SIZE", help="its size: bytes, with k, m, g, t, or %% of RAM")
+    parser.add_argument("-m", "--mode", metavar="MODE", help="its mode bits, in octal (0777 without the umask)")
 
 
 def _create(arguments: argparse.Namespace) -> int:
@@ -88,21 +89,30 @@ def _writeback(arguments: argparse.Namespace) -> int:
     status = _each("writeback", arguments.paths, writeback)
     if arguments.json:
         sys.stdout.write(json.dumps(done, indent=2) + "\n")
-        return status
-    for found in done:
-        resident, swapped = (size(found[where] * found["page_size"]) for where in ("resident", "swapped"))
-        sys.stdout.write(f"{quoted(found['backup'])}: {swapped} out of memory, {resident} in memory\n")
+    else:
+        sys.stdout.writelines(map(_whereabouts, done))
     return status
+
+
+def _whereabouts(found: dict[str, Any]) -> str:
+    """Where the pages of a backup are after writeback, in a line."""
+    from ...linux.system_calls import swap_space
+
+    resident, swapped = (size(found[where] * found["page_size"]) for where in ("resident", "swapped"))
+    text = f"{swapped if found['swapped'] else 'nothing'} swapped out, {resident} in memory"
+    if found["resident"] and not found["swapped"] and not swap_space()[0]:
+        text += "; this machine has no swap (see swapon --show)"
+    return f"{quoted(found['backup'])}: {text}\n"
 
 
 def _add_fini(parser: argparse.ArgumentParser) -> None:
     _add_paths(parser)
-    parser.add_argument("-f", "--force", action="store_true", help="end them also while programs use them")
-    parser.add_argument("-n", "--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("-f", "--force", action="store_true", help="end backups even if programs use them")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="show what would be done, and do nothing")
 
 
 def _fini(arguments: argparse.Namespace) -> int:
-    from .users import Place, Users, told
+    from .users import Place, Users, in_a_line
 
     places: dict[str, Place | Exception] = {}
     for path in arguments.paths:
@@ -120,10 +130,10 @@ def _fini(arguments: argparse.Namespace) -> int:
             raise place
         using = users.of(place) if users else []
         if using and not arguments.force:
-            raise CommandError(f"{quoted(path)} is in use and was left: {told(using)}; --force ends it all the same")
+            raise CommandError(f"{quoted(path)} is in use and was left: {in_a_line(using)}; --force ends it anyway")
         with backup_at(path, native=False) as backup:
             if backup.id != place.ino:
-                raise CommandError(f"{quoted(path)} is another backup by now, and was left")
+                raise CommandError(f"{quoted(path)} has been replaced by another backup, and was left")
             if not arguments.dry_run:
                 backup.fini()
                 return
@@ -131,7 +141,7 @@ def _fini(arguments: argparse.Namespace) -> int:
             released = f"{pages} page{'s' * (pages != 1)}, {size(pages * backup.page_size)}"
         sys.stdout.write(f"would end {quoted(path)} and release {released}\n")
         if using:
-            sys.stdout.write(f"  though it is in use: {told(using)}\n")
+            sys.stdout.write(f"  though it is in use: {in_a_line(using)}\n")
 
     status = _each("fini", arguments.paths, fini)
     if users and found and (unseen := users.unseen()):
@@ -145,8 +155,8 @@ COMMANDS = (
         "Make empty backups. They take no memory until pages are stored in them.",
         """\
 examples:
-  ttmfs create /mnt/ttm/bo7                        of the mount's backup_size=
-  ttmfs create -s 64m -m 700 /mnt/ttm/{a,b,c}      each spans 64 MiB""",
+  ttmfs create /mnt/ttm/bo7                        of the size that backup_size= gives
+  ttmfs create -s 64m -m 700 /mnt/ttm/{a,b,c}      of 64 MiB each""",
         _add_create,
         _create,
         uses_client=True,
@@ -154,8 +164,8 @@ examples:
     ),
     Command(
         "writeback",
-        "Push all pages of backups to swap, now (with store=: to the disk), and say where they are then. Best effort:\n"
-        "where there is no swap they stay in memory, and that is no error.",
+        "Push all pages of backups to swap, now (with store=: to the disk), and show where they are afterwards. Best\n"
+        "effort: without swap they stay in memory, which is no error.",
         """\
 examples:
   ttmfs writeback /mnt/ttm/bo7
@@ -168,14 +178,14 @@ examples:
     ),
     Command(
         "fini",
-        "End backups and release every page that they hold. A backup that a program uses is refused: one with files\n"
-        "of it open, with its descriptor, or with a mapping of it. The message names the programs. Users see their\n"
-        "own programs, root sees all of this PID namespace. Nobody sees descriptors in transit in a socket, or\n"
-        "registered with io_uring. A program that begins at this very moment can be missed.",
+        "End backups and release all their pages. It refuses a backup that a program uses: with an open file of it,\n"
+        "its descriptor, or a mapping of it. The message names the programs. Users see their own programs, root sees\n"
+        "all in this PID namespace. Nobody sees descriptors in transit in a socket, or registered with io_uring. A\n"
+        "program that opens the backup at this moment can be missed.",
         """\
 examples:
   ttmfs fini /mnt/ttm/bo7
-  ttmfs fini -n /mnt/ttm/*      what it would do
+  ttmfs fini -n /mnt/ttm/*      show what it would do
   ttmfs fini /mnt/ttm/*         all of them; the mount stays
   ttmfs fini --force /mnt/ttm/bo7""",
         _add_fini,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ...errors import TtmfsError
 from ...quoting import plain, quoted
+from ..exit_status import ExitStatus
 
 __all__ = ["Command", "CommandError", "complain", "guarded", "reason"]
 
@@ -29,7 +30,7 @@ class Command:
 class CommandError(Exception):
     """What is wrong, then what to do: one line. `status` 1 means that part of the work was done."""
 
-    def __init__(self, text: str, status: int = 2) -> None:
+    def __init__(self, text: str, status: int = ExitStatus.FAILED) -> None:
         super().__init__(text)
         self.status = status
 
@@ -58,11 +59,11 @@ def guarded(command: str, run: Callable[[], int], *, interrupted: Callable[[], s
     try:
         return run()
     except KeyboardInterrupt:
-        why, status = interrupted(), 130
+        why, status = interrupted(), ExitStatus.INTERRUPTED
     except BrokenPipeError:  # the reader has closed the pipe: end as SIGPIPE ends other programs
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered is flushed at exit
         return 141
     except (CommandError, TtmfsError, OSError) as error:
-        why, status = reason(error), getattr(error, "status", 2)
+        why, status = reason(error), getattr(error, "status", ExitStatus.FAILED)
     complain(command, why)
     return status

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ...linux.mountinfo import ttmfs_mounts
 from ...quoting import plain, quoted
+from ..exit_status import ExitStatus
 from .child_process import ask, ask_all
 from .command import Command, CommandError, complain, reason
 from .mounts import Place, located, opened
@@ -84,7 +85,7 @@ def _ls(arguments: argparse.Namespace) -> int:
         found = [row._asdict() for row in _sorted(rows, arguments)]
         silent = [{"mount": path, "error": why} for path, why in failed.items()]
         sys.stdout.write(json.dumps([*found, *silent], indent=2) + "\n")
-    elif rows or status < 2:
+    elif rows or status != ExitStatus.FAILED:
         sys.stdout.writelines(line + "\n" for line in _lines(rows, arguments))
     return status
 
@@ -135,7 +136,7 @@ def _fitting(lines: list[str]) -> list[str]:
     return [*lines[: room - 2], f"... {len(lines) - room + 1} lines more", lines[-1]]
 
 
-def _list(paths: list[str]) -> tuple[list[Row], dict[str, str], int]:
+def _list(paths: list[str]) -> tuple[list[Row], dict[str, str], ExitStatus]:
     """The backups at some paths, or of all mounts; the paths that failed, and why; and the exit status."""
     if paths:
         works = [(path, partial(_rows_at, path)) for path in paths]
@@ -150,7 +151,7 @@ def _list(paths: list[str]) -> tuple[list[Row], dict[str, str], int]:
         if answer.error:
             hint = f"; ttmfs doctor {quoted(path)} says what to do" if answer.is_silent else ""
             failed[path] = answer.error + hint
-    return rows, failed, 0 if not failed else 1 if len(failed) < len(works) else 2
+    return rows, failed, ExitStatus.of(len(failed), len(works))
 
 
 def _rows_if_allowed(mount: str) -> Iterator[Row]:

@@ -1,47 +1,45 @@
-"""Which processes use backups: open files in the mount, descriptors of the backup's own file, mappings of either.
+"""The processes that use backups: open files in the mount, descriptors of the backup's own file, and mappings.
 
-The kernel tells it in ``/proc/PID``: ``fdinfo`` has the inode number of each open file, ``maps`` the device and inode
-number of each mapping. A file of another filesystem is never asked about, so a server that hangs holds nothing up.
+``/proc/PID/fdinfo`` has the inode number of each open file, ``/proc/PID/maps`` the device and inode number of each
+mapping. Files of other filesystems are not touched, so a server that hangs delays nothing.
 
-What cannot be seen: processes of other users unless root looks, processes of other PID namespaces, descriptors in
-transit in a socket, and files registered with io_uring.
+It does not see processes of other users unless root runs it, processes of other PID namespaces, descriptors in transit
+in a socket, and files registered with io_uring.
 """
 
 from __future__ import annotations
 
 import os
-import pwd
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...fuse.inodes import backup_of
 from ...linux import system_calls
 from ...linux.mountinfo import ttmfs_on
 from ...quoting import quoted
+from ..keepers import pids, status_of
 from .mounts import config, opened
+from .terminal import user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ...client.backup import Backup
 
-__all__ = ["Place", "User", "Users", "told"]
+__all__ = ["Place", "User", "Users", "in_a_line"]
 
-SHOWN = 8
-"""Processes that are named one by one."""
+MOST_SHOWN = 8  # processes
 
-OPEN, OWN, MAPPED = "open file", "descriptor of its own file", "mapping"
-MANY = {OPEN: "open files", OWN: "descriptors of its own file", MAPPED: "mappings"}
+OPEN, OWN, MAPPED = "open file", "own descriptor", "mapping"
 
 
 class Place(NamedTuple):
-    """What the kernel calls a backup: its directory's device and inode number, and those of its own file if known."""
+    """A backup: the device and inode number of its directory, and of its own file if known."""
 
     device: int
     ino: int
     own: tuple[int, int] | None
-    servers: frozenset[int]  # processes that have its file open to serve it
+    servers: frozenset[int]  # the daemon and its keeper
 
     @classmethod
     def of(cls, backup: Backup) -> Place:
@@ -77,20 +75,22 @@ def _own_file(directory: int) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-@dataclass
-class User:
-    """A process that uses a backup, and in which ways."""
+class User(NamedTuple):
+    """A process that uses a backup, and how often in which ways."""
 
     pid: int
-    uses: Counter[str] = field(default_factory=Counter)
+    uses: Counter[str]
 
     def __str__(self) -> str:
-        uses = ", ".join(f"{count} {use if count == 1 else MANY[use]}" for use, count in self.uses.items())
-        return f"{_command(self.pid)} (pid {self.pid}, user {_owner(self.pid)}) has {uses}"
+        uses = ", ".join(f"{count} {use}{'s' * (count != 1)}" for use, count in self.uses.items())
+        status = status_of(self.pid)
+        name = quoted(status["Name"]) if status else "a process that has ended"
+        user = quoted(user_name(int(status["Uid"].split()[0]))) if status else "unknown"
+        return f"{name} (pid {self.pid}, user {user}) has {uses}"
 
 
 class Users:
-    """The users of some backups, all looked for at once. This process and those that serve are none."""
+    """The users of some backups, except this process, the daemons and their keepers."""
 
     def __init__(self, places: Iterable[Place]) -> None:
         self._found: dict[Place, dict[int, User]] = defaultdict(dict)
@@ -98,21 +98,21 @@ class Users:
         self._by_directory = {(place.device, backup_of(place.ino)): place for place in places}
         self._by_file = {place.own: place for place in self._by_directory.values() if place.own}
         self._ids = {id for _, id in self._by_directory} | {ino for _, ino in self._by_file}
-        for name in os.listdir("/proc"):
-            if name.isdigit() and int(name) != os.getpid():
-                self._look(int(name))
+        for pid in pids():
+            if pid != os.getpid():
+                self._look(pid)
 
     def of(self, place: Place) -> list[User]:
-        """The users of one of the backups, by their process ids."""
+        """The users of one of the backups, by process id."""
         return sorted(self._found[place].values(), key=lambda user: user.pid)
 
     def unseen(self) -> str:
-        """What could not be looked at, in a line; nothing if all could."""
+        """What was not checked, in a line; nothing if all was."""
         found = []
         if self._hidden:
-            found.append(f"{self._hidden} processes of other users could not be looked at, root can")
+            found.append(f"{self._hidden} processes of other users could not be looked at; run it as root to see them")
         if len(self._by_file) < len(self._by_directory):
-            found.append("the file with the pages is not known here, so only files open in the mount were looked for")
+            found.append("only files open in the mount were found, because the file with the pages is not accessible")
         return "; ".join(found)
 
     def _look(self, pid: int) -> None:
@@ -126,7 +126,7 @@ class Users:
                         major, _, minor = device.partition(b":")
                         self._note(pid, os.makedev(int(major, 16), int(minor, 16)), int(ino), is_mapping=True)
         except PermissionError:
-            self._hidden += _has_memory(pid)
+            self._hidden += "VmSize" in status_of(pid)  # kernel threads and zombies have no memory
         except (FileNotFoundError, ProcessLookupError):  # it has ended
             pass
 
@@ -151,39 +151,10 @@ class Users:
             return
         if pid in place.servers:
             return
-        self._found[place].setdefault(pid, User(pid)).uses[MAPPED if is_mapping else use] += 1
+        self._found[place].setdefault(pid, User(pid, Counter())).uses[MAPPED if is_mapping else use] += 1
 
 
-def told(users: list[User]) -> str:
+def in_a_line(users: list[User]) -> str:
     """Users in a line."""
-    rest = f"; and {len(users) - SHOWN} more" if len(users) > SHOWN else ""
-    return "; ".join(map(str, users[:SHOWN])) + rest
-
-
-def _command(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", "rb") as file:
-            return quoted(os.fsdecode(file.read().rstrip(b"\n")))
-    except OSError:
-        return "a process that has ended"
-
-
-def _owner(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            uid = next(int(line.split()[1]) for line in file if line.startswith(b"Uid:"))
-    except OSError:
-        return "unknown"
-    try:
-        return quoted(pwd.getpwuid(uid).pw_name)
-    except KeyError:
-        return str(uid)
-
-
-def _has_memory(pid: int) -> bool:
-    """Whether a process can use anything: kernel threads and the dead have no command line."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return bool(file.read(1))
-    except OSError:
-        return False
+    rest = f"; and {len(users) - MOST_SHOWN} more" if len(users) > MOST_SHOWN else ""
+    return "; ".join(map(str, users[:MOST_SHOWN])) + rest
