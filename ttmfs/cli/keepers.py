@@ -36,116 +36,88 @@ def pids() -> list[int]:
     return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
 
 
-def status_of(pid: int) -> dict[str, str]:
-    """What /proc/PID/status says of a process, of any user; nothing if it has ended."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
-        lines = file.read().decode(errors="replace").splitlines()
-        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return {}
+def status_of(directory: str) -> dict[str, str]:
+    """What ``status`` in a process's directory in /proc says, by key."""
+    with open(f"{directory}/status", errors="replace") as file:
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
 
 
 def keepers() -> list[Keeper]:
     """All keepers of root and of the caller, by process id."""
     found = []
     for pid in pids():
-        with contextlib.suppress(OSError), process(pid) as place:
-            if _read(place, "comm").strip() == NAME.encode() and (state := _state_of(place)) is not None:
-                words = os.fsdecode(_read(place, "cmdline")).split("\0")
-                found.append(Keeper(pid, words, state.get("device"), _is_stopped(place)))
+        with contextlib.suppress(OSError), process(pid) as directory:
+            if _read(f"{directory}/comm").strip() == NAME and (header := _state_header(directory)) is not None:
+                words = _read(f"{directory}/cmdline").split("\0")
+                found.append(Keeper(pid, words, header.get("device"), _is_stopped(directory)))
     return found
 
 
 @contextlib.contextmanager
-def process(pid: int) -> Iterator[int]:
-    """A descriptor of the directory of a process in /proc. FileNotFoundError if there is none, or it has ended.
+def process(pid: int) -> Iterator[str]:
+    """The directory of a process in /proc, as a path that stays valid. FileNotFoundError if the process has ended.
 
     PermissionError unless all its user ids are root's or the caller's: a set-user-ID program has only one of root's.
     (The owner of the directory does not count: it is root for every process that is not dumpable.)
     """
-    place = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    directory = f"/proc/self/fd/{fd}"
     try:
-        ids = set(map(int, _status(place)["Uid"].split()))
-        if ids != {0} and ids != {os.geteuid()}:
+        if set(map(int, status_of(directory)["Uid"].split())) not in ({0}, {os.geteuid()}):
             raise PermissionError(errno.EPERM, "it is another user's")
-        yield place
+        yield directory
     except ProcessLookupError:
         raise FileNotFoundError(errno.ENOENT, "it has ended") from None
     finally:
-        os.close(place)
+        os.close(fd)
 
 
 def children(pid: int) -> list[int]:
     """The children of a process of root or of the caller. The child of a keeper is its daemon."""
-    with contextlib.suppress(OSError), process(pid) as place:
-        return sorted(map(int, _read(place, f"task/{pid}/children").split()))
+    with contextlib.suppress(OSError), process(pid) as directory:
+        return sorted(map(int, _read(f"{directory}/task/{pid}/children").split()))
     return []
 
 
 def is_stopped(pid: int) -> bool:
     """Whether a process of root or of the caller is stopped, for example by SIGSTOP."""
-    with contextlib.suppress(OSError), process(pid) as place:
-        return _is_stopped(place)
+    with contextlib.suppress(OSError), process(pid) as directory:
+        return _is_stopped(directory)
     return False
 
 
-def _is_stopped(place: int) -> bool:
-    return _status(place)["State"][:1] in ("T", "t")
+def _is_stopped(directory: str) -> bool:
+    return status_of(directory)["State"][:1] in ("T", "t")
 
 
-def _read(place: int, name: str) -> bytes:
-    with open(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=place), "rb") as file:
-        return file.read()
+def _read(path: str) -> str:
+    with open(path, "rb") as file:
+        return os.fsdecode(file.read())
 
 
-def _status(place: int) -> dict[str, str]:
-    lines = _read(place, "status").decode(errors="replace").splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
-def _state_of(place: int) -> dict[str, object] | None:
+def _state_header(directory: str) -> dict[str, object] | None:
     """The header of the state of a mount that a process holds, and its user created. None if it holds none."""
-    uid = int(_status(place)["Uid"].split()[0])
-    with _held(place) as held:
-        for name in os.listdir(held):
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                if not os.readlink(name, dir_fd=held).startswith(STATE):
-                    continue
-                file = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=held)
-                try:
-                    header = json.loads(os.pread(file, LONGEST_HEADER, 0).rstrip(b"\0"))
-                    if os.fstat(file).st_uid == uid and isinstance(header, dict):
+    uid = int(status_of(directory)["Uid"].split()[0])
+    for name in os.listdir(f"{directory}/fd"):
+        path = f"{directory}/fd/{name}"
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            if os.readlink(path).startswith(STATE):
+                with open(path, "rb") as file:
+                    header = json.loads(file.read(LONGEST_HEADER).rstrip(b"\0"))
+                    if os.fstat(file.fileno()).st_uid == uid and isinstance(header, dict):
                         return header
-                finally:
-                    os.close(file)
     return None
 
 
-@contextlib.contextmanager
-def stores(place: int) -> Iterator[list[int]]:
-    """Descriptors (O_PATH) of the directories that a process has open, except its working directory.
+def stores(directory: str) -> list[str]:
+    """The directories that a process has open, except its working directory, as paths in its directory in /proc.
 
     A keeper or a daemon has one, the store. PermissionError if this process may not examine it.
     """
-    here, found = os.stat("cwd", dir_fd=place), list[int]()
-    try:
-        with _held(place) as held:
-            for name in os.listdir(held):
-                with contextlib.suppress(OSError):
-                    file = os.open(name, os.O_PATH | os.O_CLOEXEC, dir_fd=held)
-                    found.append(file)
-                    what = os.fstat(file)
-                    if not stat.S_ISDIR(what.st_mode) or os.path.samestat(what, here):
-                        os.close(found.pop())
-        yield found
-    finally:
-        for file in found:
-            os.close(file)
-
-
-@contextlib.contextmanager
-def _held(place: int) -> Iterator[int]:
-    directory = os.open("fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place)
-    try:
-        yield directory
-    finally:
-        os.close(directory)
+    here, found = os.stat(f"{directory}/cwd"), []
+    for name in os.listdir(f"{directory}/fd"):
+        with contextlib.suppress(OSError):
+            what = os.stat(f"{directory}/fd/{name}")
+            if stat.S_ISDIR(what.st_mode) and not os.path.samestat(what, here):
+                found.append(f"{directory}/fd/{name}")
+    return found

@@ -127,9 +127,9 @@ def find(source: str) -> int:
 
 def _store_of(pid: int) -> int:
     try:
-        with process(pid) as place, stores(place) as found:
-            if len(found) == 1:
-                return _open_directory(f"/proc/self/fd/{found[0]}")
+        with process(pid) as directory:
+            if len(found := stores(directory)) == 1:
+                return _open_directory(found[0])
             raise RescueError(f"process {pid} holds {len(found) or 'no'} directories: give /proc/{pid}/fd/N of the one")
     except FileNotFoundError:
         raise RescueError(f"there is no process {pid}; pgrep {NAME} lists the keepers") from None

@@ -9,6 +9,7 @@ in a socket, and files registered with io_uring.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, NamedTuple
@@ -83,10 +84,12 @@ class User(NamedTuple):
 
     def __str__(self) -> str:
         uses = ", ".join(f"{count} {use}{'s' * (count != 1)}" for use, count in self.uses.items())
-        status = status_of(self.pid)
-        name = quoted(status["Name"]) if status else "a process that has ended"
-        user = quoted(user_name(int(status["Uid"].split()[0]))) if status else "unknown"
-        return f"{name} (pid {self.pid}, user {user}) has {uses}"
+        try:
+            status = status_of(f"/proc/{self.pid}")
+        except OSError:
+            return f"a process that has ended (pid {self.pid}) had {uses}"
+        user = user_name(int(status["Uid"].split()[0]))
+        return f"{quoted(status['Name'])} (pid {self.pid}, user {quoted(user)}) has {uses}"
 
 
 class Users:
@@ -126,7 +129,8 @@ class Users:
                         major, _, minor = device.partition(b":")
                         self._note(pid, os.makedev(int(major, 16), int(minor, 16)), int(ino), is_mapping=True)
         except PermissionError:
-            self._hidden += "VmSize" in status_of(pid)  # kernel threads and zombies have no memory
+            with contextlib.suppress(OSError):
+                self._hidden += "VmSize" in status_of(f"/proc/{pid}")  # kernel threads and zombies have no memory
         except (FileNotFoundError, ProcessLookupError):  # it has ended
             pass
 
