@@ -1,4 +1,4 @@
-"""``fd``: a program with a backup's own descriptor; and why there is none to be had."""
+"""``fd``: runs a program with a backup's own descriptor, or says why there is none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...linux.mountinfo import ttmfs_on
 from ...quoting import quoted
 from .child_process import supervised
 from .command import Command, CommandError, complain, guarded, reason
-from .mounts import backup_at, config
+from .mounts import backup_at, config_of
 
 if TYPE_CHECKING:
     from ...client.backup import Backup
@@ -27,7 +27,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backup", metavar="MNT/NAME", help="the backup")
     parser.add_argument(
         "command_line", metavar="COMMAND", nargs=argparse.REMAINDER,
-        help="the program and its arguments, in which {} stands for /dev/fd/N",
+        help="the program and its arguments; {} stands for the descriptor, /dev/fd/N",
     )  # fmt: skip
 
 
@@ -44,8 +44,8 @@ def _run(arguments: argparse.Namespace) -> int:
             with backup_at(arguments.backup) as backup:
                 if not backup.is_native:
                     raise CommandError(
-                        f"no descriptor of {quoted(arguments.backup)} is to be had: {_why_none(backup)}; "
-                        "its .image serves whoever may read it"
+                        f"{quoted(arguments.backup)} has no descriptor for you: {_why_none(backup)}; "
+                        "use its .image instead"
                     )
                 socket.send_fds(theirs, [b"1"], [backup.fileno()])
             return 0
@@ -59,31 +59,24 @@ def _run(arguments: argparse.Namespace) -> int:
         os.execvp(words[0], [word.replace("{}", f"/dev/fd/{file}") for word in words])
     except OSError as error:
         complain("fd", reason(error, words[0]))
-        return 127 if error.errno == errno.ENOENT else 126  # as shells and env(1) have it
+        return 127 if error.errno == errno.ENOENT else 126  # as in shells and env(1)
 
 
 def _why_none(backup: Backup) -> str:
-    """Why the daemon gives no descriptor, or why none was asked for."""
+    """Why the daemon gives no descriptor, or why the client did not ask for one."""
     served = ttmfs_on(backup.status().st_dev)
     if served is None or served.served_by not in (0, os.geteuid()):
-        return "it is served by another user, who could give any file to write to"
-    mount = backup.open_file("..", os.O_PATH | os.O_DIRECTORY)
-    try:
-        found = config(mount)
-    finally:
-        os.close(mount)
-    if not found:
+        return "another user serves it, who could give any file to write to"
+    if not (found := config_of(backup)):
         return ".config of the mount cannot be read"
     if not (place := found.get("descriptors")):
-        if found.get("ro"):
-            return "the mount is read-only"
-        if found.get("store") is not None:
-            return "the backups lie in a directory (store=, or a user without user namespaces), and are counted there"
-        if found.get("uid_size"):
-            return "what users store is counted by the daemon (uid_size=)"
-        if found.get("allow_other"):
-            return "it takes Linux 6.16 or newer with allow_other, and a place for the daemon's socket (/run)"
-        return "the daemon found no place for its socket: a user must mount with XDG_RUNTIME_DIR set, root with /run"
+        return next(text for applies, text in (
+            (found.get("ro"), "the mount is read-only"),
+            (found.get("store") is not None, "its backups lie in a directory (store=, or no user namespaces)"),
+            (found.get("uid_size"), "the daemon counts what each user stores (uid_size=)"),
+            (found.get("allow_other"), "with allow_other it needs Linux 6.16, and /run for the daemon's socket"),
+            (True, "the daemon has no place for its socket: a user must set XDG_RUNTIME_DIR, root needs /run"),
+        ) if applies)  # fmt: skip
     if not os.access(backup.path, os.R_OK | os.W_OK | os.X_OK):
         return "its mode bits must let you read, write and enter it"
     try:
@@ -91,16 +84,16 @@ def _why_none(backup: Backup) -> str:
             connection.settimeout(ANSWER_SECONDS)
             connection.connect(place)
     except OSError as error:
-        return f"the daemon's socket {quoted(place)} is out of reach from here ({error.strerror})"
-    return "the daemon refuses it: root and the mode bits of now decide"
+        return f"the daemon's socket {quoted(place)} is not accessible from here ({error.strerror})"
+    return "the daemon refuses it"
 
 
 COMMANDS = (
     Command(
         "fd",
-        "Run a program that inherits the descriptor of a backup's own file, open to read and to write: at the speed\n"
-        "of a tmpfs, without root. It is for whom the mode bits let read, write and enter the backup. Storing so asks\n"
-        "the budget alone, not reserve=. A program must not make the file longer or shorter.",
+        "Run a program that inherits the descriptor of a backup's own file, open to read and to write. It works at\n"
+        "the speed of a tmpfs, without root, if the mode bits let you read, write and enter the backup. The budget\n"
+        "limits what it stores, reserve= does not. The program must not change the length of the file.",
         """\
 examples:
   ttmfs fd /mnt/ttm/bo7 -- sha256sum {}

@@ -1,7 +1,8 @@
-"""What a path stands for, a mount of ttmfs or a backup: quick, without numpy.
+"""Finds the mount or the backup at a path, without importing numpy.
 
-A path is resolved once, and what it led to is held open: whoever serves a mount, or may write to a directory on the
-way, can make the same path lead elsewhere at any moment. What a mount says is checked, as anyone may serve one.
+A path is resolved once, and its target is kept open. The server of a mount, or anyone who can write to a directory on
+the way, can make the same path lead elsewhere at any moment. Answers of a mount are checked, because anyone can serve
+one.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from .command import CommandError, reason
 if TYPE_CHECKING:
     from ...client.backup import Backup
 
-__all__ = ["NoSuchBackup", "Place", "backup_at", "config", "located", "new_backup", "opened"]
+__all__ = ["NoSuchBackup", "Place", "backup_at", "config", "config_of", "located", "new_backup", "opened"]
 
 PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 LONGEST_NUMBER = 18  # digits
@@ -32,14 +33,14 @@ class NoSuchBackup(CommandError):
 
 
 class Place(NamedTuple):
-    """A directory of a ttmfs, open: `mount` is the one that it lies in, `path` what the caller calls it."""
+    """An open directory of a ttmfs: the path that the caller gave, the descriptor, and the mount."""
 
     path: str
     fd: int
     mount: Mounted
 
     def attribute(self, name: str) -> bytes | None:
-        """One of ttmfs' own extended attributes; None where there is none of that name."""
+        """The value of a user.ttmfs attribute. None if there is none of that name."""
         try:
             return os.getxattr(f"/proc/self/fd/{self.fd}", f"user.ttmfs.{name}")
         except OSError as error:
@@ -48,21 +49,21 @@ class Place(NamedTuple):
             raise
 
     def find_number(self, name: str) -> int | None:
-        """One that is a number, if there is one. CommandError if it is anything else."""
+        """The value of an attribute that is a number, if it exists. CommandError if it is no number."""
         text = self.attribute(name)
         if text is not None and not (text.isdigit() and len(text) <= LONGEST_NUMBER):
             raise CommandError(f"{quoted(self.path)} answers nonsense: user.ttmfs.{name} is {text[:LONGEST_NUMBER]!r}")
         return None if text is None else int(text)
 
     def number(self, name: str) -> int:
-        """One that is a number and must be there."""
+        """The value of an attribute that is a number. OSError if it does not exist."""
         if (found := self.find_number(name)) is None:
             raise OSError(errno.ENODATA, f"there is no user.ttmfs.{name}")
         return found
 
     @property
     def page_size(self) -> int | None:
-        """The page size, if it is the root of a mount."""
+        """The page size if this is the root of a mount."""
         return self.find_number("page_size")
 
     @property
@@ -73,13 +74,13 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def opened(name: str, directory: int | None = None, *, follow: bool = True) -> Iterator[int]:
-    """A directory, open to name what is in it. With `follow` false a symbolic link is refused."""
+    """A directory, opened to resolve names in it. With `follow` false a symbolic link is refused."""
     try:
         fd = os.open(name, PLACE if follow else PLACE | os.O_NOFOLLOW, dir_fd=directory)
     except NotADirectoryError:
         with contextlib.suppress(OSError):
             os.readlink(name, dir_fd=directory)
-            raise OSError(errno.ELOOP, "it is a symbolic link; name what it leads to") from None
+            raise OSError(errno.ELOOP, "it is a symbolic link; name its target") from None
         raise
     try:
         yield fd
@@ -89,7 +90,7 @@ def opened(name: str, directory: int | None = None, *, follow: bool = True) -> I
 
 @contextlib.contextmanager
 def located(path: str, *, follow: bool = True) -> Iterator[Place | None]:
-    """What a path leads to, if it is a directory of a ttmfs. OSError if it is out of reach."""
+    """The directory of a ttmfs at a path; None if it is none. OSError if it cannot be opened."""
     with opened(path.rstrip("/") or "/", follow=follow) as fd:
         mount = mountinfo.ttmfs_on(os.fstat(fd).st_dev)
         yield Place(path, fd, mount) if mount else None
@@ -97,17 +98,22 @@ def located(path: str, *, follow: bool = True) -> Iterator[Place | None]:
 
 @contextlib.contextmanager
 def backup_at(path: str, *, native: bool = True) -> "Iterator[Backup]":
-    """A backup, open. CommandError unless a path is one.
+    """The backup at a path. CommandError if there is none.
 
-    A link to one is refused, as by rm(1): a stranger can make a link to a backup of somebody else's.
+    A symbolic link is not followed, as with rm(1): a stranger can make a link to somebody else's backup.
     """
     with contextlib.ExitStack() as stack:
         try:
             place = stack.enter_context(located(path, follow=False))
             if not place or not place.is_backup:
-                what = "the root of a mount" if place and place.page_size else "not in a mount of ttmfs"
-                raise CommandError(f"{quoted(path)} is no backup: it is {what}")
+                raise CommandError(
+                    f"{quoted(path)} is the root of a mount; name a backup in it, such as {quoted(path.rstrip('/'))}/a"
+                    if place and place.page_size else f"{quoted(path)} is not in a mount of ttmfs"
+                )  # fmt: skip
         except OSError as error:
+            above, name = os.path.split(path)
+            if error.errno == errno.ENOTDIR and name.isdecimal():
+                raise CommandError(f"{quoted(path)} is a page; name the backup, {quoted(above or '..')}") from None
             kind = NoSuchBackup if error.errno == errno.ENOENT else CommandError
             raise kind(reason(error, path)) from None
         from ...client.backup import Backup
@@ -118,14 +124,11 @@ def backup_at(path: str, *, native: bool = True) -> "Iterator[Backup]":
 
 @contextlib.contextmanager
 def new_backup(path: str) -> Iterator[tuple[Place, str]]:
-    """The root of a mount, and the name in it of a backup to be made. CommandError unless one could be made there.
-
-    But for the mount's own refusals.
-    """
+    """The root of a mount, and the name of a new backup in it. CommandError if the path is not of that kind."""
     above, name = os.path.split(os.path.normpath(path))
     above = above or "."
     if name[:1] == ".":
-        raise CommandError(f"{quoted(path)}: names that begin with a dot are the mount's own")
+        raise CommandError(f"{quoted(path)}: names that begin with a dot are reserved")
     with contextlib.ExitStack() as stack:
         try:
             place = stack.enter_context(located(above))
@@ -134,11 +137,9 @@ def new_backup(path: str) -> Iterator[tuple[Place, str]]:
                 with contextlib.suppress(OSError), located(path) as itself:
                     if itself and itself.page_size:
                         raise CommandError(
-                            f"{quoted(path)} is the root of a mount: name a backup in it, such as {quoted(path)}/a"
+                            f"{quoted(path)} is the root of a mount; name a backup in it, such as {quoted(path)}/a"
                         )
-                raise CommandError(
-                    f"{quoted(above)} is no mount of ttmfs: backups lie in the root of one, such as MNT/a"
-                )
+                raise CommandError(f"{quoted(above)} is no mount of ttmfs; name a backup in the root of one: MNT/a")
         except OSError as error:
             hint = "; ttmfs doctor says what to do" if error.errno == errno.ENOTCONN else ""
             raise CommandError(reason(error, above) + hint) from None
@@ -147,10 +148,19 @@ def new_backup(path: str) -> Iterator[tuple[Place, str]]:
 
 
 def config(mount: int) -> dict[str, Any]:
-    """What ``.config`` of a mount says, whose root is open; nothing if it cannot be read, or makes no sense."""
+    """What ``.config`` in the root of a mount says; nothing if it cannot be read or makes no sense."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         with open(open_file(".config", mount), "rb") as file:
             found = json.loads(file.read(LONGEST_CONFIG))
         if isinstance(found, dict):
             return found
     return {}
+
+
+def config_of(backup: "Backup") -> dict[str, Any]:
+    """What ``.config`` of a backup's mount says."""
+    mount = backup.open_file("..", PLACE)
+    try:
+        return config(mount)
+    finally:
+        os.close(mount)

@@ -19,7 +19,7 @@ from ...linux import system_calls
 from ...linux.mountinfo import ttmfs_on
 from ...quoting import quoted
 from ..keepers import pids, status_of
-from .mounts import config, opened
+from .mounts import config_of
 from .terminal import user_name
 
 if TYPE_CHECKING:
@@ -51,16 +51,10 @@ class Place(NamedTuple):
             mount, own = ttmfs_on(found.st_dev), None
             if mount and mount.served_by in (0, os.geteuid()):
                 own = _own_file(directory)
-            return cls(found.st_dev, found.st_ino, own, _servers(directory))
+            servers = (config_of(backup).get(name) for name in ("daemon_pid", "keeper_pid"))
+            return cls(found.st_dev, found.st_ino, own, frozenset(pid for pid in servers if isinstance(pid, int)))
         finally:
             os.close(directory)
-
-
-def _servers(directory: int) -> frozenset[int]:
-    with opened("..", directory) as mount:
-        found = config(mount)
-    pids = (found.get(name) for name in ("daemon_pid", "keeper_pid"))
-    return frozenset(pid for pid in pids if isinstance(pid, int))
 
 
 def _own_file(directory: int) -> tuple[int, int] | None:
