@@ -1,5 +1,5 @@
-"""The commands of ``ttmfs``, for those who look after mounts: one module for those that belong together.
+"""The commands of ``ttmfs``.
 
-They stand on :mod:`ttmfs.client` and on what that stands on, and know nothing of the server. What takes long to import
-is imported by the command that needs it, when it runs.
+They import :mod:`ttmfs.client` and its dependencies, and nothing of the server. Imports that take long happen in the
+functions that need them.
 """

@@ -117,7 +117,7 @@ def _fini(arguments: argparse.Namespace) -> int:
     places: dict[str, Place | Exception] = {}
     for path in arguments.paths:
         try:
-            with backup_at(path, native=False) as backup:
+            with backup_at(path) as backup:
                 places[path] = Place.of(backup)
         except (CommandError, OSError, TtmfsError) as error:
             places[path] = error

@@ -1,4 +1,4 @@
-"""What a map of a backup shows: cells of a few consecutive pages, and the part of the backup that they cover."""
+"""The data of a map: cells of a few consecutive pages, and the part of the backup that they cover."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ __all__ = ["Cell", "View"]
 
 
 class Cell(NamedTuple):
-    """Some pages in a row: how many there could be, are stored, and are swapped out."""
+    """Consecutive pages: how many handles they have, how many exist, and how many are swapped out."""
 
     span: int
     pages: int
@@ -24,7 +24,7 @@ class Cell(NamedTuple):
 
 
 class View(NamedTuple):
-    """The part of a backup that is shown, cell by cell."""
+    """The part of a backup that a map shows."""
 
     first: int
     past: int

@@ -1,7 +1,7 @@
 """``map``: a picture of which pages of a backup are absent, in memory, and swapped out.
 
-A cell stands for a few consecutive pages. Its character shows how many of them exist, its colour where they are. Pages
-that are swapped out have characters of their own, so that the picture reads without colours too.
+A cell represents a few consecutive pages. Its character shows how many of them exist, its colour where they are. Cells
+with swapped-out pages have characters of their own, so that the picture can be read without colours.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ MARGIN = 12
 """Columns for the handle before each line."""
 
 EMPTY_SHARE = 16
-"""If what lies from the first page to the last is so much smaller than the span, only that is shown."""
+"""Only the range from the first page to the last is shown if the backup is this many times larger."""
 
 UNICODE, ASCII = ("·", "░▒█", "⠂⠶⣿"), (".", "-+#", ":oO")
-"""Absent; in memory; swapped out: a third of the pages at most, some, all."""
+"""Absent; in memory; swapped out: up to a third of the pages, some, all."""
 
 HOT, WARM, COLD, DIM = "33", "35", "34", "2"
 
@@ -43,20 +43,22 @@ HOT, WARM, COLD, DIM = "33", "35", "34", "2"
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backup", metavar="MNT/NAME", help="the backup")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--stored", action="store_true", help="only from the first page stored to the last")
-    which.add_argument("--whole", action="store_true", help="all that it spans, however empty")
+    which.add_argument("--stored", action="store_true", help="only from the first stored page to the last")
+    which.add_argument("--whole", action="store_true", help="the whole backup, even if it is mostly empty")
     parser.add_argument(
         "-o", "--output", metavar="FILE", type=Path,
-        help="write a picture instead, by its ending a PNG, SVG or PDF; - is a PNG on standard output",
+        help="write a picture instead: .png, .svg or .pdf; - is a PNG on standard output",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="the runs of pages, by handle, with what is swapped out")
+    parser.add_argument(
+        "--json", action="store_true", help="the runs of pages, by handle, and how many of each are swapped out"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.json and arguments.output:
-        raise CommandError("--json is text, on standard output; -o writes a picture: give one of the two")
+        raise CommandError("--json writes text, -o a picture: give one of the two")
     if str(arguments.output) == "-" and is_terminal(sys.stdout):
-        raise CommandError("a PNG is nothing for a terminal: send it to a file or a program")
+        raise CommandError("a terminal cannot show a PNG: redirect it to a file or a program")
     kind = _kind(arguments.output) if arguments.output else ""
     with backup_at(arguments.backup) as backup:
         if arguments.json:
@@ -72,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _kind(output: Path) -> str:
-    """What kind of picture to write. CommandError if it is none that can be, or matplotlib is missing."""
+    """The format of the picture. CommandError if it is unknown, or matplotlib is missing."""
     kind = "png" if str(output) == "-" else output.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise CommandError(f"{quoted(output)}: the ending says what to write: .png, .svg or .pdf")
@@ -96,7 +98,7 @@ def _tell(path: str, backup: Backup) -> None:
 
 
 def _view(backup: Backup, room: int, arguments: argparse.Namespace) -> View:
-    """What is to be seen in at most so many cells."""
+    """The view of a backup, in at most `room` cells."""
     limit, where = max(1, backup.size // backup.page_size), backup.residency()
     runs = [(first, min(past, limit)) for first, past in backup.runs() if first < limit]
     first, past = 0, limit
@@ -122,13 +124,13 @@ def _view(backup: Backup, room: int, arguments: argparse.Namespace) -> View:
 
 
 def _facts(view: View) -> list[str]:
-    """What is to be said beside the picture: what is shown, and what is not."""
+    """The text beside the picture."""
     facts = [f"handles {view.first + 1} to {view.past}"]
     if (view.first, view.past) != (0, view.limit):
         facts = [f"{facts[0]} of {view.limit}", "(from the first page stored to the last; --whole shows all)"]
     facts.append(f"a cell is {view.step} page{'s' * (view.step > 1)} ({size(view.step * view.page_size)})")
     if not view.knows_swap:
-        facts.append("which pages are swapped out is not known: the backup's own file is out of reach here")
+        facts.append("which pages are swapped out is not known here: the backup's own file is not accessible")
     return facts
 
 
@@ -188,8 +190,8 @@ def _write(path: Path, data: bytes) -> None:
 COMMANDS = (
     Command(
         "map",
-        "Draw which pages of a backup are absent, in memory, and swapped out: as wide as the terminal is, or with -o\n"
-        "as a picture for a report. A backup that is mostly empty is shown from its first page to its last.",
+        "Draw which pages of a backup are absent, in memory, and swapped out: on the terminal, or with -o as a\n"
+        "picture for a report. A backup that is mostly empty is shown from its first page to its last.",
         """\
 examples:
   ttmfs map /mnt/ttm/bo7

@@ -1,7 +1,7 @@
 """The picture of ``map -o``: which pages of a backup exist, and where they are, drawn with matplotlib.
 
-Each cell stands for a few consecutive pages. Its hue says where they are, its depth how many of them exist. matplotlib
-is an extra (``ttmfs[plot]``) and is imported only here.
+A cell represents a few consecutive pages. Its hue shows where they are, its depth how many of them exist. matplotlib is
+an extra (``ttmfs[plot]``) and is imported only here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SWAPPED_OUT = ("#b0d0ec", "#62a0d6", "#1860ae")
 """Three depths each: up to a third of the pages exist, some, all."""
 
 BYTE_STEPS = 6
-"""How many row labels the axes have at most, so that they do not overlap."""
+"""The most row labels, so that they do not overlap."""
 
 
 def check_is_installed() -> None:
@@ -49,7 +49,7 @@ def check_is_installed() -> None:
 
 
 def picture(name: str, view: View, kind: str) -> bytes:
-    """The picture of a view as a file of `kind`, one of FORMATS."""
+    """The picture of a view, as the content of a file of `kind`, one of FORMATS."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

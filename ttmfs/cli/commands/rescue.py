@@ -1,4 +1,4 @@
-"""``rescue`` as a command: its module stands alone, and knows nothing of this package."""
+"""``rescue`` as a command. :mod:`ttmfs.cli.rescue` itself works without this package."""
 
 from .. import rescue
 from .command import Command

@@ -1,6 +1,6 @@
-"""What commands show: sizes and ages for people, tables, colours, and a bar of progress.
+"""The output of commands: sizes and ages for people, tables, colours, and a progress bar.
 
-Colours and bars are for terminals alone, and not for those that have none (TERM=dumb) or are to have none (NO_COLOR).
+Colours and bars are only for terminals, and not if TERM is dumb or, for colours, NO_COLOR is set.
 """
 
 import contextlib
@@ -22,22 +22,22 @@ UNITS = "KMGTPE"
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether lines of it can be drawn over."""
+    """Whether it is a terminal on which the cursor can move."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def has_colours(stream: TextIO) -> bool:
-    """Whether to colour what is written to it."""
+    """Whether to write colours to it."""
     return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 def is_utf8(stream: TextIO) -> bool:
-    """Whether it takes more than ASCII."""
+    """Whether it accepts more than ASCII."""
     return (stream.encoding or "ascii").lower().replace("-", "") == "utf8"
 
 
 def columns() -> int:
-    """How wide the terminal is, or COLUMNS say; 80 where there is none."""
+    """The width of the terminal, or COLUMNS; 80 without a terminal."""
     return max(20, shutil.get_terminal_size((80, 24)).columns)
 
 
@@ -83,7 +83,7 @@ def _clock(seconds: float) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: frozenset[str]) -> list[str]:
-    """Lines of columns as wide as they need to be, numbers to the right, those named in `left` to the left."""
+    """Lines of aligned columns: those named in `left` to the left, the others to the right."""
     cells = [header, *rows]
     widths = [max(len(row[n]) for row in cells) for n in range(len(header))]
     return [
@@ -96,9 +96,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: frozenset[
 
 
 class ProgressBar:
-    """A bar with rate and time left on standard error, if that is a terminal; for the time of a ``with``.
+    """A bar with rate and remaining time, on standard error if that is a terminal, for one thread.
 
-    Not for several threads at once.
+    It is shown during a ``with``.
     """
 
     INTERVAL = 0.1
@@ -116,14 +116,14 @@ class ProgressBar:
         return self
 
     def advance(self, count: int, *, skipped: bool = False) -> None:
-        """So many bytes more are done, or need not be."""
+        """Count bytes that are done, or that need not be."""
         self._done += count
         self._skipped += count * skipped
         if time.monotonic() > self._drawn + self.INTERVAL:
             self._draw()
 
     def note(self, text: str) -> None:
-        """Say what is waited for now."""
+        """Show what it waits for now."""
         self._draw(text)
 
     def __exit__(
@@ -151,12 +151,12 @@ class ProgressBar:
             tail += f"  {size(rate):>5}/s  " + (f"{_clock(left)} left" if left else _clock(spent)).ljust(9)
         full, empty, cut = ("█", "░", "…") if is_utf8(sys.stderr) else ("#", ".", "~")
         what, width = self._what, columns() - 1
-        if len(what) > (room := width - len(tail)):  # the end of a path tells more than its beginning
+        if len(what) > (room := width - len(tail)):  # the end of a path says more than its beginning
             what = cut + what[len(what) - max(0, room - 1) :]
         bar, room = "", min(30, width - len(what) - len(tail) - 1)
         if room >= 5:
             filled = int(share * room)
             bar = f" {full * filled}{empty * (room - filled)}"
-        with contextlib.suppress(OSError):  # a bar that no one sees is no reason to stop
+        with contextlib.suppress(OSError):  # a closed terminal is no reason to stop
             sys.stderr.write("\r" + f"{what}{bar}{tail}"[:width] + "\x1b[K")
             sys.stderr.flush()

@@ -44,29 +44,23 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, backup: Backup) -> Place:
-        """Raises OSError. The link ``.shmem`` is followed only in a mount that root or the caller serves."""
-        directory = backup.open_file(".", os.O_PATH | os.O_DIRECTORY)
-        try:
-            found = os.fstat(directory)
-            mount, own = ttmfs_on(found.st_dev), None
-            if mount and mount.served_by in (0, os.geteuid()):
-                own = _own_file(directory)
-            servers = (config_of(backup).get(name) for name in ("daemon_pid", "keeper_pid"))
-            return cls(found.st_dev, found.st_ino, own, frozenset(pid for pid in servers if isinstance(pid, int)))
-        finally:
-            os.close(directory)
+        """Raises OSError."""
+        found, own = backup.status(), _own_file(backup)
+        servers = (config_of(backup).get(name) for name in ("daemon_pid", "keeper_pid"))
+        return cls(found.st_dev, found.st_ino, own, frozenset(pid for pid in servers if isinstance(pid, int)))
 
 
-def _own_file(directory: int) -> tuple[int, int] | None:
+def _own_file(backup: Backup) -> tuple[int, int] | None:
+    """The link ``.shmem`` leads only root and the daemon's user to it; the daemon may give others a descriptor."""
+    mount = ttmfs_on(backup.status().st_dev)
+    if mount is None or mount.served_by not in (0, os.geteuid()):
+        return None
     try:
-        found = os.stat(".shmem", dir_fd=directory)
-    except OSError:  # it leads root and the daemon's user alone; the daemon may give others a descriptor
-        from ...client.backup import Backup
-
-        with Backup.open(f"/proc/self/fd/{directory}") as backup:
-            if not backup.is_native:
-                return None
-            found = os.fstat(backup.fileno())
+        found = os.stat(f"{backup.path}/.shmem")
+    except OSError:
+        if not backup.is_native:
+            return None
+        found = os.fstat(backup.fileno())
     return found.st_dev, found.st_ino
 
 

@@ -1,4 +1,4 @@
-"""``why``: the last refusals of a mount, with their reasons."""
+"""``why``: shows the last refusals of a mount, with their reasons."""
 
 from __future__ import annotations
 
@@ -33,29 +33,27 @@ def _run(arguments: argparse.Namespace) -> int:
             found = _refusals(place)
     except OSError as error:
         if error.errno == errno.EPERM:
-            raise CommandError(
-                f"{quoted(path)}: only root and the user who mounted it may see what was refused"
-            ) from None
+            raise CommandError(f"{quoted(path)}: only root and the user who mounted it may see refusals") from None
         raise CommandError(reason(error, path)) from None
     if arguments.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     elif found:
         sys.stdout.write("\n".join(table(HEADER, map(_row, found), frozenset(HEADER))) + "\n")
     else:
-        sys.stderr.write("nothing was refused since the daemon was started\n")
+        sys.stderr.write("nothing was refused since the daemon started\n")
     return 0
 
 
 def _refusals(place: Place) -> list[dict[str, Any]]:
-    """What a mount says was refused: a list of objects, if nothing else of it is certain."""
+    """The refusals that a mount reports. They are objects, and their content is not checked."""
     if (text := place.attribute("refusals")) is None:
-        raise CommandError(f"{quoted(place.path)}: its daemon is of an older version, which keeps no reasons")
+        raise CommandError(f"{quoted(place.path)}: the version of its daemon keeps no reasons")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise CommandError(f"{quoted(place.path)}: what it says is no list of refusals")
+        raise CommandError(f"{quoted(place.path)}: its answer is no list of refusals")
     return found
 
 
@@ -73,9 +71,9 @@ def _row(refusal: dict[str, Any]) -> tuple[str, ...]:
 COMMANDS = (
     Command(
         "why",
-        "Show why requests were refused: the last 64, the newest last. A caller gets an errno alone; the daemon keeps\n"
-        "the reason. Only root and the user who mounted may see them. They begin anew when the daemon is replaced.\n"
-        "The log has them too, at most one line for each operation and error in ten seconds.",
+        "Show why the last 64 refused requests were refused, the newest last. A caller gets only an errno; the daemon\n"
+        "keeps the reason until it is replaced. Only root and the user who mounted may see it. The log has it too, at\n"
+        "most one line in ten seconds for each operation and error.",
         """\
 examples:
   ttmfs why /mnt/ttm
