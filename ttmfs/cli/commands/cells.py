@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from .terminal import size
+
 __all__ = ["Cell", "View"]
 
 
@@ -24,14 +26,31 @@ class Cell(NamedTuple):
 
 
 class View(NamedTuple):
-    """The part of a backup that a map shows."""
+    """The part of a backup that a map shows, from the page `first` up to `past`, of `limit` pages."""
 
     first: int
     past: int
     limit: int
-    step: int
+    step: int  # pages in a cell
     cells: list[Cell]
     pages: int
     swapped: int
     page_size: int
-    knows_swap: bool
+    knows_swap: bool  # which pages are swapped out
+
+    @property
+    def facts(self) -> list[str]:
+        """The text beside the picture."""
+        facts = [f"handles {self.first + 1} to {self.past}"]
+        if (self.first, self.past) != (0, self.limit):
+            facts = [f"{facts[0]} of {self.limit}", "(from the first page stored to the last; --whole shows all)"]
+        facts.append(f"a cell is {self.step} page{'s' * (self.step > 1)} ({size(self.step * self.page_size)})")
+        if not self.knows_swap:
+            facts.append("which pages are swapped out is not known here: the backup's own file is not accessible")
+        return facts
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers of pages in the legend."""
+        in_memory = self.pages - self.swapped
+        return {"absent": self.limit - self.pages, "in memory": in_memory, "swapped out": self.swapped}

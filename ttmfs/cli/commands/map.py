@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,17 +81,13 @@ def _kind(output: Path) -> str:
     return kind
 
 
-def _swapped(backup: Backup, first: int, past: int) -> int:
-    return backup.residency_of(first, past).swapped if backup.is_native else 0
-
-
 def _tell(path: str, backup: Backup) -> None:
-    where = backup.residency()
-    runs = [
-        {"first": first + 1, "last": past}
-        | ({"swapped": _swapped(backup, first, past) if where.swapped else 0} if backup.is_native else {})
-        for first, past in backup.runs()
-    ]
+    where, runs = backup.residency(), []
+    for first, past in backup.runs():
+        run = {"first": first + 1, "last": past}
+        if backup.is_native:
+            run["swapped"] = backup.residency_of(first, past).swapped if where.swapped else 0
+        runs.append(run)
     about = {"backup": path, "page_size": backup.page_size, "size": backup.size}
     sys.stdout.write(json.dumps({**about, **where.__dict__, "runs": runs}, indent=1) + "\n")
 
@@ -111,35 +106,15 @@ def _view(backup: Backup, room: int, arguments: argparse.Namespace) -> View:
         for number in range((start - first) // step, -(-(end - first) // step)):
             at = first + number * step
             counts[number] += min(end, at + step) - max(start, at)
+    knows_swap = backup.is_native or not where.swapped
     cells = []
     for number, count in enumerate(counts):
         at = first + number * step
-        end = min(past, at + step)
-        cold = min(count, _swapped(backup, at, end)) if count and where.swapped else 0
+        end, cold = min(past, at + step), 0
+        if count and where.swapped and knows_swap:
+            cold = min(count, backup.residency_of(at, end).swapped)
         cells.append(Cell(end - at, count, cold))
-    return View(
-        first, past, limit, step, cells, where.pages, where.swapped, backup.page_size,
-        backup.is_native or not where.swapped,
-    )  # fmt: skip
-
-
-def _facts(view: View) -> list[str]:
-    """The text beside the picture."""
-    facts = [f"handles {view.first + 1} to {view.past}"]
-    if (view.first, view.past) != (0, view.limit):
-        facts = [f"{facts[0]} of {view.limit}", "(from the first page stored to the last; --whole shows all)"]
-    facts.append(f"a cell is {view.step} page{'s' * (view.step > 1)} ({size(view.step * view.page_size)})")
-    if not view.knows_swap:
-        facts.append("which pages are swapped out is not known here: the backup's own file is not accessible")
-    return facts
-
-
-def _counts(view: View) -> tuple[tuple[str, int], tuple[str, int], tuple[str, int]]:
-    absent = view.limit - view.pages
-    return ("absent", absent), ("in memory", view.pages - view.swapped), ("swapped out", view.swapped)
-
-
-# --- on a terminal ---
+    return View(first, past, limit, step, cells, where.pages, where.swapped, backup.page_size, knows_swap)
 
 
 def _picture(name: str, view: View, width: int) -> list[str]:
@@ -152,7 +127,7 @@ def _picture(name: str, view: View, width: int) -> list[str]:
         sort = cold if cell.swapped * 2 >= cell.pages else hot
         return sort[cell.fullness - 1], (HOT, WARM, COLD)[cell.coldness]
 
-    facts = _facts(view)
+    facts = view.facts
     lines = [painted(name, "1", colours=colours), *([", ".join(facts)] if len(facts) == 2 else facts)]
     for start in range(0, len(view.cells), width):
         handle = view.first + start * view.step + 1
@@ -163,7 +138,7 @@ def _picture(name: str, view: View, width: int) -> list[str]:
                 before = colour
             text += char
         lines.append(f"{handle:>{MARGIN - 2}} {text}" + "\x1b[0m" * colours)
-    for (what, count), chars, colour in zip(_counts(view), (nothing, hot, cold), (DIM, HOT, COLD), strict=True):
+    for (what, count), chars, colour in zip(view.counts.items(), (nothing, hot, cold), (DIM, HOT, COLD), strict=True):
         key = painted(f"{chars:<3}", colour, colours=colours)
         lines.append(f"{key} {what:<11} {count:>10} pages {size(count * view.page_size):>6}")
     if view.swapped and colours:
@@ -171,20 +146,15 @@ def _picture(name: str, view: View, width: int) -> list[str]:
     return lines
 
 
-# --- as a picture ---
-
-
 def _write(path: Path, data: bytes) -> None:
+    if str(path) == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+        return
     try:
-        if str(path) == "-":
-            sys.stdout.buffer.write(data)
-            sys.stdout.flush()
-        else:
-            path.write_bytes(data)
-    except BrokenPipeError:
-        raise
+        path.write_bytes(data)
     except OSError as error:
-        raise CommandError(reason(error, os.fspath(path))) from None
+        raise CommandError(reason(error, path)) from None
 
 
 COMMANDS = (

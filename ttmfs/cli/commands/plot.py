@@ -105,22 +105,18 @@ def _label_axes(axes: Axes, view: View, rows: int) -> None:
     right.spines["right"].set_visible(False)
     columns = range(0, across + 1, max(1, across // 8))
     axes.set_xticks(list(columns), [f"+{column * view.step:,}" for column in columns])
-    cell = f"a cell is {view.step:,} page{'s' * (view.step > 1)} ({size(view.step * view.page_size)})"
-    shown = (
-        "" if (view.first, view.past) == (0, view.limit) else f"; handles up to {view.limit:,} fit, --whole shows all"
-    )
-    axes.set_xlabel(f"pages; {cell}{shown}")
+    axes.set_xlabel("; ".join(("pages", *view.facts)), wrap=True)
 
 
 def _add_legend(axes: Axes, view: View) -> None:
     from matplotlib.patches import Patch
 
-    in_memory, absent = view.pages - view.swapped, view.limit - view.pages
-    out = f"swapped out: {_amount(view, view.swapped)}" + "; which ones is not known here" * (not view.knows_swap)
-    rows = [(IN_MEMORY[-1], f"in memory: {_amount(view, in_memory)}"), (SWAPPED_OUT[-1], out)]
+    rows = [
+        (colour, f"{what}: {pages:,} page{'s' * (pages != 1)}, {size(pages * view.page_size)}")
+        for colour, (what, pages) in zip((ABSENT, IN_MEMORY[-1], SWAPPED_OUT[-1]), view.counts.items(), strict=True)
+    ]
     if view.swapped and view.step > 1:
         rows.append((MIXED[-1], "cells with both"))
-    rows.append((ABSENT, f"absent: {_amount(view, absent)}"))
     figure = axes.get_figure(root=True)
     assert figure
     figure.legend(
@@ -128,7 +124,3 @@ def _add_legend(axes: Axes, view: View) -> None:
         title="paler: fewer of the cell's pages exist" if view.step > 1 else None,
         ncols=2, loc="outside lower center", frameon=False,
     )  # fmt: skip
-
-
-def _amount(view: View, pages: int) -> str:
-    return f"{pages:,} page{'s' * (pages != 1)}, {size(pages * view.page_size)}"

@@ -101,7 +101,8 @@ class Users:
         """What was not checked, in a line; nothing if all was."""
         found = []
         if self._hidden:
-            found.append(f"{self._hidden} processes of other users could not be looked at; run it as root to see them")
+            advice = "; run it as root to see them" if os.geteuid() else ""
+            found.append(f"{self._hidden} processes of other users could not be looked at{advice}")
         if len(self._by_file) < len(self._by_directory):
             found.append("only files open in the mount were found, because the file with the pages is not accessible")
         return "; ".join(found)
