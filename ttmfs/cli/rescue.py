@@ -309,20 +309,14 @@ def line_of(name: str, directory: int, owners: Iterable[int]) -> tuple[str, int,
 
 def rescue(source: int, path: Path) -> ExitStatus:
     """Copy every backup of a directory."""
-    try:
-        with os.scandir(source) as entries:
-            names = sorted(e.name for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
-    except OSError as error:
-        raise RescueError(f"the backups cannot be listed: {error.strerror}") from None
-    if not names:
-        raise RescueError("there are no backups; is this the right SOURCE?")
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
             target = stack.enter_context(_closing(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)))
+            names = _names(source)
             if taken := set(os.listdir(target)).intersection([*names, CHECKSUMS]):
                 raise RescueError(
-                    f"{path} already has {min(taken)!r}, and nothing is overwritten: give an empty directory"
+                    f"{path} already has {min(taken)!r}, and nothing is overwritten: give another directory"
                 )
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             sums = stack.enter_context(_closing(os.open(CHECKSUMS, flags, 0o644, dir_fd=target)))
@@ -332,6 +326,18 @@ def rescue(source: int, path: Path) -> ExitStatus:
         os.fsync(sums)
     sys.stdout.write(f"{len(names) - failed} of {len(names)} backups are in {_plain(str(path))}\n")
     return ExitStatus.PARTLY if failed else ExitStatus.DONE
+
+
+def _names(source: int) -> list[str]:
+    """The backups in a directory."""
+    try:
+        with os.scandir(source) as entries:
+            names = sorted(e.name for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
+    except OSError as error:
+        raise RescueError(f"the backups cannot be listed: {error.strerror}") from None
+    if not names:
+        raise RescueError("there are no backups; is this the right SOURCE?")
+    return names
 
 
 def _rescued(name: str, source: int, target: int, sums: int) -> bool:

@@ -70,7 +70,7 @@ def _add_ls(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=str(SECONDS),
         metavar="SECONDS",
-        help=f"again every SECONDS ({SECONDS:g})",
+        help=f"repeat every SECONDS ({SECONDS:g})",
     )
     parser.add_argument("--json", action="store_true", help="a list of objects; sizes are bytes, times seconds")
 
