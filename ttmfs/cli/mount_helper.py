@@ -58,10 +58,10 @@ def main() -> int:
     """Execute ``mount.py``, or return an exit status of mount(8)."""
     try:
         return _run(_parser().parse_intermixed_args())
-    except OptionError as error:
-        return _failed(str(error), ExitCode.USAGE)
-    except _Error as error:
-        return _failed(str(error), error.code)
+    except (OptionError, _Error) as error:
+        code = getattr(error, "code", ExitCode.USAGE)
+        _say(f"{error}{'; see mount.ttmfs(8)' * (code == ExitCode.USAGE)}")
+        return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +96,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.fake:
         _check(arguments.directory, options, program)
         return ExitCode.OK
-    return _become(command)
+    try:
+        os.execvp(program, command)
+    except OSError as error:
+        raise _Error(f"{program}: {error.strerror}; install ttmfs again", ExitCode.BUG) from None
 
 
 def _words(texts: list[str], *, sloppy: bool) -> list[str]:
@@ -129,18 +132,6 @@ def _check_directory(path: str) -> None:
     except OSError as error:
         if error.errno != errno.ENOTCONN:  # a dead mount, which mount.py removes if it is a ttmfs
             raise _Error(f"{path}: {error.strerror}", ExitCode.FAILED) from None
-
-
-def _become(command: list[str]) -> int:
-    try:
-        os.execvp(command[0], command)
-    except OSError as error:
-        raise _Error(f"{command[0]}: {error.strerror}; install ttmfs again", ExitCode.BUG) from None
-
-
-def _failed(text: str, code: ExitCode) -> int:
-    _say(text + "; see mount.ttmfs(8)" * (code == ExitCode.USAGE))
-    return code
 
 
 def _say(text: str) -> None:

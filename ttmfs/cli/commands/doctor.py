@@ -115,9 +115,8 @@ def _read(path: str) -> str:
 
 def _fuse_device() -> Check:
     error = fuse_device.error()
-    return _either(
-        fuse_device.PATH, not error, "can be opened", f"cannot be opened: {error}", fuse_device.ADVICE, PROBLEM
-    )
+    bad = f"cannot be opened: {error}"
+    return _either(fuse_device.PATH, not error, "can be opened", bad, fuse_device.ADVICE, PROBLEM)
 
 
 def _fusermount() -> Check:
@@ -170,7 +169,7 @@ def _locked_memory() -> Check:
     return _either(
         "RLIMIT_MEMLOCK", soft == resource.RLIM_INFINITY, "the daemon can lock its memory",
         f"{size(soft)}: the daemon itself can be swapped out, and is slow then",
-        "memlock unlimited in /etc/security/limits.conf, or LimitMEMLOCK= in the unit",
+        "set memlock to unlimited in /etc/security/limits.conf, or LimitMEMLOCK= in the unit",
     )  # fmt: skip
 
 
@@ -203,7 +202,7 @@ def _allow_other() -> Check:
     allowed = re.search(r"^\s*user_allow_other\b", _read("/etc/fuse.conf"), re.MULTILINE)
     return _either(
         "allow_other", allowed, "users may give it (user_allow_other in /etc/fuse.conf)",
-        "users cannot let others into their mounts", "if you want that: user_allow_other in /etc/fuse.conf",
+        "users cannot let others into their mounts", "if you want that: add user_allow_other to /etc/fuse.conf",
     )  # fmt: skip
 
 
@@ -313,17 +312,12 @@ def _alive(what: str, mount: Mounted, keeper: Keeper | None, found: dict[str, An
         return Check(what, OK, f"answers; {_server(mount)} serves it")
     kept_by = found.get("keeper_pid")
     if version != __version__:
-        advice = (
-            f"kill -USR1 {kept_by}: the installed version takes it over"
-            if kept_by
-            else "unmount it, and mount it again"
-        )
+        advice = f"kill -USR1 {kept_by} starts the installed version" if kept_by else "unmount it, and mount it again"
         return Check(what, WARNING, f"is served by version {version}, installed is {__version__}", advice)
     if not kept_by:
         lost = "" if found.get("store") else ", and its pages are lost"
-        return Check(
-            what, WARNING, f"answers, but has no keeper: if the daemon is killed, it is dead{lost}", "keeper=on"
-        )
+        bad = f"answers, but has no keeper: if the daemon is killed, it is dead{lost}"
+        return Check(what, WARNING, bad, "mount it again with keeper=on")
     if keeper and keeper.is_stopped:
         bad = f"answers, but its keeper {keeper.pid} is stopped, and would not replace a daemon that dies"
         return Check(what, WARNING, bad, f"kill -CONT {keeper.pid}")

@@ -20,7 +20,7 @@ from .terminal import size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .cells import View
+    from .cells import Cell, View
 
 __all__ = ["FORMATS", "check_is_installed", "picture"]
 
@@ -54,12 +54,12 @@ def picture(name: str, view: View, kind: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = max(1, -(-len(view.cells) // ACROSS))
+    rows, across = max(1, -(-len(view.cells) // ACROSS)), min(ACROSS, max(1, len(view.cells)))
     figure = Figure(figsize=(9.6, 2.6 + 0.13 * max(rows, 8)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _draw_cells(axes, view, rows)
-    _label_axes(axes, view, rows)
+    _draw_cells(axes, view, rows, across)
+    _label_axes(axes, view, rows, across)
     _add_legend(axes, view)
     axes.set_title(name, loc="left", fontweight="bold", parse_math=False)
     file = io.BytesIO()
@@ -69,19 +69,16 @@ def picture(name: str, view: View, kind: str) -> bytes:
     return file.getvalue()
 
 
-def _colour(view: View, number: int) -> str:
-    cell = view.cells[number]
+def _colour(cell: Cell) -> str:
     return (IN_MEMORY, MIXED, SWAPPED_OUT)[cell.coldness][cell.fullness - 1] if cell.fullness else ABSENT
 
 
-def _draw_cells(axes: Axes, view: View, rows: int) -> None:
+def _draw_cells(axes: Axes, view: View, rows: int, across: int) -> None:
     from matplotlib.colors import to_rgb
 
-    across = min(ACROSS, max(1, len(view.cells)))
-    blank = [(1.0, 1.0, 1.0)] * across
-    image = [list(blank) for _ in range(rows)]
-    for number in range(len(view.cells)):
-        image[number // ACROSS][number % ACROSS] = to_rgb(_colour(view, number))
+    colours = [to_rgb(_colour(cell)) for cell in view.cells]
+    colours += [(1.0, 1.0, 1.0)] * (rows * across - len(colours))
+    image = [colours[start : start + across] for start in range(0, len(colours), across)]
     axes.imshow(image, aspect="auto", interpolation="nearest", extent=(0, across, rows, 0))
     axes.set_xticks(range(across + 1), minor=True)
     axes.set_yticks(range(rows + 1), minor=True)
@@ -91,9 +88,8 @@ def _draw_cells(axes: Axes, view: View, rows: int) -> None:
         spine.set_visible(False)
 
 
-def _label_axes(axes: Axes, view: View, rows: int) -> None:
-    """Handles on the left, bytes on the right, both of the first cell of a row; pages within a row below."""
-    across = min(ACROSS, max(1, len(view.cells)))
+def _label_axes(axes: Axes, view: View, rows: int, across: int) -> None:
+    """Handles on the left and bytes on the right, of the first cell in a row; pages within a row below."""
     some = range(0, rows, -(-rows // BYTE_STEPS))
     first_pages = [view.first + row * ACROSS * view.step for row in some]
     axes.set_yticks([row + 0.5 for row in some], [f"{page + 1:,}" for page in first_pages])
