@@ -55,12 +55,15 @@ def _own_file(backup: Backup) -> tuple[int, int] | None:
     mount = ttmfs_on(backup.status().st_dev)
     if mount is None or mount.served_by not in (0, os.geteuid()):
         return None
+    directory = backup.open_file(".", os.O_PATH | os.O_DIRECTORY)
     try:
-        found = os.stat(f"{backup.path}/.shmem")
+        found = os.stat(".shmem", dir_fd=directory)
     except OSError:
         if not backup.is_native:
             return None
         found = os.fstat(backup.fileno())
+    finally:
+        os.close(directory)
     return found.st_dev, found.st_ino
 
 
