@@ -27,7 +27,7 @@ from .terminal import age, columns, has_colours, is_terminal, painted, size, tab
 __all__ = ["COMMANDS"]
 
 LEFT = frozenset({"OWNER", "NAME"})
-SECONDS = 2.0
+SECONDS = "2"
 
 THREADS, BATCH = 4, 256
 """Several threads ask about backups, so that the daemon always has a request to answer."""
@@ -64,14 +64,7 @@ def _add_ls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-b", "--bytes", action="store_true", help="sizes in bytes")
     parser.add_argument("-s", "--sort", choices=SORTS, default="name", help="numbers: largest first (name)")
     parser.add_argument("-r", "--reverse", action="store_true", help="reverse the order")
-    parser.add_argument(
-        "-w",
-        "--watch",
-        nargs="?",
-        const=str(SECONDS),
-        metavar="SECONDS",
-        help=f"repeat every SECONDS ({SECONDS:g})",
-    )
+    parser.add_argument("-w", "--watch", nargs="?", const=SECONDS, metavar="SECONDS", help="repeat every SECONDS (2)")
     parser.add_argument("--json", action="store_true", help="a list of objects; sizes are bytes, times seconds")
 
 
@@ -94,7 +87,7 @@ def _watch(arguments: argparse.Namespace) -> int:
     """Print the table again and again, on a terminal in its place, until Ctrl-C."""
     seconds, paths = _interval(arguments.watch), list(arguments.paths)
     if seconds is None:  # --watch PATH
-        seconds, paths = SECONDS, [arguments.watch, *paths]
+        seconds, paths = float(SECONDS), [arguments.watch, *paths]
     if arguments.json:
         raise CommandError("--watch draws for people; run ls --json without it, as often as you need")
     clear = "\x1b[2J"
