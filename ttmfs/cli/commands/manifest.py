@@ -1,309 +1,297 @@
-"""A saved backup: what ``save`` writes and ``load`` reads.
+"""The format of a saved copy, and the loop that copies chunks of pages between a backup, a file and a stream.
 
-FILE is the backup's bytes at their places, as ``ttmfs rescue`` and ``store=`` have them, and can be read without ttmfs.
-What a sparse file cannot be relied on to carry stands in a manifest beside it, FILE.ttmfs: page size, mode, which
-handles hold pages (many copying tools make holes of zeros, or zeros of holes), and the digest of each part of 16 MiB
-with pages. It is a file, since extended attributes are left behind by most tools and filesystems:
+A copy is a list of chunks. A chunk is the pages in up to 4 MiB of the backup. Lines of text describe a copy::
 
-    ttmfs 2 page_size=4096 size=67108864 mode=755
-    NUMBER PIECES SHA256 HANDLES            of each part, ascending: 0 4096 9f86d0... 1-4096
-    end SHA256                              of every byte before this line
+    ttmfs 3 page_size=4096 size=67108864 mode=755
+    1-1024 9f86d0...                 for each chunk: the handles of its pages, and the SHA-256 of their bytes
+    1030,1040-1041 60303a...
+    end 5feceb...                    the SHA-256 of all lines before this one
 
-The digests of parts are those of :mod:`ttmfs.cli.rescue`, whose copies can be loaded too.
+``ttmfs save MNT/a FILE`` writes each page to its offset in FILE, a sparse file, and the lines to FILE.ttmfs. The lines
+name the pages because copying tools turn zeros into holes and holes into zeros. ``ttmfs save MNT/a -`` writes a stream:
+the same lines, with the pages of each chunk after its line.
 
-Concurrency: parts are worked at by several threads; a part belongs to one. What became of them is the main thread's.
+Concurrency: threads read, hash and write chunks. The main thread reads and writes the lines and the stream, in order.
 """
 
-from __future__ import annotations
-
+import argparse
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
-import mmap
 import os
 import re
-import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TextIO
 
-from ...errors import StoreFailed
+import numpy as np
+from numpy.typing import NDArray
+
+from ...client.backup import Backup
+from ...errors import PageAbsent
 from ...handles import format_ranges, parse_ranges
-from ...linux import system_calls
-from ..rescue import BLOCK, PART, PIECE, Digest, total_of
-from .terminal import size
-
-if TYPE_CHECKING:
-    import argparse
-    from pathlib import Path
-
-    from ...client.backup import Backup
+from ...model.arguments import runs as runs_of
+from ..rescue import PIECE, write_all
+from .command import CommandError
+from .terminal import ProgressBar
+from .terminal import size as size_text
 
 __all__ = [
-    "MANIFEST",
-    "Manifest",
-    "Part",
-    "Runs",
-    "Source",
-    "blocks_of",
-    "by_part",
-    "fill",
-    "in_threads",
-    "longest_manifest",
-    "manifest_of",
-    "matches",
-    "report",
-]
+    "STREAM", "SUFFIX", "BackupPages", "Chunk", "FilePages", "Header", "Item", "Pages", "Reader", "Writer", "chunks_of",
+    "copy", "report",
+]  # fmt: skip
 
-MANIFEST = ".ttmfs"
-VERSION = 2
-MOST_MANIFEST = 1 << 30  # bytes that are read of a file that says it is one
+STREAM = Path("-")
+SUFFIX = ".ttmfs"
+FORMAT = 3
+CHUNK = 4 << 20  # bytes; at least the largest page
+LONGEST_LINE = 1 << 16  # bytes; the line of a chunk with 512 runs has up to 11 KiB
 THREADS = 4
 
-Runs = list[tuple[int, int]]
-"""Runs of pages, as (first index, index past the last)."""
-
-T = TypeVar("T")
+Pages = NDArray[np.uint8]  # a row for each page
 
 
-# --- the manifest ---
+class Chunk(NamedTuple):
+    """Runs of pages, as (first index, index past the last), and the SHA-256 of their bytes, or "" if it is unknown."""
 
-
-class Part(NamedTuple):
-    """A part of 16 MiB: which pages it has, and their digest, if that is known."""
-
-    number: int
-    runs: Runs
-    digest: Digest | None
+    runs: tuple[tuple[int, int], ...]
+    sha256: str = ""
 
     @property
     def pages(self) -> int:
-        """How many."""
+        """The number of pages."""
         return sum(past - first for first, past in self.runs)
 
     @property
-    def ranges(self) -> str:
-        """Their handles."""
+    def handles(self) -> str:
+        """The handles of the pages, as ranges."""
         return format_ranges([(first + 1, past) for first, past in self.runs])
 
-    @property
-    def line(self) -> str:
-        """Its line of the manifest, once its digest is known."""
-        assert self.digest
-        return f"{self.number} {self.digest.pieces} {self.digest.sha256} {self.ranges}\n"
+    def hashed(self, pages: Pages) -> "Chunk":
+        """The chunk with the SHA-256 of `pages`."""
+        return self._replace(sha256=hashlib.sha256(pages.reshape(-1).data).hexdigest())
 
-    @classmethod
-    def parse(cls, line: str, page_size: int, length: int) -> Part:
-        """ValueError if it is none of a backup that spans `length` bytes."""
-        number, pieces, sha256, ranges = line.split(" ")
-        if not re.fullmatch(r"\d{1,9} \d{1,9} [0-9a-f]{64}", f"{number} {pieces} {sha256}"):
-            raise ValueError("a line of it does not begin as that of a part")
-        part = cls(
-            int(number), [(first - 1, last) for first, last in parse_ranges(ranges)], Digest(sha256, int(pieces))
-        )
-        step = PART // page_size
-        borders = part.number * step, min((part.number + 1) * step, length // page_size)
-        edges = [borders[0], *itertools.chain(*part.runs), borders[1]]
-        if edges != sorted(edges):
-            raise ValueError(f"part {part.number} has handles that do not ascend, or do not lie in it")
-        return part
+    def rows(self, pages: Pages) -> Iterator[tuple[int, Pages]]:
+        """The first index of each run, and the rows of `pages` that belong to the run."""
+        done = 0
+        for first, past in self.runs:
+            yield first, pages[done : done + past - first]
+            done += past - first
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What FILE.ttmfs tells."""
+Item = tuple[Chunk, Pages | None]  # the pages, if they came from a stream
+
+
+def chunks_of(runs: Iterable[tuple[int, int]], page_size: int) -> list[Item]:
+    """Divide runs of pages into chunks."""
+    step = CHUNK // page_size
+
+    def divided() -> Iterator[tuple[int, int]]:
+        for first, past in runs:
+            yield from itertools.pairwise([first, *range((first // step + 1) * step, past, step), past])
+
+    return [(Chunk(tuple(group)), None) for _, group in itertools.groupby(divided(), lambda run: run[0] // step)]
+
+
+class Header(NamedTuple):
+    """The first line of a copy: sizes in bytes, and the permission bits of the backup."""
 
     page_size: int
     size: int
     mode: int
-    parts: dict[int, Part]
-
-    @property
-    def pages(self) -> int:
-        """How many all parts have."""
-        return sum(part.pages for part in self.parts.values())
-
-    @property
-    def checksum(self) -> str:
-        """That of the whole, as ``ttmfs rescue`` reckons it."""
-        return total_of({number: part.digest for number, part in self.parts.items() if part.digest})[0]
-
-    @property
-    def text(self) -> str:
-        """What :meth:`parse` reads."""
-        head = f"ttmfs {VERSION} page_size={self.page_size} size={self.size} mode={self.mode:03o}\n"
-        lines = head + "".join(self.parts[number].line for number in sorted(self.parts))
-        return f"{lines}end {hashlib.sha256(lines.encode()).hexdigest()}\n"
-
-    @classmethod
-    def parse(cls, data: bytes) -> Manifest:
-        """ValueError if it is not what was written."""
-        if not data.startswith(b"ttmfs %d " % VERSION):
-            raise ValueError("of another version, or no manifest")
-        lines, _, end = data.rpartition(b"end ")
-        if end != hashlib.sha256(lines).hexdigest().encode() + b"\n":
-            raise ValueError("it is not whole, or was changed")
-        first, *rest = lines.decode("ascii").split("\n")[:-1]
-        if not (match := re.fullmatch(r"ttmfs \d+ page_size=(\d{1,9}) size=(\d{1,18}) mode=([0-7]{3})", first)):
-            raise ValueError("its first line lacks something")
-        page_size, length, mode = int(match[1]), int(match[2]), int(match[3], 8)
-        if not page_size or page_size % PIECE or PART % page_size or not length or length % page_size:
-            raise ValueError("no backup has such sizes")
-        parts = [Part.parse(line, page_size, length) for line in rest]
-        if any(after.number <= before.number for before, after in itertools.pairwise(parts)):
-            raise ValueError("its parts do not ascend")
-        return cls(page_size, length, mode, {part.number: part for part in parts})
 
 
-def manifest_of(path: Path) -> Path:
-    """Where the manifest of a file lies."""
-    return path.with_name(path.name + MANIFEST)
+class Writer:
+    """Makes the lines of a copy, and writes them with the pages into a stream, if there is one."""
+
+    def __init__(self, header: Header, stream: BinaryIO | None = None) -> None:
+        self.header, self.items, self.lines, self.checksum = header, list[Item](), list[bytes](), ""
+        self._stream = stream
+        self._put(b"ttmfs %d page_size=%d size=%d mode=%03o\n" % (FORMAT, *header))
+
+    def add(self, chunk: Chunk, pages: Pages | None) -> None:
+        """Add a chunk, unless it has no pages any more."""
+        if not chunk.runs:
+            return
+        self.items.append((chunk, None))
+        self._put(f"{chunk.handles} {chunk.sha256}\n".encode())
+        if self._stream and pages is not None:
+            self._stream.write(pages.reshape(-1).data)
+
+    def end(self) -> None:
+        """Add the last line. Its checksum covers all pages, since the lines contain their SHA-256."""
+        self.checksum = _checksum(self.lines)
+        self._put(f"end {self.checksum}\n".encode())
+        if self._stream:
+            self._stream.flush()
+
+    def _put(self, line: bytes) -> None:
+        self.lines.append(line)
+        if self._stream:
+            self._stream.write(line)
 
 
-def longest_manifest(length: int) -> int:
-    """How many bytes the manifest of a file of `length` bytes has at most: where every other page is there."""
-    ranges = PART // PIECE // 2 * len("1073741824,")
-    return min(MOST_MANIFEST, 1024 + -(-length // PART) * (128 + ranges))
+class Reader:
+    """Reads a copy: the lines, and the pages from a stream. CommandError if :class:`Writer` did not write it."""
+
+    def __init__(self, file: BinaryIO, name: str, *, is_stream: bool) -> None:
+        self._file, self._name, self._is_stream = file, name, is_stream
+        self._lines: list[bytes] = []
+        header = rb"ttmfs (\d{1,9}) page_size=(\d{1,9}) size=(\d{1,18}) mode=([0-7]{3})\n"
+        if not (match := re.fullmatch(header, self._line())):
+            raise self._damaged("it does not begin as a saved copy does")
+        number, page_size, size = map(int, match.groups()[:3])
+        if number != FORMAT:
+            raise self._damaged(f"it has format {number}, and this version of ttmfs reads format {FORMAT}")
+        if not page_size or page_size % PIECE or CHUNK % page_size or not size or size % page_size:
+            raise self._damaged("no backup has such sizes")
+        self.header = Header(page_size, size, int(match[4], 8))
+
+    def items(self) -> Iterator[Item]:
+        """Read each chunk."""
+        end, (page_size, size, _) = 0, self.header
+        while not (line := self._line()).startswith(b"end "):
+            handles, _, sha256 = line[:-1].decode("ascii", "replace").partition(" ")
+            edges: list[int] = []
+            with contextlib.suppress(ValueError):
+                edges = [edge for first, last in parse_ranges(handles) for edge in (first - 1, last)]
+            chunk = Chunk(tuple(zip(edges[::2], edges[1::2], strict=True)), sha256)
+            edges = [end, *edges, size // page_size]
+            if edges != sorted(edges) or not 0 < chunk.pages <= CHUNK // page_size:
+                raise self._damaged(f"it has an impossible line, {line[:50]!r}")
+            yield chunk, self._pages(chunk) if self._is_stream else None
+            end = edges[-2]
+        if line != f"end {_checksum(self._lines[:-1])}\n".encode() or self._file.read(1):
+            raise self._damaged("it does not end with the checksum of its lines")
+
+    def _pages(self, chunk: Chunk) -> Pages:
+        pages = np.empty((chunk.pages, self.header.page_size), np.uint8)
+        if self._file.readinto(pages.reshape(-1)) < pages.nbytes:  # type: ignore[attr-defined]
+            raise self._damaged("it is cut short")
+        return pages
+
+    def _line(self) -> bytes:
+        line = self._file.readline(LONGEST_LINE)
+        if not line.endswith(b"\n"):
+            raise self._damaged("it is cut short")
+        self._lines.append(line)
+        return line
+
+    def _damaged(self, why: str) -> CommandError:
+        return CommandError(f"{self._name} is damaged: {why}")
 
 
-def by_part(runs: Iterable[tuple[int, int]], page_size: int) -> dict[int, Runs]:
-    """Runs of pages, cut at the parts' borders, by part."""
-    step, parts = PART // page_size, dict[int, Runs]()
-    for first, past in runs:
-        while first < past:
-            number = first // step
-            end = min(past, (number + 1) * step)
-            parts.setdefault(number, []).append((first, end))
-            first = end
-    return parts
+def _checksum(lines: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-# --- reading parts ---
+class FilePages:
+    """The pages in a sparse file, page i at byte i * page_size. Methods raise OSError."""
+
+    def __init__(self, file: int, page_size: int, *, resume: bool = False) -> None:
+        self._file, self._page_size, self._resume = file, page_size, resume
+
+    def read(self, chunk: Chunk) -> tuple[Chunk, Pages]:
+        """Read the pages of a chunk; gives it with their SHA-256. Bytes after the end of the file are zeros."""
+        pages = np.zeros((chunk.pages, self._page_size), np.uint8)
+        for first, rows in chunk.rows(pages):
+            view, offset = rows.reshape(-1).data, first * self._page_size
+            while view and (count := os.preadv(self._file, [view], offset)):
+                view, offset = view[count:], offset + count
+        return chunk.hashed(pages), pages
+
+    def write(self, chunk: Chunk, pages: Pages) -> None:
+        """Write the pages of a chunk; to resume, only if the file does not have them."""
+        if self._resume and self.read(chunk)[0] == chunk:
+            return
+        for first, rows in chunk.rows(pages):
+            write_all(self._file, rows.reshape(-1).data, first * self._page_size)
 
 
-def in_threads(work: Callable[[Part], T], parts: Iterable[Part]) -> Iterator[tuple[Part, T]]:
-    """What `work` makes of each part, as it is done. At an exception no further part is begun."""
-    with ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)))) as threads:
-        waiting: dict[Future[T], Part] = {}
-        todo = iter(parts)
+class BackupPages:
+    """The pages of a backup. Methods raise TtmfsError."""
+
+    def __init__(self, backup: Backup) -> None:
+        self._backup = backup
+
+    def read(self, chunk: Chunk) -> tuple[Chunk, Pages]:
+        """Read the pages of a chunk that exist; gives what exists of the chunk, with the SHA-256."""
+        handles = np.concatenate([np.arange(first + 1, past + 1, dtype=np.uint64) for first, past in chunk.runs])
+        pages = np.empty((len(handles), self._backup.page_size), np.uint8)
         try:
-            while True:
-                while len(waiting) < 2 * THREADS and (part := next(todo, None)):
-                    waiting[threads.submit(work, part)] = part
-                if not waiting:
-                    return
-                for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    yield waiting.pop(done), done.result()
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+            self._backup.copy_pages(pages, handles)
+        except PageAbsent:
+            existing: list[int] = []
+            for handle in handles.tolist():
+                with contextlib.suppress(PageAbsent):
+                    self._backup.copy_page(pages[len(existing)], handle)
+                    existing.append(handle)
+            chunk, pages = Chunk(tuple(runs_of(np.array(existing, np.uint64)))), pages[: len(existing)]
+        return chunk.hashed(pages), pages
+
+    def write(self, chunk: Chunk, pages: Pages) -> None:
+        """Store the pages of a chunk."""
+        for first, rows in chunk.rows(pages):
+            done = 0
+            while done < len(rows):  # where room ends, the next call raises the reason
+                done += len(self._backup.backup_pages(rows[done:], first + done))
 
 
-def blocks_of(file: int, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, memoryview]]:
-    """What a file has in ranges of bytes, with positions, each in the memory of the one before."""
-    buffer = memoryview(mmap.mmap(-1, BLOCK))  # begins at a page of memory, so that no request ends within a page
-    for start, end in ranges:
-        for position in range(start, end, BLOCK):
-            block = buffer[: min(BLOCK, end - position)]
-            fill(file, block, position)
-            yield position, block
+def copy(
+    label: str,
+    items: Iterable[Item],
+    read: Callable[[Chunk], tuple[Chunk, Pages]],
+    writer: Writer,
+    write: Callable[[Chunk, Pages], None] | None = None,
+    has: Callable[[Chunk], bool] | None = None,
+) -> None:
+    """Read the pages of each chunk, verify its SHA-256, if known, write the pages, and add the chunk to a copy.
 
-
-def fill(file: int, view: memoryview, offset: int) -> None:
-    """Fill a buffer from a file, which is as long."""
-    while view:
-        if not (read := os.preadv(file, [view], offset)):
-            raise OSError(errno.EIO, "it has become shorter")
-        view, offset = view[read:], offset + read
-
-
-def _bytes_of(part: Part, page_size: int) -> Iterator[tuple[int, int]]:
-    """The ranges of bytes of its pages."""
-    return ((first * page_size, past * page_size) for first, past in part.runs)
-
-
-def matches(file: int, part: Part, page_size: int) -> bool:
-    """Whether a file can be read where the pages of a part should be, and has there what it should have."""
-    with contextlib.suppress(OSError):
-        return Digest.of(blocks_of(file, _bytes_of(part, page_size))) == part.digest
-    return False
-
-
-class Source:
-    """A backup to read from: its own file if that can be had, else ``.image``. Neither tells an absent page from zeros.
-
-    Where zeros were read that is looked for. (As Backup.copy_pages() does, which would need memory for each part.) What
-    fails raises StoreFailed.
+    Leaves pages that are there, if `has` says so. Raises CommandError at a damaged chunk, and does not write it.
     """
 
-    def __init__(self, backup: Backup, length: int) -> None:
-        """Its first `length` bytes: it may be made larger meanwhile."""
-        self._backup = backup
-        self._limit = length // backup.page_size
-        self._own = backup.fileno() if backup.is_native else -1
-        with _failing():
-            self._file = self._own if self._own >= 0 else backup.open_file(".image", os.O_RDONLY)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file != self._own:
-            os.close(self._file)
-
-    def parts(self) -> dict[int, Runs]:
-        """The runs of its pages, by part."""
-        runs = ((first, min(past, self._limit)) for first, past in self._backup.runs() if first < self._limit)
-        return by_part(runs, self._backup.page_size)
-
-    def blocks(self, part: Part) -> Iterator[tuple[int, memoryview]]:
-        """What the pages of a part hold."""
-        blocks = blocks_of(self._file, _bytes_of(part, self._backup.page_size))
-        while True:
-            with _failing():
-                block = next(blocks, None)
-            if block is None:
-                return
-            yield block
-
-    def digest(self, part: Part) -> Digest | None:
-        """That of a part. None if a page of it is no more."""
-        return self.confirmed(part, Digest.of(self.blocks(part)))
-
-    def confirmed(self, part: Part, digest: Digest) -> Digest | None:
-        """The digest of what was read of a part, unless a page of it is no more, and was read as zeros."""
-        is_full = digest.pieces == part.pages * self._backup.page_size // PIECE  # so nothing was read of a hole
-        return digest if is_full or self._has(part) else None
-
-    def _has(self, part: Part) -> bool:
-        if self._own < 0:
-            return self.parts().get(part.number) == part.runs
-        page_size = self._backup.page_size
-        with _failing():
-            return all(
-                system_calls.is_data(self._own, idx * page_size, page_size)
-                for first, past in part.runs
-                for idx in range(first, past)
+    def work(chunk: Chunk, pages: Pages | None) -> tuple[Chunk, Pages | None]:
+        if has and has(chunk):
+            return chunk, None
+        found, pages = read(chunk) if pages is None else (chunk.hashed(pages), pages)
+        if chunk.sha256 and found != chunk:
+            raise CommandError(
+                f"the copy is damaged: the pages of handles {chunk.handles} are not those that were saved"
             )
+        if write:
+            write(found, pages)
+        return found, pages
+
+    page_size, total, _ = writer.header
+    if isinstance(items, list):
+        total = sum(chunk.pages for chunk, _ in items) * page_size
+    waiting = deque[Future[tuple[Chunk, Pages | None]]]()
+    with (
+        ProgressBar(label, total) as progress,
+        ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)))) as threads,
+    ):
+        try:
+            for item in itertools.chain(items, itertools.repeat(None, 2 * THREADS)):
+                if item:
+                    waiting.append(threads.submit(work, *item))
+                if waiting and (not item or len(waiting) == 2 * THREADS):
+                    found, pages = waiting.popleft().result()
+                    writer.add(found, pages)
+                    progress.advance(found.pages * page_size)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+    writer.end()
 
 
-@contextlib.contextmanager
-def _failing() -> Iterator[None]:
-    """A backup that cannot be read, as an error of its own: others are of files."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreFailed(f"reading pages: {error.strerror}") from error
-
-
-def report(arguments: argparse.Namespace, manifest: Manifest, verb: str, **more: object) -> None:
-    """Say what was done."""
-    pages, count = manifest.pages, manifest.pages * manifest.page_size
+def report(arguments: argparse.Namespace, verb: str, writer: Writer, output: TextIO) -> None:
+    """Say what was copied."""
+    pages = sum(chunk.pages for chunk, _ in writer.items)
+    count = pages * writer.header.page_size
+    text = f"{verb}: {pages} pages, {size_text(count)}, checksum {writer.checksum[:16]}"
     if arguments.json:
         found = {"backup": arguments.backup, "file": str(arguments.file), "pages": pages, "bytes": count}
-        sys.stdout.write(json.dumps({**found, "checksum": manifest.checksum, **more}) + "\n")
-    else:
-        sys.stdout.write(f"{verb}: {pages} pages, {size(count)}, checksum {manifest.checksum[:16]}\n")
+        text = json.dumps({**found, "checksum": writer.checksum})
+    output.write(text + "\n")

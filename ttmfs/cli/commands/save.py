@@ -1,322 +1,161 @@
-"""``ttmfs save``: a backup to a sparse file.
+"""``ttmfs save``: copy a backup to a sparse file or to a stream.
 
-It is written to a hidden file, .FILE.partial. Run again, it compares each part of that with the backup and copies those
-that differ. There is no journal, which could be torn, or tell of another backup, or of this one as it was. When all is
-on the disk the manifest gets its name, then FILE. Interrupted in between, FILE is not what the manifest tells, which
-``load`` finds, and the same command ends it.
+FILE has the name .FILE.partial until it is complete and on the disk. An interrupted save leaves it, and the next save
+writes only the chunks that differ. The manifest gets its name first: until FILE follows, ``load`` reports damage.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ...client.backup import Backup
 from ...errors import TtmfsError
 from ...linux import system_calls
 from ...linux.mountinfo import ttmfs_on
 from ...quoting import quoted
-from ..rescue import BLOCK, PART, PIECE, Digest, data_runs, open_file, partial_name, write_all
+from ..rescue import partial_name, write_all
 from .command import Command, CommandError, reason
-from .manifest import MANIFEST, Manifest, Part, Source, blocks_of, by_part, in_threads, manifest_of, matches, report
+from .manifest import STREAM, SUFFIX, BackupPages, FilePages, Header, Item, Writer, chunks_of, copy, report
 from .mounts import backup_at
-from .terminal import ProgressBar
-
-if TYPE_CHECKING:
-    from ...client.backup import Backup
 
 __all__ = ["COMMANDS"]
-
-TRIES = 5
-
-
-def _file_name(text: str) -> Path:
-    if text == "-" or text.endswith("/"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file, which it must be: a pipe cannot be sparse")
-    return Path(text)
 
 
 def _add_save(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backup", metavar="MNT/NAME", help="the backup")
-    parser.add_argument("file", metavar="FILE", type=_file_name, help="the file to make, and FILE.ttmfs beside it")
-    parser.add_argument("-f", "--force", action="store_true", help="replace FILE, once the new one is whole")
-    parser.add_argument("--verify", action="store_true", help="read FILE back before it gets its name")
-    parser.add_argument("--json", action="store_true", help="say in JSON what was saved")
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="the file to make; - writes a stream to standard output"
+    )
+    parser.add_argument("-f", "--force", action="store_true", help="replace FILE when the new one is complete")
+    parser.add_argument("--json", action="store_true", help="report in JSON")
 
 
 def _save(arguments: argparse.Namespace) -> int:
-    target: Path = arguments.file
-    with backup_at(arguments.backup) as backup, _partial_of(target) as partial:
-        if (taken := partial.taken()) and not arguments.force:
-            raise CommandError(f"{quoted(taken)} is there already; --force replaces it once the new one is whole")
-        saving = _Saving(backup, arguments.backup, partial.file)
+    is_stream, name = arguments.file == STREAM, quoted(arguments.backup)
+    if is_stream and sys.stdout.isatty():
+        raise CommandError("a stream goes to a pipe or a file, not to a terminal")
+    with backup_at(arguments.backup) as backup:
+        before = _status(backup)
+        items = chunks_of(backup.runs(), backup.page_size)
+        header = Header(backup.page_size, backup.size, before.st_mode & 0o777)
+        writer = Writer(header, sys.stdout.buffer if is_stream else None)
         try:
-            manifest = saving.run(verify=arguments.verify)
-            partial.publish(manifest, saving.file_mode())
+            if is_stream:
+                copy(f"save {name}", items, BackupPages(backup).read, writer)
+            else:
+                _save_to_file(arguments, backup, before, items, writer)
+            has_changed = _status(backup).st_mtime_ns != before.st_mtime_ns
+        except BrokenPipeError:
+            raise
         except (TtmfsError, OSError) as error:
-            why = reason(error, arguments.backup if isinstance(error, TtmfsError) else partial.path_of(error))
-            if not os.fstat(partial.file).st_size:
+            why = reason(error, arguments.backup if isinstance(error, TtmfsError) else arguments.file)
+            if not writer.items:
                 raise CommandError(why) from None
-            raise CommandError(f"{why}; what is there stays, and the same command goes on", 1) from None
-        has_changed = saving.has_changed()
-    report(arguments, manifest, "saved")
+            hint = "the stream is cut short" if is_stream else "the same command resumes"
+            raise CommandError(f"{why}; {hint}", 1) from None
+    report(arguments, "saved", writer, sys.stderr if is_stream else sys.stdout)
     if has_changed:
-        raise CommandError(
-            f"{quoted(arguments.backup)} was changed meanwhile: {quoted(target)} has each page as of when it was "
-            "read, not all as of one moment; to have that, let no one write, and save it again with --force",
-            1,
-        )
+        raise CommandError(f"{name} was changed during the save: the copy has each page as it was when it was read", 1)
     return 0
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """FILE while it is made: its descriptor, and the directory, held open, in which it has a name of its own."""
-
-    target: Path
-    path: Path
-    directory: int
-    file: int
-
-    def path_of(self, error: OSError) -> Path:
-        """Which file an error is of."""
-        return self.path.with_name(error.filename) if isinstance(error.filename, str) else self.path
-
-    def taken(self) -> Path | None:
-        """What would be replaced. A manifest without FILE is nobody's if an interrupted save may have left it."""
-        names = [self.target] if os.fstat(self.file).st_size else [self.target, manifest_of(self.target)]
-        return next((path for path in names if self._stat(path.name)), None)
-
-    def is_in_place(self) -> bool:
-        """Whether its name is still that of the file that is open."""
-        found = self._stat(self.path.name)
-        return found is not None and os.path.samestat(found, os.fstat(self.file))
-
-    def publish(self, manifest: Manifest, mode: int) -> None:
-        """Give the file and its manifest their names, once both are on the disk."""
-        if not self.is_in_place():
-            raise OSError(errno.ENOENT, "it was taken away meanwhile")
-        written = self._written(manifest, mode)
-        # The manifest first: interrupted in between, the next save finds all of the file there, and ends what was left.
-        self._rename(written, manifest_of(self.target).name)
-        self._rename(self.path.name, self.target.name)
-        _let_in(self.file, mode)
-        os.fsync(self.directory)
-
-    def _written(self, manifest: Manifest, mode: int) -> str:
-        """Write the manifest; under which name."""
-        name = self.path.name + MANIFEST
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=self.directory)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with open(os.open(name, flags, 0o600, dir_fd=self.directory), "w", encoding="ascii") as file:
-            file.write(manifest.text)
-            file.flush()
-            _let_in(file.fileno(), mode)
-            os.fsync(file.fileno())
-        return name
-
-    def _rename(self, old: str, new: str) -> None:
-        os.replace(old, new, src_dir_fd=self.directory, dst_dir_fd=self.directory)
-
-    def _stat(self, name: str) -> os.stat_result | None:
-        try:
-            return os.stat(name, dir_fd=self.directory, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
+def _status(backup: Backup) -> os.stat_result:
+    os.close(backup.open_file(".", os.O_RDONLY | os.O_DIRECTORY))  # makes the kernel ask for new attributes
+    return backup.status()
 
 
-def _let_in(file: int, mode: int) -> None:
-    with contextlib.suppress(PermissionError):  # a filesystem without modes
-        os.fchmod(file, mode)
-
-
-@contextlib.contextmanager
-def _partial_of(target: Path) -> Iterator[_Partial]:
-    """The file that is being made, which no one else makes at the same time."""
+def _save_to_file(
+    arguments: argparse.Namespace, backup: Backup, before: os.stat_result, items: list[Item], writer: Writer
+) -> None:
+    target, partial = arguments.file, partial_name(arguments.file.name)
     with contextlib.ExitStack() as stack:
-        path = target.parent / partial_name(target.name)
-        try:
-            directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CommandError(reason(error, target.parent)) from None
+        directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, directory)
         if ttmfs_on(os.fstat(directory).st_dev):
-            raise CommandError(f"{quoted(target)} lies in a mount of ttmfs, which holds no files: save it elsewhere")
-        for place in target, manifest_of(target):
-            _check_replaceable(place, directory)
-        partial = _Partial(target, path, directory, _open_partial(path, directory))
-        stack.callback(os.close, partial.file)
-        try:
-            fcntl.flock(partial.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not partial.is_in_place():  # the other is through, and it was FILE that was locked
-                raise BlockingIOError
-        except BlockingIOError:
-            raise CommandError(f"{quoted(partial.path)} is being written by another ttmfs save") from None
-        try:
-            yield partial
-        finally:
-            if not os.fstat(partial.file).st_size and partial.is_in_place():  # it has not begun
-                os.unlink(partial.path.name, dir_fd=directory)
+            raise CommandError(f"{quoted(target)} is in a mount of ttmfs, which holds no other files")
+        for path in target, target.with_name(target.name + SUFFIX):
+            _check_replaceable(path, directory, is_forced=arguments.force)
+        file = _opened(target.with_name(partial), directory, stack)
+        manifest = _opened(target.with_name(partial + SUFFIX), directory, stack)
+        pages = FilePages(file, backup.page_size, resume=_clear_gaps(file, writer.header, items))
+        copy(f"save {quoted(arguments.backup)}", items, BackupPages(backup).read, writer, pages.write)
+        os.ftruncate(manifest, 0)
+        write_all(manifest, b"".join(writer.lines), 0)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        # Other users may do with FILE what they may do with the backup.
+        allowed = 0o066 if os.fstat(file).st_gid == before.st_gid else 0o006
+        for fd in file, manifest:
+            with contextlib.suppress(PermissionError):  # a filesystem without modes
+                os.fchmod(fd, 0o600 | before.st_mode & allowed)
+            os.fsync(fd)
+        for suffix in SUFFIX, "":
+            os.replace(partial + suffix, target.name + suffix, src_dir_fd=directory, dst_dir_fd=directory)
+        os.fsync(directory)
 
 
-def _check_replaceable(path: Path, directory: int) -> None:
-    """CommandError for what is no file: one in the place of a device would be hard to find."""
+def _check_replaceable(path: Path, directory: int, *, is_forced: bool) -> None:
     with contextlib.suppress(FileNotFoundError):
-        mode = os.stat(path.name, dir_fd=directory, follow_symlinks=False).st_mode
-        if not stat.S_ISREG(mode):
-            what = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link"}.get(stat.S_IFMT(mode), "a device or pipe")
-            raise CommandError(f"{quoted(path)} is {what}: give the name of a file")
+        if not stat.S_ISREG(os.stat(path.name, dir_fd=directory, follow_symlinks=False).st_mode):
+            raise CommandError(f"{quoted(path)} is not a regular file, and save does not replace it")
+        if not is_forced:
+            raise CommandError(f"{quoted(path)} exists; --force replaces it when the new file is complete")
 
 
-def _open_partial(path: Path, directory: int) -> int:
-    """Make the file, or open what an earlier save has left. Whoever may write to the directory may have put it there.
-
-    So no link is followed, and nobody else may be able to write to it, or to open it under another name.
-    """
-    refused = CommandError(
-        f"{quoted(path)} is in the way, and no ttmfs save of yours has left it: see whose it is, and remove it"
-    )
+def _opened(path: Path, directory: int, stack: contextlib.ExitStack) -> int:
+    """Open and lock a file of this user; make it if it does not exist. A stranger may have put another file there."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with contextlib.suppress(FileExistsError):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            return os.open(path.name, flags, 0o600, dir_fd=directory)
-        file = open_file(path.name, directory, flags=os.O_RDWR)
+        file = os.open(path.name, flags, 0o600, dir_fd=directory)
+        stack.callback(os.close, file)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(file)
+        if not os.path.samestat(found, os.stat(path.name, dir_fd=directory, follow_symlinks=False)):
+            raise BlockingIOError  # the other save has completed, and has renamed this file
+    except BlockingIOError:
+        raise CommandError(f"{quoted(path)} is being written by another ttmfs save") from None
     except OSError as error:
-        is_none = error.errno in (errno.ELOOP, errno.EINVAL)
-        raise refused if is_none else CommandError(reason(error, path)) from None
-    found = os.fstat(file)
-    if found.st_uid != os.geteuid() or found.st_nlink != 1 or found.st_mode & 0o022:
-        os.close(file)
-        raise refused
+        raise CommandError(reason(error, path)) from None
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1 or found.st_mode & 0o022:
+        raise CommandError(f"{quoted(path)} is not a file that ttmfs save made for you; remove it")
     return file
 
 
-class _Saving:
-    """A save under way."""
-
-    def __init__(self, backup: Backup, path: str, file: int) -> None:
-        self._backup = backup
-        self._path = path
-        self._file = file
-        self._found = self._stat()
-        self._size = backup.size
-
-    def has_changed(self) -> bool:
-        """Whether the backup is not any more what it was at the beginning."""
-        try:
-            found, length = self._stat(), self._backup.size
-        except (TtmfsError, OSError):  # it was ended
-            return True
-        before = self._found
-        return (found.st_ino, found.st_mtime_ns, length) != (before.st_ino, before.st_mtime_ns, self._size)
-
-    def _stat(self) -> os.stat_result:
-        os.close(self._backup.open_file(".", os.O_RDONLY | os.O_DIRECTORY))  # so that the kernel asks anew
-        return self._backup.status()
-
-    def file_mode(self) -> int:
-        """The file's: it is the caller's, and lets in others as the backup does; a group only if it is the same."""
-        group = 0o060 if os.fstat(self._file).st_gid == self._found.st_gid else 0
-        return 0o600 | self._found.st_mode & (0o006 | group)
-
-    def run(self, *, verify: bool) -> Manifest:
-        """Make the file what the backup is, and see that it is on the disk."""
-        backup = self._backup
-        with Source(backup, self._size) as source:
-            parts = [Part(number, runs, None) for number, runs in source.parts().items()]
-            self._prepare({part.number for part in parts})
-            total = sum(part.pages for part in parts) * backup.page_size
-            with ProgressBar(f"save {quoted(self._path)}", total) as progress:
-                copied = self._copy(source, parts, progress)
-                os.utime(self._file, ns=(self._found.st_atime_ns, self._found.st_mtime_ns))
-                progress.note("to the disk")
-                os.fsync(self._file)
-                if verify:
-                    progress.note("reading it back")
-                    self._verify(copied.values())
-        return Manifest(backup.page_size, self._size, self._found.st_mode & 0o777, copied)
-
-    def _prepare(self, numbers: set[int]) -> None:
-        """Take away what an earlier save has left in parts without pages."""
-        os.ftruncate(self._file, self._size)
-        for number in by_part(((start // PIECE, end // PIECE) for start, end in data_runs(self._file)), PIECE):
-            if number not in numbers and self._digest(number).pieces:
-                self._clear(number)
-
-    def _copy(self, source: Source, parts: list[Part], progress: ProgressBar) -> dict[int, Part]:
-        copied: dict[int, Part] = {}
-        for part, (done, was_there) in in_threads(lambda part: self._copied(source, part), parts):
-            if done:
-                copied[done.number] = done
-            progress.advance(part.pages * self._backup.page_size, skipped=was_there)
-        return copied
-
-    def _copied(self, source: Source, part: Part) -> tuple[Part | None, bool]:
-        """Copy a part, None if by now there is nothing in it; and whether it was there already."""
-        there = self._digest(part.number)
-        if there.pieces and source.digest(part) == there:
-            return part._replace(digest=there), True
-        is_clear = not there.pieces
-        for _ in range(TRIES):
-            if not is_clear:
-                self._clear(part.number)
-            if not part.runs:
-                return None, False
-            if digest := source.confirmed(part, Digest.of(self._written(source.blocks(part)))):
-                return part._replace(digest=digest), False
-            part, is_clear = part._replace(runs=source.parts().get(part.number, [])), False
-        raise CommandError(f"{quoted(self._path)}: its pages are being dropped all the time; let no one write to it", 1)
-
-    def _written(self, blocks: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
-        for position, block in blocks:
-            write_all(self._file, block, position)
-            yield position, block
-
-    def _digest(self, number: int) -> Digest:
-        """That of all that the file has in a part."""
-        start = number * PART
-        return Digest.of(blocks_of(self._file, data_runs(self._file, start, min(start + PART, self._size))))
-
-    def _clear(self, number: int) -> None:
-        start, end = number * PART, min((number + 1) * PART, self._size)
-        try:
-            system_calls.punch_hole(self._file, start, end - start)
-        except OSError:  # a filesystem without
-            for position in range(start, end, BLOCK):
-                write_all(self._file, bytes(min(BLOCK, end - position)), position)
-
-    def _verify(self, parts: Iterable[Part]) -> None:
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
-        for part, is_sound in in_threads(lambda part: matches(self._file, part, self._backup.page_size), parts):
-            if not is_sound:
-                raise OSError(errno.EIO, f"part {part.number} is not what was written; is the disk sound?")
+def _clear_gaps(file: int, header: Header, items: list[Item]) -> bool:
+    """Give a file its size, and remove what an earlier save left between the pages. Whether it left anything."""
+    has_data = os.fstat(file).st_size > 0
+    os.ftruncate(file, header.size)
+    edges = [edge * header.page_size for chunk, _ in items for run in chunk.runs for edge in run]
+    try:
+        for start, end in zip([0, *edges[1::2]], [*edges[::2], header.size], strict=True) if has_data else ():
+            if start < end:
+                system_calls.punch_hole(file, start, end - start)
+    except OSError:  # the filesystem has no holes: begin again
+        os.ftruncate(file, 0)
+        os.ftruncate(file, header.size)
+    return has_data
 
 
 COMMANDS = (
     Command(
         "save",
-        "Save a backup to a sparse file FILE, page i at byte i * page_size, and what is to be known of it to\n"
-        "FILE.ttmfs: page size, mode, which handles hold pages, checksums. Both get their names when they are whole\n"
-        "and on the disk. After an interruption of any kind the same command goes on: it compares what is there with\n"
-        "the backup, and copies the rest. FILE is yours, and lets in others as the backup does.\n\n"
-        "What is stored or dropped meanwhile may be in FILE or not, and a page stored at that very moment in part.\n"
-        "If the backup was changed, that is said, and the exit status is 1.",
+        "Save a backup to FILE, a sparse file with page i at byte i * page_size, and FILE.ttmfs, its manifest: page\n"
+        "size, mode, and the handles and SHA-256 of each chunk of pages. Both get their names when they are complete\n"
+        "and on the disk. After an interruption the same command resumes: it writes only the chunks that differ.\n"
+        "With - for FILE, write a stream to standard output; ttmfs load - refuses a stream that was cut short.\n\n"
+        "FILE belongs to you, and other users have the rights that they have on the backup. If another program\n"
+        "changes the backup during the save, the command says so, and the exit status is 1.",
         """\
 examples:
   ttmfs save /mnt/ttm/bo7 /var/backups/bo7
-  ttmfs save --verify --force /mnt/ttm/bo7 /media/usb/bo7      read back before it replaces the old one
-  tar -cSf bo7.tar bo7 bo7.ttmfs                               what to send elsewhere""",
+  ttmfs save --force /mnt/ttm/bo7 /media/usb/bo7      replace an older copy
+  ttmfs save /mnt/ttm/bo7 - | ssh host ttmfs load - /mnt/ttm/bo7""",
         _add_save,
         _save,
-        "interrupted; the same command goes on where it was",
+        "interrupted; the same command resumes",
         uses_client=True,
         waits_for=lambda arguments: [arguments.backup],
     ),
