@@ -36,7 +36,7 @@ def test_every_command_has_examples_with_options_that_there_are(name: str) -> No
     assert lines, text
     for line in lines:
         words = line.partition(f"ttmfs {name} ")[2].partition(" | ")[0].partition(" -- ")[0].split()
-        assert {word.partition("=")[0] for word in words if word[0] == "-"} <= options_of(name)
+        assert {word.partition("=")[0] for word in words if word[0] == "-" and word != "-"} <= options_of(name)
     assert all(len(line) <= 120 for line in text.splitlines())
 
 

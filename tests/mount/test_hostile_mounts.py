@@ -233,7 +233,7 @@ def test_checksums_of_a_stranger_in_a_directory_of_all_do_not_count(tmp_path: Pa
     os.chown(shared / ".CHECKSUMS", ALICE, ALICE)
     assert "is a stranger's" in ttmfs("rescue", "--check", shared, code=2)
     with Mount(mountpoint, "size=16m"):
-        assert "has no checksum beside it" in ttmfs("load", shared / "mine", mountpoint / "a", code=0)
+        assert "has no manifest" in ttmfs("load", shared / "mine", mountpoint / "a", code=0)
         assert (mountpoint / "a/1").read_bytes() == b"x" * PAGE
         for number, kind in enumerate(("fifo", "zero", "endless", "manifest")):
             for name in ".CHECKSUMS", "mine.ttmfs":
@@ -268,7 +268,7 @@ def test_what_lies_beside_a_file_to_be_loaded_makes_no_one_wait(
         os.truncate(place, 1 << 42)
     with Mount(mountpoint, "size=16m"):
         text = ttmfs("load", tmp_path / "file", mountpoint / "a", code=None)
-        assert "no checksum" in text or "damaged" in text
+        assert "has no manifest" in text or "damaged" in text
         text = ttmfs("load", "--check", tmp_path / "file", code=2)
         assert len(text.splitlines()) == 1
         text = ttmfs("save", "-f", mountpoint, tmp_path / "file", code=2)

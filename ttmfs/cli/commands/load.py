@@ -132,7 +132,8 @@ def _load_into(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> in
         backup = backup or stack.enter_context(_made(arguments.backup, length, is_spool=False))
         if saved is None:
             complain("load", f"{quoted(arguments.file)} has no manifest, so its pages cannot be verified")
-        writer = _store(arguments, saved or _unsaved(file, backup.page_size), backup, is_new=is_new)
+        saved = saved or _unsaved(file, backup.page_size)
+        writer = _store(arguments, saved, backup, sets_mode=is_new or arguments.resume)
     report(arguments, "loaded", writer, sys.stdout)
     return 0
 
@@ -141,10 +142,10 @@ def _receive(arguments: argparse.Namespace, saved: _Copy, backup: Backup | None)
     """Load a stream: all of it into a new backup, which then gets the name, or is copied into `backup`."""
     path = os.path.normpath(arguments.backup)
     with _made(path + LOADING, saved.header.size, is_spool=True) as spool:
-        writer = _store(arguments, saved, spool, is_new=True)
+        writer = _store(arguments, saved, spool, sets_mode=backup is None)
         if backup:
             received = saved._replace(items=writer.items, read=BackupPages(spool).read)
-            writer = _store(arguments, received, backup, is_new=False)
+            writer = _store(arguments, received, backup, sets_mode=arguments.resume)
             spool.fini()
         else:
             mount = spool.open_file("..", os.O_PATH | os.O_DIRECTORY)
@@ -155,7 +156,7 @@ def _receive(arguments: argparse.Namespace, saved: _Copy, backup: Backup | None)
     return writer
 
 
-def _store(arguments: argparse.Namespace, saved: _Copy, backup: Backup, *, is_new: bool) -> Writer:
+def _store(arguments: argparse.Namespace, saved: _Copy, backup: Backup, *, sets_mode: bool) -> Writer:
     """Store a copy. CommandError says what is there if this fails, and how to resume."""
     header, pages, name = saved.header, BackupPages(backup), quoted(arguments.file)
     if header.page_size != backup.page_size:
@@ -172,20 +173,18 @@ def _store(arguments: argparse.Namespace, saved: _Copy, backup: Backup, *, is_ne
             f"load {quoted(arguments.backup)}", saved.items, saved.read, writer, pages.write,
             lambda chunk: chunk.runs in complete and bool(chunk.sha256) and pages.read(chunk)[0] == chunk,
         )  # fmt: skip
-        if (is_new or arguments.resume) and backup.status().st_mode & 0o777 != header.mode:
+        if sets_mode and backup.status().st_mode & 0o777 != header.mode:
             backup.chmod(header.mode)  # last, since the mode may deny even the owner to write
     except (CommandError, TtmfsError, OSError) as error:
         where = arguments.backup if isinstance(error, TtmfsError) else arguments.file
         why, held = str(error) if isinstance(error, CommandError) else reason(error, where), "some"
         with contextlib.suppress(TtmfsError, OSError):  # the mount may be what failed
             held = str(backup.residency().pages)
-        if held == "0" or (is_new and arguments.file == STREAM):
+        if held == "0" or not isinstance(saved.items, list):  # load ends a backup that did not receive all of a stream
             raise CommandError(f"{why}; nothing was loaded") from None
-        room = (
-            "make room (setfattr -n user.ttmfs.size gives the mount more), then " if isinstance(error, NoRoom) else ""
-        )
-        how = "--into" if arguments.into else "--continue"
-        hint = f"{room}ttmfs load {how} {name} {quoted(arguments.backup)}"
+        hint = f"ttmfs load {'--into' if arguments.into else '--continue'} {name} {quoted(arguments.backup)}"
+        if isinstance(error, NoRoom):
+            hint = f"make room (setfattr -n user.ttmfs.size gives the mount more), then {hint}"
         raise CommandError(f"{why}; {held} pages are there. To resume, {hint}", 1) from None
     return writer
 
