@@ -82,7 +82,7 @@ def test_commands_know_nothing_of_the_server(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_only_what_talks_to_the_kernel_knows_pyfuse3(module: str) -> None:
-    assert ("pyfuse3" in imports_of(module)) == (module in ("fuse.operations", "daemon.session"))
+    assert ("pyfuse3" in imports_of(module)) == (module in ("fuse.operations", "fuse.requests", "daemon.session"))
 
 
 def test_mount_py_stays_short() -> None:

@@ -61,11 +61,12 @@ def obey(path: str, suspect_seconds: float) -> None:
 
     import trio
 
-    from ttmfs.fuse import operations
+    from ttmfs.fuse import requests
     from ttmfs.fuse.busy_poll import BusyPoll
-    from ttmfs.fuse.operations import Operations, guarded
+    from ttmfs.fuse.operations import Operations
+    from ttmfs.fuse.requests import handles_request
 
-    operations.SUSPECT_SECONDS = suspect_seconds
+    requests.SUSPECT_SECONDS = suspect_seconds
     answered: list[str] = []
 
     def do(deed: str) -> None:
@@ -167,7 +168,7 @@ def obey(path: str, suspect_seconds: float) -> None:
 
     for name, operation in list(vars(Operations).items()):
         if handler := getattr(operation, "__wrapped__", None):
-            setattr(Operations, name, guarded(obeying(name, handler)))
+            setattr(Operations, name, handles_request(obeying(name, handler)))
 
     wait = BusyPoll.wait
 

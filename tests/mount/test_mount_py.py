@@ -782,32 +782,32 @@ class Altered(Mount):
 
 
 FAULT = """
-from ttmfs.fuse.tree import Tree
+from ttmfs.fuse import {module}
 def fault(*arguments, **more):
     raise RuntimeError("nobody foresaw this")
-Tree.{method} = fault
+{module}.{name} = fault
 """
 
 
 @pytest.mark.parametrize(
-    ("method", "operation", "command"),
+    ("module", "name", "operation", "command"),
     [
-        ("make_backup", "mkdir", "mkdir b"),
-        ("remove_backup", "rmdir", "rmdir a"),
-        ("rename", "rename", "mv a b"),
-        ("create_page", "create", "touch a/2"),
-        ("drop_page", "unlink", "rm a/1"),
-        ("read", "read", "cat a/1"),
-        ("write", "write", "echo x > a/1"),
-        ("truncate", "setattr", "truncate -s 5 a/1"),
-        ("listing", "readdir", "ls a"),
-        ("target", "lookup", "readlink -v a/.shmem"),
-        ("get_xattr", "getxattr", "getfattr -n user.ttmfs.pages a"),
-        ("set_xattr", "setxattr", "setfattr -n user.ttmfs.size -v 1m a"),
+        ("directories", "Root.make_backup", "mkdir", "mkdir b"),
+        ("directories", "Root.remove_backup", "rmdir", "rmdir a"),
+        ("directories", "Root.rename", "rename", "mv a b"),
+        ("directories", "BackupDirectory.create_page", "create", "touch a/2"),
+        ("directories", "BackupDirectory.drop_page", "unlink", "rm a/1"),
+        ("files", "Pages.read", "read", "cat a/1"),
+        ("files", "Pages.write", "write", "echo x > a/1"),
+        ("files", "Pages.truncate", "setattr", "truncate -s 5 a/1"),
+        ("directories", "BackupDirectory.listing", "readdir", "ls a"),
+        ("files", "Link.target", "lookup", "readlink -v a/.shmem"),
+        ("operations", "get_xattr", "getxattr", "getfattr -n user.ttmfs.pages a"),
+        ("operations", "set_xattr", "setxattr", "setfattr -n user.ttmfs.size -v 1m a"),
     ],
 )
 def test_a_fault_in_a_handler_is_a_logged_eio_and_the_mount_lives_on(
-    tmp_path: Path, mountpoint: Path, method: str, operation: str, command: str
+    tmp_path: Path, mountpoint: Path, module: str, name: str, operation: str, command: str
 ) -> None:
     def filled() -> bool:
         """Whether there is a backup with a page, made by whichever calls do not meet the fault."""
@@ -817,12 +817,12 @@ def test_a_fault_in_a_handler_is_a_logged_eio_and_the_mount_lives_on(
             image.write(b"x" * 4096)
         return (mountpoint / "a").is_dir()
 
-    with Altered(mountpoint, tmp_path / "faulty.py", FAULT.format(method=method)) as mounted:
+    with Altered(mountpoint, tmp_path / "faulty.py", FAULT.format(module=module, name=name)) as mounted:
         mounted.expect_log(
             rf"{operation}\(.*\) failed unforeseen; callers get EIO \(said once\)|^Traceback|^ +|^RuntimeError: nobody"
         )
         made = filled()
-        assert made == (method != "make_backup")
+        assert made == (operation != "mkdir")
         for _ in range(3):
             said = subprocess.run(
                 ["bash", "-c", command], cwd=mountpoint, capture_output=True, text=True, timeout=20, check=False
@@ -832,9 +832,8 @@ def test_a_fault_in_a_handler_is_a_logged_eio_and_the_mount_lives_on(
         assert filled() == made
         assert stat.S_ISDIR(mountpoint.stat().st_mode)
         assert mounted.process.poll() is None
-        if method != "read":
-            count = metrics((mountpoint / ".stats").read_text())
-            assert count[f'ttmfs_operation_errors_total{{operation="{operation}",errno="EIO"}}'] >= 3
+        count = metrics((mountpoint / ".stats").read_text())
+        assert count[f'ttmfs_operation_errors_total{{operation="{operation}",errno="EIO"}}'] >= 3
     assert mounted.log.count("RuntimeError: nobody foresaw this") == 1, "a caller cannot fill the log"
     assert any(line.startswith("Traceback") for line in mounted.log)
 

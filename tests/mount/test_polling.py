@@ -146,7 +146,7 @@ def test_a_client_killed_between_polling_and_reading_holds_no_one_up(mountpoint:
     script = f"""
         import os, time, trio
         from ttmfs.fuse import busy_poll
-        from ttmfs.fuse import tree
+        from ttmfs.fuse import files
         found = busy_poll.BusyPoll._found
         def slowly(self):
             if (there := found(self)) and os.path.exists({str(flag)!r}):
@@ -156,7 +156,7 @@ def test_a_client_killed_between_polling_and_reading_holds_no_one_up(mountpoint:
         busy_poll.BusyPoll._found = slowly
         async def sync(self, fh):
             await {wait}
-        tree.Tree.sync = sync
+        files.Pages.sync = sync
     """
     with Mount(mountpoint, "size=1m", command=command_after(script)):
         backup = mountpoint / "a"

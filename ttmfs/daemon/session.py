@@ -38,6 +38,7 @@ from ..fuse.inodes import CONFIG, STATS
 from ..fuse.kernel_cache import KernelCache
 from ..fuse.metrics import Metrics
 from ..fuse.operations import Operations
+from ..fuse.requests import Requests
 from ..fuse.tree import Tree
 from ..linux import system_calls
 from ..linux.memory import available
@@ -296,10 +297,10 @@ class _Session:
         cache = KernelCache(mount.connection, version, pool.store.waiting.turns, resumed=mount.begun)
         tree = Tree(pool, texts, cache, state.progress)
         if mount.begun:
-            tree.doubts.note()  # the daemon before knew of which backups
-        self._operations = Operations(
-            tree, pool, metrics, state, init=self._connect, debug=options.debug, suspects=state.suspects(),
-        )  # fmt: skip
+            tree.shared.mode_changes.note()  # the daemon before knew of which backups
+        locks = None if pool.store.in_memory else pool.store.waiting.files
+        requests = self._requests = Requests(state, metrics, tree.shared.refusals, locks, debug=options.debug)
+        self._operations = Operations(tree, requests, init=self._connect)
         pool.store.remember = state.set
         if process.held and process.keeper and process.keeper.pid:
             pool.store.lead_paths_through(process.keeper.pid)
@@ -410,7 +411,7 @@ class _Session:
         else:
             self._busy_poll = BusyPoll(
                 self._session_fd, asleep, self._longest_poll,
-                lambda: self._operations.under_way or self._ending.asked,
+                lambda: self._requests.waiting or self._ending.asked,
                 self._metrics.values, self._metrics.place("busy poll hits"), self._metrics.place("busy poll misses"),
             )  # fmt: skip
             before = signal.signal(signal.SIGALRM, self._busy_poll.alarm)

@@ -1,16 +1,16 @@
-"""How the reading loop waits for the next request: asking again and again for a while, and only then asleep.
+"""Busy polling: the reading loop asks for the next request again and again for a while, and only then sleeps.
 
-To be put to sleep and woken up takes longer than a page operation. So after each request the connection is polled
-without sleeping, for no longer than `window`, which adapts as KVM's halt polling does: it grows when a request came
-soon after all, and falls to nothing when none did, so that an idle daemon does nothing. Between two looks whoever else
-waits for this CPU may have it, above all a client that was put here when it was answered.
+To be put to sleep and woken takes longer than a page operation. So after each request the connection is polled for at
+most `window`, which adapts as KVM's halt polling does: it grows when a request came soon after it, and becomes 0 when
+none did, so an idle daemon does nothing. Between two polls the CPU is yielded, above all to a client that the kernel
+put here when it was answered.
 
-There is no polling where all that may run here has one CPU, while a slow request is under way, nor for a while after
-another process has kept the CPU: who has used up his share by polling would wait longest for the next turn.
+Nothing is polled where this process may use one CPU only, while a slow request is in flight, and for a while after the
+process was preempted: the scheduler makes a process that has used up its share by polling wait longest.
 
-Concurrency: one thread, several tasks that wait here. One of them polls, the others sleep; if it is held up by a slow
-request, the next request wakes one of those. Between finding the connection readable and returning nothing is awaited,
-since who is returned to reads without looking, and blocks if there is nothing to read.
+Concurrency: one thread. Several tasks wait here: one polls, the others sleep. If the polling task is held up by a slow
+request, the next request wakes one of the others. Between finding the connection readable and returning nothing is
+awaited: the caller reads without a check, and blocks if there is nothing to read.
 """
 
 import os
@@ -26,25 +26,25 @@ __all__ = ["BusyPoll"]
 FIRST_WINDOW = 50_000  # ns
 
 LOST, PAUSE, LONGEST_PAUSE = 300_000, 5_000_000, 160_000_000
-"""A look that comes so many ns later than it should means that another had the CPU, and so long nothing is polled then,
-twice as long each time that it comes again soon: in a virtual machine a lost moment now and then means nothing."""
+"""In ns. An iteration this late means that the process was preempted; polling stops for PAUSE, doubled each time that
+it happens again soon. (In a virtual machine a lost moment now and then means nothing.)"""
 
 TURN, SHORT_TURN = 10_000_000, 500_000
-"""After so many ns of requests without a pause trio's other tasks have their turn; sooner if a request is under way."""
+"""Time in ns after which trio's other tasks have a turn if requests never pause; the short one if one is in flight."""
 
 QUICK = 16
-"""So many requests that are there already are taken in a row before the time and all else is looked at."""
+"""Requests that are taken without a look at the clock if they are there already."""
 
 BLOCKED_SECONDS, LONGEST_ALARM_SECONDS = 0.02, 1.0
-"""So late goes on what is under way, if a request was taken back after it was announced, and none follows it."""
+"""Requests in flight wait this long if a request is taken back after it was announced, and none follows it."""
 
 
 class BusyPoll:
     """Waits for a connection to become readable. Times are ns.
 
-    `asleep` waits for that asleep; it gives False if the loop is to end. `longest` bounds the window. `under_way`
-    tells whether requests wait for a thread or for their turn. How often polling found a request, and how often none,
-    is counted in `values` at `hits` and `misses`, each with its time behind it. SIGALRM must be handled by `alarm`.
+    `asleep` waits for that asleep; it gives False if the loop is to end. `longest` bounds the window. `under_way` tells
+    whether requests are in flight that wait. `values` counts the waits by polling that found a request at `hits`, and
+    those that found none at `misses`, each followed by its time. SIGALRM must be handled by `alarm`.
     """
 
     def __init__(
@@ -65,48 +65,50 @@ class BusyPoll:
         self._values, self._hits, self._misses = values, hits, misses
         self._window = 0
         self._turn_began = self._idle_since = self._paused_until = self._paused_for = 0
-        self._quick = 0  # so often may be returned at once, without a look at anything else
-        self._polled = False  # whether a task that polls gives way just now
+        self._quick = 0  # how often wait() may still return at once
+        self._yielding = False  # whether a task that polls lets others run just now
         self._alarm_in = 0.0  # seconds for which the timer was set; 0: it is not
         self.called = False
 
     async def wait(self) -> bool:
         """Until a request can be read: True. False if the loop is to end."""
-        readable = self._readable.poll
-        if self._quick and not self._under_way() and readable(0):
+        if self._quick and not self._under_way() and self._readable.poll(0):
             self._quick -= 1
             self._values[self._hits] += 1
             return True
-        self.called, give_way, clock = True, os.sched_yield, time.perf_counter_ns
-        now, others = clock(), self._under_way()
-        if not self._polled:
+        self.called = True
+        if not self._yielding:
+            now, others = time.perf_counter_ns(), self._under_way()
             if now > self._turn_began + (SHORT_TURN if others else TURN):
-                await self._give_way()
-                now = clock()
+                await self._let_others_run()
+                now = self._turn_began
             self._idle_since = now
-            if others:  # they need the interpreter, or their turn
-                if self._found():
-                    return True
-            else:
-                end = now + (self._window if now > self._paused_until else 0)
-                while True:
-                    found, now = readable(0), clock()
-                    if now > end + LOST:
-                        self._pause(now)
-                    if found:
-                        self._count(self._hits, now)
-                        self._quick = QUICK
-                        return True
-                    if now >= end:
-                        break
-                    give_way()
-                if end > self._idle_since:
-                    self._count(self._misses, now)
+            if self._found() if others else self._poll():  # others need the interpreter, or their turn
+                return True
         while await self._asleep():
             if self._found():  # else another task has read it already
-                self._turn_began = clock()
+                self._turn_began = time.perf_counter_ns()
                 self._adapt(self._turn_began - self._idle_since)
                 return True
+        return False
+
+    def _poll(self) -> bool:
+        """Poll for the window. True as soon as there is a request."""
+        readable, give_way, clock, now = self._readable.poll, os.sched_yield, time.perf_counter_ns, self._idle_since
+        end = now + (self._window if now > self._paused_until else 0)
+        while True:
+            found, now = readable(0), clock()
+            if now > end + LOST:
+                self._pause(now)
+            if found:
+                self._count(self._hits, now)
+                self._quick = QUICK
+                return True
+            if now >= end:
+                break
+            give_way()
+        if end > self._idle_since:
+            self._count(self._misses, now)
         return False
 
     def _count(self, found: int, now: int) -> None:
@@ -120,26 +122,26 @@ class BusyPoll:
         self._paused_for = min(2 * self._paused_for, LONGEST_PAUSE) if again else PAUSE
         self._paused_until = now + self._paused_for
 
-    async def _give_way(self) -> None:
+    async def _let_others_run(self) -> None:
         """Let trio's other tasks run once."""
-        self._polled = True
+        self._yielding = True
         try:
             await trio.lowlevel.checkpoint()
         finally:
-            self._polled = False
+            self._yielding = False
         self._turn_began = time.perf_counter_ns()
 
     def _found(self) -> bool:
-        """Whether there is a request. Who reads it is not left blocked for long if it is taken back just then."""
+        """Whether there is a request. If it is taken back before it is read, a signal ends the blocked read(2)."""
         if not self._readable.poll(0):
             return False
         if self._under_way() and not self._alarm_in:
             self._alarm_in = BLOCKED_SECONDS
-            signal.setitimer(signal.ITIMER_REAL, self._alarm_in)  # the signal ends a read(2)
+            signal.setitimer(signal.ITIMER_REAL, self._alarm_in)
         return True
 
     def alarm(self, *_: object) -> None:
-        """Handle SIGALRM: once more, later, as long as anything is under way. (What it interrupts must get on.)"""
+        """Handle SIGALRM: set the timer again, longer, while anything is in flight, so that it makes progress."""
         self._alarm_in = min(2 * self._alarm_in, LONGEST_ALARM_SECONDS) if self._under_way() else 0.0
         signal.setitimer(signal.ITIMER_REAL, self._alarm_in)
 

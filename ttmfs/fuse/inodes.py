@@ -24,6 +24,7 @@ __all__ = [
     "CONFIG",
     "FIRST_BACKUP",
     "HANDLE_BITS",
+    "HANDLE_MASK",
     "IMAGE",
     "MAX_BACKUP_ID",
     "MAX_HANDLE",
@@ -36,7 +37,6 @@ __all__ = [
     "handle_of",
     "inode",
     "own_of",
-    "serial_of",
     "split",
     "with_serial",
 ]
@@ -57,7 +57,7 @@ APPENDED = SHMEM  # in the handle of an open file alone: no link is ever opened
 FIRST_BACKUP = 1 << HANDLE_BITS
 """All inodes of backups are larger, all of the mount's own are smaller."""
 
-_HANDLE_MASK = (1 << HANDLE_BITS) - 1
+HANDLE_MASK = (1 << HANDLE_BITS) - 1
 
 
 def inode(backup: int, handle: int) -> int:
@@ -72,24 +72,19 @@ def backup_of(ino: int) -> int:
 
 def handle_of(ino: int) -> int:
     """The page's handle in an inode number or file handle, or 0, IMAGE or SHMEM."""
-    return ino & _HANDLE_MASK
+    return ino & HANDLE_MASK
 
 
 def split(ino: int) -> tuple[int, int]:
     """:func:`backup_of` and :func:`handle_of` at once, for each request that is read or written."""
-    return ino >> HANDLE_BITS & MAX_BACKUP_ID, ino & _HANDLE_MASK
+    return ino >> HANDLE_BITS & MAX_BACKUP_ID, ino & HANDLE_MASK
 
 
 def with_serial(ino: int, serial: int) -> int:
     """The file handle of the `serial`-th opening of a directory or of one of the mount's own inodes."""
     if backup := backup_of(ino):
-        return inode(backup, serial & _HANDLE_MASK)
-    return (serial << 2 | ino) & _HANDLE_MASK
-
-
-def serial_of(fh: int) -> int:
-    """The serial number in a file handle of the mount's own."""
-    return fh >> 2 & _HANDLE_MASK >> 2
+        return inode(backup, serial & HANDLE_MASK)
+    return (serial << 2 | ino) & HANDLE_MASK
 
 
 def own_of(fh: int) -> int:

@@ -1,16 +1,17 @@
-"""What the kernel caches of a mount, and the notifications that keep it true.
+"""The notifications that keep true what the kernel caches of a mount.
 
-The kernel keeps the names and attributes that it was told for LIFETIME seconds, unless an answer says otherwise. When a
+The kernel keeps the names and attributes that it is told for LIFETIME seconds, unless an answer says otherwise. When a
 request changes something else than what it names, the daemon notifies the kernel before it answers the request.
 
-A notification expires the attributes of one inode (FUSE_NOTIFY_INVAL_INODE with a negative offset) and takes no lock
-that a waiting client could hold. The name stays, so mounts on it, working directories below it and overlays over it
-stay too. The next use by path asks for the attributes; if the page is gone the answer is ESTALE, for which the VFS
-looks the name up anew and gets ENOENT. Notifying of a name instead would wait for the lock of its directory, which the
-client may hold that waits for the answer.
+A notification expires the attributes of one inode (FUSE_NOTIFY_INVAL_INODE with a negative offset). It takes no lock
+that a waiting client could hold. The name stays, and with it the mounts on it, the working directories below it and the
+overlays over it. The next use by path asks for the attributes; if the page does not exist the answer is ESTALE, for
+which the VFS looks the name up anew and gets ENOENT. To expire a name instead would wait for the lock of its directory,
+which the client that waits for the answer may hold.
 
-Of pages the kernel is notified only where it was told their attributes lately: blocks of inode numbers are noted.
-Concurrency: one thread, but for notifications that may wait for a client.
+The kernel is notified only of pages whose attributes it was told lately: blocks of inode numbers are noted.
+
+Concurrency: one thread, except for notifications that may wait for a client.
 """
 
 import errno
@@ -23,14 +24,15 @@ import trio
 
 from ..stores.turns import Turns
 from .inodes import HANDLE_BITS, IMAGE, MAX_HANDLE, inode
+from .recent import RecentBackups
 
-__all__ = ["LIFETIME", "KernelCache", "Recent"]
+__all__ = ["LIFETIME", "KernelCache"]
 
 LIFETIME = 1.0
-"""Seconds for which the kernel may keep a name and its attributes: so late may it learn what .shmem changed."""
+"""Seconds for which the kernel may keep a name and its attributes: what .shmem changes may be seen this late."""
 
 KNOWN_SECONDS = 1.25 * LIFETIME
-"""Age of an answer of which the kernel keeps nothing. The lifetime begins when the client takes in the answer."""
+"""Age at which the kernel keeps nothing of an answer. The lifetime begins when the client receives it."""
 
 BLOCK_BITS = 6
 """Blocks of 64 inodes are noted: clients mostly use pages side by side, and a notification takes 2 to 3 us."""
@@ -40,9 +42,6 @@ MOST_BLOCKS = 4096
 
 FEW_BLOCKS = 64
 """Most blocks of a backup that does not wait when others have too many."""
-
-MOST_BACKUPS = 1024
-"""Most backups in a `Recent`. If there are more, all backups count as noted."""
 
 SETTLE_SECONDS = 0.1
 """The longest wait for a directory's lock. Its holder may itself wait for the file whose truncation waits here."""
@@ -55,79 +54,37 @@ EXPIRE_ONLY, EXPIRE_SINCE = 1, (7, 38)  # Linux 6.2
 
 BACKUP_SHIFT = HANDLE_BITS - BLOCK_BITS  # from a block to its backup
 
-ALL = 0
-"""In place of a backup's id: any backup."""
-
-
-class Recent:
-    """Backups to which something happened within the last seconds. Whether there are any is asked cheaply."""
-
-    __slots__ = ("_seconds", "_until")
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._until: dict[int, float] = {}  # in the order of their ends
-
-    def __bool__(self) -> bool:
-        return bool(self._until)
-
-    def note(self, backup: int = ALL) -> None:
-        """It happened to this backup, or to any, just now."""
-        self._prune()
-        if len(self._until) >= MOST_BACKUPS:
-            self._until.clear()
-            backup = ALL
-        self._until.pop(backup, None)
-        self._until[backup] = time.monotonic() + self._seconds
-
-    def __contains__(self, backup: int) -> bool:
-        return time.monotonic() <= self.until(backup)
-
-    def until(self, backup: int) -> float:
-        """When it counts as noted no more, by time.monotonic(); 0 if it does not."""
-        self._prune()
-        return max(self._until.get(backup, 0.0), self._until.get(ALL, 0.0))
-
-    def _prune(self) -> None:
-        now = time.monotonic()
-        while self._until and self._until[first := next(iter(self._until))] < now:
-            del self._until[first]
-
 
 class KernelCache:
-    """The notifications of one connection.
+    """The notifications of one connection. `version` is that of the kernel's FUSE protocol.
 
-    `resumed` says that another daemon served it: for a while it is unknown which pages the kernel was told of.
-    `version` is that of the kernel's FUSE protocol.
+    `resumed`: another daemon served the connection. For a while it is unknown which pages the kernel was told of.
     """
 
     def __init__(self, connection: int, version: tuple[int, int], turns: Turns, *, resumed: bool = False) -> None:
         self._connection = connection
         self._turns = turns
         self._expires = version >= EXPIRE_SINCE
-        self._blocks: set[int] = set()  # blocks of pages that the kernel was told of, lately
-        self._blocks_before: set[int] = set()  # and in the KNOWN_SECONDS before
+        self._blocks: set[int] = set()  # blocks of pages that the kernel was told of since the last turn
+        self._blocks_before: set[int] = set()  # and between the last two turns
         self._turn_at = 0.0
-        self._unknown = Recent(KNOWN_SECONDS)  # backups of which the kernel may know pages that are not noted
+        self._incomplete = RecentBackups(KNOWN_SECONDS)  # the kernel may know pages of these that are not noted
         if resumed:
-            self._unknown.note()
+            self._incomplete.note()
 
-    def is_complete(self, backup: int) -> bool:
-        """Whether every page of a backup that the kernel may know is noted."""
-        return backup not in self._unknown
-
-    def told(self, ino: int) -> None:
+    def note_page(self, ino: int) -> None:
         """The kernel is told the attributes of a page."""
         if time.monotonic() >= self._turn_at or len(self._blocks) >= MOST_BLOCKS:
             self._turn()
         self._blocks.add(ino >> BLOCK_BITS)
 
-    def told_run(self, first: int, last: int) -> None:
-        """The kernel is told the attributes of a run of pages, by inode."""
+    def note_pages(self, first: int, last: int) -> None:
+        """The kernel is told the attributes of a range of pages, by inode number."""
         for block in range(first >> BLOCK_BITS, (last >> BLOCK_BITS) + 1):
-            self.told(block << BLOCK_BITS)
+            self.note_page(block << BLOCK_BITS)
 
     def _turn(self) -> None:
+        """Forget old blocks, or those of the largest backups if there are too many."""
         now = time.monotonic()
         if now >= self._turn_at:
             self._blocks, self._blocks_before = set(), self._blocks if now < self._turn_at + KNOWN_SECONDS else set()
@@ -138,19 +95,20 @@ class KernelCache:
         if sum(counts[backup] for backup in large) < MOST_BLOCKS // 2:
             large = set(counts)
         for backup in large:
-            self._unknown.note(backup)
+            self._incomplete.note(backup)
         self._blocks = {block for block in self._blocks if block >> BACKUP_SHIFT not in large}
 
-    async def forget_pages(
+    async def expire_pages(
         self, backup: int, first: int = 1, last: int = MAX_HANDLE, *, directory_locked: bool = True
     ) -> None:
-        """Pages of a backup, by range of handles, have changed or are gone.
+        """A range of a backup's handles has changed or was dropped.
 
-        Waits until the kernel has forgotten them by itself if it is unknown which of them it knows. The client whose
-        request it is holds the directory's lock in the kernel, or others may be looking up names in it.
+        If the pages that the kernel knows are not all noted, this waits until it has forgotten them by itself. With
+        `directory_locked` the client whose request this is holds the directory's lock in the kernel. Otherwise other
+        clients may be looking up names there.
         """
-        if not self.is_complete(backup):
-            await trio.sleep(max(0.0, self._unknown.until(backup) - time.monotonic()))
+        if backup in self._incomplete:
+            await trio.sleep(max(0.0, self._incomplete.until(backup) - time.monotonic()))
         low = inode(backup, first if first > 1 else 0)  # with the directory, in the block of the first pages
         high = inode(backup, last)
         blocks = self._noted(low >> BLOCK_BITS, high >> BLOCK_BITS)
@@ -163,7 +121,7 @@ class KernelCache:
                 self._blocks.discard(block)
                 self._blocks_before.discard(block)
             for ino in range(max(low, start), min(high + 1, past)):
-                self.forget(ino)
+                self.expire(ino)
             if work.is_due():
                 await work.rest()
 
@@ -171,11 +129,11 @@ class KernelCache:
         return {block for blocks in (self._blocks, self._blocks_before) for block in blocks if first <= block <= last}
 
     async def _settle(self, backup: int) -> None:
-        """Wait until the clients have taken in the answers to what they looked up in a backup's directory.
+        """Wait until the clients have received the answers to their lookups in a backup's directory.
 
         Before that there may be no inode yet whose attributes could expire: 1 of 90 stat(2) then showed a dropped page.
         Lookups hold the directory's lock, and expiring a name waits for it. `.image` never has a lifetime, so to expire
-        it changes nothing. (Linux before 6.2 would drop it instead, so there it is a name that does not exist.)
+        it changes nothing. (Linux before 6.2 would drop it, so there it is a name that does not exist.)
         """
         name = b".image" if self._expires else b"."
         header = INVAL_ENTRY.pack(
@@ -184,16 +142,20 @@ class KernelCache:
         with trio.move_on_after(SETTLE_SECONDS):
             await trio.to_thread.run_sync(self._notify, header + name + b"\0", abandon_on_cancel=True)
 
-    def forget(self, ino: int) -> None:
-        """The attributes of an inode have changed, or it is gone."""
+    def expire(self, ino: int) -> None:
+        """The attributes of an inode have changed, or it no longer exists."""
         self._notify(INVAL_INODE.pack(INVAL_INODE.size, NOTIFY_INVAL_INODE, 0, ino, -1, 0))
 
-    async def grow(self, backup: int, size: int) -> None:
-        """The IMAGE of a backup has become larger.
+    def expire_directory(self, backup: int) -> None:
+        """The times of a backup have changed."""
+        self.expire(inode(backup, 0))
 
-        The kernel asks for attributes before stat(2), but takes the size that it has for O_APPEND, sendfile(2) and
-        copy_file_range(2). It takes a larger one from a byte that is stored in its page cache (FUSE_NOTIFY_STORE); that
-        makes no page of it readable. In a thread, since it waits for whoever reads that page.
+    async def grow_image(self, backup: int, size: int) -> None:
+        """The image of a backup has become larger.
+
+        The kernel asks for attributes before stat(2), but uses the size that it has for O_APPEND, sendfile(2) and
+        copy_file_range(2). It learns a larger one from a byte that is stored in its page cache (FUSE_NOTIFY_STORE);
+        that makes no page of the image readable. In a thread, because it waits for a reader of that page.
         """
         header = STORE.pack(STORE.size + 1, NOTIFY_STORE, 0, inode(backup, IMAGE), size - 1, 1, 0)
         await trio.to_thread.run_sync(self._notify, header + b"\0", abandon_on_cancel=True)

@@ -1,9 +1,9 @@
 """What is counted, and its text in Prometheus' exposition format. Every metric is declared here, with unit and meaning.
 
-Counters are kept in the state, and go on from one daemon to the next. Gauges are asked for when the text is made, so
-that they cost nothing between.
+Counters are kept in the state, so the next daemon goes on with them. Gauges are asked for when the text is made, so
+they cost nothing until then.
 
-Concurrency: one thread. While a text is made others are served between some backups and the next.
+Concurrency: one thread. While a text is made, others are served between two backups.
 """
 
 import errno
@@ -19,32 +19,47 @@ __all__ = ["Metrics"]
 BOUNDS = (12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
 """Upper bounds of the buckets of durations, as powers of two of ns: 4 us to 4.3 s, each four times the one before."""
 
+COUNTERS = (
+    ("restarts_total", "restarts", 0, "Daemons that took the mount over from one before."),
+    ("busy_poll_hits_total", "busy poll hits", 0, "Waits by polling that found a request."),
+    ("busy_poll_hits_seconds_total", "busy poll hits", 1, "Time spent polling that found a request."),
+    ("busy_poll_misses_total", "busy poll misses", 0, "Waits by polling that found none."),
+    ("busy_poll_misses_seconds_total", "busy poll misses", 1, "Time spent polling that found none."),
+    ("page_ins_total", "page in", 0, "Requests that waited in a thread for swap or a disk."),
+    ("page_in_seconds_total", "page in", 1, "Time that they waited."),
+    ("handovers_total", "handover", 0, "Descriptors of backups given to programs."),
+)
+"""Name, key in the state, 0 for the count or 1 for the sum of ns that follows it, and meaning."""
 
-class _Places(dict[str, tuple[int, list[int]]]):
-    """Of an operation: where in the state's values the ns are that it took in all, and where each bucket's count is.
+Samples = Iterable[tuple[str, float]]
+"""What follows a metric's name, and the value."""
 
-    The latter by the bit length of a duration in ns. A row of the state has two buckets.
+
+class _Durations(dict[str, tuple[int, list[int]]]):
+    """Maps an operation to the indices in the state's values of its total time and of its buckets.
+
+    The buckets are by the bit length of a duration in ns. A row of the state holds two of them.
     """
 
     def __init__(self, state: State) -> None:
         self._state = state
 
     def __missing__(self, operation: str) -> tuple[int, list[int]]:
-        place = self._state.at(f"operation {operation}")
-        buckets = [self._state.at(f"duration {half} {operation}") for half in range(len(BOUNDS) // 2 + 1)]
-        by_length = [
+        total = self._state.at(f"operation {operation}") + 1
+        rows = [self._state.at(f"duration {half} {operation}") for half in range(len(BOUNDS) // 2 + 1)]
+        by_length = (
             next((n for n, bound in enumerate(BOUNDS) if length <= bound), len(BOUNDS)) for length in range(65)
-        ]
-        self[operation] = found = place + 1, [buckets[n // 2] + n % 2 for n in by_length]
+        )
+        self[operation] = found = total, [rows[n // 2] + n % 2 for n in by_length]
         return found
 
 
 class Metrics:
-    """The counters of one mount, by operation."""
+    """The counters of one mount. `values` are the state's, by index; `durations` says where an operation's are."""
 
     def __init__(self, state: State) -> None:
         self.values = state.values
-        self.places = _Places(state)
+        self.durations = _Durations(state)
         self._state = state
 
     def count_error(self, operation: str, number: int) -> None:
@@ -55,83 +70,61 @@ class Metrics:
         """How often an operation was answered with an errno."""
         return self._state.get(f"error {operation} {errno.errorcode[number]}")
 
-    def place(self, what: str) -> int:
-        """Where in `values` the count of something is. Behind it is the time that it took, in ns."""
-        return self._state.at(what)
+    def place(self, key: str) -> int:
+        """The index of a count; its time in ns follows."""
+        return self._state.at(key)
 
     def count_page_in(self, ns: int) -> None:
-        """Count a request that waited for pages to be brought in, and for how long."""
+        """Count a request that waited for pages to be brought in, and how long."""
         place = self._state.at("page in")
         self.values[place] += 1
         self.values[place + 1] += ns
 
     def count_handover(self) -> None:
-        """Count a backup's descriptor that was given to someone."""
+        """Count a backup's descriptor that was given to a program."""
         self.values[self._state.at("handover")] += 1
 
     async def text(self, pool: Pool) -> bytes:
         """All metrics, with the gauges of a pool as of now."""
-        swapped, pages = await _swapped(pool), await pool.count_pages()  # first: nothing else of it waits
-        room, page_size, text = pool.room(), pool.page_size, _Text()
-        text.family("build_info", "gauge", "The version that serves.", [(f'{{version="{__version__}"}}', 1)])
-        self._operations(text)
-        text.family(
-            "restarts_total", "counter", "Daemons that took the mount over from one before.", self._sum("restarts")
-        )
-        for found, what in ("hits", "that found a request"), ("misses", "that found none"):
-            key = f"busy poll {found}"
-            text.family(f"busy_poll_{found}_total", "counter", f"Waits by polling {what}.", self._sum(key))
-            text.family(
-                f"busy_poll_{found}_seconds_total", "counter", f"Time spent polling {what}.", self._seconds(key)
-            )
-        text.family(
-            "page_ins_total", "counter", "Requests that waited in a thread for swap or a disk.", self._sum("page in")
-        )
-        text.family("page_in_seconds_total", "counter", "Time that they waited.", self._seconds("page in"))
-        text.family(
-            "page_ins_waiting", "gauge", "Requests that wait for swap or a disk.", [("", pool.store.waiting.count)]
-        )
-        text.family("handovers_total", "counter", "Descriptors of backups given to programs.", self._sum("handover"))
-
-        text.family("backups", "gauge", "Backups there are.", [("", room.backups)])
+        swapped, pages = await _swapped(pool), await pool.count_pages()  # first: nothing else waits
+        room, text = pool.room(), _Text()
+        text.family("build_info", "gauge", "The version that serves.", [(_labels(version=__version__), 1)])
+        text.family("operation_duration_seconds", "histogram", "Time from a request to its answer.", self._histograms())
+        text.family("operation_errors_total", "counter", "Requests answered with an error.", self._errors())
+        for name, key, sum_of_ns, meaning in COUNTERS:
+            value = self.values[self._state.at(key) + sum_of_ns]
+            text.family(name, "counter", meaning, [("", value / 1e9 if sum_of_ns else value)])
         where = {"disk": pages} if swapped is None else {"resident": max(0, pages - swapped), "swapped": swapped}
-        states = [(_labels(state=state), count) for state, count in where.items()]
-        text.family("pages", "gauge", "Pages stored, by where they are.", states)
-        states = [(_labels(state=state), count * page_size) for state, count in where.items()]
-        text.family("stored_bytes", "gauge", "Bytes of the pages stored, by where they are.", states)
-        text.family("size_bytes", "gauge", "The budget.", [("", room.size)])
-        text.family(
-            "available_bytes", "gauge", "What can be stored before budget or reserve end.", [("", room.available)]
-        )
-        text.family("page_size_bytes", "gauge", "Bytes a page.", [("", page_size)])
-        text.family("swap_free_bytes", "gauge", "Free swap of the machine.", [("", bytes_avail())])
+        for name, factor, meaning in ("pages", 1, "Pages"), ("stored_bytes", pool.page_size, "Bytes of the pages"):
+            samples = [(_labels(state=state), count * factor) for state, count in where.items()]
+            text.family(name, "gauge", f"{meaning} stored, by where they are.", samples)
+        for name, value, meaning in (
+            ("page_ins_waiting", pool.store.waiting.count, "Requests that wait for swap or a disk."),
+            ("backups", room.backups, "Backups there are."),
+            ("size_bytes", room.size, "The budget."),
+            ("available_bytes", room.available, "What can be stored before budget or reserve end."),
+            ("page_size_bytes", pool.page_size, "Bytes a page."),
+            ("swap_free_bytes", bytes_avail(), "Free swap of the machine."),
+        ):
+            text.family(name, "gauge", meaning, [("", value)])
         return text.encode()
 
-    def _operations(self, text: "_Text") -> None:
-        operations = self._state.keys("operation")
-        durations: list[tuple[str, float]] = []
-        for operation in operations:
-            place, by_length = self.places[operation]
+    def _histograms(self) -> Samples:
+        for operation in self._state.keys("operation"):
+            total_time, by_length = self.durations[operation]
             total = 0
             for bound in BOUNDS:
                 total += self.values[by_length[bound]]
-                durations.append((f"_bucket{_labels(operation=operation, le=2**bound / 1e9)}", total))
+                yield f"_bucket{_labels(operation=operation, le=2**bound / 1e9)}", total
             total += self.values[by_length[64]]
-            durations.append((f"_bucket{_labels(operation=operation, le='+Inf')}", total))
-            durations.append((f"_sum{_labels(operation=operation)}", self.values[place] / 1e9))
-            durations.append((f"_count{_labels(operation=operation)}", total))
-        text.family("operation_duration_seconds", "histogram", "Time from a request to its answer.", durations)
-        errors: list[tuple[str, float]] = []
+            yield f"_bucket{_labels(operation=operation, le='+Inf')}", total
+            yield f"_sum{_labels(operation=operation)}", self.values[total_time] / 1e9
+            yield f"_count{_labels(operation=operation)}", total
+
+    def _errors(self) -> Samples:
         for key in self._state.keys("error"):
             operation, _, name = key.partition(" ")
-            errors.append((_labels(operation=operation, errno=name), self._state.get(f"error {key}")))
-        text.family("operation_errors_total", "counter", "Requests answered with an error.", errors)
-
-    def _sum(self, key: str) -> list[tuple[str, float]]:
-        return [("", self._state.get(key))]
-
-    def _seconds(self, key: str) -> list[tuple[str, float]]:
-        return [("", self.values[self._state.at(key) + 1] / 1e9)]
+            yield _labels(operation=operation, errno=name), self._state.get(f"error {key}")
 
 
 class _Text:
@@ -140,9 +133,9 @@ class _Text:
     def __init__(self) -> None:
         self._lines: list[str] = []
 
-    def family(self, name: str, kind: str, help_: str, samples: Iterable[tuple[str, float]]) -> None:
-        """Add one: samples are what follows the name, and the value."""
-        self._lines += f"# HELP ttmfs_{name} {help_}", f"# TYPE ttmfs_{name} {kind}"
+    def family(self, name: str, kind: str, meaning: str, samples: Samples) -> None:
+        """Add a metric with all its samples."""
+        self._lines += f"# HELP ttmfs_{name} {meaning}", f"# TYPE ttmfs_{name} {kind}"
         self._lines += (f"ttmfs_{name}{rest} {value}" for rest, value in samples)
 
     def encode(self) -> bytes:
@@ -150,7 +143,7 @@ class _Text:
 
 
 async def _swapped(pool: Pool) -> int | None:
-    """How many pages of all backups are swapped out; None if they lie on a disk, of which there is no such count."""
+    """How many pages of all backups are swapped out; None if they are on a disk, where there is no such count."""
     store, swapped = pool.store, 0
     work = store.waiting.turns.begin()
     if not store.in_memory:
@@ -158,7 +151,7 @@ async def _swapped(pool: Pool) -> int | None:
     for id in list(store.ids_after(0)) if store.swap.used else ():
         try:
             swapped += await pool.backup(id).count_swapped()
-        except TtmfsError:  # it went meanwhile
+        except TtmfsError:  # it was removed meanwhile
             continue
         if work.is_due():
             await work.rest()

@@ -1,35 +1,46 @@
-"""Who may do what by mode bits, where the kernel is not the one to decide it.
+"""Permissions by mode bits, in the three cases in which the kernel does not decide them.
 
-Three cases. A program asks for a backup's descriptor by a socket. A program creates a page and opens it: the kernel
-checks the right to create alone. For a moment after a change of a backup's mode or owner, the kernel may judge its
-pages by what it knew of them.
+- A program asks for a backup's descriptor through a socket.
+- A program creates a page and opens it: the kernel checks the right to create alone.
+- A backup's mode or owner has just changed: the kernel may still judge its pages by the old ones.
 """
 
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-__all__ = ["Caller", "Someone", "allows", "may", "process"]
+__all__ = ["OPENED_FOR", "Caller", "Someone", "allows", "may", "process"]
+
+OPENED_FOR = {
+    os.O_RDONLY: os.R_OK,
+    os.O_WRONLY: os.W_OK,
+    os.O_RDWR: os.R_OK | os.W_OK,
+    os.O_ACCMODE: os.R_OK | os.W_OK,
+}
+"""The right that open(2) asks for, by access mode."""
 
 
-class Caller(NamedTuple):
-    """Who asks: a user and group, and the thread, which asks for one thing at a time."""
+class Caller(Protocol):
+    """The thread that makes a request, and the user and group that it acts as. A thread makes one request at a time."""
 
-    uid: int
-    gid: int
-    pid: int
+    @property
+    def uid(self) -> int: ...  # noqa: D102
+    @property
+    def gid(self) -> int: ...  # noqa: D102
+    @property
+    def pid(self) -> int: ...  # noqa: D102
 
 
 class Someone(NamedTuple):
-    """A user with groups, the supplementary ones among them."""
+    """A user and all groups, the supplementary ones among them."""
 
     uid: int
     groups: frozenset[int]
 
 
 def process(uid: int, gid: int, pid: int) -> Someone:
-    """A process, or thread, that acts as a user and group. Its supplementary groups are none if it has gone."""
+    """A process, or thread, that acts as a user and group. One that has ended has no supplementary groups."""
     groups = {gid}
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
@@ -38,7 +49,7 @@ def process(uid: int, gid: int, pid: int) -> Someone:
 
 
 def allows(found: os.stat_result, who: Someone, wanted: int) -> bool:
-    """Whether mode bits let someone do what is wanted (R_OK, W_OK, X_OK), as generic_permission() decides it."""
+    """Whether mode bits allow someone what is wanted (R_OK, W_OK, X_OK), as generic_permission() decides it."""
     if not who.uid:
         return True
     shift = 6 if who.uid == found.st_uid else 3 if found.st_gid in who.groups else 0
@@ -46,17 +57,13 @@ def allows(found: os.stat_result, who: Someone, wanted: int) -> bool:
 
 
 def may(found: os.stat_result, caller: Caller, wanted: int) -> bool:
-    """As :func:`allows`, of a caller at the mount.
+    """As :func:`allows`, of a caller at the mount, whose supplementary groups FUSE does not tell.
 
-    FUSE does not tell supplementary groups. /proc is read for them only if they decide: the caller is not the owner,
-    and the bits of the group and of others differ.
+    /proc is read for them only if they decide: the caller is not the owner, and the bits of group and others differ.
     """
-    uid, gid, _ = caller
-    if not uid:
-        return True
-    if uid == found.st_uid:
-        return found.st_mode >> 6 & wanted == wanted
+    if caller.uid in (0, found.st_uid):
+        return allows(found, Someone(caller.uid, frozenset()), wanted)
     of_group, of_others = found.st_mode >> 3 & wanted == wanted, found.st_mode & wanted == wanted
-    if of_group == of_others or gid == found.st_gid:
+    if of_group == of_others or caller.gid == found.st_gid:
         return of_group
-    return allows(found, process(*caller), wanted)
+    return allows(found, process(caller.uid, caller.gid, caller.pid), wanted)

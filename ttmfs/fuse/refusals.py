@@ -1,8 +1,8 @@
-"""Why callers were refused: the last refusals, and lines in the log.
+"""The reasons of refusals: the last ones, and lines in the log.
 
-A caller gets an errno alone. The reason goes to the log, at most one line for each kind of refusal and ten seconds, and
-one a second for all kinds. ``ttmfs why`` shows the last ones. What is ordinary is left out: a name that is not there, a
-page that was dropped. No page contents are shown. Names and values are quoted by those who raise the errors.
+A caller gets only an errno. The reason goes to the log: for each kind of refusal at most one line in ten seconds, for
+all kinds one a second. ``ttmfs why`` shows the last ones. Ordinary refusals are left out: a name that does not exist, a
+page that was dropped. No page contents are shown. The errors quote names and values.
 
 Concurrency: one thread.
 """
@@ -36,10 +36,10 @@ __all__ = ["Refusals"]
 log = logging.getLogger(__name__)
 
 KEPT = 64
-"""How many refusals are kept."""
+"""Refusals that are kept."""
 
 KIND_SECONDS, LINE_SECONDS = 10.0, 1.0
-"""The least time between two lines of the log for one kind (operation and errno), and for any."""
+"""The least time between two lines of the log for one kind (operation and errno), and for any kind."""
 
 LONGEST_REASON = 200
 """Characters of a reason that are kept: a caller's value in it can have 64 KiB."""
@@ -55,12 +55,12 @@ ORDINARY = (
     TextForgotten,
     WrongParent,  # mv(1) copies then
 )
-LOOKING = frozenset(("lookup", "getattr", "access", "readlink"))
+LOOKS = frozenset(("lookup", "getattr", "access", "readlink"))
 """Operations that change and open nothing."""
 
 
 class Refusals:
-    """The refusals of one mount. They are gone with the daemon."""
+    """The refusals of one mount. They are lost with the daemon."""
 
     def __init__(self) -> None:
         self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT)
@@ -70,18 +70,18 @@ class Refusals:
 
     def note(self, operation: str, number: int, error: TtmfsError, caller: Any = None) -> None:
         """Keep a refusal, and log it if its turn has come. `caller` may have uid and pid."""
-        if isinstance(error, ORDINARY) or operation in LOOKING:
+        if isinstance(error, ORDINARY) or operation in LOOKS:
             return
         uid, pid = getattr(caller, "uid", None), getattr(caller, "pid", None)
         reason, command = str(error)[:LONGEST_REASON], None
         if pid:
-            with contextlib.suppress(OSError):  # it has gone, or is out of sight
+            with contextlib.suppress(OSError):  # it has ended, or /proc hides it
                 command = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
         self._kept.append({
             "time": time.time(), "operation": operation, "errno": errno.errorcode[number], "reason": reason,
             "uid": uid, "pid": pid, "command": command,
         })  # fmt: skip
-        if isinstance(error, StoreFailed):  # which is logged as a fault
+        if isinstance(error, StoreFailed):  # it is logged as a fault
             return
         kind, now = (operation, number), time.monotonic()
         if now < self._logged.get(kind, 0.0) + KIND_SECONDS or now < self._logged_at + LINE_SECONDS:
@@ -94,7 +94,7 @@ class Refusals:
         log.info("refused: %s%s: %s: %s%s", operation, who, errno.errorcode[number], reason, more)
 
     def text(self) -> str:
-        """The last of them as JSON, the newest last; as many as fit into an extended attribute."""
+        """The last refusals as JSON, the newest last; as many as fit into an extended attribute."""
         rows: list[str] = []
         room = XATTR_SIZE_MAX - len("[]")
         for refusal in reversed(self._kept):

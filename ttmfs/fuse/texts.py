@@ -1,74 +1,85 @@
-"""The mount's own files: texts, one for each opening.
+"""The mount's own files, ``.stats`` and ``.config``: one text for each opening.
 
-A text is made when its file is opened. Whoever reads it in pieces gets pieces of that text, up to its end. It has the
-size that stat(2) says from then on. A daemon that takes over does not have the texts of the one before: reading on is
-TextForgotten then, and reading from the beginning gives another text.
+A text is made when its file is opened. A reader in pieces gets pieces of that text, and stat(2) tells its size from
+then on. A daemon that takes over does not have the texts of the one before. There a read amid a text is TextForgotten,
+and a read from the beginning gives another text.
 
-A file handle has the text's length in it, so that its end is known when the text is not. Of the 28 bits that the
-layout of :mod:`ttmfs.fuse.inodes` leaves, 17 are the length, and the rest a serial number.
-
-Concurrency: one thread. A text is made by one at a time; whoever asked before it was begun gets it too.
+Concurrency: one thread. A text is made once at a time; a reader that asked before the making began gets it too.
 """
 
 import itertools
+import os
 import secrets
+import stat
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
-from ..errors import TextForgotten
-from .inodes import own_of, serial_of, with_serial
+from ..errors import ReadOnlyEntry, TextForgotten
+from .inodes import HANDLE_BITS, own_of, with_serial
+from .node import Attributes, Node, Shared
+from .permissions import Caller
 
-__all__ = ["KEPT_EACH", "KEPT_IN_ALL", "Texts"]
+__all__ = ["MOST_TEXTS", "Texts"]
 
-KEPT_EACH, KEPT_IN_ALL = 128, 256
-"""Texts of open files that are kept for one user, and for all. The oldest goes first."""
+MOST_TEXTS = 256
+"""Most texts of open files that are kept. If there are more, the oldest of the user with the most is forgotten."""
 
-LENGTH_BITS, SERIAL_BITS = 17, 11
+TEXT_GROWTH = 1 << 16
+"""Most bytes by which a text may be longer than the one before."""
 
 
-class Texts:
-    """What the mount's own files hold. `make` makes the text of an inode."""
+class Texts(Node):
+    """Both files, by inode number. `make` makes the text of an inode."""
 
-    def __init__(self, make: Mapping[int, Callable[[], Awaitable[bytes]]]) -> None:
+    def __init__(self, shared: Shared, make: Mapping[int, Callable[[], Awaitable[bytes]]]) -> None:
+        super().__init__(shared)
         self._make = make
         self._locks = {ino: trio.Lock() for ino in make}
         self._latest: dict[int, tuple[float, bytes]] = {}  # by inode: when its making began, and the text
-        self._open: OrderedDict[int, tuple[int, bytes]] = OrderedDict()  # by file handle: whose it is, and the text
-        self._counts: Counter[int] = Counter()
-        # Files that a daemon before opened are open still.
-        self._serial = itertools.count(secrets.randbits(SERIAL_BITS))
+        self._open: OrderedDict[int, tuple[int, bytes]] = OrderedDict()  # by file handle: the user, and the text
+        self._counts: Counter[int] = Counter()  # texts by user
+        self._serial = itertools.count(secrets.randbits(HANDLE_BITS))  # an earlier daemon's files are still open
 
     def __contains__(self, ino: int) -> bool:
         return ino in self._make
 
-    def size(self, ino: int) -> int:
-        """The length of the text that was made last; 0 if none was."""
-        return len(self._latest[ino][1]) if ino in self._latest else 0
+    def attributes(self, ino: int) -> Attributes:
+        """The size is the length of the text that was made last; 0 if none was."""
+        size = len(self._latest[ino][1]) if ino in self._latest else 0
+        attributes = Attributes.of_file(self.pool.store.stat(), size, 0)
+        return attributes._replace(mode=stat.S_IFREG | 0o444, cacheable=False)
 
-    async def have(self, ino: int) -> None:
-        """See that there is a text whose length can be told."""
+    def looked_up(self, ino: int) -> Attributes:
+        """What the kernel is told before an open: the text that is then made may be longer than the last.
+
+        sendfile(2) reads as far as the size that the kernel knows, or to a short read; stat(2) asks for it anew.
+        """
+        attributes = self.attributes(ino)
+        return attributes._replace(size=attributes.size + TEXT_GROWTH)
+
+    async def latest_attributes(self, ino: int) -> Attributes:
+        """As :meth:`attributes`, of a text that is made now if none was."""
         if ino not in self._latest:
             await self._made(ino)
+        return self.attributes(ino)
 
-    async def open(self, ino: int, uid: int) -> int:
-        """A file handle for a text of now."""
+    async def open(self, ino: int, flags: int, caller: Caller) -> int:
+        """A file handle for a text that is made now."""
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise ReadOnlyEntry("this file can only be read")
         text = await self._made(ino)
-        length = min(len(text), (1 << LENGTH_BITS) - 1)
-        serials = (number % (1 << SERIAL_BITS) << LENGTH_BITS | length for number in self._serial)
-        fh = next(fh for fh in (with_serial(ino, serial) for serial in serials) if fh not in self._open)
-        self._keep(fh, uid, text)
+        fh = with_serial(ino, next(self._serial))
+        self._keep(fh, caller.uid, text)
         return fh
 
     async def read(self, fh: int, offset: int, size: int) -> bytes:
         """Bytes of the text of a file handle. Raises TextForgotten."""
         if fh not in self._open:
-            if offset >= serial_of(fh) % (1 << LENGTH_BITS):
-                return b""
             if offset:
-                raise TextForgotten("the text is gone of which the beginning was read; open the file again")
+                raise TextForgotten("the text whose beginning was read is lost; open the file again")
             self._keep(fh, 0, await self._made(own_of(fh)))
         return self._open[fh][1][offset : offset + size]
 
@@ -91,10 +102,6 @@ class Texts:
         self.close(fh)
         self._open[fh] = uid, text
         self._counts[uid] += 1
-        if self._counts[uid] > KEPT_EACH:
-            self._forget_oldest_of(uid)
-        elif len(self._open) > KEPT_IN_ALL:
-            self._forget_oldest_of(self._counts.most_common(1)[0][0])
-
-    def _forget_oldest_of(self, uid: int) -> None:
-        self.close(next(fh for fh, (owner, _) in self._open.items() if owner == uid))
+        if len(self._open) > MOST_TEXTS:
+            most, _ = self._counts.most_common(1)[0]
+            self.close(next(fh for fh, (owner, _) in self._open.items() if owner == most))

@@ -1,0 +1,340 @@
+"""The two kinds of directory: the root, which holds backups, and a backup, which holds pages.
+
+Repeated requests: two daemons may carry out one request, if the first dies before its answer is read. The kernel looks
+a name up under the directory's lock before it asks for a change, so a true EEXIST or ENOENT is the kernel's own answer.
+Here mkdir of an existing backup, rmdir and unlink of a missing name, and a rename that was already done succeed, and
+create never changes an existing page. That is right only because (1) missing names have no lifetime in the kernel,
+(2) nothing is awaited between a change of names and its answer, (3) rename has no flag but RENAME_NOREPLACE.
+
+Concurrency: one thread. State is read anew after every `await`.
+"""
+
+import contextlib
+import itertools
+import os
+import secrets
+import stat
+import time
+from collections.abc import Generator
+
+from ..errors import (
+    AccessDenied,
+    BackupAbsent,
+    BackupEnded,
+    BackupExists,
+    InvalidArgument,
+    NoRoom,
+    NotPermitted,
+    OutOfBounds,
+    WrongParent,
+)
+from ..handles import parse_page_name
+from .files import Image, Link, Pages, file_handle
+from .inodes import (
+    CONFIG,
+    HANDLE_BITS,
+    IMAGE,
+    MAX_BACKUP_ID,
+    MAX_HANDLE,
+    ROOT,
+    SHMEM,
+    STATS,
+    inode,
+    with_serial,
+)
+from .node import Answer, Attributes, Changes, Node, Shared, check_length, check_syncs
+from .permissions import OPENED_FOR, Caller, may
+from .texts import Texts
+
+__all__ = ["BackupDirectory", "Directory", "Entry", "Root"]
+
+RENAME_NOREPLACE = 1
+
+TEXTS = {b".stats": STATS, b".config": CONFIG}
+HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
+
+RUN_SECONDS = 1.0
+"""Age at which a listing looks its run of pages up again: it may show what .shmem drops for this long."""
+
+Found = tuple[int, Attributes]
+"""The inode number and attributes of a name."""
+
+Created = tuple[int, int, Attributes]
+"""File handle, inode number and attributes of a file that was created and opened."""
+
+Entry = tuple[bytes, int, Attributes, int]
+"""An entry of a listing: name, inode number, attributes, and the offset of the next. A plain tuple takes a third of the
+time of a named one. Entries that follow each other often share one Attributes."""
+
+
+class Directory(Node):
+    """What both kinds have in common. It refuses what only one of them supports."""
+
+    _serial = itertools.count(secrets.randbits(HANDLE_BITS))
+    """Numbers open directories. Those that an earlier daemon opened are still open, so it begins anywhere."""
+
+    def lookup(self, name: bytes) -> Found | None:
+        """The inode number and attributes of a name; None if there is no such name."""
+        raise NotImplementedError
+
+    def entries(self, fh: int, start: int) -> Generator[Entry, None, None]:
+        """The entries after "." and "..", from an offset of 2 or more on. Offsets are 2 + id, or 2 + handle."""
+        raise NotImplementedError
+
+    async def make_backup(self, name: bytes, mode: int, caller: Caller) -> Found:
+        """mkdir(2)."""
+        check_length(name)
+        raise NotPermitted("a backup holds pages, no directories")
+
+    async def remove_backup(self, name: bytes) -> None:
+        """rmdir(2)."""
+        raise NotPermitted("a backup holds no directories")
+
+    async def rename(self, name: bytes, new_parent: "Directory", new_name: bytes, flags: int) -> None:
+        """renameat2(2)."""
+        raise NotImplementedError
+
+    def create_page(self, name: bytes, flags: int, caller: Caller | None) -> Answer[Created]:
+        """open(2) with O_CREAT, or mknod(2)."""
+        check_length(name)
+        _refuse_dot(name)
+        raise NotPermitted("the root holds backups, no files: make one with mkdir")
+
+    def drop_page(self, name: bytes, pid: int) -> Answer[None]:
+        """unlink(2) by a thread."""
+        raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
+
+    async def change(self, ino: int, wanted: Changes, caller: Caller, *, by_path: bool) -> Attributes:
+        """chmod(2), chown(2), utimensat(2), of the backup's file or the store's directory."""
+        store, cache = self.pool.store, self.shared.cache
+        if wanted.size is not None:
+            raise NotPermitted("this has no size to change")
+        times, (_, mode, uid, gid, atime_ns, mtime_ns) = None, wanted
+        async with store.locked(self.id):
+            now = self.attributes(ino)
+            if atime_ns is not None or mtime_ns is not None:
+                times = (now.atime_ns if atime_ns is None else atime_ns, now.mtime_ns if mtime_ns is None else mtime_ns)
+            judges_anew = mode is not None or wanted.owner_differs(now)
+            store.change(
+                self.id or None,
+                mode=None if mode is None else mode & 0o7777,
+                uid=-1 if uid is None or uid == now.uid else uid,
+                gid=-1 if gid is None or gid == now.gid else gid,
+                times=times,
+            )
+            if self.id and judges_anew:
+                self.shared.mode_changes.note(self.id)
+            attributes = self.attributes(ino)
+        if not self.id:
+            for text in TEXTS.values():
+                cache.expire(text)
+        elif judges_anew or times is not None:
+            await cache.expire_pages(self.id)
+        return attributes
+
+    def open_directory(self, ino: int, caller: Caller) -> int:
+        """opendir(3): a file handle."""
+        self.stat()  # raises BackupEnded
+        if self.id:  # a write changes its times, unknown to the kernel; tar compares them with those at the end
+            self.shared.cache.expire(ino)
+        fh = with_serial(ino, next(self._serial))
+        return fh if self.pool.store.in_memory else self.marked_if_reader(fh, caller)
+
+    def listing(self, fh: int, start: int) -> Generator[Entry, None, None]:
+        """The entries of an open directory from an offset on, of which the caller takes as many as it wants."""
+        return self.entries(fh, start) if start >= 2 else self._listing_from_dots(fh, start)
+
+    def _listing_from_dots(self, fh: int, start: int) -> Generator[Entry, None, None]:
+        here = inode(self.id, 0) or ROOT
+        if not start:
+            yield b".", here, self.attributes(here), 1
+        yield b"..", ROOT, Attributes.of_directory(self.pool.store.stat(), 2 + self.pool.store.count), 2
+        yield from self.entries(fh, 2)
+
+    async def sync(self, fh: int) -> None:
+        """fsync(2): the names that were made, changed and removed in it are on the disk."""
+        if not self.pool.store.in_memory:
+            check_syncs(fh)
+            await self.pool.store.sync(self.id or None)
+
+
+class Root(Directory):
+    """The root of the mount: it holds the backups and, hidden, the mount's texts."""
+
+    def __init__(self, shared: Shared, texts: Texts) -> None:
+        super().__init__(shared)
+        self._texts = texts
+
+    def attributes(self, ino: int) -> Attributes:
+        return Attributes.of_directory(self.stat(), 2 + self.pool.store.count)
+
+    def lookup(self, name: bytes) -> Found | None:
+        if ino := TEXTS.get(name):
+            return ino, self._texts.looked_up(ino)
+        with contextlib.suppress(BackupAbsent):
+            id = self.pool.store.find(os.fsdecode(name))
+            return inode(id, 0), Attributes.of_directory(self.pool.backup(id).stat())
+        check_length(name)
+        return None
+
+    def entries(self, fh: int, start: int) -> Generator[Entry, None, None]:
+        """The backups, in the order in which they were made."""
+        store = self.pool.store
+        if start < 3:
+            store.look_around()
+        for id in store.ids_after(start - 2):
+            with contextlib.suppress(BackupEnded):  # it was removed meanwhile
+                attributes = Attributes.of_directory(store.stat_by_name(id))
+                yield os.fsencode(store.name_of(id)), inode(id, 0), attributes, 2 + id
+
+    async def make_backup(self, name: bytes, mode: int, caller: Caller) -> Found:
+        """A backup of the pool's backup_size. An existing one is returned as it is."""
+        check_length(name)
+        _refuse_dot(name)
+        root, gid = self.stat(), caller.gid
+        if root.st_mode & stat.S_ISGID:  # every filesystem passes the group down the tree
+            gid, mode = root.st_gid, mode | stat.S_ISGID
+        size = min(self.pool.backup_size, MAX_HANDLE * self.pool.page_size)
+        try:
+            backup = await self.pool.create(os.fsdecode(name), size, mode=mode & 0o7777, uid=caller.uid, gid=gid)
+        except BackupExists:
+            if found := self.lookup(name):
+                return found
+            raise  # the name is taken by a file that is no backup
+        if (id := self.pool.store.find(os.fsdecode(name))) > MAX_BACKUP_ID:
+            await backup.fini()
+            raise NoRoom(f"all {MAX_BACKUP_ID} inode numbers for backups are used up; mount anew")
+        return inode(id, 0), Attributes.of_directory(backup.stat())
+
+    async def remove_backup(self, name: bytes) -> None:
+        """End an empty backup. A missing one is a success."""
+        with contextlib.suppress(BackupAbsent):
+            await self.pool.remove(os.fsdecode(name))
+
+    async def rename(self, name: bytes, new_parent: Directory, new_name: bytes, flags: int) -> None:
+        _check_rename(new_name, flags)
+        if name in TEXTS or new_parent is not self:
+            raise NotPermitted("a backup can only be renamed, within the mount's root")
+        _refuse_dot(new_name)
+        try:
+            await self.pool.rename(os.fsdecode(name), os.fsdecode(new_name), replace=not flags & RENAME_NOREPLACE)
+        except BackupAbsent:
+            await self.pool.open(os.fsdecode(new_name))
+
+
+class BackupDirectory(Directory):
+    """A backup: it holds pages by handle and, hidden, its image and its link."""
+
+    def __init__(self, shared: Shared, id: int) -> None:
+        super().__init__(shared)
+        self.id = id
+        self.backup = shared.pool.backup(id)
+        self._pages = Pages(shared, id)
+        self._hidden = {b".image": Image(shared, id), b".shmem": Link(shared, id)}
+
+    def attributes(self, ino: int) -> Attributes:
+        return Attributes.of_directory(self.backup.stat())
+
+    def lookup(self, name: bytes) -> Found | None:
+        if node := self._hidden.get(name):
+            ino = inode(self.id, HIDDEN[name])
+            return ino, node.attributes(ino)
+        handle = parse_page_name(name) or 0
+        if not 0 < handle <= MAX_HANDLE or not self.backup.holds(handle - 1):
+            check_length(name)
+            return None
+        found = self.backup.stat()
+        if handle * self.pool.page_size > found.st_size:  # .shmem can have made it shorter
+            return None
+        ino = inode(self.id, handle)
+        self.shared.cache.note_page(ino)
+        return ino, self._pages.attributes_of(found)
+
+    def entries(self, fh: int, start: int) -> Generator[Entry, None, None]:
+        backup, runs, base, idx = self.backup, self.shared.runs, inode(self.id, 0), start - 2
+        found = backup.stat()
+        page = self._pages.attributes_of(found)
+        limit = min(found.st_size // self.pool.page_size, MAX_HANDLE)
+        position, end, found_at = runs.get(fh, (0, 0, 0.0))
+        while idx < limit:
+            if not position <= idx < end or time.monotonic() > found_at + RUN_SECONDS:
+                if (run := backup.extent(idx)) is None:
+                    return
+                (idx, end), found_at = run, time.monotonic()
+            handle = idx + 1
+            try:
+                for handle in range(idx + 1, min(end, limit) + 1):
+                    # page_name(), but for the call: a million entries are listed here
+                    yield b"%d" % handle, base | handle, page, handle + 2
+                handle = end + 1
+            finally:  # also when the caller wants no more: then it did not take the entry of this handle
+                self.shared.cache.note_pages(base | idx + 1, base | handle - 1)
+                position = idx = handle - 1
+                runs[fh] = position, end, found_at
+
+    def close(self, fh: int) -> None:
+        self.shared.runs.pop(fh, None)
+
+    async def rename(self, name: bytes, new_parent: Directory, new_name: bytes, flags: int) -> None:
+        _check_rename(new_name, flags)
+        if name in HIDDEN:
+            raise NotPermitted(f"{os.fsdecode(name)} belongs to its backup")
+        raise WrongParent("a page stays at its index; copy it")
+
+    def create_page(self, name: bytes, flags: int, caller: Caller | None) -> Answer[Created]:
+        """open(2) with O_CREAT: store a page of zeros unless there is a page.
+
+        The kernel has checked the right to create alone, and the file handle shows what is stored at this handle later.
+        So a `caller` gets only what open(2) of the page would give. None: mknod(2), which opens nothing.
+        """
+        check_length(name)
+        handle = parse_page_name(name)
+        if not handle:
+            raise InvalidArgument(f"{os.fsdecode(name)!r} is no handle: pages are named 1, 2, 3 and so on")
+        if handle > MAX_HANDLE:
+            raise OutOfBounds(f"the largest handle is {MAX_HANDLE}")
+        if caller and caller.uid and not may(self.backup.stat(), caller, OPENED_FOR[flags & os.O_ACCMODE]):
+            raise AccessDenied("the backup's mode does not allow its pages to be opened like this")
+        if not self.pool.store.in_memory:
+            return self._create_on_disk(handle, flags)
+        self.backup.create_page(handle - 1)
+        return self._created(handle, flags)
+
+    async def _create_on_disk(self, handle: int, flags: int) -> Created:
+        async with self.backup.locked():
+            await self.backup.create_page_in_thread(handle - 1)
+            return self._created(handle, flags)
+
+    def _created(self, handle: int, flags: int) -> Created:
+        ino = inode(self.id, handle)
+        self.shared.cache.note_page(ino)
+        return file_handle(ino, flags), ino, self._pages.attributes_of(self.backup.stat())
+
+    def drop_page(self, name: bytes, pid: int) -> Answer[None]:
+        """A missing page is a success."""
+        handle = parse_page_name(name) or 0
+        if not 0 < handle <= MAX_HANDLE:
+            raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
+        self.shared.retries.end_call(pid)
+        if not self.pool.store.in_memory:
+            return self._drop_on_disk(handle)
+        self.backup.drop_range(handle - 1, handle)
+        self.shared.runs.forget_dropped(self.id, handle - 1, handle)
+        return None
+
+    async def _drop_on_disk(self, handle: int) -> None:
+        async with self.backup.locked():
+            await self.backup.drop_range_in_thread(handle - 1, handle)
+            self.shared.runs.forget_dropped(self.id, handle - 1, handle)
+
+
+def _check_rename(new_name: bytes, flags: int) -> None:
+    check_length(new_name)
+    if flags & ~RENAME_NOREPLACE:
+        raise InvalidArgument("RENAME_NOREPLACE is the only flag of rename known here")
+
+
+def _refuse_dot(name: bytes) -> None:
+    """Raise NotPermitted for a name that no backup may have. (EINVAL would make mv blame a loop.)"""
+    if name[:1] == b".":
+        raise NotPermitted("names that begin with a dot are the mount's own")

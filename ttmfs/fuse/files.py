@@ -1,0 +1,241 @@
+"""The files of a backup: its pages, the image of them all, and the link to the backup's file in the store.
+
+A write opened O_SYNC waits after it has changed the pages, and a truncation of the image drops pages step by step.
+Meanwhile others may store anew what was written or dropped. So the progress is noted in the state, and no part is done
+twice if another daemon repeats the request.
+
+Concurrency: one thread. State is read anew after every `await`.
+"""
+
+import os
+import stat
+import zlib
+from typing import Any
+
+from ..errors import AccessDenied, NotPermitted, OutOfBounds, PageDropped
+from .inodes import APPENDED, HANDLE_MASK, MAX_HANDLE, SYNC, handle_of, inode
+from .node import Answer, Attributes, Changes, Node, Shared, check_syncs
+from .path_retries import CHANGE, OPEN
+from .permissions import OPENED_FOR, Caller, may
+
+__all__ = ["Image", "Link", "Pages", "file_handle"]
+
+
+def file_handle(ino: int, flags: int) -> int:
+    """The file handle of a file opened with these flags."""
+    return ino | SYNC if flags & os.O_DSYNC else ino  # O_SYNC includes O_DSYNC
+
+
+class _BackupFile(Node):
+    """A file of a backup. Subclasses say where in the backup it lies, and whether its page must exist."""
+
+    def __init__(self, shared: Shared, id: int) -> None:
+        super().__init__(shared)
+        self.id = id
+        self.backup = shared.pool.backup(id)
+        self._page_size = shared.pool.page_size
+        self._in_memory = shared.pool.store.in_memory
+
+    async def change(self, ino: int, wanted: Changes, caller: Caller, *, by_path: bool) -> Attributes:
+        """Truncation. Mode and times are the backup's: to change them is accepted and does nothing."""
+        if wanted.size is not None:
+            if by_path:
+                self._check_access(os.W_OK, caller)
+            await self.truncate(ino, wanted.size, caller.pid)
+        async with self.backup.locked():
+            now = self.attributes(ino)
+        if wanted.owner_differs(now):
+            raise NotPermitted("a page's owner is its backup's")
+        return now
+
+    async def truncate(self, ino: int, size: int, pid: int) -> None:
+        """truncate(2) by a thread."""
+        raise NotPermitted("this has no size to change")
+
+    def _check_access(self, wanted: int, caller: Caller) -> None:
+        """Raise AccessDenied unless the present mode allows what is wanted (R_OK, W_OK).
+
+        The kernel has checked, but for a while after a change it may have used the old mode: even after it was told, if
+        it was just changing the page's size.
+        """
+        changes = self.shared.mode_changes
+        if self.id in changes and not may(self.backup.stat(), caller, wanted):
+            raise AccessDenied("the backup's mode and owner of now do not allow it")
+
+    def _place(self, fh: int, offset: int, data: bytes) -> tuple[int, bytes]:
+        """Where in the backup data is written, and as much of it as belongs to this file."""
+        raise NotImplementedError
+
+    def _copy(self, fh: int, start: int, size: int) -> bytes:
+        """Bytes of the backup that are in memory."""
+        return self.backup.read(start, size)
+
+    async def _read_later(self, fh: int, start: int, size: int) -> bytes:
+        await self.backup.bring_in(start, size)
+        async with self.backup.locked():
+            return self._copy(fh, start, size)
+
+    def write(self, fh: int, offset: int, data: bytes) -> Answer[int]:
+        start, placed = self._place(fh, offset, data)
+        if fh & SYNC:
+            return self._write_and_sync(fh, start, placed, ("write", fh, offset, zlib.crc32(data)))
+        if not self._in_memory or self.backup.is_out(start, len(placed), to_write=True):
+            return self._write_later(fh, start, placed)
+        return self._store(fh, start, placed)
+
+    def _store(self, fh: int, start: int, data: bytes) -> int:
+        """Store bytes in a backup in memory."""
+        return self.backup.write(start, data)
+
+    async def _write_later(self, fh: int, start: int, data: bytes) -> int:
+        with self.pool.store.waiting.holding(self.backup.stat().st_uid, len(data)):
+            return await self._bring_in_and_store(fh, start, data)
+
+    async def _bring_in_and_store(self, fh: int, start: int, data: bytes) -> int:
+        await self.backup.bring_in(start, len(data), to_write=True)
+        if self._in_memory:
+            return self._store(fh, start, data)
+        async with self.backup.locked():
+            self._check_exists(fh)
+            return await self.backup.write_in_thread(start, data)
+
+    def _check_exists(self, ino: int) -> None:
+        """Raise PageDropped if this is a page that does not exist."""
+
+    async def _write_and_sync(self, fh: int, start: int, data: bytes, request: tuple[Any, ...]) -> int:
+        """A write opened O_SYNC: stored, and pushed out of memory."""
+        held = self.pool.store.waiting.holding(self.backup.stat().st_uid, len(data))
+        with held, self.shared.progress(*request) as progress:
+            if not progress.done:
+                progress.reach(await self._bring_in_and_store(fh, start, data))
+            await self.backup.sync(start, progress.done)
+            return progress.done
+
+
+class Pages(_BackupFile):
+    """The page files of a backup. A page is found by the handle in the inode number or file handle."""
+
+    def __init__(self, shared: Shared, id: int) -> None:
+        super().__init__(shared, id)
+        self._zeros = bytes(self._page_size)
+
+    def attributes(self, ino: int) -> Attributes:
+        self._check_exists(ino)
+        self.shared.cache.note_page(ino)
+        return self.attributes_of(self.backup.stat())
+
+    def attributes_of(self, found: os.stat_result) -> Attributes:
+        """The attributes of every page of the backup whose file is `found`."""
+        return Attributes.of_file(found, self._page_size, self._page_size // 512)
+
+    async def change(self, ino: int, wanted: Changes, caller: Caller, *, by_path: bool) -> Attributes:
+        """As of any file of a backup. A call by path does not see two ESTALE."""
+        try:
+            return await super().change(ino, wanted, caller, by_path=by_path)
+        except PageDropped:
+            if not by_path or not self.shared.retries.forgives(ino, caller.pid, CHANGE):
+                raise
+        return self.attributes_of(self.backup.stat())._replace(cacheable=False)
+
+    async def truncate(self, ino: int, size: int, pid: int) -> None:
+        """The bytes of the page past `size` become zeros; the page keeps its size."""
+        if size > self._page_size:
+            raise OutOfBounds(f"a page ends at byte {self._page_size}")
+        idx = handle_of(ino) - 1
+        await self.backup.bring_in(idx * self._page_size + size, self._page_size - size, to_write=True)
+        async with self.backup.locked():
+            self._check_exists(ino)
+            await self.backup.zero_anywhere(idx, size)
+
+    def open(self, ino: int, flags: int, caller: Caller) -> int:
+        if self.shared.mode_changes:
+            self._check_access(OPENED_FOR[flags & os.O_ACCMODE], caller)
+        if not self.backup.holds((ino & HANDLE_MASK) - 1) and not self.shared.retries.forgives(ino, caller.pid, OPEN):
+            raise _dropped(ino)
+        if self._in_memory or flags & os.O_ACCMODE:
+            return file_handle(ino, flags)
+        return self.marked_if_reader(file_handle(ino, flags), caller)
+
+    def read(self, fh: int, offset: int, size: int) -> Answer[bytes]:
+        page_size = self._page_size
+        start, size = ((fh & HANDLE_MASK) - 1) * page_size + offset, max(0, min(size, page_size - offset))
+        if self.backup.is_out(start, size):
+            return self._read_later(fh, start, size)
+        return self._copy(fh, start, size)
+
+    def _copy(self, fh: int, start: int, size: int) -> bytes:
+        data = self.backup.read(start, size) if size else b""
+        if len(data) < len(self._zeros) or data == self._zeros:
+            self._check_exists(fh)  # other bytes can only be those of a page that exists
+        return data
+
+    def _place(self, fh: int, offset: int, data: bytes) -> tuple[int, bytes]:
+        page_size = self._page_size
+        if offset >= page_size:
+            raise OutOfBounds(f"a page ends at byte {page_size}")
+        return ((fh & HANDLE_MASK) - 1) * page_size + offset, data[: page_size - offset]
+
+    def _store(self, fh: int, start: int, data: bytes) -> int:
+        self._check_exists(fh)
+        return self.backup.overwrite(start, data)
+
+    def _check_exists(self, ino: int) -> None:
+        if not self.backup.holds((ino & HANDLE_MASK) - 1):
+            raise _dropped(ino)
+
+    async def sync(self, fh: int) -> None:
+        check_syncs(fh)
+        await self.backup.sync((handle_of(fh) - 1) * self._page_size, self._page_size)
+
+
+class Image(_BackupFile):
+    """``.image``: every page at its place. Absent pages are zeros, and writing stores the pages that it touches."""
+
+    def attributes(self, ino: int) -> Attributes:
+        """The size is the backup's. Every page that comes or goes changes the blocks, and du must agree with ls."""
+        found = self.backup.stat()
+        return Attributes.of_file(found, found.st_size, self.backup.taken // 512)._replace(cacheable=False)
+
+    async def truncate(self, ino: int, size: int, pid: int) -> None:
+        """Pages past `size` are dropped; the image keeps its size."""
+        await self.backup.bring_in(size, -size % self._page_size, to_write=True)  # zeroed, not dropped
+        with self.shared.progress("truncate", ino, size, pid) as progress:
+            await self.backup.truncate(size, progress)
+            idx = size // self._page_size
+            self.shared.runs.forget_dropped(self.id, idx, MAX_HANDLE)
+            await self.shared.expire_dropped(self.id, idx + 1, MAX_HANDLE, directory_locked=False)
+
+    def open(self, ino: int, flags: int, caller: Caller) -> int:
+        self._check_access(OPENED_FOR[flags & os.O_ACCMODE], caller)
+        fh = file_handle(inode(self.id, APPENDED) if flags & os.O_APPEND else ino, flags)
+        return fh if flags & os.O_ACCMODE else self.marked_if_reader(fh, caller)
+
+    def read(self, fh: int, offset: int, size: int) -> Answer[bytes]:
+        if self.backup.is_out(offset, size):
+            return self._read_later(fh, offset, size)
+        return self.backup.read(offset, size)
+
+    def _place(self, fh: int, offset: int, data: bytes) -> tuple[int, bytes]:
+        if fh & HANDLE_MASK == APPENDED:  # at the end that the kernel knows, which .shmem may have moved
+            raise OutOfBounds("nothing can be appended to .image, which spans the whole backup")
+        return offset, data
+
+    async def sync(self, fh: int) -> None:
+        check_syncs(fh)
+        await self.backup.sync(0, MAX_HANDLE * self._page_size)
+
+
+class Link(_BackupFile):
+    """``.shmem``: a symbolic link to the backup's file in the store."""
+
+    def attributes(self, ino: int) -> Attributes:
+        """The size is the length of the target, which a rename changes."""
+        attributes = Attributes.of_file(self.backup.stat(), len(self.target()), 0)
+        return attributes._replace(mode=stat.S_IFLNK | 0o777, cacheable=False)
+
+    def target(self) -> bytes:
+        return os.fsencode(self.pool.store.path(self.backup.name))
+
+
+def _dropped(ino: int) -> PageDropped:
+    return PageDropped(f"handle {handle_of(ino)} holds no page any more")

@@ -1,0 +1,166 @@
+"""What every file and directory of a mount is asked, and how it refuses what it does not support.
+
+A node is an object for one kind of file: the root, the mount's texts, and for each backup its directory, its pages, its
+image and its link. Methods take the inode number or the file handle, in which the page's handle is. A node keeps no
+state, so it can be made anew at any time.
+
+A method that returns an `Answer` returns a coroutine only where it has to wait.
+
+Concurrency: one thread. State is read anew after every `await`.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from ..errors import AccessDenied, InvalidArgument, NameTooLong, NotPermitted, ReadOnlyEntry
+from ..model.pool import NAME_MAX, Pool
+from ..model.progress import Progress
+from .inodes import READER
+from .kernel_cache import KernelCache
+from .path_retries import PathRetries
+from .permissions import Caller, may
+from .recent import KnownRuns, RecentBackups
+from .refusals import Refusals
+
+__all__ = ["Answer", "Attributes", "Changes", "Node", "Shared"]
+
+MODE_CHANGE_SECONDS = 1.5
+"""The kernel may judge a page by an old mode or owner for this long: for LIFETIME after the answer to a truncation that
+was under way when they changed."""
+
+T = TypeVar("T")
+Answer: TypeAlias = T | Coroutine[Any, Any, T]
+
+
+class Attributes(NamedTuple):
+    """What stat(2) tells of a file, except its inode number. Blocks are of 512 bytes, times in ns."""
+
+    mode: int
+    nlink: int
+    size: int
+    blocks: int
+    uid: int
+    gid: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    cacheable: bool = True  # whether the kernel may keep them for LIFETIME
+
+    @classmethod
+    def of_directory(cls, found: os.stat_result, nlink: int = 2) -> "Attributes":
+        """Of a directory with the mode, owner and times of a file or directory of the store."""
+        return cls.of_file(found, 0, 0, stat.S_IFDIR | found.st_mode & 0o7777, nlink)
+
+    @classmethod
+    def of_file(cls, found: os.stat_result, size: int, blocks: int, mode: int = 0, nlink: int = 1) -> "Attributes":
+        """Of a file with the owner and times of a file of the store, and its mode without the x bits."""
+        mode, times = (
+            mode or stat.S_IFREG | found.st_mode & 0o666,
+            (found.st_atime_ns, found.st_mtime_ns, found.st_ctime_ns),
+        )
+        return cls._make((mode, nlink, size, blocks, found.st_uid, found.st_gid, *times, True))
+
+
+class Changes(NamedTuple):
+    """What truncate(2), chmod(2), chown(2) or utimensat(2) asks for; None: unchanged."""
+
+    size: int | None = None
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+    def owner_differs(self, now: Attributes) -> bool:
+        """Whether the owner or the group is to change."""
+        return self.uid not in (None, now.uid) or self.gid not in (None, now.gid)
+
+
+@dataclass
+class Shared:
+    """What the nodes of a mount share. `progress` is State.progress."""
+
+    pool: Pool
+    cache: KernelCache
+    progress: "Callable[..., contextlib.AbstractContextManager[Progress]]"
+    refusals: Refusals = field(default_factory=Refusals)
+    retries: PathRetries = field(default_factory=PathRetries)
+    runs: KnownRuns = field(default_factory=KnownRuns)
+    mode_changes: RecentBackups = field(default_factory=lambda: RecentBackups(MODE_CHANGE_SECONDS))
+
+    async def expire_dropped(self, backup: int, first: int, last: int, *, directory_locked: bool) -> None:
+        """Tell the kernel that a range of handles was dropped in bulk. To be awaited before that is answered.
+
+        And before the request's progress is forgotten: a daemon that repeated it would drop what was stored since.
+        """
+        self.cache.expire_directory(backup)
+        await self.cache.expire_pages(backup, first, last, directory_locked=directory_locked)
+
+
+class Node:
+    """A file or directory that supports nothing."""
+
+    id = 0
+    """The backup that it belongs to; 0: the mount."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+        self.pool = shared.pool
+
+    def stat(self) -> os.stat_result:
+        """Mode, owner and times: of the backup's file, or of the store's directory for the mount's own."""
+        return self.pool.backup(self.id).stat() if self.id else self.pool.store.stat()
+
+    def marked_if_reader(self, fh: int, caller: Caller) -> int:
+        """A handle just opened, marked if its caller may not write the file: such a caller may not sync it either.
+
+        The kernel keeps a file locked while it is synced, so its writers wait.
+        """
+        found = self.stat()
+        return fh if caller.uid == found.st_uid or may(found, caller, os.W_OK) else fh | READER
+
+    def attributes(self, ino: int) -> Attributes:
+        """What stat(2) tells. Raises PageDropped and BackupEnded."""
+        raise NotImplementedError
+
+    async def change(self, ino: int, wanted: Changes, caller: Caller, *, by_path: bool) -> Attributes:
+        """truncate(2), chmod(2), chown(2), utimensat(2); gives the new attributes."""
+        raise NotPermitted("this file is the mount's own")
+
+    def target(self) -> bytes:
+        """readlink(2)."""
+        raise InvalidArgument("this is no link")
+
+    def open(self, ino: int, flags: int, caller: Caller) -> Answer[int]:
+        """open(2): a file handle. The kernel sends O_TRUNC as a truncation of its own (see the session's INIT)."""
+        raise NotPermitted("only files can be opened")
+
+    def read(self, fh: int, offset: int, size: int) -> Answer[bytes]:
+        """pread(2)."""
+        raise NotPermitted("only files can be read")
+
+    def write(self, fh: int, offset: int, data: bytes) -> Answer[int]:
+        """pwrite(2): the bytes stored, fewer than given where the page, the backup or the room ends."""
+        raise ReadOnlyEntry("this file can only be read")
+
+    async def sync(self, fh: int) -> None:
+        """fsync(2)."""
+
+    def close(self, fh: int) -> None:
+        """The last close(2) of a file or directory."""
+
+
+def check_syncs(fh: int) -> None:
+    """Raise AccessDenied for a handle that was opened by someone who may not write."""
+    if fh & READER:
+        raise AccessDenied("to sync a file takes the right to write it: its writers wait meanwhile")
+
+
+def check_length(name: bytes) -> None:
+    """Raise NameTooLong as other filesystems do, also for a name that could not exist here."""
+    if len(name) > NAME_MAX:
+        raise NameTooLong(f"a name has at most {NAME_MAX} bytes")

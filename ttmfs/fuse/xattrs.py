@@ -1,0 +1,169 @@
+"""The extended attributes ``user.ttmfs.*``: two tables, of the root and of a backup's directory. No other file has any.
+
+To add an attribute, add its line to a table, and its meaning to docs/semantics.md.
+
+Concurrency: one thread. A getter or setter that takes long does its work in slices, between which others are served.
+"""
+
+import inspect
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
+
+from ..errors import InvalidArgument, NoSuchAttribute, NotPermitted, NotSupported, TooLong
+from ..handles import format_ranges, parse_ranges
+from ..linux.system_calls import XATTR_SIZE_MAX
+from ..model.pool import bytes_avail
+from ..options import parse_size
+from .directories import BackupDirectory, Root
+from .inodes import HANDLE_BITS, MAX_HANDLE, inode
+from .node import Node
+from .permissions import Caller
+
+__all__ = ["XATTRS", "Xattr", "get_xattr", "remove_xattr", "set_xattr"]
+
+RANGES_AT_ONCE = 256
+"""Ranges of a list, which can have 32,768, that are parsed before others may be served."""
+
+RANGE_BYTES = 64
+"""Memory that a list of handles takes for each of its characters."""
+
+
+class Xattr(NamedTuple):
+    """An extended attribute. `get` gives its value or a coroutine, `set` takes the value as text.
+
+    Of a `private` attribute only root and the user who mounted know the value.
+    """
+
+    get: Callable[[Any], object] | None = None
+    set: Callable[[Any, str, Caller], Awaitable[None]] | None = None
+    private: bool = False
+
+
+async def get_xattr(node: Node, name: bytes, caller: Caller) -> bytes:
+    """getxattr(2). Raises NoSuchAttribute also for an attribute that can only be set."""
+    if not (attribute := _table(node).get(name)) or not attribute.get:
+        raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
+    if attribute.private:
+        _check_is_mounter(caller, f"read {os.fsdecode(name)}")
+    looks = node.pool.store.waiting.looks
+    async with looks.turn(caller.uid), looks.limiter:
+        value = attribute.get(node)
+        return str(await value if inspect.isawaitable(value) else value).encode()
+
+
+async def set_xattr(node: Node, name: bytes, value: bytes, caller: Caller) -> None:
+    """setxattr(2), of the few attributes that can be set."""
+    if not (attribute := _table(node).get(name)):
+        raise NotSupported(f"there is no attribute {os.fsdecode(name)!r} here, and none can be added")
+    if not attribute.set:
+        raise NotPermitted(f"{os.fsdecode(name)} can only be read")
+    try:
+        await attribute.set(node, value.decode("ascii").strip(), caller)
+    except ValueError as error:  # no text, no size or no list of handles
+        raise InvalidArgument(f"{os.fsdecode(name)}: {error}") from None
+
+
+def remove_xattr(node: Node, name: bytes) -> None:
+    """removexattr(2): refused."""
+    if name not in _table(node):
+        raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
+    raise NotPermitted(f"{os.fsdecode(name)} cannot be removed")
+
+
+def _table(node: Node) -> Mapping[bytes, Xattr]:
+    return XATTRS.get(type(node), {})
+
+
+def _check_is_mounter(caller: Caller, what: str) -> None:
+    """Raise NotPermitted unless the caller is root or the user who mounted, whoever may write in the root."""
+    if caller.uid not in (0, os.geteuid()):
+        raise NotPermitted(f"only root and the user who mounted may {what}")
+
+
+async def _set_budget(root: Root, value: str, caller: Caller) -> None:
+    """Change what all backups together may hold."""
+    _check_is_mounter(caller, "change the budget")
+    root.pool.resize(parse_size(value))
+
+
+async def _set_backup_size(directory: BackupDirectory, value: str, _: Caller) -> None:
+    """Change the bytes that a backup spans."""
+    size = directory.pool.whole_pages(parse_size(value))
+    if size > MAX_HANDLE * directory.pool.page_size:
+        raise InvalidArgument(f"a backup has at most {MAX_HANDLE} pages")
+    async with directory.backup.locked():
+        directory.backup.resize(size)
+    directory.shared.cache.expire_directory(directory.id)  # its times
+    await directory.shared.cache.grow_image(directory.id, size)
+
+
+async def _resident(directory: BackupDirectory) -> int:
+    swapped = await directory.backup.count_swapped()
+    return max(0, await directory.backup.count_pages() - swapped)
+
+
+async def _map(directory: BackupDirectory) -> str:
+    """The handles of a backup's pages, as ranges. Pages can come and go while it is made."""
+    work, text, reached = directory.pool.store.waiting.turns.begin(), bytearray(), 0
+    while True:
+        async with directory.backup.locked():
+            for first, past in directory.backup.extents(reached):
+                text += format_ranges([(first + 1, past)]).encode() + b","
+                reached = past
+                if len(text) > XATTR_SIZE_MAX + 1:
+                    raise TooLong(
+                        f"the map has more than {XATTR_SIZE_MAX} bytes; use SEEK_DATA and SEEK_HOLE on .shmem"
+                    )
+                if work.is_due():
+                    break
+            else:
+                return text[:-1].decode()
+        await work.rest()
+
+
+async def _drop(directory: BackupDirectory, value: str, caller: Caller) -> None:
+    """Drop the pages of ranges of handles."""
+    id, backup, shared = directory.id, directory.backup, directory.shared
+    waiting = shared.pool.store.waiting
+    work, parts, ranges = waiting.turns.begin(), value.split(","), list[tuple[int, int]]()
+    for n in range(0, len(parts), RANGES_AT_ONCE):
+        ranges += parse_ranges(",".join(parts[n : n + RANGES_AT_ONCE]))
+        if work.is_due():
+            await work.rest()
+    lowest, highest = min(ranges)[0], max(last for _, last in ranges)
+    if highest > (limit := backup.size // shared.pool.page_size):
+        raise InvalidArgument(f"the backup's last handle is {limit}")
+    held = waiting.holding(backup.stat().st_uid, RANGE_BYTES * len(value))
+    with held, shared.progress("drop", inode(id, 0), value, caller.pid) as progress:
+        begun, index = divmod(progress.done, 1 << HANDLE_BITS)  # the range that an earlier daemon was at, and where
+
+        def reached(end: int) -> None:
+            progress.reach((progress.done >> HANDLE_BITS << HANDLE_BITS) + end)
+
+        for number, (first, last) in enumerate(ranges[begun:], begun + 1):
+            await backup.drop_run(max(first - 1, index), last, reached)
+            index = 0
+            shared.runs.forget_dropped(id, first - 1, last)
+            progress.reach(number << HANDLE_BITS)
+            if work.is_due():
+                await work.rest()
+        await shared.expire_dropped(id, lowest, highest, directory_locked=True)
+
+
+XATTRS: dict[type[Node], dict[bytes, Xattr]] = {
+    Root: {
+        b"user.ttmfs.bytes_avail": Xattr(lambda _: bytes_avail()),
+        b"user.ttmfs.page_size": Xattr(lambda root: root.pool.page_size),
+        b"user.ttmfs.refusals": Xattr(lambda root: root.shared.refusals.text(), private=True),
+        b"user.ttmfs.size": Xattr(lambda root: root.pool.room().size, _set_budget),
+    },
+    BackupDirectory: {
+        b"user.ttmfs.size": Xattr(lambda directory: directory.backup.size, _set_backup_size),
+        b"user.ttmfs.pages": Xattr(lambda directory: directory.backup.count_pages()),
+        b"user.ttmfs.resident": Xattr(_resident),
+        b"user.ttmfs.swapped": Xattr(lambda directory: directory.backup.count_swapped()),
+        b"user.ttmfs.map": Xattr(_map),
+        b"user.ttmfs.drop": Xattr(set=_drop),
+    },
+}
