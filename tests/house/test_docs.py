@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from harness import REPOSITORY, mounts_below, wait_until
+from ttmfs.fuse.directories import BackupDirectory, Root
+from ttmfs.fuse.xattrs import XATTRS
 from ttmfs.options import TABLE, ExitCode, help_text
 
 FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -99,3 +101,12 @@ def test_the_architecture_names_every_package() -> None:
     text = (REPOSITORY / "docs/architecture.md").read_text()
     for package in REPOSITORY.glob("ttmfs/*/__init__.py"):
         assert f"| `{package.parent.name}/` |" in text
+
+
+def test_the_specification_has_every_extended_attribute() -> None:
+    """Those of a backup in its table, those of the root in the paragraph below it, and no others."""
+    section = (REPOSITORY / "docs/semantics.md").read_text().partition("## Extended attributes")[2].partition("```")[0]
+    of_backup, _, of_root = section.partition("On the mount's root")
+    for text, node in (of_backup, BackupDirectory), (of_root, Root):
+        assert set(re.findall(r"`(user\.ttmfs\.\w+)`", text)) >= {name.decode() for name in XATTRS[node]}
+    assert set(re.findall(r"`(user\.ttmfs\.\w+)`", section)) == {name.decode() for t in XATTRS.values() for name in t}
