@@ -51,7 +51,6 @@ __all__ = ["BackupDirectory", "Directory", "Entry", "Root"]
 RENAME_NOREPLACE = 1
 
 TEXTS = {b".stats": STATS, b".config": CONFIG}
-HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
 
 RUN_SECONDS = 1.0
 """Age at which a listing looks its run of pages up again: it may show what .shmem drops for this long."""
@@ -229,15 +228,15 @@ class BackupDirectory(Directory):
         super().__init__(shared)
         self.id = id
         self.backup = shared.pool.backup(id)
-        self._pages = Pages(shared, id)
-        self._hidden = {b".image": Image(shared, id), b".shmem": Link(shared, id)}
+        self.pages, self.image, self.link = Pages(shared, id), Image(shared, id), Link(shared, id)
+        self._hidden = {b".image": (inode(id, IMAGE), self.image), b".shmem": (inode(id, SHMEM), self.link)}
 
     def attributes(self, ino: int) -> Attributes:
         return Attributes.of_directory(self.backup.stat())
 
     def lookup(self, name: bytes) -> Found | None:
-        if node := self._hidden.get(name):
-            ino = inode(self.id, HIDDEN[name])
+        if name in self._hidden:
+            ino, node = self._hidden[name]
             return ino, node.attributes(ino)
         handle = parse_page_name(name) or 0
         if not 0 < handle <= MAX_HANDLE or not self.backup.holds(handle - 1):
@@ -248,12 +247,12 @@ class BackupDirectory(Directory):
             return None
         ino = inode(self.id, handle)
         self.shared.cache.note_page(ino)
-        return ino, self._pages.attributes_of(found)
+        return ino, self.pages.attributes_of(found)
 
     def entries(self, fh: int, start: int) -> Generator[Entry, None, None]:
         backup, runs, base, idx = self.backup, self.shared.runs, inode(self.id, 0), start - 2
         found = backup.stat()
-        page = self._pages.attributes_of(found)
+        page = self.pages.attributes_of(found)
         limit = min(found.st_size // self.pool.page_size, MAX_HANDLE)
         position, end, found_at = runs.get(fh, (0, 0, 0.0))
         while idx < limit:
@@ -277,7 +276,7 @@ class BackupDirectory(Directory):
 
     async def rename(self, name: bytes, new_parent: Directory, new_name: bytes, flags: int) -> None:
         _check_rename(new_name, flags)
-        if name in HIDDEN:
+        if name in self._hidden:
             raise NotPermitted(f"{os.fsdecode(name)} belongs to its backup")
         raise WrongParent("a page stays at its index; copy it")
 
@@ -308,7 +307,7 @@ class BackupDirectory(Directory):
     def _created(self, handle: int, flags: int) -> Created:
         ino = inode(self.id, handle)
         self.shared.cache.note_page(ino)
-        return file_handle(ino, flags), ino, self._pages.attributes_of(self.backup.stat())
+        return file_handle(ino, flags), ino, self.pages.attributes_of(self.backup.stat())
 
     def drop_page(self, name: bytes, pid: int) -> Answer[None]:
         """A missing page is a success."""

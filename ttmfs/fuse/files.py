@@ -115,10 +115,6 @@ class _BackupFile(Node):
 class Pages(_BackupFile):
     """The page files of a backup. A page is found by the handle in the inode number or file handle."""
 
-    def __init__(self, shared: Shared, id: int) -> None:
-        super().__init__(shared, id)
-        self._zeros = bytes(self._page_size)
-
     def attributes(self, ino: int) -> Attributes:
         self._check_exists(ino)
         self.shared.cache.note_page(ino)
@@ -165,7 +161,7 @@ class Pages(_BackupFile):
 
     def _copy(self, fh: int, start: int, size: int) -> bytes:
         data = self.backup.read(start, size) if size else b""
-        if len(data) < len(self._zeros) or data == self._zeros:
+        if len(data) < self._page_size or data == self.shared.zero_page:
             self._check_exists(fh)  # other bytes can only be those of a page that exists
         return data
 

@@ -111,7 +111,8 @@ class KernelCache:
             await trio.sleep(max(0.0, self._incomplete.until(backup) - time.monotonic()))
         low = inode(backup, first if first > 1 else 0)  # with the directory, in the block of the first pages
         high = inode(backup, last)
-        blocks = self._noted(low >> BLOCK_BITS, high >> BLOCK_BITS)
+        noted = self._blocks | self._blocks_before
+        blocks = {block for block in noted if low >> BLOCK_BITS <= block <= high >> BLOCK_BITS}
         if blocks and not directory_locked:
             await self._settle(backup)
         work = self._turns.begin()
@@ -124,9 +125,6 @@ class KernelCache:
                 self.expire(ino)
             if work.is_due():
                 await work.rest()
-
-    def _noted(self, first: int, last: int) -> set[int]:
-        return {block for blocks in (self._blocks, self._blocks_before) for block in blocks if first <= block <= last}
 
     async def _settle(self, backup: int) -> None:
         """Wait until the clients have received the answers to their lookups in a backup's directory.

@@ -87,17 +87,22 @@ class Metrics:
     async def text(self, pool: Pool) -> bytes:
         """All metrics, with the gauges of a pool as of now."""
         swapped, pages = await _swapped(pool), await pool.count_pages()  # first: nothing else waits
-        room, text = pool.room(), _Text()
-        text.family("build_info", "gauge", "The version that serves.", [(_labels(version=__version__), 1)])
-        text.family("operation_duration_seconds", "histogram", "Time from a request to its answer.", self._histograms())
-        text.family("operation_errors_total", "counter", "Requests answered with an error.", self._errors())
+        room, lines = pool.room(), list[str]()
+
+        def family(name: str, kind: str, meaning: str, samples: Samples) -> None:
+            lines.extend((f"# HELP ttmfs_{name} {meaning}", f"# TYPE ttmfs_{name} {kind}"))
+            lines.extend(f"ttmfs_{name}{rest} {value}" for rest, value in samples)
+
+        family("build_info", "gauge", "The version that serves.", [(_labels(version=__version__), 1)])
+        family("operation_duration_seconds", "histogram", "Time from a request to its answer.", self._histograms())
+        family("operation_errors_total", "counter", "Requests answered with an error.", self._errors())
         for name, key, sum_of_ns, meaning in COUNTERS:
             value = self.values[self._state.at(key) + sum_of_ns]
-            text.family(name, "counter", meaning, [("", value / 1e9 if sum_of_ns else value)])
+            family(name, "counter", meaning, [("", value / 1e9 if sum_of_ns else value)])
         where = {"disk": pages} if swapped is None else {"resident": max(0, pages - swapped), "swapped": swapped}
         for name, factor, meaning in ("pages", 1, "Pages"), ("stored_bytes", pool.page_size, "Bytes of the pages"):
             samples = [(_labels(state=state), count * factor) for state, count in where.items()]
-            text.family(name, "gauge", f"{meaning} stored, by where they are.", samples)
+            family(name, "gauge", f"{meaning} stored, by where they are.", samples)
         for name, value, meaning in (
             ("page_ins_waiting", pool.store.waiting.count, "Requests that wait for swap or a disk."),
             ("backups", room.backups, "Backups there are."),
@@ -106,8 +111,8 @@ class Metrics:
             ("page_size_bytes", pool.page_size, "Bytes a page."),
             ("swap_free_bytes", bytes_avail(), "Free swap of the machine."),
         ):
-            text.family(name, "gauge", meaning, [("", value)])
-        return text.encode()
+            family(name, "gauge", meaning, [("", value)])
+        return "\n".join(lines).encode() + b"\n"
 
     def _histograms(self) -> Samples:
         for operation in self._state.keys("operation"):
@@ -125,21 +130,6 @@ class Metrics:
         for key in self._state.keys("error"):
             operation, _, name = key.partition(" ")
             yield _labels(operation=operation, errno=name), self._state.get(f"error {key}")
-
-
-class _Text:
-    """Families of samples, in the order given."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def family(self, name: str, kind: str, meaning: str, samples: Samples) -> None:
-        """Add a metric with all its samples."""
-        self._lines += f"# HELP ttmfs_{name} {meaning}", f"# TYPE ttmfs_{name} {kind}"
-        self._lines += (f"ttmfs_{name}{rest} {value}" for rest, value in samples)
-
-    def encode(self) -> bytes:
-        return "\n".join(self._lines).encode() + b"\n"
 
 
 async def _swapped(pool: Pool) -> int | None:

@@ -92,6 +92,9 @@ class Shared:
     runs: KnownRuns = field(default_factory=KnownRuns)
     mode_changes: RecentBackups = field(default_factory=lambda: RecentBackups(MODE_CHANGE_SECONDS))
 
+    def __post_init__(self) -> None:
+        self.zero_page = bytes(self.pool.page_size)
+
     async def expire_dropped(self, backup: int, first: int, last: int, *, directory_locked: bool) -> None:
         """Tell the kernel that a range of handles was dropped in bulk. To be awaited before that is answered.
 

@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import closing
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
@@ -29,7 +29,6 @@ __all__ = ["Operations"]
 MOST_ENTRIES = 500
 """Most entries in the answer to a request for a listing, whatever room the caller has for them."""
 
-T = TypeVar("T")
 CreateAnswer: TypeAlias = tuple[FileInfo, EntryAttributes]
 
 

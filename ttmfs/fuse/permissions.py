@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-__all__ = ["OPENED_FOR", "Caller", "Someone", "allows", "may", "process"]
+__all__ = ["OPENED_FOR", "Caller", "Someone", "allows", "may"]
 
 OPENED_FOR = {
     os.O_RDONLY: os.R_OK,
@@ -39,15 +39,6 @@ class Someone(NamedTuple):
     groups: frozenset[int]
 
 
-def process(uid: int, gid: int, pid: int) -> Someone:
-    """A process, or thread, that acts as a user and group. One that has ended has no supplementary groups."""
-    groups = {gid}
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
-        groups.update(map(int, next(line for line in lines if line.startswith("Groups:")).split()[1:]))
-    return Someone(uid, frozenset(groups))
-
-
 def allows(found: os.stat_result, who: Someone, wanted: int) -> bool:
     """Whether mode bits allow someone what is wanted (R_OK, W_OK, X_OK), as generic_permission() decides it."""
     if not who.uid:
@@ -66,4 +57,8 @@ def may(found: os.stat_result, caller: Caller, wanted: int) -> bool:
     of_group, of_others = found.st_mode >> 3 & wanted == wanted, found.st_mode & wanted == wanted
     if of_group == of_others or caller.gid == found.st_gid:
         return of_group
-    return allows(found, process(caller.uid, caller.gid, caller.pid), wanted)
+    groups = {caller.gid}
+    with contextlib.suppress(OSError, StopIteration, ValueError):  # a thread that has ended has no supplementary groups
+        lines = Path(f"/proc/{caller.pid}/status").read_text(errors="replace").splitlines()
+        groups.update(map(int, next(line for line in lines if line.startswith("Groups:")).split()[1:]))
+    return allows(found, Someone(caller.uid, frozenset(groups)), wanted)

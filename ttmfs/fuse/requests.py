@@ -11,11 +11,12 @@ import errno
 import inspect
 import logging
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
 from types import CoroutineType
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias
 
 from pyfuse3 import FUSEError, RequestContext
 
@@ -40,16 +41,10 @@ SUSPECT_SECONDS = 10.0
 LOCKS_ITSELF = {"create", "unlink", "write"}
 """Handlers that take a backup's lock. Every other handler that is a plain function changes nothing."""
 
-P = ParamSpec("P")
-T = TypeVar("T")
-Handler: TypeAlias = Callable[Concatenate[Any, P], T]
+Handler: TypeAlias = Callable[..., Any]
 
 
-@overload
-def handles_request(handler: "Handler[P, Coroutine[Any, Any, T]]") -> "Handler[P, Coroutine[Any, Any, T]]": ...
-@overload
-def handles_request(handler: "Handler[P, T | Coroutine[Any, Any, T]]") -> "Handler[P, Coroutine[Any, Any, T]]": ...
-def handles_request(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any, Any, Any]]":
+def handles_request(handler: Handler) -> Callable[..., Coroutine[Any, Any, Any]]:
     """Wrap a handler, which returns its answer, or a coroutine if it has to wait."""
     name, clock = handler.__name__, time.perf_counter_ns
     kind = zlib.crc32(name.encode())
@@ -59,7 +54,7 @@ def handles_request(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any
     @wraps(handler)
     async def operation(self: Any, *arguments: Any) -> Any:
         start, requests = clock(), self.requests
-        notes, suspects = requests.notes, requests.suspects
+        notes, suspects, metrics = requests.notes, requests.suspects, requests.metrics
         note = identity(kind, arguments[0], arguments[1]) if identified else kind << POINTS.bit_length()
         try:
             if suspects:
@@ -80,7 +75,7 @@ def handles_request(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any
         finally:
             if suspects:
                 requests.acquit(note)
-            values, (total, buckets), took = requests.values, requests.durations[name], clock() - start
+            values, (total, buckets), took = metrics.values, metrics.durations[name], clock() - start
             values[total] += took
             values[buckets[took.bit_length()]] += 1
             if requests.debug:
@@ -91,15 +86,15 @@ def handles_request(handler: "Handler[..., Any]") -> "Handler[..., Coroutine[Any
 
 def _brief(operation: str, arguments: Sequence[Any]) -> str:
     """The arguments of a handler for the log, without page contents."""
-
-    def brief(argument: Any) -> str:
+    texts = []
+    for argument in arguments:
         if isinstance(argument, RequestContext):
-            return f"pid={argument.pid}"
-        if isinstance(argument, bytes) and (operation == "write" or len(argument) > NAME_MAX):
-            return f"<{len(argument)} bytes>"
-        return repr(argument) if isinstance(argument, int | bytes | None) else type(argument).__name__
-
-    return f"({', '.join(map(brief, arguments))})"
+            texts.append(f"pid={argument.pid}")
+        elif isinstance(argument, bytes) and (operation == "write" or len(argument) > NAME_MAX):
+            texts.append(f"<{len(argument)} bytes>")
+        else:
+            texts.append(repr(argument) if isinstance(argument, int | bytes | None) else type(argument).__name__)
+    return f"({', '.join(texts)})"
 
 
 class Requests:
@@ -117,13 +112,12 @@ class Requests:
         self.locks = locks
         self.debug = debug
         self.waiting = 0
-        self.values, self.durations = metrics.values, metrics.durations
         self._refusals = refusals
         self._slots = list(range(1, LATEST))
         self._suspected_until = time.monotonic() + SUSPECT_SECONDS
         self._logged: set[tuple[object, ...]] = set()
 
-    async def wait_for(self, answer: "Coroutine[Any, Any, T]", note: int) -> T:
+    async def wait_for(self, answer: Coroutine[Any, Any, Any], note: int) -> Any:
         """The answer of a handler that has to wait. Others may wait at the same time."""
         self.waiting += 1
         slot = self._slots.pop()
@@ -135,7 +129,7 @@ class Requests:
             self._slots.append(slot)
             self.waiting -= 1
 
-    async def call_locked(self, handler: "Handler[..., T]", operations: Any, arguments: Sequence[Any]) -> T:
+    async def call_locked(self, handler: Handler, operations: Any, arguments: Sequence[Any]) -> Any:
         """The answer of a handler that looks at a backup which a thread is changing."""
         assert self.locks is not None
         async with self.locks.locked(backup_of(arguments[0])):
@@ -147,10 +141,8 @@ class Requests:
         number = errno_of(error) if isinstance(error, TtmfsError) else errno.EIO
         self.metrics.count_error(operation, number)
         if not isinstance(error, TtmfsError):
-            trace = error.__traceback__
-            while trace and trace.tb_next:
-                trace = trace.tb_next
-            if self._is_first(operation, trace and (trace.tb_frame.f_code, trace.tb_lineno)):
+            *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+            if self._is_first(operation, frame.f_code, line):
                 brief = _brief(operation, arguments)
                 log.exception("%s%s failed unforeseen; callers get EIO (said once)", operation, brief)
             return number

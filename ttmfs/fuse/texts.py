@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
 import trio
@@ -39,8 +39,7 @@ class Texts(Node):
         self._make = make
         self._locks = {ino: trio.Lock() for ino in make}
         self._latest: dict[int, tuple[float, bytes]] = {}  # by inode: when its making began, and the text
-        self._open: OrderedDict[int, tuple[int, bytes]] = OrderedDict()  # by file handle: the user, and the text
-        self._counts: Counter[int] = Counter()  # texts by user
+        self._open: dict[int, tuple[int, bytes]] = {}  # by file handle: the user, and the text; the oldest first
         self._serial = itertools.count(secrets.randbits(HANDLE_BITS))  # an earlier daemon's files are still open
 
     def __contains__(self, ino: int) -> bool:
@@ -84,9 +83,7 @@ class Texts(Node):
         return self._open[fh][1][offset : offset + size]
 
     def close(self, fh: int) -> None:
-        """Forget the text of a file handle."""
-        if found := self._open.pop(fh, None):
-            self._counts -= Counter([found[0]])
+        self._open.pop(fh, None)
 
     async def _made(self, ino: int) -> bytes:
         asked = time.monotonic()
@@ -99,9 +96,7 @@ class Texts(Node):
             return text
 
     def _keep(self, fh: int, uid: int, text: bytes) -> None:
-        self.close(fh)
         self._open[fh] = uid, text
-        self._counts[uid] += 1
         if len(self._open) > MOST_TEXTS:
-            most, _ = self._counts.most_common(1)[0]
+            ((most, _),) = Counter(owner for owner, _ in self._open.values()).most_common(1)
             self.close(next(fh for fh, (owner, _) in self._open.items() if owner == most))

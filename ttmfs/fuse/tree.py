@@ -18,7 +18,6 @@ from ..errors import NoSuchName
 from ..model.pool import Pool
 from ..model.progress import Progress
 from .directories import BackupDirectory, Directory, Root
-from .files import Image, Link, Pages
 from .inodes import HANDLE_BITS, HANDLE_MASK, IMAGE, MAX_BACKUP_ID, MAX_HANDLE, ROOT, backup_of, split
 from .kernel_cache import KernelCache
 from .node import Node, Shared
@@ -44,8 +43,6 @@ class Tree:
         self.texts = Texts(shared, make_texts)
         self.root = Root(shared, self.texts)
         self._directory: Callable[[int], BackupDirectory] = lru_cache(MOST_BACKUPS)(partial(BackupDirectory, shared))
-        self._pages: Callable[[int], Pages] = lru_cache(MOST_BACKUPS)(partial(Pages, shared))
-        self._image: Callable[[int], Image] = lru_cache(MOST_BACKUPS)(partial(Image, shared))
 
     def node(self, ino: int) -> Node:
         """The node of an inode number."""
@@ -54,11 +51,12 @@ class Tree:
             if ino != ROOT and ino not in self.texts:
                 raise NoSuchName(f"there is no inode {ino}")
             return self.root if ino == ROOT else self.texts
+        directory = self._directory(id)
         if not handle:
-            return self._directory(id)
+            return directory
         if handle <= MAX_HANDLE:
-            return self._pages(id)
-        return self._image(id) if handle == IMAGE else Link(self.shared, id)
+            return directory.pages
+        return directory.image if handle == IMAGE else directory.link
 
     def directory(self, number: int) -> Directory:
         """The directory of an inode number, or of a directory's file handle."""
@@ -69,4 +67,5 @@ class Tree:
         """The node of a file handle."""
         if not (id := fh >> HANDLE_BITS & MAX_BACKUP_ID):  # backup_of(), but for the call: each page takes one
             return self.texts
-        return self._pages(id) if fh & HANDLE_MASK < IMAGE else self._image(id)
+        directory = self._directory(id)
+        return directory.pages if fh & HANDLE_MASK < IMAGE else directory.image
