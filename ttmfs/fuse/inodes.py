@@ -1,4 +1,4 @@
-"""Inode numbers and file handles: arithmetic over (backup, handle), so that there is no table to keep.
+"""Inode numbers and file handles are computed from (backup, handle), so there is no table to keep.
 
 ::
 
@@ -11,12 +11,12 @@ A backup's id is the inode number of its file in the store, 2 or more. Handle 0 
 highest handles are its ``.image`` and ``.shmem``, and all between are pages: 2**30 - 3 of them, 4 TiB of 4 KiB pages.
 The backup id 0 belongs to the mount itself, whose inodes are the small numbers below.
 
-The handle of an open file is its inode number, with S set if it was opened O_SYNC or O_DSYNC: direct I/O sends no fsync
-for those. R is set if it was opened by someone who may not write the backup. An ``.image`` that was opened O_APPEND has
-APPENDED in place of IMAGE. The handle of an open directory, and of the mount's own files, has a serial number where a
-page's handle would be, so that no two are the same.
+The file handle of a file of a backup is its inode number with three changes. S is set if it was opened O_SYNC or
+O_DSYNC: direct I/O sends no fsync for those. R is set if the caller may not write the backup. An ``.image`` that was
+opened O_APPEND has APPENDED in place of IMAGE. The file handle of an open directory, and of the mount's own files, has
+a serial number in place of a page's handle, so that no two are the same.
 
-Ids are never used twice, so 2**32 of them must do for a mount's life: 49 days at 1,000 new backups a second.
+Ids are never used twice. 2**32 of them last for 49 days at 1,000 new backups a second.
 """
 
 __all__ = [
@@ -52,7 +52,7 @@ MAX_BACKUP_ID = (1 << ID_BITS) - 1
 SHMEM = (1 << HANDLE_BITS) - 1
 IMAGE = SHMEM - 1
 MAX_HANDLE = IMAGE - 1
-APPENDED = SHMEM  # in the handle of an open file alone: no link is ever opened
+APPENDED = SHMEM  # in file handles only: no link is ever opened
 
 FIRST_BACKUP = 1 << HANDLE_BITS
 """All inodes of backups are larger, all of the mount's own are smaller."""
