@@ -51,6 +51,7 @@ __all__ = ["BackupDirectory", "Directory", "Entry", "Root"]
 RENAME_NOREPLACE = 1
 
 TEXTS = {b".stats": STATS, b".config": CONFIG}
+HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
 
 RUN_SECONDS = 1.0
 """Age at which a listing looks its run of pages up again: it may show what .shmem drops for this long."""
@@ -68,6 +69,8 @@ time of a named one. Entries that follow each other often share one Attributes."
 
 class Directory(Node):
     """What both kinds have in common. It refuses what only one of them supports."""
+
+    __slots__ = ()
 
     _serial = itertools.count(secrets.randbits(HANDLE_BITS))
     """Numbers open directories. Those that an earlier daemon opened are still open, so it begins anywhere."""
@@ -224,20 +227,20 @@ class Root(Directory):
 class BackupDirectory(Directory):
     """A backup: it holds pages by handle and, hidden, its image and its link."""
 
+    __slots__ = ("backup", "image", "link", "pages")
+
     def __init__(self, shared: Shared, id: int) -> None:
-        super().__init__(shared)
-        self.id = id
+        super().__init__(shared, id)
         self.backup = shared.pool.backup(id)
         self.pages, self.image, self.link = Pages(shared, id), Image(shared, id), Link(shared, id)
-        self._hidden = {b".image": (inode(id, IMAGE), self.image), b".shmem": (inode(id, SHMEM), self.link)}
 
     def attributes(self, ino: int) -> Attributes:
         return Attributes.of_directory(self.backup.stat())
 
     def lookup(self, name: bytes) -> Found | None:
-        if name in self._hidden:
-            ino, node = self._hidden[name]
-            return ino, node.attributes(ino)
+        if handle := HIDDEN.get(name):
+            ino = inode(self.id, handle)
+            return ino, (self.image if handle == IMAGE else self.link).attributes(ino)
         handle = parse_page_name(name) or 0
         if not 0 < handle <= MAX_HANDLE or not self.backup.holds(handle - 1):
             check_length(name)
@@ -276,7 +279,7 @@ class BackupDirectory(Directory):
 
     async def rename(self, name: bytes, new_parent: Directory, new_name: bytes, flags: int) -> None:
         _check_rename(new_name, flags)
-        if name in self._hidden:
+        if name in HIDDEN:
             raise NotPermitted(f"{os.fsdecode(name)} belongs to its backup")
         raise WrongParent("a page stays at its index; copy it")
 

@@ -29,9 +29,10 @@ def file_handle(ino: int, flags: int) -> int:
 class _BackupFile(Node):
     """A file of a backup. Subclasses say where in the backup it lies, and whether its page must exist."""
 
+    __slots__ = ("_in_memory", "_page_size", "backup")
+
     def __init__(self, shared: Shared, id: int) -> None:
-        super().__init__(shared)
-        self.id = id
+        super().__init__(shared, id)
         self.backup = shared.pool.backup(id)
         self._page_size = shared.pool.page_size
         self._in_memory = shared.pool.store.in_memory
@@ -115,6 +116,8 @@ class _BackupFile(Node):
 class Pages(_BackupFile):
     """The page files of a backup. A page is found by the handle in the inode number or file handle."""
 
+    __slots__ = ()
+
     def attributes(self, ino: int) -> Attributes:
         self._check_exists(ino)
         self.shared.cache.note_page(ino)
@@ -187,6 +190,8 @@ class Pages(_BackupFile):
 class Image(_BackupFile):
     """``.image``: every page at its place. Absent pages are zeros, and writing stores the pages that it touches."""
 
+    __slots__ = ()
+
     def attributes(self, ino: int) -> Attributes:
         """The size is the backup's. Every page that comes or goes changes the blocks, and du must agree with ls."""
         found = self.backup.stat()
@@ -223,6 +228,8 @@ class Image(_BackupFile):
 
 class Link(_BackupFile):
     """``.shmem``: a symbolic link to the backup's file in the store."""
+
+    __slots__ = ()
 
     def attributes(self, ino: int) -> Attributes:
         """The size is the length of the target, which a rename changes."""

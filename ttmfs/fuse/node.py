@@ -107,10 +107,10 @@ class Shared:
 class Node:
     """A file or directory that supports nothing."""
 
-    id = 0
-    """The backup that it belongs to; 0: the mount."""
+    __slots__ = ("id", "pool", "shared")  # a thousand backups' nodes are kept
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, id: int = 0) -> None:
+        self.id = id  # of the backup that it belongs to; 0: the mount
         self.shared = shared
         self.pool = shared.pool
 
