@@ -19,6 +19,7 @@ Threading: any thread may call any method, but no other method runs during :meth
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -30,12 +31,11 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from ..errors import BackupAbsent, InvalidArgument, NotSupported, translated
+from ..errors import BackupAbsent, InvalidArgument, NotSupported, TtmfsError, translated
 from ..handles import Uint64Array
 from ..model import arguments
 from .directory import INTERRUPTIONS, OF_PAGES, OF_THE_MOUNT, REQUEST, Directory
-from .existing_pages import STEP
-from .own_file import WORKERS, OwnFile, descriptor_of
+from .own_file import STEP, WORKERS, OwnFile, descriptor_of
 from .page_array import PageArray, shrink
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ class Backup:
                 if not mode & stat.S_IWUSR:
                     backup.chmod(stat.S_IMODE(backup.status().st_mode) & ~stat.S_IWUSR)
             except BaseException:
-                backup._directory.remove_empty()
+                with contextlib.suppress(OSError, TtmfsError):  # another process may have stored pages
+                    backup._directory.remove()
                 backup.close()
                 raise
         return backup
@@ -126,7 +127,7 @@ class Backup:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Backup {self.id}{' (closed)' * self._directory.is_closed}>"
+        return f"<Backup {self.id}{' (closed)' * (self._directory.fd < 0)}>"
 
     # --- the six verbs, and their plural forms ---
 

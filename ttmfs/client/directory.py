@@ -22,7 +22,7 @@ from ..linux import system_calls
 from ..linux.mountinfo import ttmfs_on
 from ..model import arguments
 from ..options import BASE_PAGE_SIZE
-from .existing_pages import fill_from, read_existing
+from .own_file import fill_from, read_existing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +98,7 @@ class Directory:
             if ttmfs_on(os.fstat(mount).st_dev) is None:
                 raise InvalidArgument(f"{above or '.'} is no mount of ttmfs: backups lie in the root of one")
             os.mkdir(name, mode, dir_fd=mount)
-            undo.callback(_remove_empty, name, mount)
+            undo.callback(os.rmdir, name, dir_fd=mount)
             directory = os.open(name, PATH_ONLY | os.O_NOFOLLOW, dir_fd=mount)
             undo.callback(os.close, directory)
             created = cls(directory, mount)
@@ -125,14 +125,9 @@ class Directory:
         self._images.clear()
         self.fd = self.mount = -1
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self.fd < 0
-
     def check_open(self) -> None:
         """Raise BackupClosed or BackupEnded after :meth:`close`."""
-        if self.is_closed:
+        if self.fd < 0:
             raise BackupEnded("the backup was ended") if self.is_ended else BackupClosed("the backup was closed here")
 
     # --- the directory and its files ---
@@ -186,16 +181,16 @@ class Directory:
         """Set an attribute ``user.ttmfs.NAME``."""
         os.setxattr(self._path, f"user.ttmfs.{name}", value.encode())
 
+    def remove(self) -> None:
+        """Remove the directory, which must hold no pages."""
+        os.rmdir(os.path.basename(self.path), dir_fd=self.mount)
+
     def end(self) -> None:
         """Drop every page and remove the directory."""
-        name = os.path.basename(self.path)
+        self.check_open()
         os.ftruncate(self.image(os.O_WRONLY), 0)
-        os.rmdir(name, dir_fd=self.mount)
+        self.remove()
         self.is_ended = True
-
-    def remove_empty(self) -> None:
-        """Remove the directory unless it holds pages."""
-        _remove_empty(os.path.basename(self.path), self.mount)
 
     # --- its pages ---
 
@@ -285,11 +280,6 @@ class Directory:
         for start in range(0, len(runs), step):
             ranges = [(first + 1, past) for first, past in runs[start : start + step]]
             self.set_attribute("drop", format_ranges(ranges))
-
-
-def _remove_empty(name: str, mount: int) -> None:
-    with contextlib.suppress(OSError):
-        os.rmdir(name, dir_fd=mount)
 
 
 def _number(path: str, name: str) -> int:
