@@ -132,7 +132,7 @@ def _kernel() -> Check:
     match = re.match(r"(\d+)\.(\d+)", release)
     version = (int(match[1]), int(match[2])) if match else (0, 0)
     for needed, state, lacks in (
-        ((5, 14), PROBLEM, "writeback and dropping need Linux 5.14"),
+        ((6, 1), PROBLEM, "ttmfs needs Linux 6.1 or newer"),
         ((6, 5), WARNING, "before 6.5 (cachestat), reading holes of .image and counting swapped-out pages are slow"),
         ((6, 9), WARNING, "before 6.9 (FUSE_NOTIFY_RESEND), open files are lost when a daemon is killed"),
     ):  # fmt: skip
