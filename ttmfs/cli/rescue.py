@@ -24,7 +24,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,8 @@ else:  # run by its path
     from keepers import NAME, keepers, process, stores  # type: ignore[import-not-found,no-redef]
 
 __all__ = [
-    "BLOCK", "CHECKSUMS", "DESCRIPTION", "EXAMPLES", "INTERRUPTED", "PART", "PIECE", "Digest", "RescueError",
-    "add_arguments", "checked_name", "data_runs", "digests_of", "line_of", "open_file", "partial_name", "run",
-    "total_of", "write_all",
+    "DESCRIPTION", "EXAMPLES", "INTERRUPTED", "PIECE", "RescueError", "add_arguments", "data_runs", "open_file",
+    "partial_name", "run", "write_all",
 ]  # fmt: skip
 
 DESCRIPTION = "Copy backups out of a keeper that gave up, or of any directory of backups: sparse files with checksums."
@@ -60,6 +59,7 @@ ZEROS = bytes(PIECE)
 CHECKSUMS = ".CHECKSUMS"  # no backup has such a name
 LONGEST_LINE, LONGEST_CHECKSUMS = 4096, 1 << 30  # bytes
 BLOCK = 1 << 20
+READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class RescueError(Exception):
@@ -148,17 +148,17 @@ def _open_directory(path: str) -> int:
 # --- files that may be a stranger's ---
 
 
-def checked_name(name: object) -> str:
+def _checked_name(name: object) -> str:
     """The name of a backup. ValueError if it is none, such as a path."""
     if not isinstance(name, str) or not 0 < len(os.fsencode(name)) < 256 or name[0] == "." or set(name) & {"/", "\0"}:
         raise ValueError("it has the name of no backup")
     return name
 
 
-def open_file(name: str, directory: int, *, flags: int = os.O_RDONLY, follow: bool = False) -> int:
-    """Open an existing regular file. OSError for anything else, which is not opened, so nothing waits for it."""
+def open_file(name: str, directory: int, *, follow: bool = False) -> int:
+    """Open a regular file to read. OSError for anything else, which is not opened, so nothing waits for it."""
     with _located(name, directory, follow=follow) as path:
-        return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, READ)
 
 
 @contextlib.contextmanager
@@ -176,16 +176,15 @@ def _located(name: str, directory: int, *, follow: bool = False) -> Iterator[str
 def _open_to_read(name: str, directory: int) -> int:
     """Open a backup's file, also if its mode shuts out its owner, which may be the user who mounted."""
     with _located(name, directory) as path:
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            return os.open(path, flags)
+            return os.open(path, READ)
         except PermissionError:
             found = os.stat(path)
             if found.st_uid != os.geteuid():
                 raise
             os.chmod(path, stat.S_IMODE(found.st_mode) | stat.S_IRUSR)
             try:
-                return os.open(path, flags)
+                return os.open(path, READ)
             finally:
                 os.chmod(path, stat.S_IMODE(found.st_mode))
 
@@ -193,29 +192,21 @@ def _open_to_read(name: str, directory: int) -> int:
 # --- checksums ---
 
 
-class Digest(NamedTuple):
-    """The SHA-256 of a part, in hexadecimal, and the number of its pieces that are not all zeros."""
-
-    sha256: str
-    pieces: int
-
-    @classmethod
-    def of(cls, blocks: Iterable[tuple[int, bytes | memoryview]]) -> "Digest":
-        """Of the blocks of data in a part, with their positions in the backup, ascending and in whole pieces."""
-        sha256, pieces = hashlib.sha256(), 0
+def _checksum(fd: int, copy_to: int | None = None) -> tuple[str, int]:
+    """The checksum of a sparse file, and how many of its pieces are not all zeros. It can copy the data on the way."""
+    total, total_pieces = hashlib.sha256(), 0
+    for number, blocks in itertools.groupby(_blocks(fd, copy_to), key=lambda block: block[0] // PART):
+        part, pieces = hashlib.sha256(), 0
         for position, block in blocks:
             for start in range(0, len(block), PIECE):
-                piece = bytes(block[start : start + PIECE])
+                piece = block[start : start + PIECE]
                 if piece != ZEROS:
-                    sha256.update(((position + start) // PIECE).to_bytes(8, "little") + piece.ljust(PIECE, b"\0"))
+                    part.update(((position + start) // PIECE).to_bytes(8, "little") + piece.ljust(PIECE, b"\0"))
                     pieces += 1
-        return cls(sha256.hexdigest(), pieces)
-
-
-def digests_of(fd: int, copy_to: int | None = None) -> dict[int, Digest]:
-    """The digests of the parts of a sparse file that have data, by number. It can copy the data to another file."""
-    parts = itertools.groupby(_blocks(fd, copy_to), key=lambda block: block[0] // PART)
-    return {number: Digest.of(blocks) for number, blocks in parts}
+        if pieces:
+            total.update(number.to_bytes(8, "little") + part.digest())
+            total_pieces += pieces
+    return total.hexdigest(), total_pieces
 
 
 def _blocks(fd: int, copy_to: int | None) -> Iterator[tuple[int, bytes]]:
@@ -228,15 +219,6 @@ def _blocks(fd: int, copy_to: int | None) -> Iterator[tuple[int, bytes]]:
             start += len(block)
 
 
-def total_of(digests: dict[int, Digest]) -> tuple[str, int]:
-    """The checksum of a backup from those of its parts, and the number of its pieces."""
-    sha256 = hashlib.sha256()
-    for number, part in sorted(digests.items()):
-        if part.pieces:
-            sha256.update(number.to_bytes(8, "little") + bytes.fromhex(part.sha256))
-    return sha256.hexdigest(), sum(part.pieces for part in digests.values())
-
-
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of it, with as many calls as the system needs."""
     view = memoryview(data)
@@ -245,18 +227,17 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def data_runs(fd: int, position: int = 0, past: int = 2**63 - 1) -> Iterator[tuple[int, int]]:
-    """The runs of data of a file, or of a range of it, as (start, end) in bytes, rounded to whole pieces."""
-    while position < past:
+def data_runs(fd: int) -> Iterator[tuple[int, int]]:
+    """The runs of data of a file, as (start, end) in bytes, rounded to whole pieces."""
+    position = 0
+    while True:
         try:
             start = os.lseek(fd, position, os.SEEK_DATA)
         except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return
-        if start >= past:
-            return
-        position = min(past, -(-os.lseek(fd, start, os.SEEK_HOLE) // PIECE) * PIECE)
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        position = -(-os.lseek(fd, start, os.SEEK_HOLE) // PIECE) * PIECE
         yield start // PIECE * PIECE, position
 
 
@@ -277,7 +258,7 @@ class Line(NamedTuple):
         match = re.fullmatch(r'([0-9a-f]{64}) (\d{1,19}) (\d{1,19}) (".*")', text)
         if not match:
             raise ValueError("it is no line of checksums")
-        return cls(match[1], int(match[2]), int(match[3]), checked_name(json.loads(match[4])))
+        return cls(match[1], int(match[2]), int(match[3]), _checked_name(json.loads(match[4])))
 
 
 @contextlib.contextmanager
@@ -292,16 +273,6 @@ def _checksums(directory: int) -> Iterator[tuple[int, Iterator[str]]]:
                 yield line.decode("ascii").removesuffix("\n")
 
         yield os.fstat(file.fileno()).st_uid, lines()
-
-
-def line_of(name: str, directory: int, owners: Iterable[int]) -> tuple[str, int, int] | None:
-    """Checksum, pieces and size of a copy, if a .CHECKSUMS that one of `owners` owns lies beside it and has them."""
-    with contextlib.suppress(OSError, ValueError), _checksums(directory) as (owner, lines):
-        for text in lines if owner in owners else ():
-            with contextlib.suppress(ValueError):
-                if (line := Line.parse(text)).name == name:
-                    return line.checksum, line.pieces, line.size
-    return None
 
 
 # --- copying ---
@@ -363,9 +334,9 @@ def _copy(name: str, source: int, target: int) -> Line:
         try:
             found = os.fstat(there)
             os.ftruncate(here, found.st_size)
-            total = total_of(digests_of(there, copy_to=here))
+            total = _checksum(there, copy_to=here)
             os.fsync(here)
-            if total_of(digests_of(here)) != total:
+            if _checksum(here) != total:
                 raise OSError(errno.EIO, "the copy differs from what was read; check the disk, and stop all writers")
             _give(here, found)
             os.rename(partial, name, src_dir_fd=target, dst_dir_fd=target)
@@ -422,7 +393,7 @@ def _compared(text: str, directory: int) -> tuple[str, str]:
         return text[:80], str(error)
     try:
         with _closing(_open_to_read(line.name, directory)) as file:
-            same = Line(*total_of(digests_of(file)), os.fstat(file).st_size, line.name) == line
+            same = Line(*_checksum(file), os.fstat(file).st_size, line.name) == line
     except OSError as error:
         return line.name, error.strerror or str(error)
     return line.name, "" if same else "is not what was rescued"

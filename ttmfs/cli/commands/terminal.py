@@ -106,7 +106,7 @@ class ProgressBar:
     def __init__(self, what: str, total: int) -> None:
         self._what = what
         self._total = total
-        self._done = self._skipped = 0
+        self._done = 0
         self._shown = is_terminal(sys.stderr)
         self._drawn = 0.0
 
@@ -115,16 +115,11 @@ class ProgressBar:
         self._draw()
         return self
 
-    def advance(self, count: int, *, skipped: bool = False) -> None:
-        """Count bytes that are done, or that need not be."""
+    def advance(self, count: int) -> None:
+        """Count bytes that are done."""
         self._done += count
-        self._skipped += count * skipped
         if time.monotonic() > self._drawn + self.INTERVAL:
             self._draw()
-
-    def note(self, text: str) -> None:
-        """Show what it waits for now."""
-        self._draw(text)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -136,17 +131,15 @@ class ProgressBar:
                 sys.stderr.write("\n" if kind is None else "\r\x1b[K")
                 sys.stderr.flush()
 
-    def _draw(self, note: str = "") -> None:
+    def _draw(self) -> None:
         if not self._shown:
             return
         self._drawn = time.monotonic()
-        spent, worked = self._drawn - self._began, self._done - self._skipped
+        spent = self._drawn - self._began
         share = self._done / self._total if self._total else 1.0
-        rate = worked / spent if spent > 0 else 0.0
+        rate = self._done / spent if spent > 0 else 0.0
         tail = f" {share:4.0%}  {size(self._done):>5} of {size(self._total)}"
-        if note:
-            tail += f"  {note}"
-        elif rate:
+        if rate:
             left = (self._total - self._done) / rate
             tail += f"  {size(rate):>5}/s  " + (f"{_clock(left)} left" if left else _clock(spent)).ljust(9)
         full, empty, cut = ("█", "░", "…") if is_utf8(sys.stderr) else ("#", ".", "~")
