@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from harness import MOUNT_PY, REPOSITORY, Mount, mounts_below, run, wait_until
 from ttmfs.options import Options
+from ttmfs.stores import make_store
 from ttmfs.stores.store import Store
 
 KINDS = ("tmpfs", "user", "fallback", "dir-tmpfs", "dir-ext4", "dir-xfs", "dir-btrfs")
@@ -255,7 +256,7 @@ class Site:
     def store(self, options: str) -> Iterator[tuple[Store, Options]]:
         """A store of the kind for the model layer, without a mount. It is this process', and so root's."""
         parsed = Options.parse(self.options(options))
-        with contextlib.closing(Store.of(parsed)) as store:
+        with contextlib.closing(make_store(parsed)) as store:
             yield store, parsed
 
     def acting(self) -> AbstractContextManager[None]:

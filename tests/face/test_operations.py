@@ -32,7 +32,7 @@ from ttmfs.model.pool import Pool
 from ttmfs.options import Options
 from ttmfs.recovery.state import State
 from ttmfs.stores import blocking_io as waiting
-from ttmfs.stores.store import Store
+from ttmfs.stores import make_store
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -60,7 +60,7 @@ class Face:
         self._notified, self._connection = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.state = State.new()
         self.metrics = Metrics(self.state)
-        self.cache = KernelCache(self._connection, (7, 38), pool.store.waiting.turns)
+        self.cache = KernelCache(self._connection, (7, 38), pool.blocking_io.slices)
         self.tree = Tree(
             pool,
             {STATS: self.stats, CONFIG: self.config},
@@ -112,7 +112,7 @@ class Face:
 @pytest.fixture
 def face() -> Iterator[Face]:
     options = Options.parse("size=1m,backup_size=64k")
-    pool = Pool(Store.on_tmpfs(options), options)
+    pool = Pool(make_store(options), options)
     face = Face(pool)
     yield face
     face.close()
@@ -349,7 +349,7 @@ def test_a_listing_is_answered_in_parts_however_much_room_there_is(
 
 
 def test_a_map_is_made_in_slices_and_goes_on_where_it_was(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttmfs.stores.turns.SLICE_SECONDS", -1.0)
+    monkeypatch.setattr("ttmfs.stores.time_slices.SLICE_SECONDS", -1.0)
     for handle in (3, 4, 7):
         face.create(a, b"%d" % handle, 0o644, os.O_RDWR, CTX)
     assert face.getxattr(a, b"user.ttmfs.map", CTX) == b"1,3-4,7"

@@ -38,7 +38,7 @@ def page(size: int, seed: int) -> bytes:
 
 def write_round(pool: ttmfs.Pool, offset: int, data: bytes) -> None:
     """Write to the backup "a" as a holder of .shmem may."""
-    fd = os.open(pool.store.path("a"), os.O_RDWR)
+    fd = os.open(pool.files.path("a"), os.O_RDWR)
     os.pwrite(fd, data, offset)
     os.close(fd)
 
@@ -109,7 +109,7 @@ async def test_c6_a_failed_backup_leaves_everything_as_it_was(page_size: int) ->
             await backup.backup_page(page(page_size, idx), idx)
         with pytest.raises(ttmfs.NoRoom):
             await backup.backup_page(page(page_size, 9), 5)
-        assert list(backup.extents()) == [(0, 3)]
+        assert list(backup.file.extents()) == [(0, 3)]
         assert pool.room().stored == 3 * page_size
         await backup.backup_page(page(page_size, 7), 1)  # what is there can be overwritten in a full pool
         copy = bytearray(page_size)
@@ -217,13 +217,13 @@ async def test_c12_drop_releases_that_page_alone_and_is_idempotent(page_size: in
     async with ttmfs.open_pool(size=8 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a")
         handles = await backup.backup_pages(np.full((8, page_size), 5, np.uint8), 0)
-        before = backup.stat().st_blocks
+        before = backup.file.stat().st_blocks
         for _ in range(2):
             await backup.drop(3)
-            assert backup.stat().st_blocks == before - page_size // 512
-            assert list(backup.extents()) == [(0, 2), (3, 8)]
+            assert backup.file.stat().st_blocks == before - page_size // 512
+            assert list(backup.file.extents()) == [(0, 2), (3, 8)]
         await backup.drop_pages(handles[4:])
-        assert list(backup.extents()) == [(0, 2), (3, 4)]
+        assert list(backup.file.extents()) == [(0, 2), (3, 4)]
         assert pool.room().stored == 3 * page_size
 
 
@@ -293,8 +293,8 @@ async def test_c16_a_reserve_counts_pages_whole() -> None:
         admits = Reserve.admits
         try:
             Reserve.admits = lambda self, size: asked.append(size) or admits(self, size)  # type: ignore[func-returns-value,method-assign]
-            backup.create_page(0)
-            backup.write(3 * size - 1, b"ab")
+            backup.file.create_page(0)
+            backup.file.write(3 * size - 1, b"ab")
         finally:
             Reserve.admits = admits  # type: ignore[method-assign]
         assert asked == [size, 2 * size]
@@ -360,7 +360,7 @@ async def test_plural_forms_take_handles_in_any_order_and_strided_sources() -> N
         assert (await backup.backup_pages(pages[:0], 3)).tolist() == []
         await backup.copy_pages(copy[:0], handles[:0])
         await backup.drop_pages(handles)
-        assert [tuple(run) for run in backup.extents()] == [(1, 4), (7, 14)]
+        assert [tuple(run) for run in backup.file.extents()] == [(1, 4), (7, 14)]
 
 
 @in_trio
@@ -379,16 +379,16 @@ async def test_residency_is_told_in_pages(page_size: int) -> None:
 async def test_ranges_store_the_pages_that_they_touch_whole(page_size: int) -> None:
     async with ttmfs.open_pool(size=8 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a")
-        assert backup.write(2 * page_size - 3, b"abcdef") == 6
-        assert list(backup.extents()) == [(1, 3)]
+        assert backup.file.write(2 * page_size - 3, b"abcdef") == 6
+        assert list(backup.file.extents()) == [(1, 3)]
         assert pool.room().stored == 2 * page_size
-        assert backup.read(2 * page_size - 4, 8) == b"\0abcdef\0"
-        assert backup.write(8 * page_size - 2, b"abcd") == 2, "short at the end"
+        assert backup.file.read(2 * page_size - 4, 8) == b"\0abcdef\0"
+        assert backup.file.write(8 * page_size - 2, b"abcd") == 2, "short at the end"
         for offset in 8 * page_size, 9 * page_size, 2**62:
             with pytest.raises(OutOfBounds):
-                backup.write(offset, b"x")
-        assert backup.read(8 * page_size - 1, 10) == b"b"
-        assert backup.read(2**62, 10) == b""
+                backup.file.write(offset, b"x")
+        assert backup.file.read(8 * page_size - 1, 10) == b"b"
+        assert backup.file.read(2**62, 10) == b""
 
 
 @in_trio
@@ -396,17 +396,17 @@ async def test_truncating_drops_what_lies_past_and_zeroes_the_rest(page_size: in
     async with ttmfs.open_pool(size=8 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a")
         await backup.backup_pages(np.full((8, page_size), 255, np.uint8), 0)
-        await backup.truncate(5 * page_size + 7)
-        assert list(backup.extents()) == [(0, 6)]
-        assert backup.read(5 * page_size, page_size) == b"\xff" * 7 + bytes(page_size - 7)
-        assert backup.stat().st_blocks * 512 == 6 * page_size
+        await backup.file.truncate(5 * page_size + 7)
+        assert list(backup.file.extents()) == [(0, 6)]
+        assert backup.file.read(5 * page_size, page_size) == b"\xff" * 7 + bytes(page_size - 7)
+        assert backup.file.stat().st_blocks * 512 == 6 * page_size
         await backup.drop(2)
-        await backup.truncate(page_size + 7)
-        assert list(backup.extents()) == [(0, 1)], "the page that it ends in is made by no truncation"
-        await backup.truncate(0)
+        await backup.file.truncate(page_size + 7)
+        assert list(backup.file.extents()) == [(0, 1)], "the page that it ends in is made by no truncation"
+        await backup.file.truncate(0)
         assert (backup.pages, backup.size) == (0, 8 * page_size)
         with pytest.raises(OutOfBounds):
-            await backup.truncate(8 * page_size + 1)
+            await backup.file.truncate(8 * page_size + 1)
 
 
 @in_trio
@@ -414,10 +414,10 @@ async def test_a_backup_grows_always_and_shrinks_over_holes_only(page_size: int)
     async with ttmfs.open_pool(size=8 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a", size=4 * page_size)
         await backup.backup_page(bytes(page_size), 2)
-        backup.resize(100 * page_size)
-        backup.resize(3 * page_size)
+        backup.file.resize(100 * page_size)
+        backup.file.resize(3 * page_size)
         with pytest.raises(ttmfs.InvalidArgument, match="drop them first"):
-            backup.resize(2 * page_size)
+            backup.file.resize(2 * page_size)
         assert (backup.size, backup.pages) == (3 * page_size, 1)
 
 
@@ -427,10 +427,10 @@ async def test_a_smaller_file_under_it_is_no_crash() -> None:
     async with ttmfs.open_pool(size=8 * PAGE) as pool:
         backup = await pool.create("a")
         await backup.backup_pages(np.ones((8, PAGE), np.uint8), 0)
-        os.truncate(pool.store.path("a"), 2 * PAGE + 100)
+        os.truncate(pool.files.path("a"), 2 * PAGE + 100)
         with pytest.raises(ttmfs.InvalidArgument):
             await backup.copy_page(bytearray(PAGE), 5)
-        assert list(backup.extents()) == [(0, 2)], "a page that is cut in two is none"
+        assert list(backup.file.extents()) == [(0, 2)], "a page that is cut in two is none"
         with pytest.raises(ttmfs.InvalidArgument):
             await backup.backup_page(bytes(PAGE), 2)
 
@@ -439,10 +439,10 @@ async def test_a_smaller_file_under_it_is_no_crash() -> None:
 async def test_allocated_but_unwritten_room_is_no_page() -> None:
     async with ttmfs.open_pool(size=8 * PAGE) as pool:
         backup = await pool.create("a")
-        fd = os.open(pool.store.path("a"), os.O_RDWR)
+        fd = os.open(pool.files.path("a"), os.O_RDWR)
         linux.allocate_range(fd, 0, 2 * PAGE)
         os.close(fd)
-        assert list(backup.extents()) == []
+        assert list(backup.file.extents()) == []
         with pytest.raises(ttmfs.PageAbsent):
             await backup.copy_page(bytearray(PAGE), 1)
         await pool.remove("a")

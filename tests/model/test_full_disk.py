@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from ttmfs.errors import NoRoom
 from ttmfs.linux import system_calls as linux
 from ttmfs.model.pool import Pool
 from ttmfs.options import Options
-from ttmfs.stores.store import Store
+from ttmfs.stores import make_store
+from ttmfs.stores.page_file import finished
 
 BLOCK = 4096
 PAGES = 48  # that the tests use
@@ -28,7 +30,7 @@ SIZES = {"ext4": 32 << 20, "xfs": 320 << 20, "btrfs": 128 << 20}
 
 def opened(directory: Path, page_size: int) -> Pool:
     options = Options(store=str(directory), page_size=page_size, backup_size=2 * PAGES * page_size)
-    return Pool(Store.of(options), options)
+    return Pool(make_store(options), options)
 
 
 @contextlib.contextmanager
@@ -97,16 +99,16 @@ class Model:
             offset, data = offset + chosen.randrange(self._size), chosen.randbytes(chosen.randrange(1, 2 * self._size))
         try:
             if verb == "drop":
-                self._backup.drop_range(idx, idx + 1)
+                await finished(self._backup.file.drop_range(idx, idx + 1))
                 self.pages.pop(idx, None)
             elif verb == "create":
-                self._backup.create_page(idx)
+                await finished(self._backup.file.create_page(idx))
                 self.pages.setdefault(idx, bytes(self._size))
             elif verb == "page":
                 await self._backup.backup_page(data, idx)
                 self._store(offset, data)
             else:
-                self._store(offset, data[: self._backup.write(offset, data)])
+                self._store(offset, data[: await finished(self._backup.file.write(offset, data))])
         except NoRoom:
             pass
         return f"{verb} {idx}"
@@ -121,10 +123,10 @@ class Model:
 
     def check(self, what: str) -> None:
         """Hold that the backup is as it must be."""
-        found = [idx for first, past in self._backup.extents() for idx in range(first, past)]
+        found = [idx for first, past in self._backup.file.extents() for idx in range(first, past)]
         assert found == sorted(self.pages), what
         for idx, page in self.pages.items():
-            assert self._backup.read(idx * self._size, self._size) == page, (what, idx)
+            assert self._backup.file.read(idx * self._size, self._size) == page, (what, idx)
         assert self._backup.pages == len(self.pages), what
 
 
@@ -157,19 +159,19 @@ def test_c6_an_absent_page_that_was_read_stays_absent(tmp_path: Path, kind: str)
     async def main(pool: Pool, filler: Filler) -> None:
         backup = await pool.create("a")
         await backup.backup_page(b"1" * page_size, 0)
-        backup.read(0, 4 * page_size)
+        backup.file.read(0, 4 * page_size)
         filler.fill()
         filler.leave(page_size // BLOCK // 2, random.Random(1))
         for store in (
-            lambda: backup.write(2 * page_size, b"x" * page_size),
-            lambda: backup.write(2 * page_size + 5, b"x"),
-            lambda: backup.create_page(2),
+            partial(backup.file.write, 2 * page_size, b"x" * page_size),
+            partial(backup.file.write, 2 * page_size + 5, b"x"),
+            partial(backup.file.create_page, 2),
         ):
             with pytest.raises(NoRoom):
-                store()
-            assert list(backup.extents()) == [(0, 1)]
+                await finished(store())
+            assert list(backup.file.extents()) == [(0, 1)]
             assert backup.pages == 1
-        assert backup.read(0, 4 * page_size) == b"1" * page_size + bytes(3 * page_size)
+        assert backup.file.read(0, 4 * page_size) == b"1" * page_size + bytes(3 * page_size)
 
     page_size = 64 << 10
     with full_disk(tmp_path / "disk", kind) as (directory, filler):
@@ -186,7 +188,8 @@ import trio
 from ttmfs.linux import system_calls as linux
 from ttmfs.options import Options
 from ttmfs.model.pool import Pool
-from ttmfs.stores.store import Store
+from ttmfs.stores import make_store
+from ttmfs.stores.page_file import finished
 
 allocate_range = linux.allocate_range
 
@@ -198,12 +201,12 @@ def killed(*range):
 
 async def main():
     backup = await pool.open("a")
-    backup.read(0, 4 * pool.page_size)
+    backup.file.read(0, 4 * pool.page_size)
     linux.allocate_range = killed
-    backup.write(2 * pool.page_size, b"x" * pool.page_size)
+    await finished(backup.file.write(2 * pool.page_size, b"x" * pool.page_size))
 
 options = Options(store=sys.argv[1], page_size=64 << 10)
-pool = Pool(Store.of(options), options)
+pool = Pool(make_store(options), options)
 trio.run(main)
 """
 
@@ -217,7 +220,7 @@ def test_c6_a_daemon_killed_between_allocation_and_write_leaves_no_page(tmp_path
 
     async def look() -> None:
         backup = await pool.open("a")
-        assert list(backup.extents()) == [(0, 1)]
+        assert list(backup.file.extents()) == [(0, 1)]
         assert backup.pages == 1
 
     with full_disk(tmp_path / "disk", kind) as (directory, filler):

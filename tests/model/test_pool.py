@@ -61,7 +61,7 @@ async def test_what_is_opened_is_what_was_created(pool: ttmfs.Pool) -> None:
     copy = bytearray(PAGE)
     await found.copy_page(copy, 4)
     assert copy == b"x" * PAGE
-    assert found.stat().st_mode & 0o7777 == 0o700
+    assert found.file.stat().st_mode & 0o7777 == 0o700
     with pytest.raises(ttmfs.BackupExists):
         await pool.create("a")
     with pytest.raises(ttmfs.BackupAbsent):

@@ -23,7 +23,8 @@ import ttmfs
 from harness import MOUNT_PY, Mount, count, opened, raises_errno, run, wait_until
 from ttmfs.errors import NotSupported
 from ttmfs.options import ExitCode, Options
-from ttmfs.stores.store import Store
+from ttmfs.stores import make_temporary_store
+from ttmfs.stores.directory import Directory
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
@@ -426,15 +427,15 @@ def test_its_own_directories_may_be_named_as_temporary_ones(tmp_path: Path, monk
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
         kept = runtime / "ttmfs-models/store"
         kept.mkdir(parents=True)
-        Store.in_directory(str(kept), Options(store=str(kept))).close()
+        Directory.open(str(kept), Options(store=str(kept))).close()
         why = NotSupported("no namespaces")
-        live = Store.in_temporary_directory(Options(size=MIB), why)
-        left = Store.in_temporary_directory(Options(size=MIB), why)
+        live = make_temporary_store(Options(size=MIB), why)
+        left = make_temporary_store(Options(size=MIB), why)
         path = Path(left.directory or "").parent
         left._temporary = None  # as if it had been killed
         left.close()
         assert path.exists()
-        Store.in_temporary_directory(Options(size=MIB), why).close()
+        make_temporary_store(Options(size=MIB), why).close()
         assert sorted(runtime.iterdir()) == sorted([Path(live.directory or "").parent, kept.parent])
         live.close()
         assert list(runtime.iterdir()) == [kept.parent]

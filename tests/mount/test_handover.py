@@ -25,7 +25,7 @@ from ttmfs.daemon.descriptor_socket import Handover
 from ttmfs.fuse.inodes import IMAGE
 from ttmfs.model.pool import Pool
 from ttmfs.options import Options
-from ttmfs.stores.store import Store
+from ttmfs.stores import make_store
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 GROUP = 65500
@@ -284,7 +284,7 @@ def test_a_kernel_that_cannot_refuse_descriptors_has_a_socket_for_the_daemon_s_u
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handover, "_SO_PASSRIGHTS", 9999)  # every kernel answers as an older one does to SO_PASSRIGHTS
-    with contextlib.closing(Pool(Store.on_tmpfs(options := Options.parse("size=1m")), options)) as pool:
+    with contextlib.closing(Pool(make_store(options := Options.parse("size=1m")), options)) as pool:
         path = tmp_path / "socket"
         with pytest.raises(OSError, match="cannot refuse descriptors of strangers"):
             Handover(pool, str(path), owner=0, open_to_others=True, count=int)

@@ -1101,19 +1101,19 @@ async def test_the_verbs_and_their_plural_forms_take_large_pages(size: int) -> N
 async def test_c3_c6_plural_forms_store_whole_pages_where_room_ends(size: int) -> None:
     async with ttmfs.open_pool(size=10 * size, backup_size=PAGES * size, page_size=size) as pool:
         await pool.create("odd")
-        put(Path(pool.store.path("odd")), 0, b"x")  # room ends within a page
+        put(Path(pool.files.path("odd")), 0, b"x")  # room ends within a page
         backup, pages = await pool.create("a"), noise(8, size)
         assert (await backup.backup_pages(pages[:4], 2)).tolist() == [3, 4, 5, 6]
         assert (await backup.backup_pages(pages, 5)).tolist() == [6, 7, 8, 9, 10, 11], "one was there, five had room"
         assert backup.pages == 9
-        assert backup.stat().st_blocks * 512 == 9 * size
+        assert backup.file.stat().st_blocks * 512 == 9 * size
         for refused in (backup.backup_pages(pages[:3], 11), backup.backup_page(pages[0], 0)):
             with pytest.raises(ttmfs.NoRoom):
                 await refused
         copy = np.empty((9, size), np.uint8)
         await backup.copy_pages(copy, np.arange(3, 12, dtype=np.uint64))
         assert (copy == np.concatenate((pages[:3], pages[:6]))).all()
-        assert backup.stat().st_blocks * 512 == 9 * size
+        assert backup.file.stat().st_blocks * 512 == 9 * size
 
 
 @in_trio

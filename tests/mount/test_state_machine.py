@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from stores import Site
 from ttmfs.errors import TtmfsError, errno_of
 from ttmfs.model.pool import Pool
+from ttmfs.stores.page_file import finished
 
 PAGES = 16  # a backup's size
 BUDGET = 24  # what all backups together may hold
@@ -190,7 +191,7 @@ class Layer:
 
     def write(self, name: str, offset: int, data: bytes) -> int:
         async def write() -> int:
-            return (await self.pool.open(name)).write(offset, data)
+            return await finished((await self.pool.open(name)).file.write(offset, data))
 
         written: int = self.do(write)
         return written
@@ -202,7 +203,7 @@ class Layer:
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         async def read() -> bytes:
-            return (await self.pool.open(name)).read(offset, size)
+            return (await self.pool.open(name)).file.read(offset, size)
 
         got: bytes = self.do(read)
         return got
@@ -216,14 +217,14 @@ class Layer:
 
     def truncate(self, name: str, size: int) -> None:
         async def truncate() -> None:
-            await (await self.pool.open(name)).truncate(size)
+            await (await self.pool.open(name)).file.truncate(size)
 
         self.do(truncate)
 
     def listing(self) -> dict[str, list[int]]:
         async def listing() -> dict[str, list[int]]:
             backups = [await self.pool.open(name) for name in await self.pool.names()]
-            return {b.name: [idx + 1 for run in b.extents() for idx in range(*run)] for b in backups}
+            return {b.name: [idx + 1 for run in b.file.extents() for idx in range(*run)] for b in backups}
 
         found: dict[str, list[int]] = self.do(listing)
         return found

@@ -252,7 +252,7 @@ def test_c5_a_page_is_pushed_out_whatever_cpu_it_was_written_on() -> None:
                 os.sched_setaffinity(0, {cpus[0]})
                 await backup.backup_page(page, idx)
                 os.sched_setaffinity(0, {cpus[-1]})
-                await backup.push_out(idx * PAGE, PAGE)
+                await backup.file.push_out(idx * PAGE, PAGE)
             assert (backup.pages, backup.resident) == (50, 0)
 
     try:
@@ -274,7 +274,7 @@ def test_a_cancellation_leaves_nothing_behind() -> None:
                 await backup.backup_page(page, 3, writeback=True)
             assert scope.cancelled_caught
             assert (backup.pages, backup.swapped) == (1, 0), "it is stored all the same"
-            file = os.stat(pool.store.path("a"))
+            file = os.stat(pool.files.path("a"))
             with open("/proc/self/maps") as maps:  # noqa: ASYNC230 # it is no disk
                 assert f" {file.st_ino} " not in maps.read()
             await backup.backup_page(page, 3, writeback=True)

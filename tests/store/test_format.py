@@ -17,7 +17,9 @@ from ttmfs.daemon import service
 from ttmfs.fuse import metrics
 from ttmfs.recovery import keeper
 from ttmfs.recovery.state import FORMAT, HEADER, KEY, LATEST, LONG, NOTES, POINTS, ROWS, State
-from ttmfs.stores import store
+from ttmfs.stores.directory import RECORD
+from ttmfs.stores.private_tmpfs import NAMESPACE
+from ttmfs.stores.store import STORE
 
 HEADER_ENTRIES = {
     "version": "0.1.0",
@@ -85,7 +87,7 @@ def interface() -> str:
         "sections": [HEADER, ROWS, KEY, 16, NOTES, 8, LONG, 16, LATEST, POINTS],
         "header": list(HEADER_ENTRIES),
         "buckets of durations": metrics.BOUNDS,
-        "descriptors": [keeper.CONNECTION, store.STORE, keeper.STATE, store.NAMESPACE, store.LEDGER, keeper.STARTS],
+        "descriptors": [keeper.CONNECTION, STORE, keeper.STATE, NAMESPACE, RECORD, keeper.STARTS],
         "note of the starts": service._NOTE.format,
         "keeper's arguments": keeper._command_line(3, 4, 5, 6, 7, 8.0, "syslog", "/mnt", ["python", "mount.py"])[4:],
         "environment": [keeper.KEEPER_PID, keeper.KEEPER_CHANNEL, *sorted(keeper._listen_fds(["a"]))],

@@ -148,15 +148,15 @@ class Handover:
             raise OSError(errno.EACCES, "whoever has no number in this user namespace")
         if not self._reaches(peer):
             raise OSError(errno.EACCES, "the mount is not shown to this user")
-        if not allows(self._pool.backup(backup_of(ino)).stat(), peer, _READ_WRITE_REACH):
+        if not allows(self._pool.file(backup_of(ino)).stat(), peer, _READ_WRITE_REACH):
             raise OSError(errno.EACCES, "the backup's mode bits do not allow it")
-        return self._pool.store.opened_anew(backup_of(ino))
+        return self._pool.files.opened_anew(backup_of(ino))
 
     def _reaches(self, peer: Someone) -> bool:
         """Whether the mount's root can be passed: as fuse_allow_current_process() and the root's mode bits have it."""
         if not self._open_to_others:
             return peer.uid == self._owner
-        return allows(self._pool.store.stat(), peer, os.X_OK)
+        return allows(self._pool.files.stat(), peer, os.X_OK)
 
 
 def _refuse_descriptors(listener: socket.socket) -> None:

@@ -47,8 +47,9 @@ from ..model.pool import Pool
 from ..options import ExitCode, Options, format_size
 from ..recovery.keeper import CONNECTION, ENDING, RESTART, STATE, Keeper
 from ..recovery.state import State
+from ..stores import make_store, resume_store
 from ..stores.blocking_io import SHARE
-from ..stores.store import STORE, Store
+from ..stores.store import STORE
 from ..version import __version__
 from . import mounting
 from .background import Process
@@ -155,14 +156,14 @@ def _make(source: str, mountpoint: str, options: Options) -> _Mount:
     if options.store and _lies_in(mountpoint, options.store):  # it would ask itself for the names there
         raise MountError(f"{mountpoint} lies within the store {options.store}; mount it elsewhere")
     with contextlib.ExitStack() as undo:
-        store = Store.of(options)
+        store = make_store(options)
         undo.callback(store.close)
         pool = Pool(store, options)
         state = State.new(
             version=__version__,
             page_size=pool.page_size,
             backup_size=pool.backup_size,
-            grain=store.grain,
+            grain=store.block_size,
             temporary=store.temporary,
         )
         undo.callback(state.close)
@@ -187,8 +188,7 @@ def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, i
     if size := state.get("size"):  # of a directory it was changed since
         options = dataclasses.replace(options, size=size)
     failed = [int(id) for id in state.keys("unsynced")]
-    kept = {name: state.header[name] for name in ("temporary", "grain")}
-    store = Store.resumed(held, options, failed=failed, **kept)
+    store = resume_store(held, options, temporary=state.header["temporary"], failed=failed)
     pool = Pool(store, options, state.header["backup_size"])
     state.set("restarts", state.get("restarts") + 1)
     if words := state.take_last_words():
@@ -284,7 +284,7 @@ class _Session:
         self._longest_poll = options.busy_poll * 1000
         self._busy_poll: BusyPoll | None = None
         metrics = self._metrics = Metrics(state)
-        pool.store.waiting.done = metrics.count_page_in
+        pool.blocking_io.done = metrics.count_page_in
         self._handover = self._offer_descriptors(options)
 
         async def stats() -> bytes:
@@ -294,16 +294,16 @@ class _Session:
             return _config(options, pool, process, self._handover)
 
         texts = {STATS: stats, CONFIG: config}
-        cache = KernelCache(mount.connection, version, pool.store.waiting.turns, resumed=mount.begun)
+        cache = KernelCache(mount.connection, version, pool.blocking_io.slices, resumed=mount.begun)
         tree = Tree(pool, texts, cache, state.progress)
         if mount.begun:
             tree.shared.mode_changes.note()  # the daemon before knew of which backups
-        locks = None if pool.store.in_memory else pool.store.waiting.files
+        locks = None if pool.in_memory else pool.blocking_io.files
         requests = self._requests = Requests(state, metrics, tree.shared.refusals, locks, debug=options.debug)
         self._operations = Operations(tree, requests, init=self._connect)
         pool.store.remember = state.set
         if process.held and process.keeper and process.keeper.pid:
-            pool.store.lead_paths_through(process.keeper.pid)
+            pool.files.lead_paths_through(process.keeper.pid)
 
     def _offer_descriptors(self, options: Options) -> Handover | None:
         """A socket that gives out backups' descriptors, if there can be one and the store is fit for it."""
@@ -505,12 +505,11 @@ class _Session:
 
     def _give_to_keeper(self, keeper: Keeper, besides: dict[str, int]) -> bool:
         """Have a keeper hold what the next daemon needs, but for what it holds, and know that this one serves."""
-        store = self._mount.pool.store
         kept = self.kept()
         try:
             keeper.keep({name: fd for name, fd in kept.items() if besides.get(name) != fd}, "READY=1\nWATCHDOG=1")
             if keeper.pid and not besides:
-                store.lead_paths_through(keeper.pid)
+                self._mount.pool.files.lead_paths_through(keeper.pid)
         except OSError as error:
             log.warning("the keeper does not hear: %s", error)
             return False

@@ -29,6 +29,7 @@ from ..errors import (
     WrongParent,
 )
 from ..handles import parse_page_name
+from ..stores.page_file import finished
 from .files import Image, Link, Pages, file_handle
 from .inodes import (
     CONFIG,
@@ -108,16 +109,16 @@ class Directory(Node):
 
     async def change(self, ino: int, wanted: Changes, caller: Caller, *, by_path: bool) -> Attributes:
         """chmod(2), chown(2), utimensat(2), of the backup's file or the store's directory."""
-        store, cache = self.pool.store, self.shared.cache
+        cache = self.shared.cache
         if wanted.size is not None:
             raise NotPermitted("this has no size to change")
         times, (_, mode, uid, gid, atime_ns, mtime_ns) = None, wanted
-        async with store.locked(self.id):
+        async with self.pool.file(self.id).locked() if self.id else contextlib.nullcontext():
             now = self.attributes(ino)
             if atime_ns is not None or mtime_ns is not None:
                 times = (now.atime_ns if atime_ns is None else atime_ns, now.mtime_ns if mtime_ns is None else mtime_ns)
             judges_anew = mode is not None or wanted.owner_differs(now)
-            store.change(
+            self.pool.change(
                 self.id or None,
                 mode=None if mode is None else mode & 0o7777,
                 uid=-1 if uid is None or uid == now.uid else uid,
@@ -140,7 +141,7 @@ class Directory(Node):
         if self.id:  # a write changes its times, unknown to the kernel; tar compares them with those at the end
             self.shared.cache.expire(ino)
         fh = with_serial(ino, next(self._serial))
-        return fh if self.pool.store.in_memory else self.marked_if_reader(fh, caller)
+        return fh if self.pool.in_memory else self.marked_if_reader(fh, caller)
 
     def listing(self, fh: int, start: int) -> Generator[Entry, None, None]:
         """The entries of an open directory from an offset on, of which the caller takes as many as it wants."""
@@ -150,14 +151,14 @@ class Directory(Node):
         here = inode(self.id, 0) or ROOT
         if not start:
             yield b".", here, self.attributes(here), 1
-        yield b"..", ROOT, Attributes.of_directory(self.pool.store.stat(), 2 + self.pool.store.count), 2
+        yield b"..", ROOT, Attributes.of_directory(self.pool.files.stat(), 2 + self.pool.files.count), 2
         yield from self.entries(fh, 2)
 
     async def sync(self, fh: int) -> None:
         """fsync(2): the names that were made, changed and removed in it are on the disk."""
-        if not self.pool.store.in_memory:
+        if not self.pool.in_memory:
             check_syncs(fh)
-            await self.pool.store.sync(self.id or None)
+            await self.pool.sync(self.id or None)
 
 
 class Root(Directory):
@@ -168,26 +169,26 @@ class Root(Directory):
         self._texts = texts
 
     def attributes(self, ino: int) -> Attributes:
-        return Attributes.of_directory(self.stat(), 2 + self.pool.store.count)
+        return Attributes.of_directory(self.stat(), 2 + self.pool.files.count)
 
     def lookup(self, name: bytes) -> Found | None:
         if ino := TEXTS.get(name):
             return ino, self._texts.looked_up(ino)
         with contextlib.suppress(BackupAbsent):
-            id = self.pool.store.find(os.fsdecode(name))
-            return inode(id, 0), Attributes.of_directory(self.pool.backup(id).stat())
+            id = self.pool.files.find(os.fsdecode(name))
+            return inode(id, 0), Attributes.of_directory(self.pool.file(id).stat())
         check_length(name)
         return None
 
     def entries(self, fh: int, start: int) -> Generator[Entry, None, None]:
         """The backups, in the order in which they were made."""
-        store = self.pool.store
+        files = self.pool.files
         if start < 3:
-            store.look_around()
-        for id in store.ids_after(start - 2):
+            files.scan_if_shared()
+        for id in files.ids_after(start - 2):
             with contextlib.suppress(BackupEnded):  # it was removed meanwhile
-                attributes = Attributes.of_directory(store.stat_by_name(id))
-                yield os.fsencode(store.name_of(id)), inode(id, 0), attributes, 2 + id
+                attributes = Attributes.of_directory(files.stat(id))
+                yield os.fsencode(files.name_of(id)), inode(id, 0), attributes, 2 + id
 
     async def make_backup(self, name: bytes, mode: int, caller: Caller) -> Found:
         """A backup of the pool's backup_size. An existing one is returned as it is."""
@@ -203,10 +204,10 @@ class Root(Directory):
             if found := self.lookup(name):
                 return found
             raise  # the name is taken by a file that is no backup
-        if (id := self.pool.store.find(os.fsdecode(name))) > MAX_BACKUP_ID:
+        if (id := self.pool.files.find(os.fsdecode(name))) > MAX_BACKUP_ID:
             await backup.fini()
             raise NoRoom(f"all {MAX_BACKUP_ID} inode numbers for backups are used up; mount anew")
-        return inode(id, 0), Attributes.of_directory(backup.stat())
+        return inode(id, 0), Attributes.of_directory(backup.file.stat())
 
     async def remove_backup(self, name: bytes) -> None:
         """End an empty backup. A missing one is a success."""
@@ -231,7 +232,7 @@ class BackupDirectory(Directory):
 
     def __init__(self, shared: Shared, id: int) -> None:
         super().__init__(shared, id)
-        self.backup = shared.pool.backup(id)
+        self.backup = shared.pool.file(id)
         self.pages, self.image, self.link = Pages(shared, id), Image(shared, id), Link(shared, id)
 
     def attributes(self, ino: int) -> Attributes:
@@ -297,14 +298,14 @@ class BackupDirectory(Directory):
             raise OutOfBounds(f"the largest handle is {MAX_HANDLE}")
         if caller and caller.uid and not may(self.backup.stat(), caller, OPENED_FOR[flags & os.O_ACCMODE]):
             raise AccessDenied("the backup's mode does not allow its pages to be opened like this")
-        if not self.pool.store.in_memory:
+        if not self.pool.in_memory:
             return self._create_on_disk(handle, flags)
         self.backup.create_page(handle - 1)
         return self._created(handle, flags)
 
     async def _create_on_disk(self, handle: int, flags: int) -> Created:
         async with self.backup.locked():
-            await self.backup.create_page_in_thread(handle - 1)
+            await finished(self.backup.create_page(handle - 1))
             return self._created(handle, flags)
 
     def _created(self, handle: int, flags: int) -> Created:
@@ -318,7 +319,7 @@ class BackupDirectory(Directory):
         if not 0 < handle <= MAX_HANDLE:
             raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
         self.shared.retries.end_call(pid)
-        if not self.pool.store.in_memory:
+        if not self.pool.in_memory:
             return self._drop_on_disk(handle)
         self.backup.drop_range(handle - 1, handle)
         self.shared.runs.forget_dropped(self.id, handle - 1, handle)
@@ -326,7 +327,7 @@ class BackupDirectory(Directory):
 
     async def _drop_on_disk(self, handle: int) -> None:
         async with self.backup.locked():
-            await self.backup.drop_range_in_thread(handle - 1, handle)
+            await finished(self.backup.drop_range(handle - 1, handle))
             self.shared.runs.forget_dropped(self.id, handle - 1, handle)
 
 

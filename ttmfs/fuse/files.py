@@ -13,6 +13,7 @@ import zlib
 from typing import Any
 
 from ..errors import AccessDenied, NotPermitted, OutOfBounds, PageDropped
+from ..stores.page_file import finished
 from .inodes import APPENDED, HANDLE_MASK, MAX_HANDLE, SYNC, handle_of, inode
 from .node import Answer, Attributes, Changes, Node, Shared, check_syncs
 from .path_retries import CHANGE, OPEN
@@ -33,9 +34,9 @@ class _BackupFile(Node):
 
     def __init__(self, shared: Shared, id: int) -> None:
         super().__init__(shared, id)
-        self.backup = shared.pool.backup(id)
+        self.backup = shared.pool.file(id)
         self._page_size = shared.pool.page_size
-        self._in_memory = shared.pool.store.in_memory
+        self._in_memory = shared.pool.in_memory
 
     async def change(self, ino: int, wanted: Changes, caller: Caller, *, by_path: bool) -> Attributes:
         """Truncation. Mode and times are the backup's: to change them is accepted and does nothing."""
@@ -84,28 +85,25 @@ class _BackupFile(Node):
             return self._write_later(fh, start, placed)
         return self._store(fh, start, placed)
 
-    def _store(self, fh: int, start: int, data: bytes) -> int:
-        """Store bytes in a backup in memory."""
+    def _store(self, fh: int, start: int, data: bytes) -> Answer[int]:
+        """Store bytes whose pages are in memory."""
         return self.backup.write(start, data)
 
     async def _write_later(self, fh: int, start: int, data: bytes) -> int:
-        with self.pool.store.waiting.holding(self.backup.stat().st_uid, len(data)):
+        with self.pool.blocking_io.holding(self.backup.stat().st_uid, len(data)):
             return await self._bring_in_and_store(fh, start, data)
 
     async def _bring_in_and_store(self, fh: int, start: int, data: bytes) -> int:
         await self.backup.bring_in(start, len(data), to_write=True)
-        if self._in_memory:
-            return self._store(fh, start, data)
         async with self.backup.locked():
-            self._check_exists(fh)
-            return await self.backup.write_in_thread(start, data)
+            return await finished(self._store(fh, start, data))
 
     def _check_exists(self, ino: int) -> None:
         """Raise PageDropped if this is a page that does not exist."""
 
     async def _write_and_sync(self, fh: int, start: int, data: bytes, request: tuple[Any, ...]) -> int:
         """A write opened O_SYNC: stored, and pushed out of memory."""
-        held = self.pool.store.waiting.holding(self.backup.stat().st_uid, len(data))
+        held = self.pool.blocking_io.holding(self.backup.stat().st_uid, len(data))
         with held, self.shared.progress(*request) as progress:
             if not progress.done:
                 progress.reach(await self._bring_in_and_store(fh, start, data))
@@ -144,7 +142,7 @@ class Pages(_BackupFile):
         await self.backup.bring_in(idx * self._page_size + size, self._page_size - size, to_write=True)
         async with self.backup.locked():
             self._check_exists(ino)
-            await self.backup.zero_anywhere(idx, size)
+            await finished(self.backup.zero(idx, size))
 
     def open(self, ino: int, flags: int, caller: Caller) -> int:
         if self.shared.mode_changes:
@@ -174,7 +172,7 @@ class Pages(_BackupFile):
             raise OutOfBounds(f"a page ends at byte {page_size}")
         return ((fh & HANDLE_MASK) - 1) * page_size + offset, data[: page_size - offset]
 
-    def _store(self, fh: int, start: int, data: bytes) -> int:
+    def _store(self, fh: int, start: int, data: bytes) -> Answer[int]:
         self._check_exists(fh)
         return self.backup.overwrite(start, data)
 
@@ -201,7 +199,7 @@ class Image(_BackupFile):
         """Pages past `size` are dropped; the image keeps its size."""
         await self.backup.bring_in(size, -size % self._page_size, to_write=True)  # zeroed, not dropped
         with self.shared.progress("truncate", ino, size, pid) as progress:
-            await self.backup.truncate(size, progress)
+            await self.backup.truncate(size, progress.done, progress.reach)
             idx = size // self._page_size
             self.shared.runs.forget_dropped(self.id, idx, MAX_HANDLE)
             await self.shared.expire_dropped(self.id, idx + 1, MAX_HANDLE, directory_locked=False)
@@ -237,7 +235,7 @@ class Link(_BackupFile):
         return attributes._replace(mode=stat.S_IFLNK | 0o777, cacheable=False)
 
     def target(self) -> bytes:
-        return os.fsencode(self.pool.store.path(self.backup.name))
+        return os.fsencode(self.pool.files.path(self.pool.files.name_of(self.id)))
 
 
 def _dropped(ino: int) -> PageDropped:

@@ -22,7 +22,7 @@ from collections import Counter
 
 import trio
 
-from ..stores.turns import Turns
+from ..stores.time_slices import TimeSlices
 from .inodes import HANDLE_BITS, IMAGE, MAX_HANDLE, inode
 from .recent import RecentBackups
 
@@ -61,9 +61,9 @@ class KernelCache:
     `resumed`: another daemon served the connection. For a while it is unknown which pages the kernel was told of.
     """
 
-    def __init__(self, connection: int, version: tuple[int, int], turns: Turns, *, resumed: bool = False) -> None:
+    def __init__(self, connection: int, version: tuple[int, int], slices: TimeSlices, *, resumed: bool = False) -> None:
         self._connection = connection
-        self._turns = turns
+        self._slices = slices
         self._expires = version >= EXPIRE_SINCE
         self._blocks: set[int] = set()  # blocks of pages that the kernel was told of since the last turn
         self._blocks_before: set[int] = set()  # and between the last two turns
@@ -115,7 +115,7 @@ class KernelCache:
         blocks = {block for block in noted if low >> BLOCK_BITS <= block <= high >> BLOCK_BITS}
         if blocks and not directory_locked:
             await self._settle(backup)
-        work = self._turns.begin()
+        work = self._slices.begin()
         for block in blocks:
             start, past = block << BLOCK_BITS, (block + 1) << BLOCK_BITS
             if low <= start and past <= high + 1:

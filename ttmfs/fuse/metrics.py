@@ -104,7 +104,7 @@ class Metrics:
             samples = [(_labels(state=state), count * factor) for state, count in where.items()]
             family(name, "gauge", f"{meaning} stored, by where they are.", samples)
         for name, value, meaning in (
-            ("page_ins_waiting", pool.store.waiting.count, "Requests that wait for swap or a disk."),
+            ("page_ins_waiting", pool.blocking_io.count, "Requests that wait for swap or a disk."),
             ("backups", room.backups, "Backups there are."),
             ("size_bytes", room.size, "The budget."),
             ("available_bytes", room.available, "What can be stored before budget or reserve end."),
@@ -134,13 +134,12 @@ class Metrics:
 
 async def _swapped(pool: Pool) -> int | None:
     """How many pages of all backups are swapped out; None if they are on a disk, where there is no such count."""
-    store, swapped = pool.store, 0
-    work = store.waiting.turns.begin()
-    if not store.in_memory:
+    swapped, work = 0, pool.blocking_io.slices.begin()
+    if not pool.in_memory:
         return None
-    for id in list(store.ids_after(0)) if store.swap.used else ():
+    for id in list(pool.files.ids_after(0)) if pool.swap.used else ():
         try:
-            swapped += await pool.backup(id).count_swapped()
+            swapped += await pool.file(id).count_swapped()
         except TtmfsError:  # it was removed meanwhile
             continue
         if work.is_due():

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from ..errors import AccessDenied, InvalidArgument, NameTooLong, NotPermitted, ReadOnlyEntry
 from ..model.pool import NAME_MAX, Pool
-from ..model.progress import Progress
+from ..recovery.progress import Progress
 from .inodes import READER
 from .kernel_cache import KernelCache
 from .path_retries import PathRetries
@@ -116,7 +116,7 @@ class Node:
 
     def stat(self) -> os.stat_result:
         """Mode, owner and times: of the backup's file, or of the store's directory for the mount's own."""
-        return self.pool.backup(self.id).stat() if self.id else self.pool.store.stat()
+        return self.pool.file(self.id).stat() if self.id else self.pool.files.stat()
 
     def marked_if_reader(self, fh: int, caller: Caller) -> int:
         """A handle just opened, marked if its caller may not write the file: such a caller may not sync it either.

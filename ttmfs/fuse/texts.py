@@ -48,7 +48,7 @@ class Texts(Node):
     def attributes(self, ino: int) -> Attributes:
         """The size is the length of the text that was made last; 0 if none was."""
         size = len(self._latest[ino][1]) if ino in self._latest else 0
-        attributes = Attributes.of_file(self.pool.store.stat(), size, 0)
+        attributes = Attributes.of_file(self.pool.files.stat(), size, 0)
         return attributes._replace(mode=stat.S_IFREG | 0o444, cacheable=False)
 
     def looked_up(self, ino: int) -> Attributes:

@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 
 from ..errors import NoSuchName
 from ..model.pool import Pool
-from ..model.progress import Progress
+from ..recovery.progress import Progress
 from .directories import BackupDirectory, Directory, Root
 from .inodes import HANDLE_BITS, HANDLE_MASK, IMAGE, MAX_BACKUP_ID, MAX_HANDLE, ROOT, backup_of, split
 from .kernel_cache import KernelCache

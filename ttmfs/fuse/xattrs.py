@@ -46,7 +46,7 @@ async def get_xattr(node: Node, name: bytes, caller: Caller) -> bytes:
         raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
     if attribute.private:
         _check_is_mounter(caller, f"read {os.fsdecode(name)}")
-    looks = node.pool.store.waiting.looks
+    looks = node.pool.blocking_io.looks
     async with looks.turn(caller.uid), looks.limiter:
         value = attribute.get(node)
         return str(await value if inspect.isawaitable(value) else value).encode()
@@ -105,7 +105,7 @@ async def _resident(directory: BackupDirectory) -> int:
 
 async def _map(directory: BackupDirectory) -> str:
     """The handles of a backup's pages, as ranges. Pages can come and go while it is made."""
-    work, text, reached = directory.pool.store.waiting.turns.begin(), bytearray(), 0
+    work, text, reached = directory.pool.blocking_io.slices.begin(), bytearray(), 0
     while True:
         async with directory.backup.locked():
             for first, past in directory.backup.extents(reached):
@@ -125,8 +125,8 @@ async def _map(directory: BackupDirectory) -> str:
 async def _drop(directory: BackupDirectory, value: str, caller: Caller) -> None:
     """Drop the pages of ranges of handles."""
     id, backup, shared = directory.id, directory.backup, directory.shared
-    waiting = shared.pool.store.waiting
-    work, parts, ranges = waiting.turns.begin(), value.split(","), list[tuple[int, int]]()
+    waiting = shared.pool.blocking_io
+    work, parts, ranges = waiting.slices.begin(), value.split(","), list[tuple[int, int]]()
     for n in range(0, len(parts), RANGES_AT_ONCE):
         ranges += parse_ranges(",".join(parts[n : n + RANGES_AT_ONCE]))
         if work.is_due():

@@ -5,9 +5,6 @@ filesystem below, unless its description says so.
 
 Numbers of system calls are those of the generic table, the same on every architecture for calls this new
 (``include/uapi/asm-generic/unistd.h``).
-
-Run as a program, by its path, this file is a helper that makes or resizes a tmpfs for a user without privileges. Only
-the helper enters a user namespace.
 """
 
 import ctypes
@@ -17,12 +14,8 @@ import os
 import platform
 import resource
 import signal
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 __all__ = [
     "CAP_SYS_RESOURCE",
@@ -30,14 +23,11 @@ __all__ = [
     "Duplicate",
     "allocate_range",
     "device_and_inode",
-    "evicted",
     "first_absent",
     "is_data",
     "is_tmpfs",
     "lock_memory",
     "map_resident",
-    "new_tmpfs",
-    "new_tmpfs_as_user",
     "next_data",
     "next_data_start",
     "page_out",
@@ -46,8 +36,7 @@ __all__ = [
     "rename",
     "renounce",
     "residency",
-    "resize_tmpfs",
-    "resize_tmpfs_as_user",
+    "resident",
     "swap_space",
     "touch_heap",
     "unmap",
@@ -63,14 +52,9 @@ _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-_FSOPEN, _FSCONFIG, _FSMOUNT, _FSPICK, _CACHESTAT = 430, 431, 432, 433, 451
+_CACHESTAT = 451
 _MOVE_PAGES = 279 if platform.machine() == "x86_64" else 239  # the only number here that differs by architecture
-_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
-_FSPICK_EMPTY_PATH = 8
-_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
-_MOUNT_ATTR = 0x2 | 0x4 | 0x8 | 0x10  # nosuid, nodev, noexec, noatime
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
-_CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _RENAME_NOREPLACE = 1
 _AT_FDCWD, _AT_STATX_DONT_SYNC, _STATX_INO = -100, 0x4000, 0x100
 _PR_SET_PDEATHSIG = 1
@@ -82,6 +66,7 @@ XATTR_SIZE_MAX = 65536  # bytes of an extended attribute, include/uapi/linux/lim
 CAP_SYS_RESOURCE = 24
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
+_WINDOW = 1 << 30  # bytes mapped at a time
 
 
 def _checked(result: int, what: str) -> int:
@@ -89,98 +74,6 @@ def _checked(result: int, what: str) -> int:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
-
-
-def _syscall(what: str, number: int, *arguments: Any) -> int:
-    wide = (ctypes.c_long(a) if isinstance(a, int) else a for a in arguments)
-    return _checked(_libc.syscall(ctypes.c_long(number), *wide), what)
-
-
-# --- the new mount API: fsopen(2) and its kin ---
-
-
-def new_tmpfs(**options: str | None) -> int:
-    """A directory descriptor of a new tmpfs that is mounted nowhere and lives as long as a descriptor of it does.
-
-    `options` are tmpfs' own, None standing for a flag. Needs CAP_SYS_ADMIN over the mount namespace.
-    """
-    context = _syscall("fsopen", _FSOPEN, b"tmpfs", _FSOPEN_CLOEXEC)
-    try:
-        for name, value in options.items():
-            _configure(context, name, value)
-        _syscall("fsconfig create", _FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        mount = _syscall("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, _MOUNT_ATTR)
-    finally:
-        os.close(context)
-    try:  # fsmount's descriptor behaves as O_PATH; an ordinary one can list and be kept by a service manager
-        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
-    finally:
-        os.close(mount)
-
-
-def resize_tmpfs(directory: int, **limits: int) -> None:
-    """Give a tmpfs other limits: `size`, in bytes, `nr_inodes`. OSError(EINVAL) if it holds more than that already."""
-    context = _syscall("fspick", _FSPICK, directory, b"", _FSPICK_EMPTY_PATH | _FSPICK_CLOEXEC)
-    try:
-        for name, value in limits.items():
-            _configure(context, name, str(value))
-        _syscall("fsconfig reconfigure", _FSCONFIG, context, _FSCONFIG_CMD_RECONFIGURE, None, None, 0)
-    finally:
-        os.close(context)
-
-
-def _configure(context: int, name: str, value: str | None) -> None:
-    command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
-    text = None if value is None else value.encode()
-    _syscall(f"tmpfs option {name}={value}", _FSCONFIG, context, command, name.encode(), text, 0)
-
-
-# --- the same without privilege: a child in a user namespace of its own does it ---
-
-
-def new_tmpfs_as_user(**options: str | None) -> tuple[int, int]:
-    """As :func:`new_tmpfs`, for anyone who may make user namespaces. Gives the directory and the namespace it is of."""
-    words = [name if value is None else f"{name}={value}" for name, value in options.items()]
-    here, there = socket.socketpair()
-    with here, there:
-        _run_helper("make", str(there.fileno()), *words, keep=(there.fileno(),))
-        _, descriptors, _, _ = socket.recv_fds(here, 16, 2)
-    directory, namespace = descriptors
-    return directory, namespace
-
-
-def resize_tmpfs_as_user(directory: int, namespace: int, **limits: int) -> None:
-    """As :func:`resize_tmpfs`, for a tmpfs of :func:`new_tmpfs_as_user`."""
-    words = [f"{name}={value}" for name, value in limits.items()]
-    _run_helper("resize", str(directory), str(namespace), *words, keep=(directory, namespace))
-
-
-def _run_helper(*arguments: str, keep: tuple[int, ...]) -> None:
-    """Run this file as a program; its exit status is the errno, its standard error what failed."""
-    command = [sys.executable, "-I", "-S", __file__, *arguments]
-    helper = subprocess.run(command, pass_fds=keep, capture_output=True, text=True, timeout=30, check=False)
-    if helper.returncode:
-        raise OSError(helper.returncode, helper.stderr.strip() or os.strerror(helper.returncode))
-
-
-def _helper_main(command: str, *arguments: str) -> None:
-    """What the helper does."""
-    if command == "make":
-        channel, words = int(arguments[0]), arguments[1:]
-        uid, gid = os.geteuid(), os.getegid()
-        _checked(_libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS), "unshare user namespace")
-        for name, text in ("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1"):
-            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
-                file.write(text)
-        options = {name: value if equals else None for name, equals, value in (word.partition("=") for word in words)}
-        with socket.socket(fileno=channel) as there:
-            namespace = os.open("/proc/self/ns/user", os.O_RDONLY)
-            socket.send_fds(there, [b"made"], [new_tmpfs(**options), namespace])
-    else:
-        directory, namespace = map(int, arguments[:2])
-        _checked(_libc.setns(namespace, _CLONE_NEWUSER), "setns user namespace")
-        _checked(_libc.unshare(_CLONE_NEWNS), "unshare mount namespace")  # fspick asks for rights over it
-        resize_tmpfs(directory, **{name: int(value) for name, _, value in (w.partition("=") for w in arguments[2:])})
 
 
 # --- files ---
@@ -321,7 +214,7 @@ _buffers = _CachestatBuffers()
 
 
 def _cachestat(fd: int, offset: int, length: int) -> "ctypes.Array[ctypes.c_uint64] | None":
-    """Return the counts of base pages in a range (length 0: to the end of the file); None without cachestat(2)."""
+    """Return the counts of base pages in a range; None without cachestat(2)."""
     buffers = _buffers
     buffers.range[0], buffers.range[1] = offset, length
     if _libc.syscall(_CACHESTAT, fd, *buffers.pointers, 0) < 0:
@@ -332,36 +225,40 @@ def _cachestat(fd: int, offset: int, length: int) -> "ctypes.Array[ctypes.c_uint
 
 
 def residency(fd: int, offset: int, length: int) -> tuple[int, int]:
-    """Return the numbers of base pages of a range that are in memory and that were evicted. Loads no page.
+    """Return how many base pages of a range of a tmpfs file are in memory, and how many swapped out. Loads no page."""
+    if counts := _cachestat(fd, offset, length):
+        return counts[0], counts[3]
+    first, resident = offset // _PAGE_SIZE, _mincore(fd, offset, length)
+    page, evicted = first, 0
+    while (found := next_data_start(fd, page * _PAGE_SIZE)) is not None and found < offset + length:
+        page = found // _PAGE_SIZE
+        evicted += not resident[page - first]
+        page += 1
+    return sum(resident), evicted
 
-    In a tmpfs, evicted means swapped out. Before Linux 6.5 holes count as evicted pages.
-    """
+
+def resident(fd: int, offset: int, length: int) -> int:
+    """Return how many base pages of a range of any file are in memory. Loads no page, and waits for no lock."""
     counts = _cachestat(fd, offset, length)
-    return _residency_by_mincore(fd, offset, length) if counts is None else (counts[0], counts[3])
+    return counts[0] if counts else sum(_mincore(fd, offset, length))
 
 
-def evicted(fd: int, offset: int = 0, length: int = 0) -> int | None:
-    """Return the number of base pages of a range (default: the whole file) that are swapped out; None before Linux 6.5.
+def _mincore(fd: int, offset: int, length: int) -> list[int]:
+    """Return 1 or 0 for each base page that a range touches: whether it is in memory. For kernels before Linux 6.5.
 
-    Takes time in proportion to the pages that exist, not to the number of runs.
+    The mapping is never read: a read would fill holes.
     """
-    counts = _cachestat(fd, offset, length)
-    return None if counts is None else counts[3]
-
-
-def _residency_by_mincore(fd: int, offset: int, length: int) -> tuple[int, int]:
-    """The same before Linux 6.5. The mapping is never read: a read would fill holes."""
-    cached, window, start = 0, 1 << 30, offset - offset % _PAGE_SIZE
-    for position in range(start, offset + length, window):
-        size = min(window, offset + length - position)
+    found: list[int] = []
+    for position in range(offset - offset % _PAGE_SIZE, offset + length, _WINDOW):
+        size = min(_WINDOW, offset + length - position)
         address = _map(fd, position, size)
         try:
             vector = ctypes.create_string_buffer(-(-size // _PAGE_SIZE))
             _checked(_libc.mincore(address, size, vector), "mincore")
         finally:
             _libc.munmap(address, size)
-        cached += sum(byte & 1 for byte in vector.raw[: -(-size // _PAGE_SIZE)])
-    return cached, -(-(offset + length - start) // _PAGE_SIZE) - cached
+        found += (byte & 1 for byte in vector.raw)
+    return found
 
 
 def _map(fd: int, offset: int, length: int) -> int:
@@ -466,11 +363,3 @@ def renounce(capability: int) -> None:
     _checked(_libc.capget(ctypes.byref(header), sets), "capget")
     sets[0] &= ~(1 << capability)
     _checked(_libc.capset(ctypes.byref(header), sets), "capset")
-
-
-if __name__ == "__main__":
-    try:
-        _helper_main(*sys.argv[1:])
-    except OSError as failure:
-        sys.stderr.write(str(failure.strerror))
-        sys.exit(failure.errno)

@@ -1,6 +1,6 @@
 """The backups of one store by name, and the room that is left for them.
 
-Concurrency: one thread; nothing is awaited between looking and acting, so each method happens at once.
+Concurrency: one thread. Nothing is awaited between looking and acting, so each method is atomic.
 """
 
 import contextlib
@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from ..errors import BackupAbsent, BackupEnded, BackupNotEmpty, InvalidArgument, NameTooLong
+import trio
+
+from ..errors import BackupAbsent, BackupBusy, BackupEnded, BackupNotEmpty, InvalidArgument, NameTooLong
 from ..linux import memory
 from ..options import TABLE, OptionError, Options, unknown
+from ..stores import make_store
+from ..stores.page_file import PageFile
 from ..stores.store import Store
 from .backup import Backup
 
@@ -22,9 +26,12 @@ bytes_avail = memory.bytes_avail
 
 NAME_MAX = 255
 
-BACKUPS_KEPT = 1024
-"""How many Backup objects are kept for the next request. They hold nothing but the id; to make one takes as long as to
-find out whether a page is there."""
+FILES_KEPT = 1024
+"""How many PageFile objects are kept for the next request. They hold nothing but the id; making one takes as long as
+finding out whether a page exists."""
+
+NAMES_WAIT_SECONDS = 0.5
+"""How long renaming or removing a backup may wait for a change of its pages to end."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,24 @@ class Room:
 
 
 class Pool:
-    """Backups by name. :func:`open_pool` makes one of its own; a mount has one too."""
+    """Backups by name. :func:`open_pool` makes one of its own; a mount has one too.
+
+    The parts of its store that a mount uses beside this: `files` are names, ids and attributes; `blocking_io` are the
+    limits on what waits; `swap` tells whether any is in use.
+    """
 
     def __init__(self, store: Store, options: Options, backup_size: int = 0) -> None:
         self.page_size = options.page_size
         self.store = store
+        """For the process that hands it over to the next daemon."""
+        self.files, self.blocking_io, self.swap = store.files, store.blocking_io, store.swap
+        self.in_memory = store.in_memory
+        self.counts_pages_by_room = store.counts_pages_by_room
+        self.change, self.sync = store.change, store.sync
         asked = backup_size or options.backup_size
         self.backup_size = asked or self.whole_pages(store.room().f_blocks * self.page_size)
-        self.backup: Callable[[int], Backup] = lru_cache(BACKUPS_KEPT)(partial(Backup, store))
-        """The backup of an id. That it exists shows at its first use."""
+        self.file: Callable[[int], PageFile] = lru_cache(FILES_KEPT)(partial(store.page_file, store))
+        """The file of a backup, by id. That the backup exists shows at the first use."""
 
     # --- backups ---
 
@@ -67,16 +83,19 @@ class Pool:
         _check_name(name)
         size = self.backup_size if size is None else self.whole_pages(size)
         uid, gid = os.geteuid() if uid is None else uid, os.getegid() if gid is None else gid
-        await self.store.have_ids()
-        return self.backup(self.store.create(name, size, mode, uid, gid))
+        await self.store.prepare_to_create()
+        return self._backup(self.store.create(name, size, mode, uid, gid))
 
     async def open(self, name: str) -> Backup:
         """The backup of a name. Raises BackupAbsent."""
-        return self.backup(self.store.find(name))
+        return self._backup(self.files.find(name))
+
+    def _backup(self, id: int) -> Backup:
+        return Backup(self.file(id), self.files)
 
     async def names(self) -> list[str]:
         """The names of all backups, in the order in which they were made."""
-        return [self.store.name_of(id) for id in self.store.scan()]
+        return [self.files.name_of(id) for id in self.files.scan()]
 
     async def rename(self, old: str, new: str, *, replace: bool = False) -> None:
         """Give a backup another name. With `replace` an empty backup of the new name is ended, as rename(2) does.
@@ -84,21 +103,35 @@ class Pool:
         Raises BackupAbsent, BackupExists, BackupNotEmpty, InvalidArgument and NameTooLong.
         """
         _check_name(new)
-        id, replaced = self.store.find(old), None
+        id, replaced = self.files.find(old), None
         with contextlib.suppress(BackupAbsent):
-            replaced = self.store.find(new)
-        async with self.store.locked_soon(id, replaced):
+            replaced = self.files.find(new)
+        async with self._locked_soon(id, replaced):
             with contextlib.suppress(BackupAbsent):
-                if replace and (now := self.store.find(new)) != id:
+                if replace and (now := self.files.find(new)) != id:
                     self._check_empty(now, new)
-            self.store.rename(id, new, replace=replace)
+            self.files.rename(id, new, replace=replace)
 
     async def remove(self, name: str) -> None:
         """End a backup that holds no page. Raises BackupNotEmpty and BackupAbsent."""
-        id = self.store.find(name)
-        async with self.store.locked_soon(id):
+        id = self.files.find(name)
+        async with self._locked_soon(id):
             self._check_empty(id, name)
-            self.store.remove(id)
+            self.files.remove(id)
+
+    @contextlib.asynccontextmanager
+    async def _locked_soon(self, *ids: int | None) -> AsyncIterator[None]:
+        """Lock the files of up to two backups whose names are to change. Raises BackupBusy if that takes long.
+
+        The kernel keeps everyone from all names of the mount until it is answered.
+        """
+        async with contextlib.AsyncExitStack() as locks:
+            with trio.move_on_after(NAMES_WAIT_SECONDS) as waiting:
+                for id in sorted({id for id in ids if id is not None}):  # always in one order
+                    await locks.enter_async_context(self.file(id).locked())
+            if waiting.cancelled_caught:
+                raise BackupBusy("the backup is being written to, and the disk is slow")
+            yield
 
     def whole_pages(self, size: int) -> int:
         """A size in bytes, rounded up to whole pages. Raises InvalidArgument for what is no size."""
@@ -107,32 +140,32 @@ class Pool:
         return -(-size // self.page_size) * self.page_size
 
     def _check_empty(self, id: int, name: str) -> None:
-        if not self.backup(id).is_empty:
+        if not self.file(id).is_empty:
             raise BackupNotEmpty(f"the backup {name!r} holds pages")
 
     # --- room ---
 
     def room(self, uid: int = 0) -> Room:
-        """What is stored and what may be, now; `available` to a user."""
+        """What is stored and what may be stored, now; `available` to a user."""
         kept = self.store.room()
         size, free = kept.f_blocks * kept.f_frsize, kept.f_bfree * kept.f_frsize
         return Room(
             size=size,
             stored=size - free,
             available=min(kept.f_bavail * kept.f_frsize, self.store.headroom(), self.store.left_for(uid)),
-            backups=self.store.count,
+            backups=self.files.count,
             files=kept.f_files,
             files_free=kept.f_ffree,
         )
 
     async def count_pages(self) -> int:
-        """How many pages all backups hold, counted in slices between which others are served."""
-        if self.store.counts_pages_by_room:
+        """How many pages all backups hold, counted in time slices."""
+        if self.counts_pages_by_room:
             return self.room().stored // self.page_size
         pages = 0
-        for id in self.store.ids_after(0):
+        for id in self.files.ids_after(0):
             with contextlib.suppress(BackupEnded):  # it went meanwhile
-                pages += await self.backup(id).count_pages()
+                pages += await self.file(id).count_pages()
         return pages
 
     def resize(self, size: int) -> None:
@@ -162,7 +195,7 @@ async def open_pool(**options: Any) -> AsyncIterator[Pool]:
         checked = Options(**options)
     except OptionError as error:
         raise InvalidArgument(str(error)) from None
-    pool = Pool(Store.of(checked), checked)
+    pool = Pool(make_store(checked), checked)
     try:
         yield pool
     finally:

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import NotSupported
-from ..model.progress import Progress
+from .progress import Progress
 
 __all__ = ["LATEST", "POINTS", "State", "identity"]
 

@@ -1,11 +1,10 @@
-"""Who waits for swap or a disk, so that no one's waiting is at the cost of others.
+"""Limits on blocking I/O per backup owner: threads, and bytes of pending writes. Locks of files that threads change.
 
-All by the owner of the backup that is waited for: FUSE does not tell who reads or writes. Each owner has so many
-threads at most, so that nobody queues behind all that another asks for; and requests that carry data, which the daemon
-must hold while they wait, may hold so much in all.
+FUSE does not tell who reads or writes, so the owner of the backup counts. Each owner has a limited number of threads,
+so that nobody queues behind another's requests.
 
-A thread that changes a file on a disk holds the kernel's lock of that file for as long as the disk takes. So whoever
-looks at the backup meanwhile waits for a lock of ours, not in the kernel: the loop must never meet that lock.
+A thread that changes a file on a disk holds the kernel's lock of that file for as long as the disk takes. Everyone else
+who looks at the backup waits for a lock of ours (:class:`FileLocks`): the event loop must never wait in the kernel.
 
 Concurrency: one thread.
 """
@@ -20,15 +19,15 @@ import trio
 
 from ..errors import TooMuchHeld
 from ..linux.memory import available
-from .turns import Turns
+from .time_slices import TimeSlices
 
-__all__ = ["SHARE", "FileLocks", "Waiting"]
+__all__ = ["SHARE", "BlockingIO", "FileLocks"]
 
 PAGE_INS, PAGE_INS_IN_ALL = 20, 200
-"""Pages of one owner's backups are brought in by so many threads at a time, and those of all."""
+"""Threads that bring pages in, for one owner and for all."""
 
 SYNCS, SYNCS_IN_ALL = 10, 100
-"""The same of threads that push pages out, to swap or a disk: nobody who reads waits behind these."""
+"""The same of threads that push pages out, to swap or a disk. No reader waits behind these."""
 
 LOOKS, LOOKS_IN_ALL = 4, 64
 """Long answers, of 64 KiB at most, that are made for one caller at a time, and for all."""
@@ -37,20 +36,19 @@ CHANGES, CHANGES_IN_ALL = 10, 100
 """The same of threads that change files on a disk. An fsync(2) that takes long takes none of these."""
 
 HELD = 256 << 20
-"""Bytes of writes that may wait at a time. One owner's backups may have half of what the others' leave, so that
-something is left for each."""
+"""Largest sum of pending writes, in bytes. One owner may have half of what the others leave."""
 
 LEAST_HELD = 8 << 20
-"""So many may wait however little memory there is: someone must get on."""
+"""The same when memory is scarce: some writes must go on."""
 
 COPIES = 2
-"""How often the daemon has what waits: libfuse and pyfuse3 hold a copy each."""
+"""How many copies of a pending write the daemon has: libfuse and pyfuse3 hold one each."""
 
 SHARE = 4
-"""The part of what the machine and the control group can give, that waiting writes may take: a quarter."""
+"""Pending writes may take one part in SHARE of what the machine and the control group can still give."""
 
 ROOM_SECONDS = 0.1
-"""For so long an answer serves to the question what they can give. To ask takes as long as several writes."""
+"""How long an answer to what they can give is used. Asking takes as long as several writes."""
 
 
 class Threads:
@@ -60,19 +58,19 @@ class Threads:
         self._each = each
         self.limiter = trio.CapacityLimiter(in_all)
         """For :func:`trio.to_thread.run_sync`."""
-        self._turns: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
+        self._of_owners: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
 
     @contextlib.asynccontextmanager
     async def turn(self, uid: int) -> AsyncIterator[None]:
-        """Wait until one may work for an owner."""
-        if (turns := self._turns.get(uid)) is None:
-            turns = self._turns[uid] = trio.CapacityLimiter(self._each)
-        async with turns:
+        """Wait until a thread may work for an owner."""
+        if (limiter := self._of_owners.get(uid)) is None:
+            limiter = self._of_owners[uid] = trio.CapacityLimiter(self._each)
+        async with limiter:
             yield
 
 
 class FileLocks:
-    """Locks of backups whose files threads change: one at a time, first come first served."""
+    """Locks of backups whose files threads change. One thread works on a backup at a time, first come first served."""
 
     def __init__(self) -> None:
         self._locks: dict[int, trio.Lock] = {}
@@ -83,7 +81,7 @@ class FileLocks:
 
     @contextlib.asynccontextmanager
     async def locked(self, id: int) -> AsyncIterator[None]:
-        """Wait until no one else is at work on a backup, and keep others from it."""
+        """Wait until no one else works on a backup, and keep others from it."""
         lock = self._locks.setdefault(id, trio.Lock())
         try:
             async with lock:
@@ -93,22 +91,22 @@ class FileLocks:
                 self._locks.pop(id, None)
 
 
-class Waiting:
-    """The requests that wait in one store."""
+class BlockingIO:
+    """The requests of one store that wait for swap or a disk."""
 
     def __init__(self) -> None:
         self.files = FileLocks()
         self.changes = Threads(CHANGES, CHANGES_IN_ALL)
         self.page_ins = Threads(PAGE_INS, PAGE_INS_IN_ALL)
         self.syncs = Threads(SYNCS, SYNCS_IN_ALL)
-        self.looks = Threads(LOOKS, LOOKS_IN_ALL)  # which are no threads: the loop does them, in slices
-        self.turns = Turns()
+        self.looks = Threads(LOOKS, LOOKS_IN_ALL)  # these are no threads: the loop does them, in time slices
+        self.slices = TimeSlices()
         self._held: Counter[int] = Counter()
         self._largest = 0  # bytes that were ever held
         self._room, self._room_until = 0, 0.0
         self.count = 0
         self.done: Callable[[int], object] = lambda _: None
-        """Told of each request that has waited, how many ns."""
+        """Called for each request that has waited, with the ns that it took."""
 
     @contextlib.asynccontextmanager
     async def page_in(self, uid: int) -> AsyncIterator[None]:
@@ -123,7 +121,7 @@ class Waiting:
             self.done(time.perf_counter_ns() - start)
 
     def _most_held(self) -> int:
-        """How many bytes may wait now. What the daemon has taken once for those before, it still has."""
+        """Largest sum of pending writes now. What the daemon has once taken for them, it still has."""
         if (now := time.monotonic()) > self._room_until:
             self._room, self._room_until = available() + COPIES * self._largest, now + ROOM_SECONDS
         return min(HELD, max(LEAST_HELD, self._room // SHARE // COPIES))

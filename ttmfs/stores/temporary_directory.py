@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..options import Options
-from .ledger import FILE
+from .directory_record import FILE
 
 __all__ = ["candidates", "remove", "store_in"]
 

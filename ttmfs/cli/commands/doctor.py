@@ -133,7 +133,7 @@ def _kernel() -> Check:
     version = (int(match[1]), int(match[2])) if match else (0, 0)
     for needed, state, lacks in (
         ((6, 1), PROBLEM, "ttmfs needs Linux 6.1 or newer"),
-        ((6, 5), WARNING, "before 6.5 (cachestat), reading holes of .image and counting swapped-out pages are slow"),
+        ((6, 5), WARNING, "before 6.5 (cachestat), finding swapped-out pages is slow"),
         ((6, 9), WARNING, "before 6.9 (FUSE_NOTIFY_RESEND), open files are lost when a daemon is killed"),
     ):  # fmt: skip
         if version < needed:

@@ -1,4 +1,4 @@
-"""The ledger: what the kernel keeps of a private tmpfs, kept for a directory."""
+"""A directory that is a store: its lock, ids and counts, which the kernel keeps for a private tmpfs."""
 
 import itertools
 import json
@@ -17,9 +17,10 @@ from ttmfs.fuse import inodes
 from ttmfs.linux import system_calls as linux
 from ttmfs.model.pool import Pool
 from ttmfs.options import Options
-from ttmfs.stores import store
-from ttmfs.stores.ledger import FILE, IDS_AT_ONCE, MAX_ID, MAX_PAGES, Ledger
-from ttmfs.stores.store import Store
+from ttmfs.stores import backup_files, make_store
+from ttmfs.stores.directory import Directory
+from ttmfs.stores.directory_record import FILE, IDS_AT_ONCE, MAX_ID, MAX_PAGES, DirectoryRecord
+from ttmfs.stores.page_file import finished
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -32,7 +33,18 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 def opened(directory: Path, **options: object) -> Pool:
     parsed = Options(store=str(directory), **{"size": 1 << 20, "backup_size": 1 << 20, **options})  # type: ignore[arg-type]
-    return Pool(Store.of(parsed), parsed)
+    return Pool(make_store(parsed), parsed)
+
+
+def recount(pool: Pool) -> None:
+    """Have the pages counted anew at the next look."""
+    assert isinstance(pool.store, Directory)
+    pool.store._recounts.reset()
+
+
+def do(result: object) -> None:
+    """Wait for what a method gave, if it is to be waited for."""
+    trio.run(finished, result)
 
 
 def create(pool: Pool, name: str) -> ttmfs.Backup:
@@ -44,16 +56,16 @@ def create(pool: Pool, name: str) -> ttmfs.Backup:
 
 def test_a_write_reaches_its_backup_however_many_there_are(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting anew opens every file, and closes those used longest ago: the one written to may be among them."""
-    monkeypatch.setattr(store, "OPEN_FILES", 256)
+    monkeypatch.setattr(backup_files, "OPEN_FILES", 256)
     pool = opened(directory, size=64 << 20)
     try:
-        backups = [create(pool, str(number)) for number in range(store.OPEN_FILES + 50)]
+        backups = [create(pool, str(number)) for number in range(backup_files.OPEN_FILES + 50)]
         for number in 0, 200, len(backups) - 1:
-            pool.store._recount_at = 0.0
-            backups[number].write(5 * PAGE, b"%03d" % number * PAGE)
+            recount(pool)
+            do(backups[number].file.write(5 * PAGE, b"%03d" % number * PAGE))
         assert [number for number, backup in enumerate(backups) if backup.pages] == [0, 200, len(backups) - 1]
         for number in 0, 200, len(backups) - 1:
-            assert backups[number].read(5 * PAGE, 3) == b"%03d" % number
+            assert backups[number].file.read(5 * PAGE, 3) == b"%03d" % number
         assert pool.room().stored == 9 * PAGE
     finally:
         pool.close()
@@ -64,24 +76,24 @@ def test_the_pages_are_counted_whatever_makes_and_drops_them(directory: Path) ->
     try:
         backup, other = create(pool, "a"), create(pool, "b")
         steps = (
-            (lambda: backup.write(0, bytes(10 * PAGE)), 10),
-            (lambda: backup.write(5 * PAGE + 7, bytes(10 * PAGE)), 16),
-            (lambda: backup.create_page(100), 17),
-            (lambda: backup.create_page(100), 17),
-            (lambda: other.write(0, b"x"), 18),
-            (lambda: backup.drop_range(0, 3), 15),
-            (lambda: trio.run(backup.drop_run, 0, 256), 1),
-            (lambda: backup.write(0, bytes(20 * PAGE)), 21),
-            (lambda: trio.run(backup.truncate, 10 * PAGE + 1), 12),
-            (lambda: backup.zero(0, 5), 12),
-            (lambda: backup.resize(2 << 20), 12),
-            (lambda: trio.run(other.fini), 11),
+            (lambda: backup.file.write(0, bytes(10 * PAGE)), 10),
+            (lambda: backup.file.write(5 * PAGE + 7, bytes(10 * PAGE)), 16),
+            (lambda: backup.file.create_page(100), 17),
+            (lambda: backup.file.create_page(100), 17),
+            (lambda: other.file.write(0, b"x"), 18),
+            (lambda: backup.file.drop_range(0, 3), 15),
+            (lambda: backup.file.drop_run(0, 256), 1),
+            (lambda: backup.file.write(0, bytes(20 * PAGE)), 21),
+            (lambda: backup.file.truncate(10 * PAGE + 1), 12),
+            (lambda: backup.file.zero(0, 5), 12),
+            (lambda: backup.file.resize(2 << 20), 12),
+            (lambda: other.fini(), 11),
         )
         for step, pages in steps:
-            step()
+            do(step())
             assert pool.store.room().f_blocks - pool.store.room().f_bfree == pages
-            assert backup.pages == sum(past - first for first, past in backup.extents())
-        assert pool.store.admit(pool.store.find("a"), 10**6) == 256 - 11
+            assert backup.pages == sum(past - first for first, past in backup.file.extents())
+        assert pool.store.admit(pool.files.find("a"), 10**6) == 256 - 11
     finally:
         pool.close()
 
@@ -99,13 +111,13 @@ def test_of_a_page_stored_in_part_the_page_counts_and_the_room_of_the_part(tmp_p
                 with (directory / name).open("rb+") as file:
                     os.pwrite(file.fileno(), b"x", idx * size)
             assert (backup.pages, other.pages, trio.run(pages)) == (2, 1, 3)
-            assert (backup.taken, other.taken) == (2 * PAGE, PAGE)
-            pool.store._recount_at = 0.0
+            assert (backup.file.taken, other.file.taken) == (2 * PAGE, PAGE)
+            recount(pool)
             assert pool.room().stored == 2 * size, "each of them rounded up"
-            backup.write(0, bytes(size))
-            assert (backup.pages, backup.taken, trio.run(pages)) == (3, size + 2 * PAGE, 4)
-            backup.drop_range(4, 5)
-            assert (backup.pages, backup.taken, trio.run(pages)) == (2, size + PAGE, 3)
+            do(backup.file.write(0, bytes(size)))
+            assert (backup.pages, backup.file.taken, trio.run(pages)) == (3, size + 2 * PAGE, 4)
+            do(backup.file.drop_range(4, 5))
+            assert (backup.pages, backup.file.taken, trio.run(pages)) == (2, size + PAGE, 3)
         finally:
             pool.close()
 
@@ -129,21 +141,21 @@ def test_ids_are_never_used_twice_also_by_the_next_mount(directory: Path) -> Non
     assert (directory / FILE).stat().st_size == 256
 
 
-def test_an_old_ledger_gives_no_two_backups_one_id(directory: Path) -> None:
+def test_an_old_record_gives_no_two_backups_one_id(directory: Path) -> None:
     """As after a loss of power: the marks of files are on the disk, and what counts them is not."""
     pool = opened(directory)
     old = (directory / FILE).read_bytes()
     for number in range(6):
-        create(pool, str(number)).write(0, b"I am %d" % number)
+        do(create(pool, str(number)).file.write(0, b"I am %d" % number))
     pool.close()
     (directory / FILE).write_bytes(old)
     pool = opened(directory)
     try:
-        create(pool, "6").write(0, b"I am 6")
+        do(create(pool, "6").file.write(0, b"I am 6"))
         assert sorted(trio.run(pool.names)) == list("0123456")
-        assert len({pool.store.find(name) for name in "0123456"}) == 7
+        assert len({pool.files.find(name) for name in "0123456"}) == 7
         for name in "0123456":
-            assert pool.backup(pool.store.find(name)).read(0, 6) == f"I am {name}".encode()
+            assert pool.file(pool.files.find(name)).read(0, 6) == f"I am {name}".encode()
     finally:
         pool.close()
 
@@ -151,13 +163,13 @@ def test_an_old_ledger_gives_no_two_backups_one_id(directory: Path) -> None:
 def test_ids_last_with_their_backups(directory: Path) -> None:
     pool = opened(directory)
     create(pool, "a"), create(pool, "b")
-    before = pool.store.find("a"), pool.store.find("b")
+    before = pool.files.find("a"), pool.files.find("b")
     trio.run(pool.rename, "a", "c")
     pool.close()
     pool = opened(directory)
     try:
-        assert (pool.store.find("c"), pool.store.find("b")) == before
-        assert pool.store.scan() == sorted(before)
+        assert (pool.files.find("c"), pool.files.find("b")) == before
+        assert pool.files.scan() == sorted(before)
     finally:
         pool.close()
 
@@ -234,7 +246,7 @@ def test_a_file_that_no_version_wrote_is_refused_and_left_as_it_is(tmp_path: Pat
     before = descriptors(os.getpid())
     (tmp_path / FILE).write_bytes(text)
     with pytest.raises(NotSupported, match=r"none that this version of ttmfs understands \(.*move .ttmfs away"):
-        Ledger(at := os.open(tmp_path, os.O_RDONLY), PAGE)
+        DirectoryRecord(at := os.open(tmp_path, os.O_RDONLY), PAGE)
     os.close(at)
     assert (tmp_path / FILE).read_bytes() == text
     assert descriptors(os.getpid()) == before
@@ -248,7 +260,7 @@ def test_an_enormous_file_that_begins_well_is_read_no_further(directory: Path) -
 
 def test_what_is_told_to_do_with_a_crafted_file_keeps_every_backup(directory: Path) -> None:
     pool = opened(directory)
-    create(pool, "a").write(3 * PAGE, b"kept" * (PAGE // 4))
+    do(create(pool, "a").file.write(3 * PAGE, b"kept" * (PAGE // 4)))
     pool.close()
     (directory / FILE).write_text(json.dumps({**WRITTEN, "next_id": -5}))
     with pytest.raises(NotSupported, match=r"next_id is -5.*move .ttmfs away: every backup stays"):
@@ -257,8 +269,8 @@ def test_what_is_told_to_do_with_a_crafted_file_keeps_every_backup(directory: Pa
     pool = opened(directory)
     try:
         assert trio.run(pool.names) == ["a"]
-        assert list(pool.backup(pool.store.find("a")).extents()) == [(3, 4)]
-        assert pool.backup(pool.store.find("a")).read(3 * PAGE, 4) == b"kept"
+        assert list(pool.file(pool.files.find("a")).extents()) == [(3, 4)]
+        assert pool.file(pool.files.find("a")).read(3 * PAGE, 4) == b"kept"
     finally:
         pool.close()
 
@@ -268,8 +280,8 @@ def test_when_the_numbers_for_backups_are_used_up_the_last_ones_still_work(direc
     (directory / FILE).write_text(json.dumps({**WRITTEN, "next_id": MAX_ID}))
     pool = opened(directory)
     try:
-        create(pool, "last").write(0, b"x")
-        assert pool.store.find("last") == MAX_ID
+        do(create(pool, "last").file.write(0, b"x"))
+        assert pool.files.find("last") == MAX_ID
         with pytest.raises(NoRoom, match="used up: unmount it, and move"):
             create(pool, "more")
         (directory / "foreign").write_bytes(bytes(PAGE))
@@ -298,7 +310,7 @@ def test_a_forged_mark_is_none(directory: Path) -> None:
     pool = opened(directory)
     try:
         create(pool, "a")
-        id, mark = pool.store.find("a"), os.getxattr(directory / "a", "user.ttmfs.id")
+        id, mark = pool.files.find("a"), os.getxattr(directory / "a", "user.ttmfs.id")
         (directory / "b").write_bytes(bytes(PAGE))
         tag, _, ino = mark.decode().split()
         own = (directory / "b").stat().st_ino
@@ -314,7 +326,7 @@ def test_a_forged_mark_is_none(directory: Path) -> None:
         )
         for forged in forgeries:
             os.setxattr(directory / "b", "user.ttmfs.id", forged)
-            assert pool.store.find("b") not in (id, 0, 99999)
+            assert pool.files.find("b") not in (id, 0, 99999)
     finally:
         pool.close()
 
@@ -333,11 +345,11 @@ def test_whatever_a_file_is_named_and_marked_with_it_does_no_harm(directory: Pat
     pool = opened(directory)
     try:
         assert sorted(map(os.fsencode, trio.run(pool.names))) == sorted(odd)
-        ids = {pool.store.find(os.fsdecode(name)) for name in odd}
+        ids = {pool.files.find(os.fsdecode(name)) for name in odd}
         assert len(ids) == len(odd)
         assert all(2 <= id <= MAX_ID for id in ids)
         for name in odd:
-            assert pool.backup(pool.store.find(os.fsdecode(name))).read(0, 1) == name[:1]
+            assert pool.file(pool.files.find(os.fsdecode(name))).read(0, 1) == name[:1]
     finally:
         pool.close()
 

@@ -1,0 +1,308 @@
+"""The files of the backups in a store's directory: names, ids, open descriptors. Names with a dot first are hidden.
+
+The store gives a backup its id. What this module remembers (which id has which name, and the
+descriptors used last) can be read from the directory again at any time.
+
+Concurrency: used from one thread; no method waits for anything but the filesystem below.
+"""
+
+import contextlib
+import errno
+import os
+import resource
+import stat
+import time
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..errors import BackupAbsent, BackupEnded, NotPermitted, from_os_error, translated
+from ..linux import system_calls
+
+if TYPE_CHECKING:
+    from .store import Store
+
+__all__ = ["BackupFiles", "Throttle"]
+
+OPEN_FILES = 16384
+"""Largest number of files kept open; at most half of RLIMIT_NOFILE. Opening a file takes 20 us: reading a page by path
+takes half as long again."""
+
+SHORT_SCAN_SECONDS = 0.002
+"""A directory that is scanned within this time is scanned at every listing."""
+
+
+class Throttle:
+    """Limits how often something is done: not within `least` seconds, nor for more than a fiftieth of the time."""
+
+    def __init__(self, least: float = 0.0, free: float = 0.0) -> None:
+        """What takes less than `free` seconds is not limited by the time that it takes."""
+        self._least, self._free = least, free
+        self._next = self._start = 0.0
+
+    def reset(self) -> None:
+        """Let it be done at once."""
+        self._next = 0.0
+
+    def is_due(self) -> bool:
+        """Whether to do the work now. Call :meth:`done` after it."""
+        self._start = time.monotonic()
+        return self._start >= self._next
+
+    def done(self) -> None:
+        """The work is done: see how long it took."""
+        end = time.monotonic()
+        took = end - self._start
+        self._next = end + max(self._least, 50 * took if took > self._free else 0.0)
+
+
+class BackupFiles:
+    """The backups' files by name and by id."""
+
+    def __init__(self, directory: int, store: "Store") -> None:
+        """`directory` is a descriptor that stays its owner's."""
+        self.directory = directory
+        self._store = store
+        self._open: OrderedDict[int, int] = OrderedDict()  # id: descriptor; the one used last at the end
+        self._most_open = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._names: dict[int, str] = {}
+        self._ids: list[int] = []  # the keys of _names, sorted
+        self._place: str | None = None  # a path of the directory that outlasts this process
+        self._scans = Throttle(free=SHORT_SCAN_SECONDS)
+
+    def close(self) -> None:
+        """Close every file, and know no backup any more."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+        self.directory, self._names, self._ids = -1, {}, []
+
+    # --- names and ids ---
+
+    def scan(self) -> list[int]:
+        """Read the directory anew. Gives the ids of all backups, ascending, which is the order of their making."""
+        with translated("reading the store"), self._entries() as entries:
+            names = self._store.ids_of(e for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
+        for id in self._names.keys() - names.keys():
+            self._forget(id)
+        self._names, self._ids = names, sorted(names)
+        return self._ids
+
+    def scan_if_shared(self) -> None:
+        """See what others did to the directory. (50,000 files of a tmpfs take 60 ms, so this is throttled.)"""
+        if not self._store.is_private and self._scans.is_due():
+            self.scan()
+            self._scans.done()
+
+    @contextlib.contextmanager
+    def _entries(self) -> "Iterator[Iterator[os.DirEntry[str]]]":
+        """What is in the directory. It is opened anew: btrfs shows an open one as it was when it was opened."""
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.directory)
+        try:
+            with os.scandir(fd) as entries:
+                yield entries
+        finally:
+            os.close(fd)
+
+    @property
+    def count(self) -> int:
+        """How many backups there are."""
+        return len(self._ids)
+
+    def ids_after(self, id: int) -> list[int]:
+        """The ids of the backups made after the one of `id`, ascending. `id` itself need not exist."""
+        return self._ids[bisect_right(self._ids, id) :]
+
+    def name_of(self, id: int) -> str:
+        """The name of a backup. Raises BackupEnded if there is none with that id any more."""
+        try:
+            return self._names[id]
+        except KeyError:
+            raise BackupEnded("the backup was ended") from None
+
+    def find(self, name: str) -> int:
+        """The id of a backup by name. Raises BackupAbsent if there is none."""
+        absent = BackupAbsent(f"there is no backup {name!r}")
+        if not name or name[0] == "." or "/" in name:  # a path could lead out of the store
+            raise absent
+        try:
+            found = os.stat(name, dir_fd=self.directory, follow_symlinks=False)
+            id = self._store.id_of(name, found) if stat.S_ISREG(found.st_mode) else None
+        except ValueError:  # the name holds a NUL, or cannot be encoded
+            raise absent from None
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise absent from None
+            raise from_os_error(error, f"looking up {name!r}") from error
+        if id is None:
+            raise absent
+        self._remember(id, name)
+        return id
+
+    # --- making and removing ---
+
+    def create(self, name: str, size: int, mode: int, uid: int, gid: int) -> int:
+        """Make the file of a new backup, whole or not at all. Gives its id. BackupExists if the name is taken."""
+        with translated(f"creating {name!r}"):
+            fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.directory)
+            try:
+                made = os.fstat(fd)
+                if (made.st_uid, made.st_gid) != (uid, gid):
+                    _give(fd, uid, gid)
+                os.ftruncate(fd, size)
+                id = self._store.new_id(fd, made)
+                os.fchmod(fd, self._store.file_mode(mode))  # last: an id may be set while its owner may write it
+                try:
+                    os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=self.directory, follow_symlinks=True)
+                except BaseException:
+                    self._store.forget(id)
+                    raise
+            except BaseException:
+                os.close(fd)
+                raise
+        self._remember(id, name)
+        self._keep_open(id, fd)
+        return id
+
+    def remove(self, id: int) -> None:
+        """Remove a backup's file. Its memory is the system's again at once, unless another process has it open."""
+        name = self.name_of(id)
+        try:
+            if self.find(name) != id:
+                raise BackupAbsent("its name is another's now")
+        except BackupAbsent:
+            raise BackupEnded("the backup was ended") from None
+        with translated(f"removing {name!r}"):
+            os.unlink(name, dir_fd=self.directory)
+        self._forget(id)
+
+    def rename(self, id: int, new: str, *, replace: bool) -> None:
+        """Give a backup another name. A backup that has it is ended if `replace`; otherwise BackupExists is raised."""
+        old = self.name_of(id)
+        replaced = None
+        with contextlib.suppress(BackupAbsent):
+            replaced = self.find(new)
+        with translated(f"renaming {old!r} to {new!r}"):  # never over a file that is no backup
+            system_calls.rename(self.directory, old, new, replace=replace and replaced is not None)
+        if replaced is not None and replaced != id:
+            self._forget(replaced)
+        self._names[id] = new
+
+    def _remember(self, id: int, name: str) -> None:
+        if id not in self._names:
+            self._ids.insert(bisect_right(self._ids, id), id)
+        self._names[id] = name
+
+    def _forget(self, id: int) -> None:
+        del self._names[id]
+        self._ids.remove(id)
+        self._store.forget(id)
+        if (fd := self._open.pop(id, None)) is not None:
+            os.close(fd)
+
+    # --- descriptors, stat and paths ---
+
+    def descriptor(self, id: int) -> int:
+        """An open descriptor of a backup's file. It stays this object's, and is valid until the next method call."""
+        try:
+            self._open.move_to_end(id)
+            return self._open[id]
+        except KeyError:
+            return self._reopen(id)
+
+    def _reopen(self, id: int) -> int:
+        name = self.name_of(id)
+        try:
+            fd = _opened(name, self.directory)
+        except FileNotFoundError:  # someone removed it without asking us
+            self._forget(id)
+            raise BackupEnded("the backup was ended") from None
+        except OSError as error:
+            raise from_os_error(error, f"opening {name!r}") from error
+        if not self._store.is_backup(fd, id):  # another file was put in its place
+            os.close(fd)
+            self._forget(id)
+            raise BackupEnded("the backup was ended")
+        self._keep_open(id, fd)
+        return fd
+
+    def _keep_open(self, id: int, fd: int) -> None:
+        self._open[id] = fd
+        if len(self._open) > self._most_open:
+            os.close(self._open.popitem(last=False)[1])
+
+    def opened_anew(self, id: int) -> int:
+        """A descriptor of a backup's file for another process, with an offset and flags of its own."""
+        self.descriptor(id)  # raises if another file has its name now
+        with translated("opening a backup"):
+            return _opened(self.name_of(id), self.directory)
+
+    def stat(self, id: int | None = None) -> os.stat_result:
+        """The stat of the directory, or of a backup's file, which need not be opened for it."""
+        with translated("looking at the store"):
+            if id is None:
+                return os.fstat(self.directory)
+            try:
+                return os.stat(self.name_of(id), dir_fd=self.directory, follow_symlinks=False)
+            except FileNotFoundError:
+                raise BackupEnded("the backup was ended") from None
+
+    def change(self, id: int | None, *, mode: int | None = None, uid: int = -1, gid: int = -1,
+               times: tuple[int, int] | None = None) -> None:  # fmt: skip
+        """Change mode, owner or (access, modification) times in ns, of a backup's file or (None) of the directory."""
+        fd = self.directory if id is None else self.descriptor(id)
+        with translated("changing attributes"):
+            if (uid, gid) != (-1, -1):
+                if mode is None and id is not None:
+                    mode = stat.S_IMODE(os.fstat(fd).st_mode)
+                os.fchown(fd, uid, gid)  # first: on a file, though not on a directory, it clears the set-id bits
+            if mode is not None:
+                os.fchmod(fd, mode if id is None else self._store.file_mode(mode))
+            if times is not None:
+                os.utime(fd, ns=times)
+
+    def path(self, name: str) -> str:
+        """Where another process of root or of this user finds a backup's file as long as the store exists."""
+        if self._place and not os.path.exists(self._place):  # the process that held it was killed just now
+            self._place = None
+        return f"{self._place or f'/proc/{os.getpid()}/fd/{self.directory}'}/{name}"
+
+    def lead_paths_through(self, pid: int) -> None:
+        """Make :meth:`path` lead through a process that has the directory open too, and may outlive this one."""
+        ours, self._place = os.fstat(self.directory), None
+        with contextlib.suppress(OSError):  # the process has just died, or may not be looked into
+            for fd in sorted(os.listdir(f"/proc/{pid}/fd"), key=int):
+                if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), ours):
+                    self._place = f"/proc/{pid}/fd/{fd}"
+                    return
+
+
+def _give(fd: int, uid: int, gid: int) -> None:
+    """Change a file's owner. A daemon without privilege cannot; a file of its own user keeps its group then."""
+    try:
+        os.fchown(fd, uid, gid)
+    except OSError as error:
+        if uid != os.geteuid():
+            raise NotPermitted("this mount's daemon is not root: it makes backups for its own user only") from error
+
+
+def _opened(name: str, directory: int) -> int:
+    """Open a backup's file to read and write, even if its mode shuts out its owner, which a user's daemon is."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: do not wait for a lease
+    try:
+        return os.open(name, flags, dir_fd=directory)
+    except OSError as error:
+        if error.errno == errno.EROFS:  # the filesystem has become read-only: pages can still be copied out
+            return os.open(name, flags & ~os.O_RDWR | os.O_RDONLY, dir_fd=directory)
+        if not isinstance(error, PermissionError):
+            raise
+        file = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        path, mode = f"/proc/self/fd/{file}", stat.S_IMODE(os.fstat(file).st_mode)
+        os.chmod(path, mode | 0o600)
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        finally:
+            os.chmod(path, mode)
+    finally:
+        os.close(file)
