@@ -1,53 +1,47 @@
 #!/bin/sh
-# Runs lint and all tests: the lower layers first, then the mount tests in two parts at once, because most of their time
-# is waiting. Every part runs, whatever failed before it. The last lines name the parts that failed. Arguments go to
-# pytest and select tests: scripts/test.sh tests/mount/test_swap.py -k dropped. It runs as root or through sudo.
+# Runs lint and all tests, several parts at once. A part is a test module, a linter, or all tests marked "serial" (see
+# pyproject.toml), which run one after the other. Every part runs, whatever failed before it; the last lines name the
+# parts that failed. Arguments go to pytest and select tests: scripts/test.sh tests/mount/test_swap.py -k dropped.
+# It runs as root or through sudo.
 set -u
 cd "$(dirname "$0")/.."
 sudo=
 [ "$(id -u)" = 0 ] || sudo=sudo
-# Some tests send SIGINT. Without this, a background process of a shell ignores it.
-pytest="$sudo env --default-signal=INT,QUIT .venv/bin/python -m pytest"
-[ $# = 0 ] || exec $pytest "$@"
-failed=$(mktemp)
-log=$(mktemp)
-trap 'rm -f "$failed" "$log"' EXIT
+# Tests send interrupts. A caller may have started this process with interrupts ignored.
+pytest="env --default-signal=INT,QUIT .venv/bin/python -m pytest"
+[ $# = 0 ] || exec $sudo $pytest "$@"
 
-part() { # NAME COMMAND...
-    name=$1
-    shift
-    "$@" || echo "    $name (exit status $?)" >>"$failed"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# Some commands look at all mounts and processes, so each part sees only its own.
+apart="$sudo unshare --mount --pid --fork --mount-proc --propagation private $pytest -q -p no:cacheprovider"
+
+list_parts() { # one a line, the longest first: the size of a module hints at its duration
+    echo "$apart -m serial tests"
+    ls -S tests/house/test_*.py tests/mount/test_*.py | sed "s|^|$apart -m 'not serial' |"
+    echo "$apart -m 'not serial' tests/arithmetic tests/store tests/model tests/face"
+    echo ".venv/bin/mypy"
+    echo ".venv/bin/ruff check"
+    echo ".venv/bin/ruff format --check"
 }
 
-# Tests that measure no time and make no swap. The others take as long, and run beside only these.
-beside="tests/house tests/mount/test_soak.py"
-for name in abort commands errors fini hostile_mounts inherited kernel_cache kill_points matrix mount_py names rights \
-    tearing texts why; do
-    beside="$beside tests/mount/test_$name.py"
-done
-ignored=
-for file in $beside; do
-    ignored="$ignored --ignore=$file"
-done
+# Shows a part's output when the part ends. pytest's status 5 means that -m left no test of a module to run.
+run_part='
+    log=$(mktemp "$0/XXXXXX")
+    "$@" >"$log" 2>&1
+    status=$?
+    part=${*##* -m }
+    part=${part#not serial }
+    [ $status = 0 ] || [ $status = 5 ] || echo "    $part (exit status $status)" >>"$0/failed"
+    { echo "--- $part"; cat "$log"; } | flock "$0" cat
+'
+# A test spends much of its time waiting, so there is one worker more than there are processors.
+list_parts | xargs -P "$(($(nproc) + 1))" -L 1 sh -c "$run_part" "$work"
 
-# Commands that look at all mounts keep them busy, so each half sees only its own mounts.
-apart="$sudo unshare --mount --pid --fork --mount-proc --propagation private"
-
-part "lower layers" $pytest tests/arithmetic tests/store tests/model tests/face
-{
-    part "ruff check" .venv/bin/ruff check
-    part "ruff format" .venv/bin/ruff format --check
-    part "mypy" .venv/bin/mypy
-    part "the house, mixed load, mounts" $apart $pytest $beside
-} >"$log" 2>&1 &
-beside_pid=$!
-part "mounts" $pytest tests/mount $ignored
-wait "$beside_pid"
-echo "--- beside these: lint, the tests of the house, a minute of mixed load, and the other half of the mounts' tests"
-cat "$log"
-if [ -s "$failed" ]; then
+if [ -e "$work/failed" ]; then
     echo "--- these parts failed:"
-    cat "$failed"
+    sort "$work/failed"
     exit 1
 fi
-echo "--- all parts passed"
+echo "--- all parts passed: $(cat "$work"/* | awk '/^[0-9]+ passed/ { n += $1 } END { print n }') tests"

@@ -4,7 +4,6 @@ That is: a log record of ttmfs or pyfuse3 of level WARNING or above that it did 
 mount or a process left over. In CI a skipped test has failed: what it needs must be there.
 """
 
-import collections
 import ctypes
 import logging
 import os
@@ -12,7 +11,6 @@ import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
@@ -52,20 +50,6 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         report.outcome = "failed"
         report.longrepr = f"skipped, which in CI is a failure: {report.longreprtext}"
     return report
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How many tests each layer has, and how long they took."""
-    count, seconds = collections.Counter[str](), collections.Counter[str]()
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            if isinstance(report, pytest.TestReport):
-                layer = layer_of(Path(report.fspath))
-                count[layer] += report.when == "call"
-                seconds[layer] += report.duration  # type: ignore[assignment]
-    for layer in (*LAYERS, "other"):
-        if count[layer]:
-            terminalreporter.write_line(f"{layer:<12}{count[layer]:5} tests {seconds[layer]:8.1f} s")
 
 
 class Records(logging.Handler):

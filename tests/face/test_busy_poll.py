@@ -13,6 +13,8 @@ import trio
 
 from ttmfs.fuse.busy_poll import FIRST_WINDOW, LONGEST_PAUSE, PAUSE, TURN, BusyPoll
 
+pytestmark = pytest.mark.serial
+
 LONGEST = 50_000_000  # ns; longer than any wait of the machine for its processors is likely to be
 
 

@@ -242,6 +242,7 @@ def expected(
     return b"".join(model[int(handle)] for handle in handles)
 
 
+@pytest.mark.serial
 def test_a_page_of_a_large_backup_is_copied_as_soon_as_one_of_a_small_one(mountpoint: Path) -> None:
     """Looking for the end of the run that it is in would take a thousand times as long."""
     with Mount(mountpoint, "size=1g"), Backup.create(mountpoint / "a") as backup:
@@ -373,6 +374,7 @@ def test_a_dead_mount_is_an_error_that_says_so(mountpoint: Path) -> None:
 # --- swap ---
 
 
+@pytest.mark.serial
 def test_writeback_and_where_pages_are(a: Backup, tmp_path: Path) -> None:
     with swap(tmp_path):
         a.backup_pages(NOISE[:1024], 0)
@@ -389,6 +391,7 @@ def test_writeback_and_where_pages_are(a: Backup, tmp_path: Path) -> None:
         assert a.residency().swapped >= 16
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("way", WAYS)
 def test_c9_a_wait_for_swap_is_ended_and_nothing_is_lost(mountpoint: Path, tmp_path: Path, way: str) -> None:
     native, intr, pages = WAYS[way], threading.Event(), np.zeros((512, PAGE), np.uint8)
@@ -413,6 +416,7 @@ def test_c9_a_wait_for_swap_is_ended_and_nothing_is_lost(mountpoint: Path, tmp_p
         assert (pages == NOISE[:512]).all()
 
 
+@pytest.mark.serial
 def test_a_signal_handler_s_exception_ends_a_wait(mountpoint: Path, tmp_path: Path) -> None:
     class Stopped(Exception):
         pass

@@ -381,6 +381,7 @@ def swap(tmp_path: Path) -> Iterator[None]:
         yield
 
 
+@pytest.mark.serial
 @pytest.mark.usefixtures("swap")
 def test_writeback_and_the_picture_tell_what_is_cold(mnt: Path, tmp_path: Path) -> None:
     for name in "ab":

@@ -27,6 +27,8 @@ import pytest
 from harness import MOUNT_PY, REPOSITORY, Mount, children, descriptors, mounts, opened, run, wait_until
 from stores import ALICE, BOB, CAROL, UNSHARE, WITHOUT_USER_NAMESPACES, Place, UsersMount, acting_as, as_user, slow_swap
 
+pytestmark = pytest.mark.serial
+
 PAGE = 4096
 LONGEST = 0.5
 """Seconds that one operation of Bob's may take during an attack; without one it is some milliseconds."""

@@ -80,12 +80,12 @@ def test_c22_a_keeper_is_replaced_however_often_it_is_killed(mountpoint: Path) -
     with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
         mount.expect_restarts()
         before = kinds(mount.daemon)
-        for turn in range(12):
+        for turn in range(8):
             mount.kill_keeper()
             assert len(processes(mountpoint)) == 2
             if turn % 4 == 3:
                 mount.kill_daemon()
-        assert mount.restarts() == 3
+        assert mount.restarts() == 2
         assert kinds(mount.daemon) == before
 
 
@@ -135,12 +135,12 @@ def test_both_killed_at_once_leave_a_dead_mountpoint_that_the_next_mount_removes
 
 def test_c22_callers_of_a_stopped_daemon_wait_until_it_goes_on(mountpoint: Path) -> None:
     """The keeper does not take it for dead as soon as one that was killed."""
-    with Kept(mountpoint, "size=16m,restart_seconds=5") as mount, held(mountpoint):
+    with Kept(mountpoint, "size=16m,restart_seconds=3") as mount, held(mountpoint):
         with Caller(mountpoint / "a/1") as caller:
             daemon = mount.daemon
             os.kill(daemon, signal.SIGSTOP)
             caller.asks_and_waits()
-            time.sleep(5.5)  # longer than the keeper waits for one that was killed
+            time.sleep(3.5)  # longer than the keeper waits for one that was killed
             assert caller.waits()
             os.kill(daemon, signal.SIGCONT)
             assert caller.answer() == "read"
@@ -337,14 +337,6 @@ def test_without_resending_the_next_daemon_mounts_anew_with_every_page(mountpoin
 # --- the end ---
 
 
-@pytest.mark.parametrize("end", ["umount {mnt}", "fusermount3 -u {mnt}", "umount -l {mnt}", "kill {daemon}"])
-def test_the_end_of_the_mount_is_the_end_of_keeper_and_daemon(mountpoint: Path, end: str) -> None:
-    with Kept(mountpoint, "size=16m") as mount:
-        (mountpoint / "a").mkdir()
-        run(end.format(mnt=mountpoint, daemon=mount.daemon))
-        mount.ends_with(0)
-
-
 @pytest.mark.parametrize("end", ["umount {mnt}", "umount -l {mnt}", "kill {keeper}", "kill -INT {keeper}"])
 @pytest.mark.parametrize("delay", [0.0, 0.2])
 def test_c22_what_ends_the_mount_ends_it_also_while_the_daemon_is_dead(
@@ -499,7 +491,7 @@ def test_nothing_grows_with_restarts(mountpoint: Path) -> None:
         keeper = mount.keeper
         before = kinds(keeper), kinds(mount.daemon), os.statvfs(mountpoint).f_bfree
         (mountpoint / "b").mkdir()
-        for turn in range(20):
+        for turn in range(8):
             with opened(mountpoint / "b/.image") as image:
                 os.pwrite(image, bytes(8 << 20), 0)
                 mount.kill_daemon()

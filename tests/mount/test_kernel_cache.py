@@ -70,6 +70,12 @@ def kill(mount: Any) -> None:
 
 
 @pytest.fixture
+def mount(shared: Mount) -> Mount:
+    """A mount for all tests of this file, empty."""
+    return shared
+
+
+@pytest.fixture
 def living(mount: Mount) -> Mount:
     """A mount whose daemons may come and go."""
     mount.expect_restarts()
@@ -354,15 +360,26 @@ def by_shmem(backup: Path, pages: int) -> None:
     os.truncate(backup / ".shmem", pages * PAGE)
 
 
-@pytest.fixture(params=["", ",allow_other"], ids=["alone", "allow_other"])
-def grown(request: pytest.FixtureRequest, mountpoint: Path) -> Iterator[Path]:
-    """A backup of 4 pages whose .image the kernel knows; in a mount where it looks at mode bits, and in another."""
-    with Mount(mountpoint, f"size=64m,backup_size=16k{request.param}"):
-        for name in "ab":
-            (mountpoint / name).mkdir()
-        set_attribute(mountpoint / "b", "size", "1m")
-        (mountpoint / "a/.image").stat()
-        yield mountpoint / "a"
+@pytest.fixture(scope="module", params=["", ",allow_other"], ids=["alone", "allow_other"])
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """A mount where the kernel checks mode bits, and one where it does not. Backups have 4 pages."""
+    with Mount(tmp_path_factory.mktemp("small"), f"size=64m,backup_size=16k{request.param}") as mount:
+        yield mount
+
+
+@pytest.fixture
+def grown(small: Mount) -> Iterator[Path]:
+    """A backup of 4 pages, whose .image the kernel knows, beside a larger backup."""
+    small.watch_anew()
+    a, b = small.path / "a", small.path / "b"
+    for backup in a, b:
+        backup.mkdir()
+    set_attribute(b, "size", "1m")
+    (a / ".image").stat()
+    yield a
+    for backup in a, b:
+        os.truncate(backup / ".image", 0)
+        backup.rmdir()
 
 
 @pytest.mark.parametrize("grow", [by_attribute, by_shmem])

@@ -12,6 +12,8 @@ from harness import wait_until
 from stores import ALICE, BOB
 from systemd_machine import Machine, Unit
 
+pytestmark = pytest.mark.serial
+
 MNT = "/mnt/ttm"
 HELPERS = "mount.ttmfs", "mount.fuse.ttmfs"
 

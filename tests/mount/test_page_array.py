@@ -679,6 +679,7 @@ def evictor() -> None:
     json.dump(done, sys.stdout)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("native", [True, False], ids=["natively", "through the mount"])
 def test_twice_the_memory_there_is_evicted_and_read_back_at_random(
     mountpoint: Path, tmp_path: Path, native: bool

@@ -16,6 +16,8 @@ import pytest
 
 from harness import MOUNT_PY, Mount, count, opened, wait_until
 
+pytestmark = pytest.mark.serial
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 BURST = 2000
 MARGIN = (

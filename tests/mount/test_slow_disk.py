@@ -19,6 +19,8 @@ import pytest
 from harness import Mount, attribute, opened, raises_errno, run
 from stores import BOB, ControlGroup, Place, acting_as, filesystem, slow_writes
 
+pytestmark = pytest.mark.serial
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
 KINDS = ("ext4", "xfs", "btrfs")

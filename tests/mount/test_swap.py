@@ -20,6 +20,8 @@ import ttmfs
 from harness import Mount, count, meminfo, opened, run, wait_until
 from ttmfs.linux import system_calls as linux
 
+pytestmark = pytest.mark.serial
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PAGES = 4096
 MADV_PAGEOUT = 21

@@ -16,6 +16,8 @@ from harness import raises_errno, wait_until
 from stores import ALICE, Place, swap
 from systemd_machine import Machine, Unit
 
+pytestmark = pytest.mark.serial
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 ERROR, WARNING = 3, 4
 

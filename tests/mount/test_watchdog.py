@@ -83,7 +83,7 @@ def test_an_end_that_a_stopped_daemon_does_not_obey_comes_all_the_same(
 def test_a_daemon_that_is_slow_but_serves_is_not_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
     """Stopped again and again for a while, for longer in all than the keeper waits for a sign of life."""
     with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
-        daemon, end = mount.daemon, time.monotonic() + 4
+        daemon, end = mount.daemon, time.monotonic() + 3
         while time.monotonic() < end:
             os.kill(daemon, signal.SIGSTOP)
             time.sleep(0.3)
@@ -98,7 +98,7 @@ def test_a_machine_that_stands_still_has_no_daemon_killed(mountpoint: Path, impa
         daemon, keeper = mount.daemon, mount.keeper
         for process in daemon, keeper:
             os.kill(process, signal.SIGSTOP)
-        time.sleep(3)
+        time.sleep(2)
         for process in keeper, daemon:
             os.kill(process, signal.SIGCONT)
             time.sleep(0.3)
@@ -125,7 +125,7 @@ def test_a_daemon_in_a_debugger_is_not_killed(mountpoint: Path, impatient: tuple
         ) as tracer:
             assert tracer.stdout
             assert tracer.stdout.readline() == "traced\n"
-            time.sleep(2.5)
+            time.sleep(2)
             tracer.communicate("\n")
         os.kill(daemon, signal.SIGCONT)
         assert mount.daemon == daemon
