@@ -433,6 +433,39 @@ def test_c12_memory_is_the_systems_again(mountpoint: Path, way: str) -> None:
         wait_until(lambda: group.shmem() < LARGE * 0.2, "all of it to be released")
 
 
+POOL = f"""
+import sys, numpy, trio, ttmfs
+async def main():
+    async with ttmfs.open_pool(size={LARGE}) as pool:
+        backup = await pool.create("a")
+        await backup.backup_pages(numpy.ones(({LARGE // PAGE}, {PAGE}), numpy.uint8), 0)
+        print("stored", flush=True)
+        sys.stdin.readline()
+    print("closed", flush=True)
+    sys.stdin.readline()
+trio.run(main)
+"""
+
+
+def test_c12_a_program_gives_the_memory_of_its_pool_back(mountpoint: Path) -> None:
+    with (
+        stores.ControlGroup(1 << 30) as group,
+        subprocess.Popen(
+            [sys.executable, "-c", POOL], preexec_fn=group.join, cwd=mountpoint,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as program,
+    ):  # fmt: skip
+        assert program.stdin
+        assert program.stdout
+        assert program.stdout.readline() == "stored\n"
+        wait_until(lambda: group.shmem() > LARGE * 0.8, "the group's memory to grow")
+        program.stdin.write("\n")
+        program.stdin.flush()
+        assert program.stdout.readline() == "closed\n"
+        wait_until(lambda: group.shmem() < LARGE * 0.2, "the memory to be released")
+        program.communicate("\n")
+
+
 @pytest.mark.parametrize("how", [lambda p: p.unlink(), lambda p: os.truncate(p.parent / ".image", 0),
                                  lambda p: os.setxattr(p.parent, "user.ttmfs.drop", b"1")])  # fmt: skip
 def test_c12_an_open_descriptor_keeps_no_memory(mnt: Path, backup: Path, how: Callable[[Path], object]) -> None:

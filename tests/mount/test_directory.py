@@ -657,7 +657,7 @@ def test_fsync_is_fsync(mountpoint: Path, tmp_path: Path, kind: str, way: str) -
     disk = Disk(tmp_path, kind)
     with disk.mounted() as below:
         (below / "store").mkdir()
-        os.sync()
+        run(f"sync -f {below}")
         with Mount(mountpoint, f"store={below}/store,backup_size=1m") as mount:
             mount.expect_log("get EIO")
             (mountpoint / "a").mkdir()

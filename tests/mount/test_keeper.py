@@ -539,9 +539,9 @@ def test_an_error_is_an_answer_where_the_kernel_cannot_send_requests_again(mount
         mount.expect_restarts()
         mount.expect_log("mounted /.* anew over the pages")
         (mountpoint / "a").mkdir()
-        set_attribute(mountpoint / "a", "size", 250_000 * far)
+        set_attribute(mountpoint / "a", "size", 50_000 * far)
         with opened(mountpoint / "a/.shmem") as file:
-            for number in range(250_000):
+            for number in range(50_000):
                 os.pwrite(file, b"x", number * far)
         before = count(mountpoint / "a", "pages")
         program = """

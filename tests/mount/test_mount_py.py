@@ -413,7 +413,7 @@ def test_every_way_of_ending_unmounts_and_releases_the_memory(mountpoint: Path, 
 def test_a_signal_while_the_memory_is_released_changes_nothing(mountpoint: Path) -> None:
     with Daemon(mountpoint, "-o", "size=2g") as daemon:
         (mountpoint / "a").mkdir()
-        run(f"dd if=/dev/zero of={mountpoint}/a/.shmem bs=1M count=1536 conv=notrunc")
+        run(f"dd if=/dev/zero of={mountpoint}/a/.shmem bs=1M count=768 conv=notrunc")
         daemon.end('umount "$MNT" && for i in 1 2 3 4 5; do kill -TERM $PID $DAEMON; sleep 0.02; done || :')
         assert daemon.wait() == 0
 

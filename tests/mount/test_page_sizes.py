@@ -1190,7 +1190,7 @@ def test_c6_no_page_is_stored_in_part_where_a_disk_ends(tmp_path: Path, mountpoi
             for handle in (len(handles) + 1, 32 * MIB // size):
                 with raises_errno(ENOSPC):
                     create(a / str(handle))
-            os.sync()
+            run(f"sync -f {disk}")
             assert names(a) == [str(handle) for handle in handles]
             assert allocated(a) < len(handles) * size + 16 * BASE, "but for what the filesystem notes of them"
             assert all((a / name).read_bytes() == page(int(name), size) for name in names(a))
