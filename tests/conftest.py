@@ -67,6 +67,8 @@ class Records(logging.Handler):
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Records]:
     """Fail the test for what it left behind."""
+    for mount in Mount.living:
+        mount.watch_anew()
     base = tmp_path_factory.getbasetemp()
     before = mounts_below(base), children(), descriptors(os.getpid())
     records = Records()
@@ -135,7 +137,6 @@ def shared_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
 @pytest.fixture
 def shared(shared_mount: Mount) -> Iterator[Mount]:
     """That mount, empty, and with its budget."""
-    shared_mount.watch_anew()
     yield shared_mount
     for backup in shared_mount.path.iterdir():
         os.truncate(backup / ".image", 0)

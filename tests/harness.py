@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pytest
 
@@ -128,8 +128,11 @@ class Mount:
 
     At the end it is unmounted by SIGTERM, and the test fails if the daemon did not exit with 0, leaked a descriptor, or
     logged anything that is not expected: the lines of a normal life, and what :meth:`expect_log` named.
-    A mount that lives longer than WATCHDOG_SECONDS is killed, its stacks saved in the log, so that no client hangs.
+    A mount that one test uses for longer than WATCHDOG_SECONDS is killed, so that no client hangs. Its stacks are in
+    the log. A mount that several tests share has that time for each of them: the plugin calls :meth:`watch_anew`.
     """
+
+    living: ClassVar[list["Mount"]] = []
 
     NORMAL = (
         r"serving /",
@@ -211,6 +214,7 @@ class Mount:
         self._reader = threading.Thread(target=self._read_log)
         self._reader.start()
         self._watch()
+        self.living.append(self)
         if not self._heard.wait(START_SECONDS):
             self._bite()
         if not self._served:
@@ -241,7 +245,7 @@ class Mount:
         self._watchdog.start()
 
     def watch_anew(self) -> None:
-        """Let it live as long again: it serves another test."""
+        """Start the time of the watchdog again."""
         self._watchdog.cancel()
         self._watchdog.join()
         self._watch()
@@ -273,6 +277,7 @@ class Mount:
         except subprocess.TimeoutExpired:
             self._bite()
             code = self.process.wait(5)
+        self.living.remove(self)
         self._watchdog.cancel()
         self._watchdog.join()
         if str(self.path) in mounts():  # whoever serves still, because the keeper alone was killed, ends with it

@@ -370,7 +370,6 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def grown(small: Mount) -> Iterator[Path]:
     """A backup of 4 pages, whose .image the kernel knows, beside a larger backup."""
-    small.watch_anew()
     a, b = small.path / "a", small.path / "b"
     for backup in a, b:
         backup.mkdir()

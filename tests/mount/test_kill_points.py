@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Self
 
 import pytest
 
-from harness import MOUNT_PY, WATCHDOG_SECONDS, Mount, attribute, count, names, opened, set_attribute, wait_until
+from harness import MOUNT_PY, Mount, attribute, count, names, opened, set_attribute, wait_until
 from stores import ControlGroup
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -173,22 +173,12 @@ def obey(path: str, suspect_seconds: float) -> None:
 class Sides(NamedTuple):
     """Mounts whose daemons are killed, and one beside them where the same is done without."""
 
-    calm: "Long"
+    calm: Mount
     killed: "dict[tuple[str, str], Killed]"
     """By the kind of their store, and the point at which each daemon is killed."""
 
 
-class Long(Mount):
-    """A mount for many tests. Its watchdog is to bound each of them, not all together."""
-
-    def renew(self) -> None:
-        """Let it live as long as a new one."""
-        self._watchdog.cancel()
-        self._watchdog = threading.Timer(WATCHDOG_SECONDS, self._bite)
-        self._watchdog.start()
-
-
-class Killed(Long):
+class Killed(Mount):
     """A mount whose daemons obey orders."""
 
     def __init__(self, directory: Path, options: str, *, suspect_seconds: float = 10.0, **more: Any) -> None:
@@ -497,17 +487,17 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for number, (kind, point) in enumerate(request.param):
             store = f",store={made(f'store{number}')}" if kind == "directory" else ""
             killed[kind, point] = stack.enter_context(Killed(made(f"{kind}-{point}"), options + store))
-        yield Sides(stack.enter_context(Long(made("calm"), options)), killed)
+        yield Sides(stack.enter_context(Mount(made("calm"), options)), killed)
 
 
-def play(mount: Long, scenario: Scenario, kill: Callable[[], contextlib.AbstractContextManager[None]]) -> Any:
+def play(mount: Mount, scenario: Scenario, kill: Callable[[], contextlib.AbstractContextManager[None]]) -> Any:
     """What a scenario's callers are told on a mount, and what is to be seen on it afterwards."""
 
     def go(do: Callable[[], Any]) -> Any:
         with kill():
             return outcome(do)
 
-    mount.renew()
+    mount.watch_anew()
     try:
         for name in "a", "there":
             (mount.path / name).mkdir()
