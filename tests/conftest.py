@@ -1,7 +1,7 @@
-"""Fixtures, and the plugin that fails a test on whatever it leaves behind or lets pass unseen.
+"""Fixtures, and a plugin that fails a test for what it leaves behind.
 
-That is: a log record of ttmfs or pyfuse3 of level WARNING or above that it did not expect, a warning, a descriptor, a
-mount or a process left over. In CI a skipped test has failed: what it needs must be there.
+A test fails for a log record of level WARNING or above that it did not expect, for a Python warning, and for a
+descriptor, a mount or a process that it leaves. In CI a skipped test fails too: CI has to provide what a test needs.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from harness import Mount, children, descriptors, mounts_below, set_attribute
 from stores import KINDS, Place, Site, site_of
 from systemd_machine import Machine
 
-# In CI the same examples each time, so that landing is no matter of luck; elsewhere new ones, which find new things.
+# CI always tries the same examples, so that a change passes or fails by itself. Other runs try new examples.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
@@ -29,7 +29,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def pytest_configure() -> None:
-    """Become the parent of every orphan, so that a daemon left behind is seen as a child."""
+    """Adopt orphaned processes: a daemon that a test leaves behind is then a child of this process."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -38,7 +38,7 @@ def layer_of(path: Path) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lower layers first: the first failure is then the nearest to its cause."""
+    """Run the lower layers first: the first failure is then closest to its cause."""
     order = [*LAYERS, "other"]
     items.sort(key=lambda item: order.index(layer_of(item.path)))
 
@@ -53,7 +53,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 class Records(logging.Handler):
-    """Keeps the log records that need someone's attention."""
+    """Collects log records of level WARNING and above."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -66,7 +66,7 @@ class Records(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Records]:
-    """Fail the test for what it left behind."""
+    """Fail the test for unexpected log records and for what it leaves behind."""
     for mount in Mount.living:
         mount.watch_anew()
     base = tmp_path_factory.getbasetemp()
@@ -82,7 +82,7 @@ def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Records]:
     assert mounts_below(base) == before[0], "a mount was left or taken away"
     end = time.monotonic() + 5
     while (left := children() - before[1]) and time.monotonic() < end:
-        for pid in left:  # ended, and only waiting for us to notice
+        for pid in left:  # it may be a zombie
             os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
     assert not left, f"left processes {[Path(f'/proc/{pid}/cmdline').read_bytes() for pid in left]}"
@@ -92,7 +92,7 @@ def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Records]:
 
 @pytest.fixture
 def expect_log(nothing_left: Records) -> Callable[[str], None]:
-    """Let this test's process log warnings in which a pattern is found."""
+    """A function that allows log records of this process that contain a pattern."""
     return lambda pattern: nothing_left.expected.append(re.compile(pattern))
 
 
@@ -105,7 +105,7 @@ def mountpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mount(mountpoint: Path) -> Iterator[Mount]:
-    """A mount of 64 MiB."""
+    """A mount with a budget of 64 MiB."""
     with Mount(mountpoint, "size=64m") as mounted:
         yield mounted
 
@@ -118,7 +118,7 @@ def mnt(mount: Mount) -> Path:
 
 @pytest.fixture
 def backup(mnt: Path) -> Path:
-    """The directory of an empty backup in it."""
+    """The directory of an empty backup in `mnt`."""
     path = mnt / "a"
     path.mkdir()
     return path
@@ -129,14 +129,14 @@ SHARED = 512 << 20
 
 @pytest.fixture(scope="module")
 def shared_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """A mount for all tests of a file, of 512 MiB with backups of 64 MiB."""
+    """One mount for all tests of a module, with a budget of 512 MiB and backups of 64 MiB."""
     with Mount(tmp_path_factory.mktemp("shared"), f"size={SHARED},backup_size=64m") as mount:
         yield mount
 
 
 @pytest.fixture
 def shared(shared_mount: Mount) -> Iterator[Mount]:
-    """That mount, empty, and with its budget."""
+    """`shared_mount`, empty and with its original budget."""
     yield shared_mount
     for backup in shared_mount.path.iterdir():
         os.truncate(backup / ".image", 0)
@@ -146,21 +146,21 @@ def shared(shared_mount: Mount) -> Iterator[Mount]:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
-    """Where other users reach ttmfs."""
+    """A directory in which other users can run ttmfs."""
     with Place() as place:
         yield place
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def site(request: pytest.FixtureRequest, place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Every kind of store, one after the other."""
+    """A site for each kind of store."""
     with site_of(request.param, place, tmp_path_factory.mktemp("site")) as site:
         yield site
 
 
 @pytest.fixture(scope="session")
 def machine() -> Iterator[Machine]:
-    """A booted machine in which ttmfs is installed. Whoever changes what is installed changes it back."""
+    """A booted machine on which ttmfs is installed. A test that changes the installation restores it."""
     with Machine() as machine:
         machine.run("make install")
         yield machine

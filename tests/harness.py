@@ -1,4 +1,4 @@
-"""Real mounts for tests: started, watched, and looked over when they end."""
+"""Real mounts for tests: they start, a watchdog bounds them, and the end checks what they logged and leaked."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ WATCHDOG_SECONDS = 120.0
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> None:
-    """Wait for a condition, but not for ever."""
+    """Wait until a condition holds. Fails after a number of seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
@@ -35,34 +35,34 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 10.0) -
 
 
 def meminfo(name: str) -> int:
-    """A row of /proc/meminfo, in bytes."""
+    """The value of a row of /proc/meminfo, in bytes."""
     rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(rows[name].split()[0]) * 1024
 
 
 def names(directory: Path) -> list[str]:
-    """What a directory lists, in its order."""
+    """The names in a directory, in the order of the listing."""
     return [entry.name for entry in os.scandir(directory)]
 
 
 def attribute(path: Path, name: str) -> str:
-    """An extended attribute of ttmfs' own."""
+    """The value of the extended attribute user.ttmfs.NAME."""
     return os.getxattr(path, f"user.ttmfs.{name}").decode()
 
 
 def count(path: Path, name: str) -> int:
-    """One that is a number."""
+    """The value of a numeric extended attribute user.ttmfs.NAME."""
     return int(attribute(path, name))
 
 
 def set_attribute(path: Path, name: str, value: object) -> None:
-    """Set one."""
+    """Set the extended attribute user.ttmfs.NAME."""
     os.setxattr(path, f"user.ttmfs.{name}", str(value).encode())
 
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    """A descriptor of a file, closed again."""
+    """A descriptor of a file for the time of a ``with``."""
     fd = os.open(path, flags)
     try:
         yield fd
@@ -72,7 +72,7 @@ def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
 
 @contextlib.contextmanager
 def opened_process(pid: int) -> Iterator[int]:
-    """A descriptor that is readable once a process is dead, closed again."""
+    """A pidfd of a process for the time of a ``with``. It becomes readable when the process ends."""
     fd = os.pidfd_open(pid)
     try:
         yield fd
@@ -81,7 +81,7 @@ def opened_process(pid: int) -> Iterator[int]:
 
 
 def _mounted() -> Iterator[tuple[str, str]]:
-    """The mount point and type of everything mounted; blanks and the like stand there as three octal digits."""
+    """The mount point and type of each mount. The kernel writes blanks in a mount point as octal escapes."""
     for line in Path("/proc/self/mounts").read_bytes().split(b"\n")[:-1]:
         _, path, kind, *_ = line.split(b" ")
         path = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), path)
@@ -94,12 +94,12 @@ def mounts() -> set[str]:
 
 
 def mounts_below(directory: Path) -> list[str]:
-    """The mount points of whatever is mounted below a directory, sorted."""
+    """The mount points of all mounts below a directory, sorted."""
     return sorted(path for path, _ in _mounted() if Path(path).is_relative_to(directory))
 
 
 def children(pid: int | None = None) -> set[int]:
-    """The process ids of a process' living children."""
+    """The process ids of the children of a process (of this one by default)."""
     found: set[int] = set()
     for task in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
         with contextlib.suppress(OSError):
@@ -108,7 +108,7 @@ def children(pid: int | None = None) -> set[int]:
 
 
 def descriptors(pid: int) -> list[str]:
-    """What a process has open, sorted."""
+    """What the descriptors of a process refer to, sorted."""
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -117,17 +117,15 @@ def descriptors(pid: int) -> list[str]:
 
 
 def _kinds(held: list[str]) -> Counter[str]:
-    """How many sockets, pipes and so on, but for files (of backups, which the store keeps open): their numbers differ
-    from one daemon to the next.
-    """
+    """The number of open sockets, pipes and so on. Files do not count: each daemon has other backups open."""
     return Counter(name.partition(":")[0] for name in held if not name.startswith("/"))
 
 
 class Mount:
-    """A ttmfs mounted in the foreground by a child process, for the time of a ``with``.
+    """A mount of ttmfs, served in the foreground by a child process for the time of a ``with``.
 
-    At the end it is unmounted by SIGTERM, and the test fails if the daemon did not exit with 0, leaked a descriptor, or
-    logged anything that is not expected: the lines of a normal life, and what :meth:`expect_log` named.
+    The end sends SIGTERM. The test fails if the exit status is not 0, if the daemon leaked a descriptor, or if it
+    logged an unexpected line. Expected are the lines in NORMAL and those that :meth:`expect_log` allows.
     A mount that one test uses for longer than WATCHDOG_SECONDS is killed, so that no client hangs. Its stacks are in
     the log. A mount that several tests share has that time for each of them: the plugin calls :meth:`watch_anew`.
     """
@@ -163,20 +161,20 @@ class Mount:
 
     @property
     def pid(self) -> int:
-        """The daemon's process id. The process started is its keeper, unless without or made by the daemon."""
+        """The process id of the daemon: the child of the keeper, or, without a keeper, the process that was started."""
         return next(iter(children(self.process.pid)), self.process.pid)
 
     def expect_restarts(self) -> None:
-        """Let the keeper say that daemons die, and others that they take over."""
+        """Allow the log lines about daemons that die and daemons that take over."""
         self._expected += [re.compile(pattern) for pattern in self.RESTARTED]
 
     def restarts(self) -> int:
-        """How many daemons have taken over. Waits for one that answers."""
+        """How many daemons have taken over. Waits for a daemon that answers."""
         text = (self.path / ".stats").read_text()
         return int(next(line.split()[1] for line in text.splitlines() if line.startswith("ttmfs_restarts_total")))
 
     def kill(self) -> None:
-        """SIGKILL to the daemon; to the next one if the keeper has just lost one."""
+        """Send SIGKILL to the daemon. If the keeper is just starting one, wait for it first."""
         daemon = 0
 
         def there() -> bool:
@@ -188,7 +186,7 @@ class Mount:
         os.kill(daemon, signal.SIGKILL)
 
     def kill_both(self) -> None:
-        """SIGKILL to the daemon and its keeper, so that neither can replace the other. The mountpoint is then dead."""
+        """Kill the daemon and its keeper, so that neither replaces the other. The mountpoint is then dead."""
         daemon = self.pid
         with opened_process(daemon) as dead:
             os.kill(daemon, signal.SIGSTOP)
@@ -198,13 +196,13 @@ class Mount:
         self._ends_with = -signal.SIGKILL
 
     def descriptors_socket(self) -> str:
-        """Where it gives out descriptors. With allow_other there is no such place before Linux 6.16."""
+        """The path of the socket that gives out descriptors. With allow_other it needs Linux 6.16."""
         if not (path := json.loads((self.path / ".config").read_text())["descriptors"]):
             pytest.skip("this kernel has no SO_PASSRIGHTS")
         return str(path)
 
     def expect_log(self, pattern: str) -> None:
-        """Let the daemon log lines in which `pattern` is found."""
+        """Allow log lines of the daemon that contain a pattern."""
         self._expected.append(re.compile(pattern))
 
     def __enter__(self) -> Self:
@@ -251,7 +249,7 @@ class Mount:
         self._watch()
 
     def wait(self) -> int:
-        """Wait until the daemon ends by itself; its exit status."""
+        """Wait until the daemon ends by itself. Returns its exit status."""
         return self.process.wait(10)
 
     def _read_log(self) -> None:
@@ -261,10 +259,10 @@ class Mount:
             if "serving /" in line:
                 self._served = True
                 self._heard.set()
-        self._heard.set()  # it has ended
+        self._heard.set()  # the log has ended, so the process has
 
     def _bite(self) -> None:
-        """End a daemon that hangs: first its stacks, then the kill, after which every client gets an error."""
+        """Kill a daemon that hangs, after it has logged its stacks. Its clients then get errors."""
         self.log.append(f"watchdog: killed after {WATCHDOG_SECONDS} s")
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             os.kill(self.pid, signal.SIGUSR2)
@@ -280,10 +278,10 @@ class Mount:
         self.living.remove(self)
         self._watchdog.cancel()
         self._watchdog.join()
-        if str(self.path) in mounts():  # whoever serves still, because the keeper alone was killed, ends with it
+        if str(self.path) in mounts():  # the keeper alone was killed, and the daemon still serves
             subprocess.run(["fusermount3", "-u", "-z", str(self.path)], check=False)
         self._reader.join(5)
-        if self._reader.is_alive():  # and a close would wait for it
+        if self._reader.is_alive():  # closing the pipe would wait for the reader
             self.log.append("a process of the mount lives on")
         elif self.process.stderr:
             self.process.stderr.close()
@@ -303,9 +301,9 @@ def raises_errno(number: int) -> Iterator[None]:
 
 
 def run(command: str, *, cwd: Path | None = None, code: int = 0, **more: Any) -> str:
-    """Run a shell command as a user would type it; its output (both streams). Fails on another exit status.
+    """Run a shell command as a user would type it. Returns both output streams. Fails on another status than `code`.
 
-    SHELL, which decides how split runs its filters, is the plainest one, whatever the environment says.
+    SHELL is /bin/sh whatever the environment says, since split(1) runs its filters with it.
     """
     more["env"] = {**more.get("env", os.environ), "SHELL": "/bin/sh"}
     done: subprocess.CompletedProcess[str] = subprocess.run(

@@ -1,4 +1,4 @@
-"""Mounts whose daemon or keeper is killed, stopped or replaced while clients use them, and what looks at them."""
+"""Mounts whose daemon or keeper is killed, stopped or replaced while clients use them, and helpers to inspect them."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ GAVE_UP = r"gave up: "
 
 
 def processes(path: Path) -> set[int]:
-    """Who has a path among his arguments: keeper and daemon of a mount there."""
+    """The processes with a path among their arguments: the keeper and the daemon of a mount there."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -43,7 +43,7 @@ def keeper_of(path: Path) -> int:
 
 
 class Kept(Mount):
-    """A mount whose keeper may be killed. It ends by SIGTERM to the last one."""
+    """A mount whose keeper may be killed. The end sends SIGTERM to the last keeper."""
 
     def config(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.path / ".config").read_text())
@@ -51,7 +51,7 @@ class Kept(Mount):
 
     @property
     def keeper(self) -> int:
-        """The keeper's process id, whoever made it."""
+        """The process id of the keeper."""
         return keeper_of(self.path)
 
     @property
@@ -59,14 +59,14 @@ class Kept(Mount):
         return int(self.config()["daemon_pid"])
 
     def kill_daemon(self) -> None:
-        """Kill it, when it has been answering."""
+        """Kill the daemon once it answers."""
         os.kill(self.daemon, signal.SIGKILL)
 
     def kill_keeper(self, *, wait: bool = True) -> None:
-        """Kill it, and wait for another."""
+        """Kill the keeper, and wait for its replacement unless `wait` is false."""
         self.expect_log(REPLACED)
-        self.expect_log("the keeper does not hear: .*Connection refused")  # killed while it was told something
-        self.expect_log(r"the daemon \d+ of /\S+ is dead: starting another")  # no child of the new one
+        self.expect_log("the keeper does not hear: .*Connection refused")  # it died amid a message
+        self.expect_log(r"the daemon \d+ of /\S+ is dead: starting another")  # it is no child of the new keeper
         before = self.keeper
         os.kill(before, signal.SIGKILL)
         if before == self.process.pid:
@@ -78,7 +78,7 @@ class Kept(Mount):
         wait_until(lambda: self.keeper != before, "another keeper")
 
     def restart(self) -> None:
-        """Restart it on purpose, and wait until it is."""
+        """Ask the keeper for another daemon, and wait for it."""
         for pattern in LEFT:
             self.expect_log(pattern)
         self.expect_restarts()
@@ -94,14 +94,14 @@ class Kept(Mount):
         wait_until(lambda: self.said(pattern), f"{pattern!r} in the log")
 
     def give_up(self) -> None:
-        """Kill the daemon, of which no other can be started, and wait until the keeper has given up."""
+        """Kill the daemon when no other can start, and wait until the keeper has given up."""
         self.expect_restarts()
         self.expect_log(FAILED)
         self.kill_daemon()
         self.wait_for_log(GAVE_UP)
 
     def try_again(self, keeper: int) -> None:
-        """Have a keeper that gave up try again, and wait until there is a mount."""
+        """Tell a keeper that gave up to try again, and wait for the mount."""
         self.expect_log("anew over the pages that were kept")
         served = len(self.said("serving /"))
         os.kill(keeper, signal.SIGUSR1)
@@ -109,7 +109,7 @@ class Kept(Mount):
         wait_until(lambda: len(self.said("serving /")) > served, "the mount")
 
     def ends_with(self, code: int) -> None:
-        """See keeper and daemon end by themselves."""
+        """Wait for the keeper and the daemon to end by themselves, and check the exit status."""
         assert self.process.wait(10) == code
         self._ends_with = code
         wait_until(lambda: not processes(self.path), "every process to end")
@@ -117,7 +117,7 @@ class Kept(Mount):
     def _finish(self) -> int:
         if self.process.poll() is None or not processes(self.path):
             code = super()._finish()
-        else:  # its keeper was killed: another is there, a child of this process when the daemon has ended
+        else:  # the first keeper was killed, and another one serves. This process adopts it when the daemon ends.
             keeper, statuses = self.keeper, dict[int, int]()
             os.kill(keeper, signal.SIGTERM)
 
@@ -154,7 +154,7 @@ while sys.stdin.readline():
 
 
 class Caller:
-    """Another process, which has a file open and reads from it when asked to. It may have to wait."""
+    """Another process, which has a file open and reads from it on demand. The read may block."""
 
     def __init__(self, path: Path) -> None:
         command = [sys.executable, "-I", "-c", CALLER, str(path)]
@@ -173,12 +173,12 @@ class Caller:
         self._process.stdin.write("read\n")
 
     def asks_and_waits(self) -> None:
-        """Ask, and see that it waits in the kernel."""
+        """Ask for a read, and wait until it blocks in the kernel."""
         self.ask()
         wait_until(lambda: "fuse" in Path(f"/proc/{self._process.pid}/stack").read_text(), "the caller to wait")
 
     def answer(self) -> str:
-        """What was read, or an error's name. Within 10 s."""
+        """The outcome of the read, within 10 s: "read", "nothing" or the name of an errno."""
         return self._said()
 
     def waits(self) -> bool:
@@ -197,7 +197,7 @@ class Caller:
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """A backup with pages of all kinds and descriptors open on it, which must be what they were at the end."""
+    """A backup with pages and open descriptors. The end checks that all of them still work and that no page changed."""
     a = path / "a"
     a.mkdir()
     content = {handle: os.urandom(PAGE) for handle in (1, 2, 3, 1000)}
@@ -224,20 +224,20 @@ def held(path: Path) -> Iterator[None]:
 
 
 def kept_state(keeper: int) -> Path:
-    """The state that a keeper holds, as a file."""
+    """The memfd of the state that a keeper holds, as a path in /proc."""
     (found,) = (fd for fd in Path(f"/proc/{keeper}/fd").iterdir() if os.readlink(fd) == "/memfd:ttmfs-state (deleted)")
     return found
 
 
 def kinds(pid: int) -> Counter[str]:
-    """How many sockets, pipes, devices and so on a process has open; not files of backups, which come and go."""
+    """The number of sockets, pipes, devices and so on that a process has open. Files of backups do not count."""
     return Counter(
         name.partition(":")[0] for name in descriptors(pid) if not name.startswith("/") or name.startswith("/dev")
     )
 
 
 def copied_package(directory: Path) -> Path:
-    """A copy of ttmfs, to be changed."""
+    """A copy of ttmfs that a test may change."""
     shutil.copytree(REPOSITORY / "ttmfs", directory / "ttmfs", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(MOUNT_PY, directory)
     return directory
@@ -249,9 +249,9 @@ def of_package(package: Path) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def changed(file: Path, old: str, new: str) -> Iterator[None]:
-    """A file with other words in it, for a while.
+    """Replace text in a file for the time of a ``with``.
 
-    What Python has compiled of it goes by its time, in whole seconds, and its length: so each is a minute later.
+    Python recompiles a module if its modification time, in seconds, has changed. So each version is a minute newer.
     """
     text, before = file.read_text(), file.stat().st_mtime
     assert old in text

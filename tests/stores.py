@@ -1,6 +1,6 @@
-"""Stores of every kind for tests to mount, and swap for them, fast or slow. All of it is taken away again.
+"""Stores of every kind, swap, slow disks and control groups for tests. Each is removed at the end of its ``with``.
 
-A :class:`Site` is where mounts with one kind of store are made. What a mount of another user's needs is here too.
+A :class:`Site` makes mounts with one kind of store. Mounts of other users are made here too.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from ttmfs.stores import make_store
 from ttmfs.stores.store import Store
 
 KINDS = ("tmpfs", "user", "fallback", "dir-tmpfs", "dir-ext4", "dir-xfs", "dir-btrfs")
-"""Root's private tmpfs, a user's, what a user has who may make no user namespaces, and ``store=DIR`` on filesystems."""
+"""A private tmpfs of root, a private tmpfs of a user, a user without user namespaces, ``store=DIR`` on filesystems."""
 
 FUSE = Path("/dev/fuse")
 CGROUP = Path("/sys/fs/cgroup")
@@ -43,20 +43,20 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # --- other users ---
 
 ALICE, BOB, CAROL = 65534, 65533, 65532
-"""Users without privilege, whether the machine knows them or not."""
+"""Unprivileged users. They need no entry in /etc/passwd."""
 
 
 def as_user(uid: int, **more: Any) -> dict[str, Any]:
-    """What makes subprocess run a command as a user, in one group of the same number."""
+    """Arguments of subprocess that run a command as a user, in one group with the same number."""
     return {"user": uid, "group": uid, "extra_groups": [], **more}
 
 
 @contextlib.contextmanager
 def acting_as(uid: int) -> Iterator[None]:
-    """Let this thread, and what it starts, be a user without privilege.
+    """Make this thread, and the processes that it starts, an unprivileged user.
 
-    A user's mount is closed to everyone else, root included, and the kernel looks at all three user ids. So all of them
-    are changed, of this thread alone, which keeps the capability to become root again but not in effect.
+    A user's mount is closed to everyone else, root included, and the kernel checks all three user ids. So all three
+    change, in this thread only. The thread keeps the capability to become root again, but not in effect.
     """
     before = ctypes.create_string_buffer(24)
     _check(_libc.capget(CAPABILITIES, before))
@@ -78,9 +78,9 @@ def _check(result: int) -> None:
 
 
 class Place:
-    """A directory that everyone reaches, with ttmfs and its Python in it, wherever these really are.
+    """A directory that every user can reach. It has bind mounts of ttmfs and of its Python.
 
-    As long as it lives everyone may open /dev/fuse, as on most systems.
+    Until its end every user may open /dev/fuse, as on most systems.
     """
 
     def __enter__(self) -> Self:
@@ -117,7 +117,7 @@ class Place:
 
     @contextlib.contextmanager
     def directory(self, name: str, owner: int = 0) -> Iterator[Path]:
-        """An empty directory of someone's, in which nothing may stay."""
+        """An empty directory of a user. It must be empty again at the end."""
         path = self.path / name
         path.mkdir()
         os.chown(path, owner, owner)
@@ -125,14 +125,14 @@ class Place:
             yield path
         finally:
             left = mounts_below(path)
-            for mount in left:  # by a test that failed: it is in the way of the next
+            for mount in left:  # a failed test left it, and the next test needs the place
                 run(f"umount -l {mount}")
             path.rmdir()
         assert not left
 
 
 class UsersMount(Mount):
-    """A ttmfs that Alice mounted for herself."""
+    """A mount of ttmfs by Alice, for herself."""
 
     def __init__(self, place: Place, directory: Path, options: str) -> None:
         super().__init__(directory, options, command=place.mount_command, **as_user(ALICE, cwd=place.path))
@@ -155,9 +155,9 @@ os.setresuid(user, user, user)
 os.chdir(cwd)
 os.execv(sys.argv[4], sys.argv[4:])
 """
-"""Becomes a command of a user's who may make no user namespaces: a filter of system calls sees to it, as container
-runtimes set one up. (To forbid them by max_user_namespaces to one process only takes a user namespace around it, and
-its mounts would be seen in there alone.) Set by root, it leaves fusermount3 its set-id bit."""
+"""Runs a command as a user who may not make user namespaces. A seccomp filter forbids them, as container runtimes do.
+(max_user_namespaces could forbid them to one process only inside a user namespace, where nobody else sees its mounts.)
+Root installs the filter, so fusermount3 keeps its set-id bit."""
 
 
 # --- stores ---
@@ -165,14 +165,14 @@ its mounts would be seen in there alone.) Set by root, it leaves fusermount3 its
 
 @contextlib.contextmanager
 def mounted(path: Path, kind: str, options: str = "", source: str = "none") -> Iterator[Path]:
-    """A filesystem mounted on a new directory, gone at the end even if it is in use."""
+    """Mount a filesystem on a new directory. The end unmounts it, even if it is in use."""
     path.mkdir()
     run(f"mount -t {kind} {'-o ' + options if options else ''} {shlex.quote(source)} {shlex.quote(str(path))}")
     try:
         yield path
     finally:
 
-        def unmount() -> bool:  # a daemon that has just ended may keep it for a moment
+        def unmount() -> bool:  # a daemon that has just ended may still use it
             return not subprocess.run(["umount", path], capture_output=True, check=False).returncode
 
         try:
@@ -186,10 +186,9 @@ def mounted(path: Path, kind: str, options: str = "", source: str = "none") -> I
 
 @contextlib.contextmanager
 def filesystem(path: Path, kind: str, size: int = 320 << 20, *, options: str = "") -> Iterator[Path]:
-    """A new filesystem on a new directory: a tmpfs, or any that ``mkfs`` knows in an image beside it.
+    """Mount a new filesystem on a new directory: a tmpfs, or one that ``mkfs`` makes in a sparse image beside it.
 
-    The image is as sparse as the filesystem is empty, and made in 30 ms. xfs asks for 300 MiB at least, and ext4 would
-    take smaller blocks than usual for so little.
+    xfs needs 300 MiB at least. ext4 would choose smaller blocks than usual for a filesystem of this size.
     """
     if kind == "tmpfs":
         with mounted(path, kind, f"size={size}"):
@@ -207,9 +206,9 @@ def filesystem(path: Path, kind: str, size: int = 320 << 20, *, options: str = "
 
 
 class Site:
-    """Where mounts with one kind of store are made, several at once if need be, each with a store of its own.
+    """Makes mounts with one kind of store. Each mount has a store of its own.
 
-    The mounts of kinds "user" and "fallback" are Alice's; :meth:`acting` lets a test be who can use them.
+    Alice owns the mounts of kinds "user" and "fallback". :meth:`acting` makes a test the user who can use them.
     """
 
     def __init__(self, kind: str, place: Place, mountpoints: Path, stores: Path | None) -> None:
@@ -221,7 +220,7 @@ class Site:
         self._count = 0
 
     def options(self, text: str) -> str:
-        """What to give ``-o`` for these options and a new store of the kind."""
+        """The argument of ``-o`` for these options and a new store of the kind."""
         if self._stores is None or self.uid == ALICE:
             return text
         self._count += 1
@@ -231,7 +230,7 @@ class Site:
 
     @contextlib.contextmanager
     def mount(self, options: str) -> Iterator[Mount]:
-        """A mount with a store of the kind, as whoever the site's user is."""
+        """A mount with a store of the kind, made by the user of the site."""
         self._count += 1
         path = self._mountpoints / f"mnt-{self._count}"
         path.mkdir()
@@ -254,26 +253,26 @@ class Site:
 
     @contextlib.contextmanager
     def store(self, options: str) -> Iterator[tuple[Store, Options]]:
-        """A store of the kind for the model layer, without a mount. It is this process', and so root's."""
+        """A store of the kind for the model layer, without a mount. It belongs to this process, which is root's."""
         parsed = Options.parse(self.options(options))
         with contextlib.closing(make_store(parsed)) as store:
             yield store, parsed
 
     def acting(self) -> AbstractContextManager[None]:
-        """Be the user whose mounts they are."""
+        """Make this thread the user who owns the mounts."""
         return acting_as(self.uid) if self.uid != os.geteuid() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def site_of(kind: str, place: Place, base: Path) -> Iterator[Site]:
-    """A site of one of the KINDS, with an empty directory of root's at its disposal."""
+    """A site of one of the KINDS. `base` is an empty directory of root."""
     if kind == "tmpfs":
         yield Site(kind, place, base, None)
     elif kind == "user":
         with place.directory("mounts") as mountpoints:
             yield Site(kind, place, mountpoints, None)
     elif kind == "fallback":
-        # Larger than /dev/shm, so that it is taken.
+        # ttmfs takes the larger of this and /dev/shm.
         room = mounted(place.path / "runtime", "tmpfs", f"size=100t,mode=0700,uid={ALICE},gid={ALICE}")
         with place.directory("mounts") as mountpoints, room as stores:
             yield Site(kind, place, mountpoints, stores)
@@ -288,7 +287,7 @@ def site_of(kind: str, place: Place, base: Path) -> Iterator[Site]:
 
 @contextlib.contextmanager
 def _swapping(device: str) -> Iterator[None]:
-    """Swap to a device before any other that there is."""
+    """Swap to a device, with a higher priority than any other."""
     run(f"mkswap {device} && swapon -p 32000 {device}")
     try:
         yield
@@ -298,7 +297,7 @@ def _swapping(device: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loop(directory: Path, size: int) -> Iterator[str]:
-    """A loop device over a new file in a directory."""
+    """A loop device with a new file in a directory."""
     file = directory / "swap"
     with file.open("xb") as new:
         new.truncate(size)
@@ -313,9 +312,9 @@ def _loop(directory: Path, size: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def swap(directory: Path, size: int = 256 << 20, *, takes: int = 0) -> Iterator[None]:
-    """Swap of one's own: a new zram device if the kernel has zram, else a file in a directory.
+    """New swap: a zram device if the kernel has zram, else a file in a directory.
 
-    `takes` is the most memory that zram may use for it, 0 for no limit.
+    `takes` limits the memory of the zram device in bytes. 0 means no limit.
     """
     if not ZRAM.is_dir():
         with _loop(directory, size) as device, _swapping(device):
@@ -324,7 +323,7 @@ def swap(directory: Path, size: int = 256 << 20, *, takes: int = 0) -> Iterator[
     number = (ZRAM / "hot_add").read_text().strip()
 
     def removed() -> bool:
-        with contextlib.suppress(OSError):  # someone is looking at it just now
+        with contextlib.suppress(OSError):  # another process has it open
             (ZRAM / "hot_remove").write_text(number)
         return not Path(f"/sys/block/zram{number}").exists()
 
@@ -338,9 +337,10 @@ def swap(directory: Path, size: int = 256 << 20, *, takes: int = 0) -> Iterator[
 
 
 class ControlGroup:
-    """A memory control group, of either version, for the time of a ``with``. May be entered by processes as they start.
+    """A memory control group, of either version, for the time of a ``with``. :meth:`join` is a preexec_fn.
 
-    `swap` is what it may swap, None for all there is. `swaps` false: the kernel is to leave its memory where it is.
+    `limit` bounds its memory and `swap` its swap, in bytes; None means no bound. If `swaps` is false the kernel does
+    not swap out its memory.
     """
 
     ROOTS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
@@ -372,7 +372,7 @@ class ControlGroup:
             self._swappiness.write_text(self._was)
 
         def remove() -> bool:
-            with contextlib.suppress(OSError):  # EBUSY until the last member is gone
+            with contextlib.suppress(OSError):  # EBUSY until the last member has left
                 self.path.rmdir()
             return not self.path.exists()
 
@@ -382,11 +382,11 @@ class ControlGroup:
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
 
     def usage(self) -> int:
-        """Bytes charged to it."""
+        """Bytes of memory that the group uses."""
         return int((self.path / ("memory.usage_in_bytes" if self._old else "memory.current")).read_text())
 
     def shmem(self) -> int:
-        """Bytes of shared memory, and so of pages, that its members allocated and that are there still."""
+        """Bytes of shared memory that the group uses. Stored pages are shared memory."""
         rows = dict(line.split() for line in (self.path / "memory.stat").read_text().splitlines())
         return int(rows["shmem"])
 
@@ -396,7 +396,7 @@ class ControlGroup:
 
 
 class _Groups:
-    """Control groups for memory and block devices, of either version, that a process is moved to for a while."""
+    """Control groups for memory and block devices, of either version, for one process and the time of a ``with``."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -404,7 +404,7 @@ class _Groups:
         roots = {"memory": CGROUP / "memory", "blkio": CGROUP / "blkio"} if self.version == 1 else {"": CGROUP}
         rows = (row.split(":", 2)[1:] for row in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
         self._before = {roots[name]: roots[name] / path.lstrip("/") for name, path in rows if name in roots}
-        unique = secrets.token_hex(8)  # other process namespaces have the same process ids
+        unique = secrets.token_hex(8)  # process ids repeat in other process namespaces
         self.memory, self.io = (roots.get(name, CGROUP) / f"ttmfs-slow-{unique}" for name in ("memory", "blkio"))
 
     def __enter__(self) -> Self:
@@ -418,7 +418,7 @@ class _Groups:
     def __exit__(self, *_: object) -> None:
         def removed() -> bool:
             for path in {self.memory, self.io}:
-                with contextlib.suppress(OSError):  # EBUSY until the last member is gone
+                with contextlib.suppress(OSError):  # EBUSY until the last member has left
                     path.rmdir()
             return not self.memory.exists() and not self.io.exists()
 
@@ -429,35 +429,35 @@ class _Groups:
 
 
 class SlowSwap:
-    """Swap that one process reads slowly; everyone writes it, and everyone else reads it, as fast as ever."""
+    """Swap that is slow to read for one process. Writes, and reads of other processes, have their usual speed."""
 
     def __init__(self, groups: _Groups) -> None:
         self._groups = groups
 
     def push_out(self) -> None:
-        """Swap out what the process has stored meanwhile, and forget it.
+        """Swap out what the process has stored since it joined the group, and drop it from the swap cache.
 
-        Paging out alone leaves it in the swap cache, unless the device is memory: there it is found without a read.
+        Paging out alone leaves pages in the swap cache, where the kernel finds them without a read from the device.
         """
         reclaim, enough = ("memory.force_empty", "0") if self._groups.version == 1 else ("memory.reclaim", "1G")
 
         def out() -> bool:
-            with contextlib.suppress(BlockingIOError):  # there was less than that
+            with contextlib.suppress(BlockingIOError):  # the group had less to reclaim
                 (self._groups.memory / reclaim).write_text(enough)
             rows = dict(line.split() for line in (self._groups.memory / "memory.stat").read_text().splitlines())
             return rows["shmem"] == "0"
 
-        wait_until(out, "the pages to be swapped out")  # those that were just used are passed over at first
-        out()  # again, for those whose writing to the device is only now done
-        time.sleep(0.02)  # so late the daemon may notice that swap has come into use
+        wait_until(out, "the pages to be swapped out")  # the kernel first passes over pages that were just used
+        out()  # again, for pages whose write has only just ended
+        time.sleep(0.02)  # the daemon may take this long to notice that swap is in use
 
 
 @contextlib.contextmanager
 def slow_swap(pid: int, directory: Path, reads_a_second: int = 4, size: int = 256 << 20) -> Iterator[SlowSwap]:
-    """Swap on a file in a directory, from which a process reads so many times a second and no more.
+    """Swap on a file in a directory. The block layer limits how often a second one process reads from it.
 
-    So each swap-in of it takes 1 / `reads_a_second`, whatever the machine. The block layer's throttling does that; it
-    needs no device mapper. What it stores from now on is charged to a control group of its own, for push_out.
+    So each swap-in of the process takes 1 / `reads_a_second` on any machine. The process moves to a control group,
+    which push_out needs.
     """
     with _loop(directory, size) as device, _swapping(device), _Groups(pid) as groups:
         number = Path(f"/sys/block/{Path(device).name}/dev").read_text().strip()
@@ -468,7 +468,7 @@ def slow_swap(pid: int, directory: Path, reads_a_second: int = 4, size: int = 25
         try:
             yield SlowSwap(groups)
         finally:
-            (groups.io / file).write_text(f"{number} {limit}{none}")  # what waits still is read now
+            (groups.io / file).write_text(f"{number} {limit}{none}")  # pending reads go through now
 
 
 # --- slow disks ---
@@ -476,16 +476,16 @@ def slow_swap(pid: int, directory: Path, reads_a_second: int = 4, size: int = 25
 
 @contextlib.contextmanager
 def slow_writes(pid: int, filesystem: Path, bytes_a_second: int = 2 << 20) -> Iterator[None]:
-    """Have the disk of a filesystem on a loop device write slowly what a process stores, and let little of it wait.
+    """Slow down the writes of a process to a filesystem on a loop device, and allow few dirty pages.
 
-    So the kernel soon makes writers wait for the disk (dirty throttling), whatever the machine's memory. The block
-    layer's throttling does the rest; of version 2 it needs a control group of the process' own.
+    So the kernel soon makes writers wait for the disk (dirty throttling), however much memory the machine has. With
+    version 2 of control groups, the block layer's limit needs a group for the process.
     """
     source, uuid = run(f"findmnt -no SOURCE,UUID {shlex.quote(str(filesystem))}").split()
     device = Path("/sys/block", Path(source).name)
     number = (device / "dev").read_text().strip()
     dirty, before = {}, {}
-    waiting = Path("/sys/fs/btrfs", uuid)  # btrfs can have several devices, so what waits for them is counted there
+    waiting = Path("/sys/fs/btrfs", uuid)  # btrfs can have several devices, and counts dirty pages here
     for name, value in ("strict_limit", "1"), ("max_bytes", str(8 << 20)):  # since Linux 6.2
         if (file := (waiting if waiting.exists() else device) / "bdi" / name).exists():
             dirty[file] = value
@@ -497,7 +497,7 @@ def slow_writes(pid: int, filesystem: Path, bytes_a_second: int = 2 << 20) -> It
         else:
             limit, text, none = ended.enter_context(_Groups(pid)).io / "io.max", f"{number} wbps=", "max"
         for file, value in dirty.items():
-            # Bytes are kept as a part of the memory: as bytes it may be too much for what there is at the end.
+            # The kernel stores bytes as a ratio of the memory. The ratio restores exactly, the bytes may not.
             kept = file.with_name("max_ratio") if file.name == "max_bytes" else file
             before[kept] = kept.read_text()
             file.write_text(value)

@@ -56,7 +56,7 @@ from ttmfs.recovery.state import FORMAT
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A copy of ttmfs, to be changed."""
+    """A copy of ttmfs that a test may change."""
     return copied_package(tmp_path / "package")
 
 
