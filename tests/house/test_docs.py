@@ -111,3 +111,11 @@ def test_the_specification_has_every_extended_attribute() -> None:
     for text, node in (of_backup, BackupDirectory), (of_root, Root):
         assert set(re.findall(r"`(user\.ttmfs\.\w+)`", text)) >= {name.decode() for name in XATTRS[node]}
     assert set(re.findall(r"`(user\.ttmfs\.\w+)`", section)) == {name.decode() for t in XATTRS.values() for name in t}
+
+
+def test_documents_use_plain_phrases() -> None:
+    """The style is subject, verb, object. These phrases mark sentences that readers had to read twice."""
+    twice = re.compile(r"\b(whoever|so many|so much|who waits|of which|(gone|goes) on with|lest|anew)\b", re.IGNORECASE)
+    texts = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("docs/man/*")]
+    assert len(texts) > 10
+    assert not [(text.name, found[0]) for text in texts for found in twice.finditer(text.read_text())]
