@@ -60,7 +60,7 @@ class DiskFile(PageFile):
         """Around a change of the pages between two indices. Gives a descriptor for the thread."""
         with (
             translated(what),
-            contextlib.closing(system_calls.Duplicate(self._descriptor(self.id))) as file,
+            contextlib.closing(system_calls.Duplicate(self._files.descriptor(self.id))) as file,
             self._store.changing(self.id, first, past, file.fd, adding=adding),
         ):
             yield file
@@ -78,7 +78,7 @@ class DiskFile(PageFile):
             offset, length = self._needed_to_write(offset, length)
         if not length:
             return False
-        fd = self._descriptor(self.id)
+        fd = self._files.descriptor(self.id)
         try:
             end = min(offset + length, os.fstat(fd).st_size)
             base = -(-end // BASE_PAGE_SIZE) - offset // BASE_PAGE_SIZE
@@ -92,12 +92,14 @@ class DiskFile(PageFile):
     def _out(self) -> Iterator[int]:
         for first, past in self.extents():  # by runs of pages: holes that were read lie in the page cache, too
             start, length = first * self.page_size, (past - first) * self.page_size
-            yield max(0, length // BASE_PAGE_SIZE - system_calls.resident(self._descriptor(self.id), start, length))
+            yield max(
+                0, length // BASE_PAGE_SIZE - system_calls.resident(self._files.descriptor(self.id), start, length)
+            )
 
     async def push_out(self, offset: int, length: int) -> None:
         with contextlib.suppress(TtmfsError, OSError):
             await self._store.sync(self.id)
-            with contextlib.closing(system_calls.Duplicate(self._descriptor(self.id))) as file:
+            with contextlib.closing(system_calls.Duplicate(self._files.descriptor(self.id))) as file:
                 await self._in_thread(file, os.posix_fadvise, offset, length, os.POSIX_FADV_DONTNEED)
 
     async def sync(self, offset: int, length: int) -> None:

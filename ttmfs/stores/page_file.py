@@ -51,13 +51,13 @@ async def finished(result: T | Coroutine[Any, Any, T]) -> T:
 class PageFile(ABC):
     """The file of one backup. After the backup was ended every method raises :class:`ttmfs.BackupEnded`."""
 
-    __slots__ = ("_descriptor", "_store", "id", "page_size")
+    __slots__ = ("_files", "_store", "id", "page_size")
 
     def __init__(self, store: Store, id: int) -> None:
         self._store = store
         self.id = id
         self.page_size = store.page_size
-        self._descriptor = store.files.descriptor
+        self._files = store.files
 
     # --- what a kind of file has of its own ---
 
@@ -111,14 +111,14 @@ class PageFile(ABC):
     def size(self) -> int:
         """Bytes that it spans, stored or not."""
         try:
-            return os.lseek(self._descriptor(self.id), 0, os.SEEK_END)  # half of what fstat takes
+            return os.lseek(self._files.descriptor(self.id), 0, os.SEEK_END)  # half of what fstat takes
         except OSError as error:
             raise from_os_error(error, "looking at a backup") from error
 
     def stat(self) -> os.stat_result:
         """The stat of the file: size, blocks of 512 bytes, mode, owner and times are the backup's."""
         try:
-            return os.fstat(self._descriptor(self.id))
+            return os.fstat(self._files.descriptor(self.id))
         except OSError as error:
             raise from_os_error(error, "looking at a backup") from error
 
@@ -135,34 +135,36 @@ class PageFile(ABC):
     def holds(self, idx: int) -> bool:
         """Whether the page at an index exists."""
         try:
-            return system_calls.is_data(self._descriptor(self.id), idx * self.page_size, self.page_size)
+            return system_calls.is_data(self._files.descriptor(self.id), idx * self.page_size, self.page_size)
         except OSError as error:
             raise from_os_error(error, "looking for a page") from error
 
     def _next_data(self, offset: int) -> int | None:
         """Where the first data at or after an offset begins; None if there is none."""
         with translated("looking for pages"):
-            return system_calls.next_data_start(self._descriptor(self.id), offset)
+            return system_calls.next_data_start(self._files.descriptor(self.id), offset)
 
     def extent(self, idx: int) -> tuple[int, int] | None:
         """The first run of pages at or after an index, as (first index, index past the last); None if there is none.
 
         Takes time in proportion to its length, 10 ms for 262,144 pages: keep the answer, do not ask for each page.
         """
-        with translated("looking for pages"):
-            found = system_calls.next_data(self._descriptor(self.id), idx * self.page_size)
+        try:
+            found = system_calls.next_data(self._files.descriptor(self.id), idx * self.page_size)
+        except OSError as error:
+            raise from_os_error(error, "looking for pages") from error
         return found and (max(idx, found[0] // self.page_size), -(-found[1] // self.page_size))
 
     def first_absent(self, first: int, past: int) -> int | None:
         """The first index of a range that holds no page; None if every one does."""
         with translated("looking for pages"):
-            return system_calls.first_absent(self._descriptor(self.id), self.page_size, first, past)
+            return system_calls.first_absent(self._files.descriptor(self.id), self.page_size, first, past)
 
     def extents(self, first: int = 0, past: int | None = None) -> Iterator[tuple[int, int]]:
         """Every run of pages between two indices, as (first index, index past the last), in ascending order."""
         limit = self.size // self.page_size
         with translated("looking for pages"):
-            fd = self._descriptor(self.id)
+            fd = self._files.descriptor(self.id)
             yield from system_calls.page_runs(fd, self.page_size, first, limit if past is None else min(past, limit))
 
     def _indices(self) -> Iterator[int]:
@@ -212,7 +214,7 @@ class PageFile(ABC):
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes from `offset` on, fewer at the end of the backup; absent pages read as zeros."""
         try:
-            return os.pread(self._descriptor(self.id), size, offset)
+            return os.pread(self._files.descriptor(self.id), size, offset)
         except OSError as error:
             raise from_os_error(error, "reading pages") from error
 
@@ -221,7 +223,7 @@ class PageFile(ABC):
         done = 0
         try:
             while done < len(dst):
-                if not (read := os.preadv(self._descriptor(self.id), [dst[done:]], offset + done)):
+                if not (read := os.preadv(self._files.descriptor(self.id), [dst[done:]], offset + done)):
                     break
                 done += read
         except OSError as error:
@@ -243,7 +245,7 @@ class PageFile(ABC):
             with trio.CancelScope(shield=not abandon):
                 async with blocking_io.page_in(self.stat().st_uid):
                     with translated("bringing pages in"):
-                        file = system_calls.Duplicate(self._descriptor(self.id))  # the store may close its own
+                        file = system_calls.Duplicate(self._files.descriptor(self.id))  # the store may close its own
                     await trio.to_thread.run_sync(
                         _touch, file, offset, length, abandon_on_cancel=abandon, limiter=blocking_io.page_ins.limiter
                     )
@@ -282,7 +284,7 @@ class PageFile(ABC):
         """Whether a page that is to be made exists. Raises OutOfBounds."""
         last = (idx + 1) * self.page_size - 1
         try:  # one look for both, the end and the page: the caller was told that there is no page
-            if os.lseek(self._descriptor(self.id), last, os.SEEK_HOLE) != last:
+            if os.lseek(self._files.descriptor(self.id), last, os.SEEK_HOLE) != last:
                 return True
         except OSError as error:
             if error.errno != errno.ENXIO:
@@ -332,7 +334,7 @@ class PageFile(ABC):
         if size < self.size and self._next_data(size // self.page_size * self.page_size) is not None:
             raise InvalidArgument(f"pages are stored past byte {size}; drop them first")
         with translated("changing the size of a backup"):
-            os.ftruncate(self._descriptor(self.id), size)
+            os.ftruncate(self._files.descriptor(self.id), size)
 
 
 def _touch(file: system_calls.Duplicate, offset: int, length: int) -> None:

@@ -58,8 +58,6 @@ class Store(ABC):
         self._reserve = Reserve(options.reserve) if self.in_memory else None
         self._quota = Quota(options.uid_size // options.page_size, self._measure)
         self._limits: list[Callable[[int, int], int]] = [self._quota.admit] if self._quota.is_set else []
-        if self._reserve:
-            self._limits.append(self._admitted_by_reserve)
 
     def _begin(self) -> None:
         """Read the directory for the first time."""
@@ -170,10 +168,7 @@ class Store(ABC):
         """How many of `pages` more pages a backup may store. Storing may still find that there is less room."""
         for limit in self._limits:
             pages = limit(id, pages)
-        return pages
-
-    def _admitted_by_reserve(self, _: int, pages: int) -> int:
-        return pages if self._reserve and self._reserve.admits(pages * self.page_size) else 0
+        return pages if not self._reserve or self._reserve.admits(pages * self.page_size) else 0
 
     def refusal(self, id: int) -> NoRoom:
         """Why a backup was not admitted another page."""

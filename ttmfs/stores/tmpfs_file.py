@@ -53,7 +53,7 @@ class TmpfsFile(PageFile):
 
     def drop_range(self, first: int, past: int) -> None:
         try:
-            fd = self._descriptor(self.id)
+            fd = self._files.descriptor(self.id)
             start, end = first * self.page_size, min(past * self.page_size, 2**63 - 1)
             if not self._store.counts_changes:
                 system_calls.punch_hole(fd, start, end - start)
@@ -65,7 +65,7 @@ class TmpfsFile(PageFile):
 
     def _write(self, offset: int, data: bytes | memoryview) -> int:
         """Store bytes as far as the tmpfs has room."""
-        fd, end = self._descriptor(self.id), offset + len(data)
+        fd, end = self._files.descriptor(self.id), offset + len(data)
         try:
             if not self._store.counts_changes:
                 if len(data) <= STEP and self.page_size <= self._store.block_size:  # nearly always: a call less
@@ -110,7 +110,7 @@ class TmpfsFile(PageFile):
         if to_write:
             offset, length = self._needed_to_write(offset, length)
         try:
-            return system_calls.residency(self._descriptor(self.id), offset, length)[1] > 0
+            return system_calls.residency(self._files.descriptor(self.id), offset, length)[1] > 0
         except OSError as error:
             raise from_os_error(error, "asking what is in memory") from error
 
@@ -123,7 +123,7 @@ class TmpfsFile(PageFile):
     def _out(self) -> Iterator[int]:
         position = 0  # by STEPs from data to data, which takes no longer if there are many runs
         while (start := self._next_data(position)) is not None:
-            yield system_calls.residency(self._descriptor(self.id), start, STEP)[1]
+            yield system_calls.residency(self._files.descriptor(self.id), start, STEP)[1]
             position = start + STEP
 
     async def push_out(self, offset: int, length: int) -> None:
@@ -133,7 +133,7 @@ class TmpfsFile(PageFile):
             owner = self.stat().st_uid
             while offset < end and system_calls.swap_space()[1]:
                 async with self._store.blocking_io.syncs.turn(owner):
-                    fd = self._descriptor(self.id)
+                    fd = self._files.descriptor(self.id)
                     run = _resident_run(fd, offset, min(end, os.fstat(fd).st_size), self.page_size)
                     start, offset = run or (end, end)
                     if start < offset:
@@ -147,7 +147,7 @@ class TmpfsFile(PageFile):
         self._store.swap.page_out_begins()
         try:
             await run_sync(system_calls.page_out, address, size)
-            if system_calls.residency(self._descriptor(self.id), start, size)[0]:
+            if system_calls.residency(self._files.descriptor(self.id), start, size)[0]:
                 await run_sync(partial(system_calls.page_out, address, size, from_all_cpus=True))
         finally:
             system_calls.unmap(address, size)
