@@ -116,7 +116,8 @@ def obey(path: str, suspect_seconds: float) -> None:
         def seen(frame: Any, event: str, argument: Any) -> None:
             nonlocal left
             of_os = event == "c_call" and getattr(argument, "__module__", "") in ("posix", "fcntl")
-            if of_os or (event == "call" and frame.f_code.co_filename.endswith("/ttmfs/linux/system_calls.py")):
+            modules = "/ttmfs/linux/system_calls.py", "/ttmfs/linux/tmpfs.py"
+            if of_os or (event == "call" and frame.f_code.co_filename.endswith(modules)):
                 left -= 1
                 if not left:
                     sys.setprofile(None)
@@ -369,7 +370,7 @@ COUNTED: dict[str, tuple[str, Scenario]] = {
     "size of all": ("setxattr", budget),
     "drop of handles": ("setxattr", lambda a, go: go(lambda: set_attribute(a, "drop", "2-4,6"))),
 }  # fmt: skip
-"""What changes names, or how many pages there are: the kernel counts them in a tmpfs, the ledger in a directory."""
+"""What changes names, or how many pages there are: the kernel counts them in a tmpfs, the daemon in a directory."""
 
 CHANGES: dict[str, tuple[str, Scenario]] = {
     "O_TRUNC": ("setattr", lambda a, go: go(lambda: close(os.open(a / "2", os.O_RDWR | os.O_TRUNC)))),

@@ -1,6 +1,6 @@
-"""What the machine, and the control group of this process, can still give. In bytes.
+"""Available memory and swap of the machine and of this process' control group. In bytes.
 
-Read anew at every call; where it is asked for each page, at most so long ago as :class:`Reserve` and :class:`Swap` say.
+Functions ask the kernel at each call. :class:`Reserve` and :class:`Swap` keep the answers for a while.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ def bytes_avail() -> int:
 
 
 def available() -> int:
-    """What can be stored before something must be killed: MemAvailable + free swap, or what a control group leaves."""
+    """What can be stored before the kernel kills a process: MemAvailable and swap, or what a control group leaves."""
     meminfo = _meminfo()
     swap, taken = _usable_swap() if meminfo["SwapFree"] else (0, 0)
-    swap = min(swap, meminfo["SwapFree"])  # which a container can be shown less of
+    swap = min(swap, meminfo["SwapFree"])  # a container can be shown less than there is
     groups = control_groups()
     group_swap = swap if groups and _swaps(groups[0]) else 0
     return min([meminfo["MemAvailable"] + swap - taken, *(_headroom(group, group_swap) for group in groups)])
@@ -35,8 +35,8 @@ def available() -> int:
 class Reserve:
     """Memory and swap that storing pages must leave free.
 
-    Asking the kernel costs as much as storing several pages, so an answer serves for a tenth of a second or until a
-    quarter of what it left has been given out, whichever ends first.
+    Asking the kernel costs as much as storing several pages. So an answer is used for a tenth of a second at most, and
+    for a quarter of the room that it showed.
     """
 
     LIFETIME = 100_000_000  # ns
@@ -64,10 +64,7 @@ class Reserve:
 
 
 class Swap:
-    """Whether there may be pages in swap.
-
-    The kernel is asked a hundred times a second at most, so that where no swap is in use the question costs nothing.
-    """
+    """Whether there may be pages in swap. It asks the kernel a hundred times a second at most."""
 
     LIFETIME = 10_000_000  # ns
 
@@ -78,17 +75,17 @@ class Swap:
 
     @property
     def used(self) -> bool:
-        """Whether any swap is in use, as of a hundredth of a second ago at most."""
+        """Whether any swap is in use. The answer is at most 10 ms old."""
         if (now := time.monotonic_ns()) > self._expires:
             size, free = system_calls.swap_space()
             self._used, self._expires = free < size, now + self.LIFETIME
         return self._used
 
     def renew_counts(self) -> None:
-        """Have the kernel count anew what is in the control group of this process.
+        """Make the kernel renew its counts of the pages in this process' control group, by reading them.
 
-        It decides by these numbers which pages it may swap out to make room, yet they are up to two seconds old. If
-        most of the group's pages were read twice since, it finds none to swap out, and kills. To read them renews them.
+        The kernel decides by them which pages to swap out, yet they can be two seconds old. If most pages were read
+        twice since, it finds none to swap out, and kills the process.
         """
         if (now := time.monotonic_ns()) > self._counted:
             for group in control_groups()[:1]:
@@ -97,7 +94,7 @@ class Swap:
             self._counted = now + self.LIFETIME
 
     def page_out_begins(self) -> None:
-        """Note that swap will be in use from now on."""
+        """Note that swap is in use from now on."""
         self._used, self._expires = True, time.monotonic_ns() + self.LIFETIME
 
 
@@ -109,12 +106,12 @@ def _meminfo() -> dict[str, int]:
 
 
 def _usable_swap() -> tuple[int, int]:
-    """How much more can be swapped out, and how much memory that would take: zram keeps in memory what it is given."""
+    """How much more can be swapped out, and how much memory that takes: zram keeps swapped pages in memory."""
     usable = taken = 0
     with open("/proc/swaps", encoding="utf-8", errors="surrogateescape") as file:
         next(file)
         for line in file:
-            path, _, size, used, _ = line.split()  # blanks in a path stand there as octal digits
+            path, _, size, used, _ = line.split()  # blanks in a path are escaped
             free = (int(size) - int(used)) * 1024
             if (name := os.path.basename(path)).startswith("zram"):
                 free, memory = _zram(name, free)
@@ -124,10 +121,10 @@ def _usable_swap() -> tuple[int, int]:
 
 
 def _zram(name: str, free: int) -> tuple[int, int]:
-    """The same of one zram device, of whose size `free` bytes are unused.
+    """The same for one zram device that has `free` bytes unused.
 
-    What a page of it takes goes by those that it has. Until it has some, a limit on its memory is reckoned as if
-    nothing could be compressed; the memory of the machine as if that took none, for else nothing would ever be swapped.
+    The pages that it holds tell how well pages compress. Before it holds some, its own memory limit is taken as if
+    nothing could be compressed. The machine's memory is taken as if pages took none, or nothing would be swapped out.
     """
     try:
         stored, _, held, limit = map(int, Path(f"/sys/block/{name}/mm_stat").read_text().split()[:4])
@@ -141,13 +138,13 @@ def _zram(name: str, free: int) -> tuple[int, int]:
 
 
 def _swaps(group: Path) -> bool:
-    """Whether the kernel swaps out what is charged to a group when the group is at its limit: not at swappiness 0."""
+    """Whether the kernel swaps out pages of a group that is at its limit: not at swappiness 0."""
     swappiness = read_number(group / "memory.swappiness")  # v1: each has its own
     return (read_number(Path("/proc/sys/vm/swappiness")) if swappiness is None else swappiness) != 0
 
 
 def control_groups() -> list[Path]:
-    """The memory control group of this process and its ancestors, as far as they can be seen."""
+    """The memory control group of this process and its ancestors, as far as they are visible."""
     with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
         rows = [line.rstrip("\n").split(":", 2) for line in file]
     for _, controllers, path in rows:
@@ -163,7 +160,7 @@ def control_groups() -> list[Path]:
 
 
 def _headroom(group: Path, swap_free: int) -> int:
-    """What one control group lets its members still charge, with what it can reclaim and swap out counted in."""
+    """What the members of a control group can still be charged, including what can be reclaimed and swapped out."""
     if (usage := read_number(group / "memory.current")) is not None:  # v2
         limit, swap_limit = read_number(group / "memory.max"), read_number(group / "memory.swap.max")
         swap = swap_free
@@ -183,7 +180,7 @@ def _headroom(group: Path, swap_free: int) -> int:
 
 
 def _page_cache(group: Path, prefix: str) -> int:
-    """The file pages of a group, which the kernel drops before it swaps. Shmem is not among them."""
+    """The file pages of a group, which the kernel drops before it swaps. Shmem is not counted."""
     names = {f"{prefix}inactive_file", f"{prefix}active_file"}
     try:
         rows = (line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -193,7 +190,7 @@ def _page_cache(group: Path, prefix: str) -> int:
 
 
 def read_number(path: os.PathLike[str]) -> int | None:
-    """The number in a control file; None for "max" or where there is no such file."""
+    """The number in a control file; None for "max" or a missing file."""
     try:
         text = Path(path).read_text().strip()
     except OSError:

@@ -1,10 +1,10 @@
-"""How far a request got that is carried out in steps, noted where another daemon can find it."""
+"""The progress of a request that is carried out in steps, noted where the next daemon finds it."""
 
 __all__ = ["Progress"]
 
 
 class Progress:
-    """How far a request got: a number that only grows, and outlasts the daemon. 0: nothing is done yet."""
+    """How much of a request is done: a number that only grows, and outlasts the daemon."""
 
     __slots__ = ("_place", "_table", "done")
 
@@ -13,7 +13,7 @@ class Progress:
         self.done: int = table[place] if table else 0
 
     def reach(self, done: int) -> None:
-        """Note that so much is done. To be called before anyone else is served."""
+        """Note how much is done. Call it before another request is served."""
         self.done = done
         if self._table:
             self._table[self._place] = done

@@ -38,7 +38,7 @@ STEP = 16 << 20
 """Bytes that are allocated, written or dropped at a time."""
 
 BRING_IN_TRIES = 3
-"""Pages can be swapped out again before they are copied. After so many tries the copy waits for them itself."""
+"""Pages can be swapped out again before they are copied. After this many tries the copy itself waits for them."""
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ class PageFile(ABC):
 
     @property
     def taken(self) -> int:
-        """Bytes of room that it takes. In memory a page of which only a part was stored takes the room of that part."""
+        """Bytes of room that it takes. In memory a page that was stored in part takes the room of that part."""
         return self._store.taken(self.id)
 
     @property

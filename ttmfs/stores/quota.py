@@ -1,7 +1,7 @@
 """What each user may store (`uid_size=`). Units are pages.
 
-A backup counts towards its owner, whoever writes to it: the room that it takes, and one page for the backup itself, so
-that empty backups are not free. Root has no limit. The counts are not kept: they can be taken again.
+A backup counts towards its owner, not towards the user who writes to it. It counts the room that it takes, and one page
+for itself, so that empty backups are not free. Root has no limit. The counts are not kept: they can be taken again.
 
 Concurrency: one thread.
 """

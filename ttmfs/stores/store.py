@@ -43,7 +43,7 @@ class Store(ABC):
     """Whether each change of pages is counted here, beside the kernel. Then a backup's file is given to no one else."""
 
     def __init__(self, directory: int, options: Options, failed: Iterable[int] = ()) -> None:
-        """`failed` are the ids of backups of which an fsync(2) has failed."""
+        """`failed` are the ids of backups with a failed fsync(2)."""
         self.page_size = options.page_size
         self.block_size = os.fstatvfs(directory).f_bsize
         """Bytes, the least that the filesystem tells as data. Larger pages are allocated before they are written."""
