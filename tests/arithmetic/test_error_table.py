@@ -33,7 +33,7 @@ def test_every_error_has_its_errno(kind: type[TtmfsError]) -> None:
         (errno.EBADF, errno.EIO),
     ],
 )
-def test_what_the_store_says_is_passed_on_as_one_of_ours(number: int, becomes: int) -> None:
+def test_an_oserror_of_the_store_becomes_a_ttmfs_error(number: int, becomes: int) -> None:
     error = errors.from_os_error(OSError(number, os.strerror(number)), "storing pages")
     assert errors.errno_of(error) == becomes
     assert "storing pages" in str(error)

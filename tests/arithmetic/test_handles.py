@@ -24,7 +24,7 @@ def test_c1_a_handle_is_the_index_plus_1_and_never_0(idx: int) -> None:
 
 
 @given(taggable)
-def test_c1_a_tagged_pointer_goes_there_and_back(handle: int) -> None:
+def test_c1_a_handle_survives_encoding_as_a_tagged_pointer(handle: int) -> None:
     pointer = handles.handle_to_page_ptr(handle)
     assert pointer == handle << 1 | 1 <= UINT64_MAX
     assert handles.page_ptr_is_handle(pointer) is True
@@ -32,14 +32,14 @@ def test_c1_a_tagged_pointer_goes_there_and_back(handle: int) -> None:
 
 
 @given(st.integers(0, 2**63 - 1))
-def test_c1_an_address_is_refused_not_converted(half: int) -> None:
+def test_c1_an_untagged_address_is_refused(half: int) -> None:
     assert handles.page_ptr_is_handle(half * 2) is False
     with pytest.raises(ValueError, match="address of a page"):
         handles.page_ptr_to_handle(half * 2)
 
 
 @given(arrays(indices))
-def test_c1_arrays_of_indices_are_answered_in_kind(idx: handles.Uint64Array) -> None:
+def test_c1_an_array_of_indices_gives_an_array_of_handles(idx: handles.Uint64Array) -> None:
     made = handles.index_to_handle(idx)
     assert made.dtype == np.uint64
     assert made.tolist() == [handles.index_to_handle(i) for i in idx.tolist()]
@@ -47,7 +47,7 @@ def test_c1_arrays_of_indices_are_answered_in_kind(idx: handles.Uint64Array) -> 
 
 
 @given(arrays(taggable))
-def test_c1_arrays_of_handles_are_answered_in_kind(given_handles: handles.Uint64Array) -> None:
+def test_c1_an_array_of_handles_gives_an_array(given_handles: handles.Uint64Array) -> None:
     pointers = handles.handle_to_page_ptr(given_handles)
     assert pointers.dtype == np.uint64
     assert pointers.tolist() == [handles.handle_to_page_ptr(h) for h in given_handles.tolist()]
@@ -55,7 +55,7 @@ def test_c1_arrays_of_handles_are_answered_in_kind(given_handles: handles.Uint64
     assert handles.page_ptr_to_handle(pointers).tolist() == given_handles.tolist()
 
 
-def test_c1_a_page_array_of_addresses_and_handles_is_told_apart() -> None:
+def test_c1_tagged_handles_are_told_from_addresses_in_an_array() -> None:
     slots = np.array([0, 0x7F00_0000_1000, 7 << 1 | 1, 1], dtype=np.uint64)
     assert handles.page_ptr_is_handle(slots).tolist() == [False, False, True, True]
     with pytest.raises(ValueError, match="address of a page"):
@@ -81,25 +81,25 @@ def test_c1_a_page_array_of_addresses_and_handles_is_told_apart() -> None:
         (handles.page_ptr_to_handle, UINT64_MAX + 2),
     ],
 )
-def test_c1_what_cannot_be_is_refused(function: object, value: object) -> None:
+def test_c1_impossible_indices_and_handles_are_refused(function: object, value: object) -> None:
     with pytest.raises(ValueError, match=r"must|lie"):
         function(value)  # type: ignore[operator]
 
 
-def test_numpy_scalars_are_ints_too() -> None:
+def test_numpy_scalars_are_accepted_as_ints() -> None:
     made: object = handles.index_to_handle(np.uint64(4))  # type: ignore[type-var]
     assert type(made) is int
 
 
 @given(st.integers(1, 10**30))
-def test_a_page_name_goes_there_and_back(handle: int) -> None:
+def test_a_handle_survives_conversion_to_a_page_name(handle: int) -> None:
     assert handles.parse_page_name(handles.page_name(handle)) == handle
 
 
 @pytest.mark.parametrize(
     "name", [b"", b"0", b"01", b"+1", b"-1", b" 1", b"1 ", b"1\n", b"1_0", b"0x1", b"1.0", b"\xd9\xa1"]
 )
-def test_a_name_that_is_not_canonical_is_none(name: bytes) -> None:
+def test_a_name_that_is_not_canonical_is_not_a_page_name(name: bytes) -> None:
     assert handles.parse_page_name(name) is None
 
 
@@ -113,15 +113,15 @@ pairs = st.tuples(st.integers(1, 10**18), st.integers(0, 10**6)).map(lambda p: (
 
 
 @given(st.lists(pairs, min_size=1))
-def test_ranges_go_there_and_back(ranges: list[tuple[int, int]]) -> None:
+def test_ranges_survive_being_written_and_parsed(ranges: list[tuple[int, int]]) -> None:
     assert handles.parse_ranges(handles.format_ranges(ranges)) == ranges
 
 
-def test_ranges_are_read_as_people_write_them() -> None:
+def test_ranges_may_be_written_loosely() -> None:
     assert handles.parse_ranges("1-100, 205 ,7-7\n") == [(1, 100), (205, 205), (7, 7)]
 
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "0", "0-3", "3-1", "1-2-3", "a", "1;2", "-", "1-", "9" * 5000])
-def test_what_is_no_list_of_ranges_is_refused(text: str) -> None:
+def test_text_that_is_not_a_list_of_ranges_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"range"):
         handles.parse_ranges(text)

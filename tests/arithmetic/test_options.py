@@ -77,7 +77,7 @@ words = st.builds("{}{}{}".format, names | st.text(max_size=8), st.sampled_from(
 # --- what is read ---
 
 
-def test_what_is_not_given_is_half_of_the_ram_and_backups_as_large() -> None:
+def test_the_default_size_is_half_of_the_ram_for_mount_and_backups() -> None:
     options = Options.parse()
     assert options == Options() == Options.parse("") == Options.parse(",,", ",")
     assert 0 <= options.size - RAM // 2 < BASE_PAGE_SIZE
@@ -156,14 +156,14 @@ def test_a_percentage_is_rounded_up_to_a_page_as_a_tmpfs_rounds_it(percent: int,
 
 
 @pytest.mark.parametrize("percent", [1, 7, 33, 50, 99, 100, 101, 333, 999])
-def test_a_percentage_is_what_a_tmpfs_makes_of_it(tmp_path: Path, percent: int) -> None:
+def test_a_percentage_gives_the_same_size_as_on_a_tmpfs(tmp_path: Path, percent: int) -> None:
     with mounted(tmp_path / "tmpfs", "tmpfs", f"size={percent}%") as path:
         room = os.statvfs(path)
     assert parse_size(f"{percent}%") == room.f_blocks * room.f_frsize
 
 
 @given(st.lists(words, max_size=5), st.lists(words, max_size=5))
-def test_one_o_with_commas_means_as_much_as_several(before: list[str], after: list[str]) -> None:
+def test_one_o_with_commas_equals_several(before: list[str], after: list[str]) -> None:
     def read(*texts: str) -> Options | str:
         try:
             return Options.parse(*texts)
@@ -175,13 +175,13 @@ def test_one_o_with_commas_means_as_much_as_several(before: list[str], after: li
 
 
 @given(st.lists(valid_words, max_size=8))
-def test_of_an_option_given_twice_the_last_counts(pairs: list[tuple[str, str]]) -> None:
+def test_the_last_value_of_a_repeated_option_counts(pairs: list[tuple[str, str]]) -> None:
     every, last = (",".join(map("=".join, given)) for given in (pairs, dict(pairs).items()))
     assert Options.parse(every) == Options.parse(last)
 
 
 @pytest.mark.parametrize(("one", "other"), [("suid", "nosuid"), ("exec", "noexec"), ("atime", "noatime")])
-def test_of_opposite_flags_the_last_counts(one: str, other: str) -> None:
+def test_the_last_of_two_opposite_flags_counts(one: str, other: str) -> None:
     assert Options.parse(f"{one},{other},{one}").kernel[-1] == one
     assert Options.parse(f"{other},{one},{other}").kernel[-1] == other
 
@@ -251,14 +251,14 @@ def test_of_opposite_flags_the_last_counts(one: str, other: str) -> None:
         ("size=1m,ro,siez=1m", r"unknown option 'siez=1m'"),
     ],
 )
-def test_what_cannot_be_is_refused_and_the_message_says_what_to_write(text: str, message: str) -> None:
+def test_an_invalid_value_is_refused_with_what_to_write(text: str, message: str) -> None:
     with pytest.raises(OptionError, match=message) as raised:
         Options.parse(text)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))
-def test_a_slip_of_the_pen_is_met_with_the_name_that_was_meant(name: str) -> None:
+def test_a_misspelt_option_is_refused_with_the_nearest_name(name: str) -> None:
     for slip in (name[0] + name, name + name[-1]):
         with pytest.raises(OptionError, match=rf"unknown option '{slip}', perhaps '\w+'"):
             Options.parse(slip)
@@ -266,7 +266,7 @@ def test_a_slip_of_the_pen_is_met_with_the_name_that_was_meant(name: str) -> Non
 
 @settings(max_examples=500)
 @given(st.lists(st.text(st.characters()) | st.lists(words).map(",".join), max_size=4))
-def test_any_text_gives_options_in_force_or_an_option_error(texts: list[str]) -> None:
+def test_any_text_gives_options_or_an_option_error(texts: list[str]) -> None:
     try:
         options = Options.parse(*texts)
     except OptionError:
@@ -292,11 +292,11 @@ def test_any_text_gives_options_in_force_or_an_option_error(texts: list[str]) ->
 
 
 @given(any_options)
-def test_options_survive_being_shown_and_read(options: Options) -> None:
+def test_options_survive_being_written_and_parsed(options: Options) -> None:
     assert Options.parse(options.show()) == options
 
 
-def test_only_what_differs_from_the_default_is_shown() -> None:
+def test_only_options_that_differ_from_the_default_are_shown() -> None:
     assert Options().show() == ""
     assert Options(size=1 << 30).show() == "size=1g"
     shown = Options(size=1 << 30, backup_size=3 << 20, mode=0o1777, ro=True, kernel=("noexec",)).show()
@@ -315,7 +315,7 @@ def test_config_has_every_option_with_its_value(options: Options) -> None:
     assert shown == {name: getattr(options, name) for name in shown}
 
 
-def test_a_store_is_a_path_from_the_root_and_has_its_own_mode_and_owner() -> None:
+def test_a_store_is_an_absolute_path_and_keeps_its_mode_and_owner() -> None:
     assert Options.parse("store=a/../b").store == os.path.abspath("b")
     assert Options.parse(r"store=/a\,b\\c").store == "/a,b\\c"
     assert Options(store=Path("/a")).store == "/a"  # type: ignore[arg-type]
@@ -365,6 +365,6 @@ def test_help_has_a_line_for_every_option_and_exit_code() -> None:
         assert re.search(rf"^  {code.value} +\S.*$", text, re.MULTILINE), code
 
 
-def test_a_program_that_names_the_options_is_held_to_the_same_bounds() -> None:
+def test_options_passed_by_name_have_the_same_bounds() -> None:
     with pytest.raises(OptionError, match="busy_poll: 10001 is more than 10000 microseconds"):
         Options(busy_poll=LONGEST_POLL + 1)

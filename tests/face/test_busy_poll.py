@@ -91,7 +91,7 @@ async def thread_at_work() -> None:
         await trio.lowlevel.checkpoint()
 
 
-def test_what_is_there_is_found_without_sleeping(loop: Loop) -> None:
+def test_a_request_that_is_there_is_found_without_sleeping(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
         for _ in range(100):
             loop.request()
@@ -102,7 +102,7 @@ def test_what_is_there_is_found_without_sleeping(loop: Loop) -> None:
     loop.run(main)
 
 
-def test_the_first_request_is_waited_for_asleep(loop: Loop) -> None:
+def test_the_loop_sleeps_before_the_first_request(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
         loop.request_in(0.01)
         assert await poll.wait()
@@ -112,7 +112,7 @@ def test_the_first_request_is_waited_for_asleep(loop: Loop) -> None:
     loop.run(main)
 
 
-def test_requests_that_come_soon_are_polled_for(loop: Loop) -> None:
+def test_requests_that_come_soon_are_found_by_polling(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
         await grown(loop, poll)
         before = loop.sleeps
@@ -125,7 +125,7 @@ def test_requests_that_come_soon_are_polled_for(loop: Loop) -> None:
     loop.run(main)
 
 
-def test_the_window_falls_to_nothing_when_nothing_comes(loop: Loop) -> None:
+def test_the_polling_window_shrinks_to_zero_without_requests(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
         await grown(loop, poll)
         loop.request_in(4 * LONGEST / 1e9)
@@ -142,7 +142,7 @@ def test_the_window_falls_to_nothing_when_nothing_comes(loop: Loop) -> None:
     loop.run(main)
 
 
-def test_the_window_is_never_longer_than_was_asked_for(loop: Loop) -> None:
+def test_the_polling_window_never_exceeds_the_option(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
         for _ in range(20):
             loop.request_in(0.00001)
@@ -154,7 +154,7 @@ def test_the_window_is_never_longer_than_was_asked_for(loop: Loop) -> None:
 
 
 @pytest.mark.usefixtures("one_cpu")
-def test_on_one_cpu_nothing_is_polled_for(loop: Loop) -> None:
+def test_one_cpu_never_polls(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
         for _ in range(20):
             loop.request_in(0.0005)
@@ -192,7 +192,7 @@ def test_a_request_that_another_has_read_is_not_announced(loop: Loop) -> None:
     loop.run(main)
 
 
-def test_trios_other_tasks_have_turns_while_requests_never_end(loop: Loop) -> None:
+def test_other_trio_tasks_run_during_endless_requests(loop: Loop) -> None:
     turns: list[int] = []
 
     async def other() -> None:
@@ -216,7 +216,7 @@ def test_trios_other_tasks_have_turns_while_requests_never_end(loop: Loop) -> No
     loop.run(main)
 
 
-def test_threads_are_not_kept_waiting(loop: Loop) -> None:
+def test_polling_does_not_delay_threads(loop: Loop) -> None:
     """While one works it is slept, not polled; and its end is seen although requests never do."""
 
     async def main(poll: BusyPoll) -> None:
@@ -247,7 +247,7 @@ def test_threads_are_not_kept_waiting(loop: Loop) -> None:
     loop.run(main)
 
 
-def test_a_read_that_finds_nothing_ends_while_a_thread_works(loop: Loop) -> None:
+def test_a_read_of_a_withdrawn_request_ends_while_a_thread_works(loop: Loop) -> None:
     """The request was announced and then taken back: the blocked read is interrupted."""
     interrupted: list[int] = []
 
@@ -274,7 +274,7 @@ def test_a_read_that_finds_nothing_ends_while_a_thread_works(loop: Loop) -> None
     loop.run(main)
 
 
-def test_the_end_is_handed_on(loop: Loop) -> None:
+def test_the_end_of_the_connection_ends_the_wait(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
         loop.ends = True
         loop.request_in(0.005)
@@ -283,7 +283,7 @@ def test_the_end_is_handed_on(loop: Loop) -> None:
     loop.run(main)
 
 
-def test_where_others_want_the_cpus_polling_pauses(loop: Loop) -> None:
+def test_polling_pauses_while_other_processes_need_the_cpus(loop: Loop) -> None:
     hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
 
     async def main(poll: BusyPoll) -> None:
@@ -304,7 +304,7 @@ def test_where_others_want_the_cpus_polling_pauses(loop: Loop) -> None:
             hog.wait()
 
 
-def test_a_pause_lasts_the_longer_the_sooner_it_comes_again(loop: Loop) -> None:
+def test_a_pause_that_recurs_soon_lasts_longer(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
         lengths, now = [], 10**9
         for _ in range(7):

@@ -11,7 +11,7 @@ from ttmfs.daemon import background
 from ttmfs.recovery import keeper
 
 
-def test_a_syslog_that_is_not_read_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unread_syslog_does_not_block_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "SYSLOG", str(tmp_path / "log"))
     handler = background._Syslog()
     record = logging.LogRecord("ttmfs", logging.ERROR, __file__, 1, "the daemon before died", (), None)

@@ -145,7 +145,7 @@ def test_every_handler_goes_through_the_wrapper(name: str) -> None:
     assert hasattr(vars(Operations)[name], "__wrapped__")
 
 
-def test_every_request_that_can_come_has_a_handler() -> None:
+def test_every_possible_request_has_a_handler() -> None:
     """What is left to pyfuse3's own answer, ENOSYS, is what the kernel then does by itself."""
     asked = {name for name, f in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(f)}
     assert asked - set(handlers()) == {"poll"}
@@ -159,7 +159,7 @@ ASKING = [name for name in handlers() if name not in UNASKED | {"forget", "flush
 
 
 @pytest.mark.parametrize("name", ASKING)
-def test_every_error_of_the_model_is_its_errno(face: Face, a: int, name: str) -> None:
+def test_every_model_error_is_answered_with_its_errno(face: Face, a: int, name: str) -> None:
     for kind in set(errors.ERRNO) - {errors.StoreFailed}:
 
         def refuse(*_: Any, kind: type[errors.TtmfsError] = kind, **__: Any) -> Any:
@@ -207,7 +207,7 @@ class BrokenPool:
 
 
 @pytest.mark.parametrize("name", ASKING)
-def test_what_nobody_foresaw_is_eio_and_a_traceback(
+def test_an_unforeseen_exception_is_eio_and_logs_a_traceback(
     face: Face, a: int, name: str, expect_log: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     expect_log("failed unforeseen")
@@ -233,7 +233,7 @@ def test_the_log_shows_no_page_content(
     assert "secret" not in caplog.text
 
 
-def test_a_failing_store_is_said_once(
+def test_a_failing_store_is_logged_once(
     face: Face, a: int, expect_log: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     expect_log("get EIO")
@@ -253,12 +253,12 @@ def test_forget_never_raises(face: Face) -> None:
     face.forget([(1, 1), (2**64 - 1, 5), (0, 0)])
 
 
-def test_flush_is_answered_so_that_it_is_not_asked_again(face: Face, a: int) -> None:
+def test_flush_is_answered_so_that_the_kernel_stops_sending_it(face: Face, a: int) -> None:
     assert refusal(face.flush, a + 1) == "ENOSYS"
     assert not face.state.keys("error")
 
 
-def test_names_and_attributes_that_exist_have_a_lifetime_and_others_none(face: Face, a: int) -> None:
+def test_only_existing_names_and_attributes_have_a_cache_lifetime(face: Face, a: int) -> None:
     entry = face.lookup(a, b"1", CTX)
     assert (entry.entry_timeout, entry.attr_timeout) == (1.0, 1.0)
     absent = face.lookup(a, b"2", CTX)
@@ -290,7 +290,7 @@ def test_attributes_of_every_kind_of_entry(face: Face) -> None:
         assert entry.st_blksize == PAGE
 
 
-def test_a_listing_goes_on_where_the_kernel_stopped(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listing_continues_where_the_kernel_stopped(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel asks again with the offset of the last entry that fitted, whatever was made and dropped between."""
     for handle in range(2, 11):
         face.create(a, b"%d" % handle, 0o644, 0, CTX)
@@ -321,9 +321,7 @@ def test_a_listing_goes_on_where_the_kernel_stopped(face: Face, a: int, monkeypa
     assert seen == [b".", b"..", b"1", b"2", b"3", b"4", b"5", b"9", b"10", b"12"]
 
 
-def test_a_listing_is_answered_in_parts_however_much_room_there_is(
-    face: Face, a: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_listing_is_complete_for_any_reply_size(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttmfs.fuse.operations.MOST_ENTRIES", 3)
     for handle in range(2, 9):
         face.create(a, b"%d" % handle, 0o644, os.O_RDWR, CTX)
@@ -348,7 +346,7 @@ def test_a_listing_is_answered_in_parts_however_much_room_there_is(
     face.releasedir(fh)
 
 
-def test_a_map_is_made_in_slices_and_goes_on_where_it_was(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_map_is_made_in_slices_and_continues_after_each(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttmfs.stores.time_slices.SLICE_SECONDS", -1.0)
     for handle in (3, 4, 7):
         face.create(a, b"%d" % handle, 0o644, os.O_RDWR, CTX)
@@ -358,7 +356,7 @@ def test_a_map_is_made_in_slices_and_goes_on_where_it_was(face: Face, a: int, mo
 
 
 @needs_root
-def test_as_if_once(face: Face, a: int) -> None:
+def test_a_repeated_request_succeeds_like_the_first(face: Face, a: int) -> None:
     """A request that is carried out a second time succeeds: its first answer may have died with a daemon."""
     again = face.mkdir(ROOT, b"a", 0o700, Context(uid=5))
     assert (again.st_ino, again.st_mode & 0o7777, again.st_uid) == (a, 0o755, 0)
@@ -375,7 +373,7 @@ def test_as_if_once(face: Face, a: int) -> None:
     assert refusal(face.rename, ROOT, b"a", ROOT, b"c", 0, CTX) == "ENOENT"
 
 
-def test_the_kernel_is_told_of_what_it_knows_and_no_more(face: Face, a: int) -> None:
+def test_the_kernel_is_notified_only_of_pages_that_it_knows(face: Face, a: int) -> None:
     """Of each page whose attributes it was told, by whatever answer, if the page went or changed by another request."""
 
     def told(*handles: int) -> None:
@@ -413,7 +411,7 @@ def test_the_kernel_is_told_of_what_it_knows_and_no_more(face: Face, a: int) -> 
     assert set(face.forgotten()) == {STATS, CONFIG}, "which belong to whom the root belongs to"
 
 
-def test_attributes_that_change_unseen_are_not_kept(face: Face, a: int) -> None:
+def test_attributes_that_change_without_the_kernel_are_not_cached(face: Face, a: int) -> None:
     """The kernel sees neither what a page's coming and going does to .image, nor what a write does to the backup."""
     for name in b".image", b".shmem":
         entry = face.lookup(a, name, CTX)
@@ -430,7 +428,7 @@ def test_reading_past_a_page_finds_its_end(face: Face, a: int, handle: int) -> N
     assert refusal(face.write, a + handle, 2**63 - 2, b"x") == "EFBIG"
 
 
-def test_a_text_is_one_text_from_its_beginning_to_its_end(face: Face, a: int) -> None:
+def test_reads_of_an_open_text_return_one_version(face: Face, a: int) -> None:
     """The counters go on while a reader is half way through."""
     fh = face.open(STATS, os.O_RDONLY, CTX).fh
     text = face.read(fh, 0, 1000)
@@ -450,7 +448,7 @@ def test_a_text_is_one_text_from_its_beginning_to_its_end(face: Face, a: int) ->
     assert not face.tree.texts._open
 
 
-def test_the_rest_of_a_text_that_is_gone_is_refused(face: Face) -> None:
+def test_reading_on_in_a_lost_text_is_refused(face: Face) -> None:
     """As after a restart: the file is open still, and this daemon does not have its text."""
     fh = face.open(STATS, os.O_RDONLY, CTX).fh
     text = face.read(fh, 0, 100_000)
@@ -463,7 +461,7 @@ def test_the_rest_of_a_text_that_is_gone_is_refused(face: Face) -> None:
     face.release(fh)
 
 
-def test_no_user_s_open_texts_take_those_of_another(face: Face) -> None:
+def test_open_texts_of_one_user_do_not_evict_those_of_another(face: Face) -> None:
     other: Any = Context(uid=1)
     kept = face.open(CONFIG, os.O_RDONLY, other).fh
     opened = [face.open(STATS, os.O_RDONLY, CTX).fh for _ in range(texts.MOST_TEXTS + 10)]
@@ -473,7 +471,7 @@ def test_no_user_s_open_texts_take_those_of_another(face: Face) -> None:
     assert refusal(face.read, opened[0], 1, 10) == "ESTALE"
 
 
-def test_what_is_kept_for_open_files_is_bounded(face: Face, a: int) -> None:
+def test_the_memory_for_open_files_is_bounded(face: Face, a: int) -> None:
     """A million opendirs must not make the daemon grow."""
     for _ in range(300):
         fh = face.open(STATS, os.O_RDONLY, CTX).fh
@@ -484,7 +482,7 @@ def test_what_is_kept_for_open_files_is_bounded(face: Face, a: int) -> None:
 
 
 @pytest.mark.usefixtures("a")
-def test_statfs_speaks_in_pages(face: Face) -> None:
+def test_statfs_counts_in_pages(face: Face) -> None:
     answer = face.statfs(CTX)
     assert (answer.f_bsize, answer.f_frsize, answer.f_blocks) == (PAGE, PAGE, (1 << 20) // PAGE)
     assert answer.f_bfree == answer.f_bavail == answer.f_blocks - 1
@@ -501,7 +499,7 @@ def test_metrics_count_operations_and_errors(face: Face, a: int) -> None:
     assert 'ttmfs_pages{state="resident"} 1\n' in text
 
 
-def test_a_write_that_waits_to_be_pushed_out_counts_for_its_owner(
+def test_a_write_that_waits_for_writeback_counts_for_its_owner(
     face: Face, a: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused before anything is stored."""
@@ -513,7 +511,7 @@ def test_a_write_that_waits_to_be_pushed_out_counts_for_its_owner(
     assert face.write(fh, 0, b"ne") == 2
 
 
-def test_no_owner_takes_all_threads_of_a_kind() -> None:
+def test_no_owner_can_occupy_all_threads_of_a_kind() -> None:
     async def first_to_work() -> list[int]:
         threads, order = waiting.Threads(3, 10), list[int]()
 

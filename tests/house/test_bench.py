@@ -73,7 +73,7 @@ def test_the_table_shows_the_median_of_the_rounds(run: tuple[Path, dict[str, Any
             assert len(row[name]) == found["plan"]["rounds"]
 
 
-def test_processor_time_and_memory_are_the_daemons(run: tuple[Path, dict[str, Any], str]) -> None:
+def test_processor_time_and_memory_are_those_of_the_daemon(run: tuple[Path, dict[str, Any], str]) -> None:
     """And not its keeper's, which does nothing meanwhile."""
     groups = run[1]["groups"]
     for row in groups["operations"]["daemon_cpu_microseconds"].values():
@@ -81,7 +81,7 @@ def test_processor_time_and_memory_are_the_daemons(run: tuple[Path, dict[str, An
     assert min(groups["memory"]["daemon_bytes_by_pages"]) > 10 << 20
 
 
-def test_what_could_not_be_measured_is_said(run: tuple[Path, dict[str, Any], str]) -> None:
+def test_the_output_names_figures_that_were_not_measured(run: tuple[Path, dict[str, Any], str]) -> None:
     _, found, said = run
     group = found["groups"]["operations"]
     for name in BESIDE:
@@ -90,7 +90,7 @@ def test_what_could_not_be_measured_is_said(run: tuple[Path, dict[str, Any], str
             assert f"NOT MEASURED: {name}: " in said
 
 
-def test_every_target_has_its_verdict(run: tuple[Path, dict[str, Any], str]) -> None:
+def test_every_target_has_a_verdict(run: tuple[Path, dict[str, Any], str]) -> None:
     _, found, _ = run
     assert len(found["targets"]) > 30
     for target in found["targets"]:
@@ -102,7 +102,7 @@ def test_every_target_has_its_verdict(run: tuple[Path, dict[str, Any], str]) -> 
             assert target["verdict"] == ("met" if met else "MISSED"), target
 
 
-def test_plots_are_drawn_of_what_was_measured(run: tuple[Path, dict[str, Any], str]) -> None:
+def test_plots_show_the_measured_figures(run: tuple[Path, dict[str, Any], str]) -> None:
     directory, found, _ = run
     for name in "operations", "latency", "bandwidth":
         text = (directory / f"{name}.svg").read_text()
@@ -111,7 +111,7 @@ def test_plots_are_drawn_of_what_was_measured(run: tuple[Path, dict[str, Any], s
         assert "ttmfs" in text
 
 
-def test_nothing_is_left_when_it_is_interrupted(tmp_path: Path) -> None:
+def test_an_interrupted_benchmark_leaves_nothing_behind(tmp_path: Path) -> None:
     bench = start(tmp_path, "--only", "operations", "--rounds", "1000")
     try:
         wait_until(lambda: mounts_below(tmp_path), "a mount", 60)

@@ -38,7 +38,7 @@ def matches(expected: str, got: str) -> bool:
 
 @pytest.mark.serial  # swap of another test would change what the examples show
 @pytest.mark.parametrize("name", ["docs/semantics.md", "docs/recipes.md"])
-def test_examples_do_what_they_show(name: str, tmp_path: Path) -> None:
+def test_examples_in_documents_print_what_they_show(name: str, tmp_path: Path) -> None:
     commands = examples(REPOSITORY / name)
     for file, text in FILE.findall((REPOSITORY / name).read_text()):
         (tmp_path / file).write_text(text)
@@ -59,7 +59,7 @@ def test_examples_do_what_they_show(name: str, tmp_path: Path) -> None:
     wait_until(lambda: not mounts_below(tmp_path), "the unmounting")
 
 
-def test_the_demo_holds(tmp_path: Path) -> None:
+def test_the_demo_runs_without_error(tmp_path: Path) -> None:
     # In its own mount namespace: a copy of the mount in another process' new namespace would keep the daemon alive.
     demo = ["unshare", "--mount", "--propagation", "private", str(REPOSITORY / "scripts/demo.sh")]
     done = subprocess.run(demo, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
@@ -83,7 +83,7 @@ def test_the_manual_names_every_option() -> None:
 
 
 @pytest.mark.parametrize("document", [*sorted(p.name for p in REPOSITORY.glob("*.md")), "docs"])
-def test_links_between_documents_lead_somewhere(document: str) -> None:
+def test_links_between_documents_have_targets(document: str) -> None:
     path = REPOSITORY / document
     for page in sorted(path.glob("*.md")) if path.is_dir() else [path]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
@@ -104,7 +104,7 @@ def test_the_architecture_names_every_package() -> None:
         assert f"| `{package.parent.name}/` |" in text
 
 
-def test_the_specification_has_every_extended_attribute() -> None:
+def test_the_specification_lists_every_extended_attribute() -> None:
     """Those of a backup in its table, those of the root in the paragraph below it, and no others."""
     section = (REPOSITORY / "docs/semantics.md").read_text().partition("## Extended attributes")[2].partition("```")[0]
     of_backup, _, of_root = section.partition("On the mount's root")

@@ -51,7 +51,7 @@ def own_imports(module: str) -> set[str]:
     return {name for name in imports_of(module) if name in MODULES or name.partition(".")[0] in PACKAGES}
 
 
-def test_every_module_has_its_package() -> None:
+def test_every_module_belongs_to_a_listed_package() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} == TOP
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == {*PACKAGES}
 
@@ -69,19 +69,19 @@ def test_imports_point_to_earlier_packages_only(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(ALONE))
-def test_what_is_run_by_its_path_imports_nothing_of_ttmfs(module: str) -> None:
+def test_modules_that_run_by_path_import_nothing_of_ttmfs(module: str) -> None:
     assert not own_imports(module)
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("cli.commands.")])
-def test_commands_know_nothing_of_the_server(module: str) -> None:
+def test_commands_import_nothing_of_the_server(module: str) -> None:
     for name in own_imports(module):
         assert place(name) < 0 or name in BY_COMMANDS or name.partition(".")[0] in BY_COMMANDS
     assert not {*imports_of(module)} & {"pyfuse3", "trio"}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_only_what_talks_to_the_kernel_knows_pyfuse3(module: str) -> None:
+def test_only_the_named_modules_import_pyfuse3(module: str) -> None:
     assert ("pyfuse3" in imports_of(module)) == (module in ("fuse.operations", "fuse.requests", "daemon.session"))
 
 

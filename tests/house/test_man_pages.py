@@ -44,7 +44,7 @@ def mount_page() -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_are_sound_roff_with_the_usual_sections(page: str) -> None:
+def test_manual_pages_are_valid_roff_with_the_usual_sections(page: str) -> None:
     lint = subprocess.run(["mandoc", "-T", "lint", DIRECTORY / page], capture_output=True, text=True, check=False)
     assert (lint.stdout, lint.stderr, lint.returncode) == ("", "", 0)
     sections = re.findall(r"^\.SH (.*)", (DIRECTORY / page).read_text(), re.MULTILINE)
@@ -54,7 +54,7 @@ def test_pages_are_sound_roff_with_the_usual_sections(page: str) -> None:
     assert [title for title in sections if title in wanted] == wanted
 
 
-def test_every_option_stands_there_with_its_default_and_no_other(mount_page: str) -> None:
+def test_the_manual_lists_exactly_the_options_and_their_defaults(mount_page: str) -> None:
     found = items(part(mount_page, "SS", "Mount options"))
     assert set(found) == set(TABLE)
     for name, option in TABLE.items():
@@ -64,7 +64,7 @@ def test_every_option_stands_there_with_its_default_and_no_other(mount_page: str
             assert f"Default: {default}." in found[name], name
 
 
-def test_every_option_of_mount_that_is_accepted_stands_there_and_no_other(mount_page: str) -> None:
+def test_the_manual_lists_exactly_the_accepted_options_of_mount(mount_page: str) -> None:
     text = part(mount_page, "SS", "Options of mount(8)").partition(".TP")[0]
     macros = [" ".join(re.findall(r"^\.B.*", piece, re.MULTILINE)) for piece in text.split(".PP")]
     kernels, left = (set(re.findall(r"[A-Za-z_]{2,}=?|[xX]-", plain(words))) for words in macros)
@@ -72,7 +72,7 @@ def test_every_option_of_mount_that_is_accepted_stands_there_and_no_other(mount_
     assert left - {"BR", "mount", "systemd"} == {*IGNORED, *IGNORED_PREFIXES}
 
 
-def test_every_exit_status_stands_there_and_no_other(mount_page: str) -> None:
+def test_the_manual_lists_exactly_the_exit_statuses(mount_page: str) -> None:
     found = items(part(mount_page, "SH", "EXIT STATUS"))
     assert set(found) == {str(code.value) for code in ExitCode}
     for code in set(ExitCode) - {ExitCode.OK}:
@@ -85,7 +85,7 @@ def help_of(*words: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=30).stdout
 
 
-def test_every_command_and_its_options_stand_there_and_no_other() -> None:
+def test_the_manual_lists_exactly_the_commands_and_their_options() -> None:
     page = part((DIRECTORY / "ttmfs.1").read_text(), "SH", "COMMANDS")
     commands = re.findall(r"^    ([a-z][a-z-]*)(?:  |$)", help_of(), re.MULTILINE)
     assert commands
@@ -96,7 +96,7 @@ def test_every_command_and_its_options_stand_there_and_no_other() -> None:
         assert said == known, command
 
 
-def test_every_name_attribute_and_error_of_the_specification_stands_in_the_manual() -> None:
+def test_the_manual_has_every_name_attribute_and_error_of_the_specification() -> None:
     page = plain((DIRECTORY / "ttmfs.5").read_text())
     specification = (REPOSITORY / "docs/semantics.md").read_text()
     for pattern in r"`(user\.ttmfs\.[a-z_]+)`", r"\b(E[A-Z0-9]{3,})\b", r"\bmnt/(?:a/)?(\.[a-z]+)\b":
@@ -106,7 +106,7 @@ def test_every_name_attribute_and_error_of_the_specification_stands_in_the_manua
             assert name in page, name
 
 
-def test_pages_are_installed_and_refer_to_pages_that_there_are() -> None:
+def test_manual_pages_are_installed_and_refer_to_existing_pages() -> None:
     project = (REPOSITORY / "pyproject.toml").read_text()
     for page in PAGES:
         assert f'"share/man/man{page[-1]}" = ["docs/man/{page}"]' in project

@@ -90,18 +90,18 @@ def test_the_sdist_holds_every_file_of_the_repository(built: tuple[Path, Path]) 
     assert set(versioned()) <= held
 
 
-def test_the_wheel_holds_the_package_and_its_typing_and_no_tests(built: tuple[Path, Path]) -> None:
+def test_the_wheel_holds_the_typed_package_without_tests(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as wheel:
         top = {name for name in wheel.namelist() if not name.startswith(f"ttmfs-{VERSION}.")}
     assert top == {name for name in versioned() if name.startswith("ttmfs/")}
 
 
-def test_the_wheel_holds_nothing_that_an_earlier_build_left(built: tuple[Path, Path]) -> None:
+def test_the_wheel_holds_nothing_of_an_earlier_build(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as wheel:
         assert not [name for name in wheel.namelist() if "stale" in name]
 
 
-def test_all_of_it_is_installed(installed: Path) -> None:
+def test_the_wheel_installs_every_module(installed: Path) -> None:
     for name in INSTALLED:
         assert (installed / name).is_file(), name
         assert os.access(installed / name, os.X_OK) == name.startswith("bin/"), name
@@ -137,7 +137,7 @@ def no_one_left() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_one_left")
 @pytest.mark.parametrize("command", ["mount.py ttm mnt", "mount.ttmfs ttm mnt", "mount.fuse.ttmfs ttm mnt -t ttmfs"])
-def test_what_is_installed_mounts(installed: Path, tmp_path: Path, mountpoint: Path, command: str) -> None:
+def test_the_installed_package_mounts(installed: Path, tmp_path: Path, mountpoint: Path, command: str) -> None:
     try:
         run(f"{installed}/bin/{command} -o size=1m; mkdir mnt/a; echo page >mnt/a/7", cwd=tmp_path)
         assert (mountpoint / "a/7").read_bytes()[:5] == b"page\n"

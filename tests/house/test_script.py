@@ -49,13 +49,13 @@ def run(copy: Path, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def test_it_passes_when_all_parts_pass(copy: Path) -> None:
+def test_the_script_passes_when_all_parts_pass(copy: Path) -> None:
     code, said = run(copy)
     assert said.endswith("--- all parts passed: 8 tests\n"), said
     assert code == 0
 
 
-def test_a_part_that_fails_keeps_no_other_from_running(copy: Path) -> None:
+def test_a_failing_part_does_not_stop_the_others(copy: Path) -> None:
     write_test(copy, "store", CANNOT_BE_IMPORTED)
     write_test(copy, "mount/a", FAILS)
     write_test(copy, "mount/serial", SERIAL + FAILS)

@@ -64,7 +64,7 @@ async def test_c2_backing_up_the_same_index_overwrites(page_size: int) -> None:
 
 
 @in_trio
-async def test_c3_a_failure_part_way_is_a_short_count(page_size: int) -> None:
+async def test_c3_a_failure_part_way_gives_a_short_count(page_size: int) -> None:
     async with ttmfs.open_pool(size=4 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a", size=20 * page_size)
         pages = np.frombuffer(page(6 * page_size, 1), np.uint8).reshape(6, page_size)
@@ -80,7 +80,7 @@ async def test_c3_a_failure_part_way_is_a_short_count(page_size: int) -> None:
 
 
 @in_trio
-async def test_c4_the_source_can_be_used_again_at_once() -> None:
+async def test_c4_the_caller_can_reuse_the_source_at_once() -> None:
     async with ttmfs.open_pool(size=PAGE) as pool:
         backup = await pool.create("a")
         source = bytearray(page(PAGE, 1))
@@ -102,7 +102,7 @@ async def test_c5_writeback_changes_no_result() -> None:
 
 
 @in_trio
-async def test_c6_a_failed_backup_leaves_everything_as_it_was(page_size: int) -> None:
+async def test_c6_a_failed_backup_changes_nothing(page_size: int) -> None:
     async with ttmfs.open_pool(size=3 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a", size=10 * page_size)
         for idx in range(3):
@@ -119,7 +119,7 @@ async def test_c6_a_failed_backup_leaves_everything_as_it_was(page_size: int) ->
 
 
 @in_trio
-async def test_c6_a_page_that_is_there_in_part_is_overwritten_whole_or_not_at_all() -> None:
+async def test_c6_a_partly_stored_page_is_overwritten_whole_or_not_at_all() -> None:
     """Whoever holds .shmem can store 4 KiB of a 64 KiB page: it exists, and the rest of it reads as zeros."""
     size = 64 << 10
     async with ttmfs.open_pool(size=2 * size, page_size=size) as pool:
@@ -151,7 +151,7 @@ async def test_c8_copying_does_not_consume(page_size: int) -> None:
 
 
 @in_trio
-async def test_c9_a_wait_can_be_ended_and_the_copy_done_again() -> None:
+async def test_c9_a_cancelled_copy_can_be_repeated() -> None:
     async with ttmfs.open_pool(size=2 * PAGE) as pool:
         backup = await pool.create("a")
         handles = await backup.backup_pages(np.full((2, PAGE), 7, np.uint8), 0)
@@ -197,7 +197,7 @@ async def test_c10_an_index_past_the_size_is_refused_by_every_verb(page_size: in
 
 
 @in_trio
-async def test_c11_a_handle_that_holds_nothing_is_absent(page_size: int) -> None:
+async def test_c11_a_handle_without_a_page_is_absent(page_size: int) -> None:
     async with ttmfs.open_pool(size=8 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a")
         await backup.backup_page(page(page_size, 1), 1)
@@ -228,7 +228,7 @@ async def test_c12_drop_releases_that_page_alone_and_is_idempotent(page_size: in
 
 
 @in_trio
-async def test_c13_fini_releases_all_and_every_later_operation_is_refused(page_size: int) -> None:
+async def test_c13_fini_releases_all_pages_and_later_operations_are_refused(page_size: int) -> None:
     async with ttmfs.open_pool(size=4 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a")
         handles = await backup.backup_pages(np.full((4, page_size), 5, np.uint8), 0)
@@ -257,7 +257,7 @@ async def test_c13_fini_releases_all_and_every_later_operation_is_refused(page_s
 
 
 @in_trio
-async def test_c16_no_backup_exceeds_its_size_and_all_together_not_the_budget(page_size: int) -> None:
+async def test_c16_backups_exceed_neither_their_size_nor_the_budget(page_size: int) -> None:
     async with ttmfs.open_pool(size=6 * page_size, page_size=page_size) as pool:
         backups = [await pool.create(name, size=4 * page_size) for name in "ab"]
         stored = 0
@@ -273,7 +273,7 @@ async def test_c16_no_backup_exceeds_its_size_and_all_together_not_the_budget(pa
 
 
 @in_trio
-async def test_c16_a_reserve_is_kept() -> None:
+async def test_c16_storing_leaves_the_reserve_free() -> None:
     async with ttmfs.open_pool(size=64 * PAGE, reserve=1 << 60) as pool:
         backup = await pool.create("a")
         with pytest.raises(ttmfs.NoRoom, match="reserve"):
@@ -284,7 +284,7 @@ async def test_c16_a_reserve_is_kept() -> None:
 
 
 @in_trio
-async def test_c16_a_reserve_counts_pages_whole() -> None:
+async def test_c16_the_reserve_counts_whole_pages() -> None:
     """One byte makes a page, whatever its size: the reserve is asked for all of it."""
     size = 2 << 20
     async with ttmfs.open_pool(size=64 * size, page_size=size) as pool:
@@ -364,7 +364,7 @@ async def test_plural_forms_take_handles_in_any_order_and_strided_sources() -> N
 
 
 @in_trio
-async def test_residency_is_told_in_pages(page_size: int) -> None:
+async def test_residency_is_counted_in_pages(page_size: int) -> None:
     async with ttmfs.open_pool(size=8 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a")
         await backup.backup_pages(np.ones((3, page_size), np.uint8), 2)
@@ -376,7 +376,7 @@ async def test_residency_is_told_in_pages(page_size: int) -> None:
 
 
 @in_trio
-async def test_ranges_store_the_pages_that_they_touch_whole(page_size: int) -> None:
+async def test_writing_a_range_stores_every_page_it_touches_whole(page_size: int) -> None:
     async with ttmfs.open_pool(size=8 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a")
         assert backup.file.write(2 * page_size - 3, b"abcdef") == 6
@@ -392,7 +392,7 @@ async def test_ranges_store_the_pages_that_they_touch_whole(page_size: int) -> N
 
 
 @in_trio
-async def test_truncating_drops_what_lies_past_and_zeroes_the_rest(page_size: int) -> None:
+async def test_truncating_drops_pages_past_the_end_and_zeroes_the_rest(page_size: int) -> None:
     async with ttmfs.open_pool(size=8 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a")
         await backup.backup_pages(np.full((8, page_size), 255, np.uint8), 0)
@@ -410,7 +410,7 @@ async def test_truncating_drops_what_lies_past_and_zeroes_the_rest(page_size: in
 
 
 @in_trio
-async def test_a_backup_grows_always_and_shrinks_over_holes_only(page_size: int) -> None:
+async def test_a_backup_always_grows_but_shrinks_only_over_holes(page_size: int) -> None:
     async with ttmfs.open_pool(size=8 * page_size, page_size=page_size) as pool:
         backup = await pool.create("a", size=4 * page_size)
         await backup.backup_page(bytes(page_size), 2)
@@ -422,7 +422,7 @@ async def test_a_backup_grows_always_and_shrinks_over_holes_only(page_size: int)
 
 
 @in_trio
-async def test_a_smaller_file_under_it_is_no_crash() -> None:
+async def test_a_file_cut_short_from_outside_causes_no_crash() -> None:
     """Whoever holds .shmem may cut the file short at any time."""
     async with ttmfs.open_pool(size=8 * PAGE) as pool:
         backup = await pool.create("a")
@@ -436,7 +436,7 @@ async def test_a_smaller_file_under_it_is_no_crash() -> None:
 
 
 @in_trio
-async def test_allocated_but_unwritten_room_is_no_page() -> None:
+async def test_allocated_but_unwritten_space_is_not_a_page() -> None:
     async with ttmfs.open_pool(size=8 * PAGE) as pool:
         backup = await pool.create("a")
         fd = os.open(pool.files.path("a"), os.O_RDWR)

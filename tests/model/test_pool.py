@@ -25,7 +25,7 @@ def with_pool(test: Callable[[ttmfs.Pool], Awaitable[None]]) -> Callable[[], Non
 
 
 @with_pool
-async def test_c14_creating_takes_no_page_and_a_size_of_its_own(pool: ttmfs.Pool) -> None:
+async def test_c14_a_new_backup_has_its_own_size_and_no_page(pool: ttmfs.Pool) -> None:
     assert (await pool.create("a")).size == 16 * PAGE
     assert (await pool.create("b", size=1 << 40)).size == 1 << 40
     assert (await pool.create("c", size=1)).size == PAGE, "whole pages"
@@ -34,7 +34,7 @@ async def test_c14_creating_takes_no_page_and_a_size_of_its_own(pool: ttmfs.Pool
 
 
 @with_pool
-async def test_names_that_cannot_be_are_refused(pool: ttmfs.Pool) -> None:
+async def test_impossible_names_are_refused(pool: ttmfs.Pool) -> None:
     for name in "", ".", "..", ".a", "a/b", "a\0b":
         with pytest.raises(ttmfs.InvalidArgument):
             await pool.create(name)
@@ -53,7 +53,7 @@ async def test_names_that_cannot_be_are_refused(pool: ttmfs.Pool) -> None:
 
 
 @with_pool
-async def test_what_is_opened_is_what_was_created(pool: ttmfs.Pool) -> None:
+async def test_open_finds_the_created_backup(pool: ttmfs.Pool) -> None:
     made = await pool.create("a", mode=0o700)
     await made.backup_page(b"x" * PAGE, 3)
     found = await pool.open("a")
@@ -68,7 +68,7 @@ async def test_what_is_opened_is_what_was_created(pool: ttmfs.Pool) -> None:
 
 
 @with_pool
-async def test_renaming_keeps_a_backup_and_ends_only_an_empty_one(pool: ttmfs.Pool) -> None:
+async def test_renaming_keeps_a_backup_and_replaces_only_an_empty_one(pool: ttmfs.Pool) -> None:
     a, b = await pool.create("a"), await pool.create("b")
     await b.backup_page(b"x" * PAGE, 0)
     with pytest.raises(ttmfs.BackupExists):
@@ -102,7 +102,7 @@ async def test_only_an_empty_backup_is_removed(pool: ttmfs.Pool) -> None:
 
 
 @with_pool
-async def test_room_is_what_is_left(pool: ttmfs.Pool) -> None:
+async def test_room_is_the_rest_of_the_budget(pool: ttmfs.Pool) -> None:
     backup = await pool.create("a")
     await backup.backup_pages(np.ones((10, PAGE), np.uint8), 0)
     room = pool.room()
@@ -117,7 +117,7 @@ async def test_room_is_what_is_left(pool: ttmfs.Pool) -> None:
         pool.resize(0)
 
 
-def test_options_that_cannot_be_are_refused() -> None:
+def test_impossible_options_are_refused() -> None:
     async def check() -> None:
         for options in (
             {"page_size": 5000},

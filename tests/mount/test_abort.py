@@ -88,7 +88,7 @@ def pages_of(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_c23_a_connection_that_is_cut_off_loses_no_page_and_says_so(mountpoint: Path, options: str) -> None:
+def test_c23_an_aborted_connection_loses_no_page_and_is_logged(mountpoint: Path, options: str) -> None:
     with Kept(mountpoint, options) as mount:
         expect_cuts(mount)
         content = store_pages(mountpoint)
@@ -161,7 +161,7 @@ def test_c23_an_abort_after_a_lazy_unmount_releases_the_pages(mountpoint: Path) 
             mount.ends_with(0)
 
 
-def test_c23_an_abort_loses_nothing_that_another_mount_namespace_has_mounted_still(mountpoint: Path) -> None:
+def test_c23_an_abort_loses_no_page_of_a_mount_in_another_namespace(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=16m") as mount:
         expect_cuts(mount)
         content = store_pages(mountpoint)
@@ -181,7 +181,7 @@ def test_c23_an_abort_loses_nothing_that_another_mount_namespace_has_mounted_sti
         assert pages_of(mountpoint) == content
 
 
-def test_c23_an_abort_while_a_caller_waits_for_a_stopped_daemon(mountpoint: Path) -> None:
+def test_c23_an_abort_gives_an_error_to_a_caller_of_a_stopped_daemon(mountpoint: Path) -> None:
     """The caller gets an error. The daemon notices it when it goes on."""
     with Kept(mountpoint, "size=16m") as mount:
         expect_cuts(mount)
@@ -198,7 +198,7 @@ def test_c23_an_abort_while_a_caller_waits_for_a_stopped_daemon(mountpoint: Path
 
 
 @pytest.mark.parametrize(("cut", "delay"), [(abort, 0.0), (refused, 0.0), (abort, 0.1), (refused, 0.3)])
-def test_c23_a_connection_that_is_cut_off_while_the_daemon_is_dead(
+def test_c23_an_abort_while_the_daemon_is_dead_loses_no_page(
     mountpoint: Path, cut: Callable[[Path], None], delay: float
 ) -> None:
     with Kept(mountpoint, "size=16m") as mount:
@@ -215,7 +215,7 @@ def test_c23_a_connection_that_is_cut_off_while_the_daemon_is_dead(
         assert pages_of(mountpoint) == content
 
 
-def test_c23_an_abort_while_daemon_and_keeper_are_killed_in_turn(mountpoint: Path) -> None:
+def test_c23_an_abort_during_the_death_of_the_keeper_loses_no_page(mountpoint: Path) -> None:
     """The keeper that heard of the connection's end dies: the next one hears of it too."""
     with Kept(mountpoint, "size=16m") as mount:
         expect_cuts(mount)
@@ -244,7 +244,7 @@ def test_c23_aborts_in_a_loop_are_each_logged_and_lose_nothing(mountpoint: Path)
         assert pages_of(mountpoint) == content
 
 
-def test_c23_pages_are_held_if_the_mount_cannot_be_made_anew(mountpoint: Path) -> None:
+def test_c23_the_keeper_holds_pages_while_the_daemon_cannot_mount_again(mountpoint: Path) -> None:
     """Something else is mounted over it. When that is gone, a signal brings the pages back."""
     with Kept(mountpoint, "size=16m,restart_tries=2") as mount:
         expect_cuts(mount)
@@ -261,7 +261,7 @@ def test_c23_pages_are_held_if_the_mount_cannot_be_made_anew(mountpoint: Path) -
         assert pages_of(mountpoint) == content
 
 
-def test_c23_another_ttmfs_that_is_mounted_over_it_is_left_alone(mountpoint: Path) -> None:
+def test_c23_another_ttmfs_mounted_over_an_aborted_mount_is_left_alone(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=16m,restart_tries=1") as mount:
         expect_cuts(mount)
         mount.expect_log(FAILED)
@@ -281,7 +281,7 @@ def test_c23_another_ttmfs_that_is_mounted_over_it_is_left_alone(mountpoint: Pat
             assert pages_of(mountpoint) == content
 
 
-def test_c23_a_mount_in_the_background_goes_on_after_an_abort(mountpoint: Path) -> None:
+def test_c23_a_background_mount_serves_again_after_an_abort(mountpoint: Path) -> None:
     for options in OPTIONS.values():
         run(f"{COMMAND} {mountpoint} -o {options}")
         try:
@@ -333,9 +333,7 @@ async def fault():
 """
 
 
-def test_c23_an_exception_in_the_loop_of_a_daemon_without_a_keeper_loses_no_page(
-    tmp_path: Path, mountpoint: Path
-) -> None:
+def test_c23_an_exception_in_the_loop_without_a_keeper_loses_no_page(tmp_path: Path, mountpoint: Path) -> None:
     package = copied_package(tmp_path / "package")
     session = package / "ttmfs/daemon/session.py"
     text, task = session.read_text(), "            nursery.start_soon(self._report)\n"

@@ -72,7 +72,7 @@ def fill(backup: Path, way: str, page_size: int = PAGE, first: int = 0) -> int:
 
 
 @pytest.mark.parametrize("way", PATHS)
-def test_c6_c16_the_budget_ends_every_way_in(mountpoint: Path, way: str) -> None:
+def test_c6_c16_every_way_of_storing_ends_at_the_budget(mountpoint: Path, way: str) -> None:
     with Mount(mountpoint, "size=1m,backup_size=4m") as mount:
         mnt = mount.path
         a, other = new_backup(mnt, "a"), new_backup(mnt, "other", 16, byte=7)
@@ -182,7 +182,7 @@ def test_c16_eight_processes_race_for_the_last_pages(mountpoint: Path, ways: lis
                     assert os.pread(fd, PAGE, idx * PAGE) == idx.to_bytes(8, "little") * (PAGE // 8)
 
 
-def test_c3_a_write_that_room_ends_within_is_short(mountpoint: Path) -> None:
+def test_c3_a_write_that_runs_out_of_room_is_short(mountpoint: Path) -> None:
     with Mount(mountpoint, "size=1m,backup_size=4m") as mount:
         a = new_backup(mount.path, "a", MIB // PAGE - 6)
         with opened(a / ".image") as fd:
@@ -199,7 +199,7 @@ def test_c3_a_write_that_room_ends_within_is_short(mountpoint: Path) -> None:
         assert stored(mount.path) == MIB
 
 
-def test_c3_a_long_write_keeps_what_was_stored(mountpoint: Path) -> None:
+def test_c3_a_long_write_that_fails_keeps_the_pages_it_stored(mountpoint: Path) -> None:
     """One of several requests: dd says how far it came, and that far it is there."""
     with Mount(mountpoint, "size=3m,backup_size=16m") as mount:
         a = new_backup(mount.path, "a")
@@ -254,7 +254,7 @@ def test_c6_a_large_page_is_stored_whole_or_not_at_all(mountpoint: Path, way: st
 # --- the reserve ---
 
 
-def test_the_reserve_bites_before_the_budget(mountpoint: Path) -> None:
+def test_the_reserve_refuses_pages_before_the_budget_does(mountpoint: Path) -> None:
     """In a control group, where nobody else's memory counts."""
     limit, reserve = 384 * MIB, 192 * MIB
     with (
@@ -286,7 +286,7 @@ def test_the_reserve_bites_before_the_budget(mountpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["page files", ".image", "create"])
-def test_c6_c15_a_reserve_of_more_than_there_is_lets_nothing_in(mountpoint: Path, way: str) -> None:
+def test_c6_c15_a_reserve_above_the_free_memory_refuses_every_page(mountpoint: Path, way: str) -> None:
     with Mount(mountpoint, "size=1g,reserve=1000t") as mount:
         mnt = mount.path
         a = new_backup(mnt, "a")
@@ -303,7 +303,7 @@ def test_c6_c15_a_reserve_of_more_than_there_is_lets_nothing_in(mountpoint: Path
         assert (a / "1").read_bytes() == page_of(3, PAGE // 2) + bytes(PAGE // 2)
 
 
-def test_the_reserve_comes_before_the_oom_killer_of_a_control_group(mountpoint: Path) -> None:
+def test_the_reserve_refuses_pages_before_a_control_group_kills(mountpoint: Path) -> None:
     limit, reserve = 192 * MIB, 32 * MIB
     with (
         stores.ControlGroup(limit, 0) as group,
@@ -331,7 +331,7 @@ def test_the_reserve_comes_before_the_oom_killer_of_a_control_group(mountpoint: 
 # --- the number of backups ---
 
 
-def test_the_number_of_backups_ends_with_enospc(mountpoint: Path) -> None:
+def test_one_backup_too_many_is_enospc(mountpoint: Path) -> None:
     with Mount(mountpoint, "size=1m,nr_inodes=4") as mount:
         mnt = mount.path
         for name in "abc":
@@ -409,7 +409,7 @@ ENDS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("way", ENDS)
-def test_c12_memory_is_the_systems_again(mountpoint: Path, way: str) -> None:
+def test_c12_dropped_memory_returns_to_the_system(mountpoint: Path, way: str) -> None:
     """df, du, ls, the store and the kernel's own count of the daemon's control group agree."""
     with stores.ControlGroup(1 << 30) as group:
         with Mount(mountpoint, "size=64m", preexec_fn=group.join) as mount:
@@ -447,7 +447,7 @@ trio.run(main)
 """
 
 
-def test_c12_a_program_gives_the_memory_of_its_pool_back(mountpoint: Path) -> None:
+def test_c12_closing_a_pool_returns_its_memory(mountpoint: Path) -> None:
     with (
         stores.ControlGroup(1 << 30) as group,
         subprocess.Popen(

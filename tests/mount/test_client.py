@@ -62,7 +62,7 @@ def copied(backup: Backup, handles: Any) -> NDArray[np.uint8]:
 # --- pages ---
 
 
-def test_c1_the_handle_is_the_index_and_one(a: Backup) -> None:
+def test_c1_the_handle_is_the_index_plus_1(a: Backup) -> None:
     assert a.backup_page(NOISE[0], 0) == 1
     assert a.backup_page(NOISE[1], 4095) == 4096
     assert a.backup_pages(NOISE[:3], 7).tolist() == [8, 9, 10]
@@ -76,7 +76,7 @@ def test_c2_backing_up_again_overwrites(a: Backup) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 1000])
-def test_c8_what_is_copied_back_is_what_was_backed_up_again_and_again(a: Backup, count: int) -> None:
+def test_c8_copying_back_repeatedly_returns_the_stored_bytes(a: Backup, count: int) -> None:
     handles = a.backup_pages(NOISE[:count], 11)
     for _ in range(2):
         assert (copied(a, handles) == NOISE[:count]).all()
@@ -85,14 +85,14 @@ def test_c8_what_is_copied_back_is_what_was_backed_up_again_and_again(a: Backup,
     assert bytes(page) == NOISE[count - 1].tobytes()
 
 
-def test_handles_in_any_order_and_twice(a: Backup) -> None:
+def test_copy_takes_handles_in_any_order_and_repeated(a: Backup) -> None:
     a.backup_pages(NOISE[:100], 0)
     wanted = np.array([100, 1, 2, 3, 50, 50, 49, 7], np.uint64)
     assert (copied(a, wanted) == NOISE[wanted - 1]).all()
 
 
 @pytest.mark.parametrize("around", [0, 400])
-def test_c11_a_handle_that_holds_nothing_is_page_absent(a: Backup, around: int) -> None:
+def test_c11_a_handle_without_a_page_raises_page_absent(a: Backup, around: int) -> None:
     """Alone, and among many that are there."""
     a.backup_pages(NOISE[:around], 0)
     a.backup_pages(NOISE[:around], around + 1)
@@ -102,7 +102,7 @@ def test_c11_a_handle_that_holds_nothing_is_page_absent(a: Backup, around: int) 
     assert around + 1 not in a.handles(), "looking for it has not made it"
 
 
-def test_c10_past_the_size_is_invalid(a: Backup) -> None:
+def test_c10_an_index_past_the_size_is_invalid(a: Backup) -> None:
     for call in (
         lambda: a.backup_page(NOISE[0], 4096),
         lambda: a.backup_pages(NOISE[:2], 4095),
@@ -129,12 +129,12 @@ def test_c10_past_the_size_is_invalid(a: Backup) -> None:
         lambda a: a.resize(0),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_words(a: Backup, call: Any) -> None:
+def test_invalid_arguments_are_refused_with_the_reason(a: Backup, call: Any) -> None:
     with pytest.raises(InvalidArgument, match=r".{20}"):
         call(a)
 
 
-def test_c12_dropping_releases_those_alone_and_is_idempotent(a: Backup, mnt: Path) -> None:
+def test_c12_drop_releases_only_the_named_pages_and_is_idempotent(a: Backup, mnt: Path) -> None:
     handles = a.backup_pages(NOISE[:600], 0)
     a.drop(1)
     a.drop(1)
@@ -145,7 +145,7 @@ def test_c12_dropping_releases_those_alone_and_is_idempotent(a: Backup, mnt: Pat
     assert os.statvfs(mnt).f_blocks - os.statvfs(mnt).f_bfree == 299
 
 
-def test_ten_thousand_runs_are_told_and_dropped(mnt: Path) -> None:
+def test_ten_thousand_runs_are_listed_and_dropped(mnt: Path) -> None:
     """More than an extended attribute holds."""
     for native in True, False:
         with Backup.create(mnt / "runs", 40_000 * PAGE, native=native) as backup:
@@ -159,7 +159,7 @@ def test_ten_thousand_runs_are_told_and_dropped(mnt: Path) -> None:
             backup.fini()
 
 
-def test_c3_where_room_ends_the_handles_are_fewer_and_then_it_is_an_error(a: Backup, mnt: Path) -> None:
+def test_c3_running_out_of_room_returns_fewer_handles_and_then_fails(a: Backup, mnt: Path) -> None:
     set_attribute(mnt, "size", 300 * PAGE)
     handles = a.backup_pages(NOISE[:512], 3)
     assert handles.tolist() == list(range(4, 304))
@@ -172,7 +172,7 @@ def test_c3_where_room_ends_the_handles_are_fewer_and_then_it_is_an_error(a: Bac
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_c6_no_large_page_is_stored_in_part(mountpoint: Path, way: str) -> None:
+def test_c6_a_large_page_is_never_stored_in_part(mountpoint: Path, way: str) -> None:
     size = 64 << 10
     with (
         Mount(mountpoint, f"size={5 * size},page_size=64k"),
@@ -193,7 +193,7 @@ VERBS = st.one_of(
 )
 
 
-def test_both_ways_and_a_dict_agree(mnt: Path) -> None:
+def test_native_and_mounted_backups_agree_with_a_dict(mnt: Path) -> None:
     """One list of verbs drives a dict and two backups; results and errors are the same."""
     with Backup.create(mnt / "n", 64 * PAGE) as natively, Backup.create(mnt / "m", 64 * PAGE, native=False) as mounted:
 
@@ -243,7 +243,7 @@ def expected(
 
 
 @pytest.mark.serial
-def test_a_page_of_a_large_backup_is_copied_as_soon_as_one_of_a_small_one(mountpoint: Path) -> None:
+def test_copying_a_page_takes_the_same_time_in_large_and_small_backups(mountpoint: Path) -> None:
     """Looking for the end of the run that it is in would take a thousand times as long."""
     with (
         Mount(mountpoint, "size=1g"),
@@ -268,7 +268,7 @@ def test_a_page_of_a_large_backup_is_copied_as_soon_as_one_of_a_small_one(mountp
 # --- backups ---
 
 
-def test_what_is_there_and_what_is_not(mnt: Path, tmp_path: Path) -> None:
+def test_create_and_open_refuse_existing_and_absent_backups(mnt: Path, tmp_path: Path) -> None:
     with Backup.create(mnt / "a") as backup:
         assert (backup.size, backup.page_size, backup.path) == (64 << 20, PAGE, str(mnt / "a"))
         assert backup.residency() == Residency(0, 0, 0), "C14"
@@ -288,7 +288,7 @@ def test_what_is_there_and_what_is_not(mnt: Path, tmp_path: Path) -> None:
     assert names(mnt) == ["a"], "one that could not be made whole is not left"
 
 
-def test_c13_after_fini_nothing_follows(a: Backup, mnt: Path) -> None:
+def test_c13_fini_refuses_every_later_operation(a: Backup, mnt: Path) -> None:
     a.backup_pages(NOISE[:10], 0)
     calls: list[Callable[[Backup], object]] = [
         lambda backup: backup.backup_page(NOISE[0], 0),
@@ -306,7 +306,7 @@ def test_c13_after_fini_nothing_follows(a: Backup, mnt: Path) -> None:
     assert os.statvfs(mnt).f_bfree == os.statvfs(mnt).f_blocks
 
 
-def test_closed_is_not_ended(a: Backup, mnt: Path) -> None:
+def test_closing_a_backup_does_not_end_it(a: Backup, mnt: Path) -> None:
     a.backup_pages(NOISE[:10], 0)
     with Backup.open(mnt / "a", native=a.is_native) as closed:
         pass
@@ -336,7 +336,7 @@ def test_closed_is_not_ended(a: Backup, mnt: Path) -> None:
         a.fileno()
 
 
-def test_a_backup_that_is_renamed_stays_what_it_is(a: Backup, mnt: Path) -> None:
+def test_an_open_backup_survives_a_rename(a: Backup, mnt: Path) -> None:
     a.backup_page(NOISE[0], 0)
     os.rename(mnt / "a", mnt / "b")
     assert a.path == str(mnt / "b")
@@ -345,7 +345,7 @@ def test_a_backup_that_is_renamed_stays_what_it_is(a: Backup, mnt: Path) -> None
     assert names(mnt) == []
 
 
-def test_its_size_changes(a: Backup) -> None:
+def test_a_backup_can_be_resized(a: Backup) -> None:
     a.backup_page(NOISE[0], 4095)
     a.resize(5000 * PAGE - 1)
     assert a.size == 5000 * PAGE
@@ -353,7 +353,7 @@ def test_its_size_changes(a: Backup) -> None:
         a.resize(PAGE)
 
 
-def test_c22_the_daemon_s_death_is_not_noticed(a: Backup, shared: Mount) -> None:
+def test_c22_the_client_does_not_notice_the_death_of_the_daemon(a: Backup, shared: Mount) -> None:
     shared.expect_restarts()
     handles = a.backup_pages(NOISE[:500], 0)
     for _ in range(3):
@@ -365,7 +365,7 @@ def test_c22_the_daemon_s_death_is_not_noticed(a: Backup, shared: Mount) -> None
             assert another.is_native, "the next daemon gives descriptors, too"
 
 
-def test_a_dead_mount_is_an_error_that_says_so(mountpoint: Path) -> None:
+def test_a_dead_mount_gives_an_error_that_says_so(mountpoint: Path) -> None:
     with Mount(mountpoint, "keeper=off") as mount:
         backup = Backup.create(mountpoint / "a", native=False)
         mount.expect_log("")
@@ -399,7 +399,7 @@ def test_writeback_and_where_pages_are(a: Backup, tmp_path: Path) -> None:
 
 @pytest.mark.serial
 @pytest.mark.parametrize("way", WAYS)
-def test_c9_a_wait_for_swap_is_ended_and_nothing_is_lost(mountpoint: Path, tmp_path: Path, way: str) -> None:
+def test_c9_an_interrupted_wait_for_swap_loses_nothing(mountpoint: Path, tmp_path: Path, way: str) -> None:
     native, intr, pages = WAYS[way], threading.Event(), np.zeros((512, PAGE), np.uint8)
     with Mount(mountpoint, "size=64m") as mount, Backup.create(mountpoint / "a", native=native) as backup:
         with slow_swap(os.getpid() if native else mount.pid, tmp_path) as slow:
@@ -423,7 +423,7 @@ def test_c9_a_wait_for_swap_is_ended_and_nothing_is_lost(mountpoint: Path, tmp_p
 
 
 @pytest.mark.serial
-def test_a_signal_handler_s_exception_ends_a_wait(mountpoint: Path, tmp_path: Path) -> None:
+def test_an_exception_of_a_signal_handler_ends_a_wait(mountpoint: Path, tmp_path: Path) -> None:
     class Stopped(Exception):
         pass
 
@@ -466,7 +466,7 @@ def test_threads_share_a_backup(a: Backup) -> None:
     assert not failures
 
 
-def test_where_the_daemon_counts_pages_none_is_native(mountpoint: Path, tmp_path: Path) -> None:
+def test_no_backup_is_native_if_the_daemon_counts_pages(mountpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     for options in "uid_size=16m", f"store={tmp_path / 'store'}":
         with Mount(mountpoint, f"size=64m,{options}"), Backup.create(mountpoint / "a") as backup:
@@ -476,7 +476,7 @@ def test_where_the_daemon_counts_pages_none_is_native(mountpoint: Path, tmp_path
             backup.fini()
 
 
-def test_a_read_only_mount_is_read(mountpoint: Path, tmp_path: Path) -> None:
+def test_a_read_only_mount_can_be_read(mountpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     with Mount(mountpoint, f"store={tmp_path / 'store'}"), Backup.create(mountpoint / "a", PAGE << 10) as backup:
         backup.backup_pages(NOISE[:100], 0)
@@ -486,7 +486,7 @@ def test_a_read_only_mount_is_read(mountpoint: Path, tmp_path: Path) -> None:
             backup.backup_page(NOISE[0], 0)
 
 
-def test_c5_writeback_stores_what_is_stored_without_it(mountpoint: Path) -> None:
+def test_c5_writeback_does_not_change_what_is_stored(mountpoint: Path) -> None:
     """Natively only the budget is asked, not the reserve, whether pages are pushed out or not."""
     options = "size=1m,backup_size=2m,reserve=1t"
     with Mount(mountpoint, options) as mount, Backup.create(mount.path / "a") as backup:
@@ -498,7 +498,7 @@ def test_c5_writeback_stores_what_is_stored_without_it(mountpoint: Path) -> None
             backup.backup_page(NOISE[0], 300, writeback=True)
 
 
-def test_pages_of_zeros_are_pages(a: Backup) -> None:
+def test_a_page_of_zeros_is_stored_as_a_page(a: Backup) -> None:
     """Alone, and in runs between others and at both ends."""
     pages = NOISE[:600].copy()
     pages[[0, 5, 6, 7, 300, 599]] = 0
@@ -511,7 +511,7 @@ def test_pages_of_zeros_are_pages(a: Backup) -> None:
     assert (copied(a, handles[7:]) == pages[7:]).all()
 
 
-def test_what_only_looks_like_a_backup_is_none(mnt: Path, tmp_path: Path) -> None:
+def test_a_directory_that_imitates_a_backup_is_refused(mnt: Path, tmp_path: Path) -> None:
     """Anyone can set attributes of his own directory, and put links in it: nothing is followed, nothing changed."""
     precious = tmp_path / "precious"
     precious.write_bytes(b"secret")
@@ -535,13 +535,13 @@ def test_what_only_looks_like_a_backup_is_none(mnt: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "copy").exists()
 
 
-def test_no_directory_is_left_where_none_can_be_made(tmp_path: Path) -> None:
+def test_a_failed_create_leaves_no_directory(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="no mount of ttmfs"):
         Backup.create(tmp_path / "a")
     assert not names(tmp_path)
 
 
-def test_who_may_only_read_is_told_so(place: Place) -> None:
+def test_a_user_with_read_permission_only_cannot_write(place: Place) -> None:
     """Of a user whom the mode bits let read: what is refused is refused by them, in words."""
     script = """
 import sys
@@ -565,7 +565,7 @@ with Backup.open(sys.argv[1]) as backup:
     assert done.stdout.splitlines() == ["False b'page'", "NotPermitted storing pages: Permission denied"]
 
 
-def test_a_mode_that_lets_no_one_in_can_be_made(place: Place) -> None:
+def test_a_backup_can_be_created_with_mode_0(place: Place) -> None:
     script = """
 import sys
 from ttmfs.client import Backup
@@ -585,7 +585,7 @@ for mode in 0o600, 0o400, 0:
     assert done.stdout.split() == ["False"] * 3
 
 
-def test_an_exception_of_a_signal_handler_is_no_failure_of_the_store(mnt: Path) -> None:
+def test_an_exception_of_a_signal_handler_is_not_reported_as_a_store_failure(mnt: Path) -> None:
     """Also one that is an OSError, and though pages were stored before it."""
 
     def late(*_: object) -> None:
@@ -604,7 +604,7 @@ def test_an_exception_of_a_signal_handler_is_no_failure_of_the_store(mnt: Path) 
         signal.signal(signal.SIGALRM, before)
 
 
-def test_fini_ends_the_backup_of_its_own_mount(tmp_path: Path) -> None:
+def test_fini_ends_the_backup_of_the_opened_mount(tmp_path: Path) -> None:
     """Also where another mount, with a backup of the same name and number, lies over it."""
     place = tmp_path / "mnt"
     place.mkdir()
@@ -618,7 +618,7 @@ def test_fini_ends_the_backup_of_its_own_mount(tmp_path: Path) -> None:
         assert names(below.path) == []
 
 
-def test_threads_are_told_where_their_own_pages_are(mnt: Path) -> None:
+def test_residency_is_correct_for_each_of_several_threads(mnt: Path) -> None:
     with Backup.create(mnt / "a") as backup, ThreadPoolExecutor(3) as threads:
         backup.backup_pages(NOISE[:256], 0)
 
@@ -629,7 +629,7 @@ def test_threads_are_told_where_their_own_pages_are(mnt: Path) -> None:
         assert list(found) == [{Residency(count, count, 0)} for count in (1, 100, 256)]
 
 
-def test_it_leaves_no_descriptor_behind(mnt: Path) -> None:
+def test_the_client_leaks_no_descriptor(mnt: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         with Backup.create(mnt / "a") as backup:

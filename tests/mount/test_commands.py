@@ -170,7 +170,7 @@ def test_create_makes_a_private_backup_in_one_step(mnt: Path, monkeypatch: pytes
     assert [stat.S_IMODE((mnt / name).stat().st_mode) for name in ("mine", "usual")] == [0o700, 0o755]
 
 
-def test_create_goes_on_after_one_that_cannot_be_made(mnt: Path, tmp_path: Path) -> None:
+def test_create_continues_after_a_backup_that_fails(mnt: Path, tmp_path: Path) -> None:
     text = ttmfs("create", tmp_path / "x", mnt / "a", mnt / "a", "/nowhere/x", code=1)
     assert (mnt / "a").is_dir()
     assert not (tmp_path / "x").exists(), "where no ttmfs is mounted it makes no directory"
@@ -182,12 +182,12 @@ def test_create_goes_on_after_one_that_cannot_be_made(mnt: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("words", [["-s", "lots", "{0}/a"], ["-s", "0", "{0}/a"], ["-m", "rwx", "{0}/a"], ["{0}"]])
-def test_create_refuses_what_no_backup_can_be(mnt: Path, words: list[str]) -> None:
+def test_create_refuses_impossible_names_and_sizes(mnt: Path, words: list[str]) -> None:
     assert len(ttmfs("create", *(word.format(mnt) for word in words), code=2).splitlines()) == 1
     assert not os.listdir(mnt)
 
 
-def test_ls_tells_what_the_attributes_tell(mnt: Path) -> None:
+def test_ls_shows_the_values_of_the_attributes(mnt: Path) -> None:
     for name, pages in ("a", 3), ("b", 0), ("c", 300):
         (mnt / name).mkdir()
         store(mnt / name, NOISE[: pages * PAGE])
@@ -209,7 +209,7 @@ def test_ls_tells_what_the_attributes_tell(mnt: Path) -> None:
     )
 
 
-def test_names_do_no_harm(mnt: Path) -> None:
+def test_commands_quote_strange_names(mnt: Path) -> None:
     (mnt / ODD).mkdir()
     (mnt / "plain").mkdir()
     text = ttmfs("ls", mnt, env={**os.environ, "LC_ALL": "C.UTF-8"})
@@ -228,7 +228,7 @@ def test_names_do_no_harm(mnt: Path) -> None:
 
 @pytest.mark.parametrize("words", ["fini x -{0}", "ls --sort {0}", "create -m {0} x", "doctor {0}", "rescue {0} x",
                                    "ls --watch={0}", "save {0} {0}/", "load {0} x", "mount"])  # fmt: skip
-def test_a_shell_that_makes_words_of_strange_names_does_no_harm(words: str) -> None:
+def test_errors_and_usage_quote_strange_names(words: str) -> None:
     """Also of names that are no names: in an error of the command line, in the text of an exception."""
     strange = "\x1b]0;owned\x07\u202egnp.exe\u2066\x9b31m\udcff"
     command = [word.format(strange) for word in words.split()]
@@ -244,7 +244,7 @@ def test_a_shell_that_makes_words_of_strange_names_does_no_harm(words: str) -> N
     assert not set("\x1b\x07\u202e\u2066\x9b") & set(text)
 
 
-def test_what_is_no_mount_is_said_in_a_line(mnt: Path, tmp_path: Path) -> None:
+def test_a_path_outside_of_any_mount_is_reported_in_one_line(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     text = ttmfs("ls", tmp_path, mnt, "/nowhere", code=1)
     assert f"ttmfs ls: {tmp_path} is no mount of ttmfs, and no backup" in text
@@ -260,7 +260,7 @@ def test_what_is_no_mount_is_said_in_a_line(mnt: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_whoever_wants_no_more_output_gets_none(mnt: Path) -> None:
+def test_a_closed_pipe_ends_a_command_quietly(mnt: Path) -> None:
     (mnt / "a").mkdir()
     for words in (
         ["ls", mnt],
@@ -286,7 +286,7 @@ def test_whoever_wants_no_more_output_gets_none(mnt: Path) -> None:
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_standard_files_that_are_closed_are_no_fault_and_no_backup(mnt: Path, closed: str) -> None:
+def test_closed_standard_files_cause_no_error_and_are_not_reused(mnt: Path, closed: str) -> None:
     """Else the first file opened would get the number of one, and what is printed."""
     (mnt / "a").mkdir()
     store(mnt / "a", PAGE * b"x")
@@ -296,7 +296,7 @@ def test_standard_files_that_are_closed_are_no_fault_and_no_backup(mnt: Path, cl
     assert content(mnt / "a") == {1: PAGE * b"x"}
 
 
-def test_an_interruption_at_any_moment_is_no_fault(mnt: Path) -> None:
+def test_an_interruption_at_any_moment_prints_no_traceback(mnt: Path) -> None:
     """Before the command has begun it ends the process, as any; then it is said in a line.
 
     Python itself, up to the first lines of ours, meets one with a traceback.
@@ -315,7 +315,7 @@ def test_an_interruption_at_any_moment_is_no_fault(mnt: Path) -> None:
     assert seen >= {-signal.SIGINT, 0}
 
 
-def test_a_name_in_the_wrong_place_is_told_so(mnt: Path, tmp_path: Path) -> None:
+def test_an_argument_in_the_wrong_place_is_refused_with_the_reason(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     assert f"{mnt} is the root of a mount; name a backup in it, such as {mnt}/a" in ttmfs("create", mnt, code=2)
     for target in mnt / "x", mnt / "a/x":
@@ -328,7 +328,7 @@ def test_a_name_in_the_wrong_place_is_told_so(mnt: Path, tmp_path: Path) -> None
     assert f"load: {mnt}/{'n' * 256}: " in ttmfs("load", tmp_path / "f", mnt / ("n" * 256), code=2)
 
 
-def test_doctor_tells_of_a_full_mount(mnt: Path) -> None:
+def test_doctor_reports_a_full_mount(mnt: Path) -> None:
     (mnt / "a").mkdir()
     size = os.statvfs(mnt).f_blocks * PAGE
     assert "is full" not in ttmfs("doctor", mnt, code=None)
@@ -340,7 +340,7 @@ def test_doctor_tells_of_a_full_mount(mnt: Path) -> None:
     assert "setfattr -n user.ttmfs.size -v SIZE" in ttmfs("doctor", mnt, code=None)
 
 
-def test_save_replaces_regular_files_alone(mnt: Path, tmp_path: Path) -> None:
+def test_save_replaces_only_regular_files(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     os.mkfifo(tmp_path / "fifo")
     os.mknod(tmp_path / "null", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
@@ -353,7 +353,7 @@ def test_save_replaces_regular_files_alone(mnt: Path, tmp_path: Path) -> None:
     assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
 
 
-def test_what_cannot_be_meant_together_is_refused(mnt: Path, tmp_path: Path) -> None:
+def test_contradictory_arguments_are_refused(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     for words, why in (
         ("ls --watch=abc", "'abc' is no number of seconds, and no path"),
@@ -364,7 +364,7 @@ def test_what_cannot_be_meant_together_is_refused(mnt: Path, tmp_path: Path) -> 
     assert not names(tmp_path)
 
 
-def test_fini_ends_backups_with_their_pages_and_nothing_else(mnt: Path) -> None:
+def test_fini_ends_only_the_named_backups(mnt: Path) -> None:
     for name in "abc":
         (mnt / name).mkdir()
         store(mnt / name, NOISE[: 20 * PAGE])
@@ -383,7 +383,7 @@ def swap(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.serial
 @pytest.mark.usefixtures("swap")
-def test_writeback_and_the_picture_tell_what_is_cold(mnt: Path, tmp_path: Path) -> None:
+def test_map_shows_pages_swapped_out_by_writeback(mnt: Path, tmp_path: Path) -> None:
     for name in "ab":
         (mnt / name).mkdir()
         set_attribute(mnt / name, "size", 4 * MIB)
@@ -437,7 +437,7 @@ def areas(path: Path) -> dict[str, int]:
         ((2**30 - 3) * PAGE, [10**9, 10**9 + 2], "█·█"),
     ],
 )
-def test_the_picture_shows_each_page_of_a_few(
+def test_map_draws_each_page_of_a_small_backup(
     mnt: Path, tmp_path: Path, size: int, pages: list[int], expected: str
 ) -> None:
     (mnt / "a").mkdir()
@@ -454,7 +454,7 @@ def test_the_picture_shows_each_page_of_a_few(
 
 
 @pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_ending_says_what_kind_of_picture(mnt: Path, tmp_path: Path, ending: str, begins: bytes) -> None:
+def test_the_file_extension_selects_the_picture_format(mnt: Path, tmp_path: Path, ending: str, begins: bytes) -> None:
     name = "a$b_{c}$ \N{GREEK SMALL LETTER ALPHA}"  # neither a formula nor a line of the terminal's
     (mnt / name).mkdir()
     ttmfs("map", mnt / name, "-o", tmp_path / f"a.{ending}", cwd=REPOSITORY)
@@ -471,7 +471,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(mnt: Path) -> None:
     assert re.fullmatch(r"ttmfs map: a picture needs matplotlib: .*-m pip install .*\n", done.stderr)
 
 
-def test_the_picture_fits_the_width_and_reads_without_colours(mnt: Path) -> None:
+def test_map_fits_the_terminal_and_is_readable_without_colours(mnt: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[: 32 * MIB])
     ranges = ",".join(f"{first}-{first + 2047}" for first in range(1, 8192, 4096))
@@ -492,7 +492,7 @@ def test_the_picture_fits_the_width_and_reads_without_colours(mnt: Path) -> None
         assert "\x1b[" not in seen("map", mnt / "a", **{name: value})
 
 
-def test_the_table_is_drawn_in_place_on_a_terminal_alone(mnt: Path) -> None:
+def test_ls_watch_redraws_in_place_only_on_a_terminal(mnt: Path) -> None:
     (mnt / "first").mkdir()
     with on_terminal("ls", "--watch=0.1", mnt, lines=10) as (terminal, process):
         text = read_until(terminal, lambda text: text.count("\x1b[H") > 2)
@@ -540,7 +540,7 @@ def fill(backup: Path, page: int) -> None:
     (backup / str(2 * PART // page + 9)).touch()  # zeros alone in its part
 
 
-def test_what_was_saved_is_loaded_at_the_same_handles(pair: Path, tmp_path: Path) -> None:
+def test_load_restores_saved_pages_at_the_same_handles(pair: Path, tmp_path: Path) -> None:
     page = count(pair, "page_size")
     fill(pair / "a", page)
     before = content(pair / "a")
@@ -563,7 +563,7 @@ def test_what_was_saved_is_loaded_at_the_same_handles(pair: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("sparse", ["always", "never"])
-def test_a_copy_with_other_holes_is_loaded_at_the_same_handles_too(mnt: Path, tmp_path: Path, sparse: str) -> None:
+def test_load_restores_a_copy_with_other_holes_at_the_same_handles(mnt: Path, tmp_path: Path, sparse: str) -> None:
     fill(mnt / "a", PAGE)
     ttmfs("save", mnt / "a", tmp_path / "f")
     run(f"cp --sparse={sparse} f g; cp f.ttmfs g.ttmfs", cwd=tmp_path)
@@ -571,7 +571,7 @@ def test_a_copy_with_other_holes_is_loaded_at_the_same_handles_too(mnt: Path, tm
     assert content(mnt / "b") == content(mnt / "a")
 
 
-def test_a_file_that_was_never_saved_is_loaded_as_it_is(mnt: Path, tmp_path: Path) -> None:
+def test_load_accepts_a_file_without_a_manifest(mnt: Path, tmp_path: Path) -> None:
     with (tmp_path / "f").open("wb") as file:
         file.write(NOISE[: 3 * PAGE])
         file.seek(PART + 5 * PAGE)
@@ -585,7 +585,7 @@ def test_a_file_that_was_never_saved_is_loaded_as_it_is(mnt: Path, tmp_path: Pat
     assert not (mnt / "b").exists()
 
 
-def test_what_was_rescued_is_checked_and_loaded(mnt: Path, tmp_path: Path, shared: Mount) -> None:
+def test_load_checks_and_loads_a_rescued_file(mnt: Path, tmp_path: Path, shared: Mount) -> None:
     fill(mnt / "a", PAGE)
     ttmfs("rescue", shared.process.pid, tmp_path / "copy")
     ttmfs("rescue", "--check", tmp_path / "copy")
@@ -625,9 +625,7 @@ def sealed(lines: str) -> str:
         ("ttmfs 3", "ttmfs 2"),
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused_though_it_is_whole(
-    mnt: Path, tmp_path: Path, wrong: tuple[str, str]
-) -> None:
+def test_a_sealed_manifest_with_impossible_values_is_refused(mnt: Path, tmp_path: Path, wrong: tuple[str, str]) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[: 2 * PART])
     ttmfs("save", mnt / "a", tmp_path / "f")
@@ -641,7 +639,7 @@ def test_a_manifest_that_makes_no_sense_is_refused_though_it_is_whole(
 
 
 @pytest.mark.parametrize("wrong", [("mode=755", "mode=777"), ("\n3-4", "\n3-5")])
-def test_a_manifest_that_was_changed_is_found(mnt: Path, tmp_path: Path, wrong: tuple[str, str]) -> None:
+def test_a_changed_manifest_is_detected(mnt: Path, tmp_path: Path, wrong: tuple[str, str]) -> None:
     """Pages of zeros are under no digest but the manifest's own."""
     (mnt / "a").mkdir()
     for handle in "34":
@@ -654,13 +652,13 @@ def test_a_manifest_that_was_changed_is_found(mnt: Path, tmp_path: Path, wrong: 
         assert "f.ttmfs is damaged" in ttmfs("load", *words, code=2)
 
 
-def test_check_gives_programs_the_plain_name(mnt: Path, tmp_path: Path) -> None:
+def test_check_json_has_the_unquoted_name(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     ttmfs("save", mnt / "a", tmp_path / ODD)
     assert json.loads(ttmfs("load", "--check", "--json", tmp_path / ODD)) == {"file": str(tmp_path / ODD), "ok": True}
 
 
-def test_a_damaged_chunk_is_told_and_not_stored(mnt: Path, tmp_path: Path) -> None:
+def test_a_damaged_chunk_is_reported_and_not_stored(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[: 3 * PART])
     ttmfs("save", mnt / "a", tmp_path / "f")
@@ -691,7 +689,7 @@ def test_a_damaged_chunk_is_told_and_not_stored(mnt: Path, tmp_path: Path) -> No
     assert not (mnt / "c").exists()
 
 
-def test_no_room_is_told_and_can_be_gone_on_from(mnt: Path, tmp_path: Path) -> None:
+def test_a_load_that_runs_out_of_room_can_be_continued(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE)
     ttmfs("save", mnt / "a", tmp_path / "f")
@@ -747,7 +745,7 @@ def first_data(path: Path) -> int:
         return os.lseek(fd, 0, os.SEEK_DATA)
 
 
-def test_a_save_that_is_killed_goes_on_and_looks_whole_only_when_it_is(large: tuple[Path, Path]) -> None:
+def test_a_killed_save_can_be_continued_and_looks_complete_only_at_its_end(large: tuple[Path, Path]) -> None:
     backup, target = large
     hidden, chance = target.with_name(".f.partial"), random.Random(os.environ.get("CI"))
     kills = damaged = 0
@@ -804,7 +802,7 @@ def stopped(request: pytest.FixtureRequest, mnt: Path, tmp_path: Path) -> Path:
     return target
 
 
-def test_a_save_that_was_stopped_in_its_last_steps_is_ended_by_the_same_command(mnt: Path, stopped: Path) -> None:
+def test_the_same_command_completes_a_save_stopped_in_its_last_steps(mnt: Path, stopped: Path) -> None:
     assert "f exists" in ttmfs("save", mnt / "a", stopped, code=2)
     before = bytes_written()
     assert "saved: " in ttmfs("save", "--force", mnt / "a", stopped)
@@ -814,7 +812,7 @@ def test_a_save_that_was_stopped_in_its_last_steps_is_ended_by_the_same_command(
     assert not list(stopped.parent.glob(".*"))
 
 
-def test_what_an_interrupted_save_has_left_is_never_taken_for_another_backup(mnt: Path, stopped: Path) -> None:
+def test_the_rest_of_an_interrupted_save_is_not_used_for_another_backup(mnt: Path, stopped: Path) -> None:
     (mnt / "other").mkdir()
     set_attribute(mnt / "other", "size", 2 * PART)
     store(mnt / "other", NOISE[MIB : 2 * MIB], PART)
@@ -825,7 +823,7 @@ def test_what_an_interrupted_save_has_left_is_never_taken_for_another_backup(mnt
     assert content(mnt / "b") == content(mnt / "other")
 
 
-def test_a_file_that_does_not_belong_to_its_manifest_yet_is_not_loaded(mnt: Path, stopped: Path) -> None:
+def test_a_file_that_does_not_match_its_manifest_is_not_loaded(mnt: Path, stopped: Path) -> None:
     if (stopped.parent / ".f.partial.ttmfs").exists():
         assert "OK" in ttmfs("load", "--check", stopped), "nothing was replaced yet"
         return
@@ -839,7 +837,7 @@ def cannot(*_: object) -> None:
 
 
 @pytest.mark.parametrize("has_holes", [True, False])
-def test_what_was_dropped_since_an_interruption_is_not_in_the_file(
+def test_a_continued_save_omits_pages_dropped_since_the_interruption(
     mnt: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch, has_holes: bool
 ) -> None:
     backup, pages = mnt / "a", PART // PAGE
@@ -854,7 +852,7 @@ def test_what_was_dropped_since_an_interruption_is_not_in_the_file(
     assert content(mnt / "b") == content(backup)
 
 
-def test_what_was_stored_through_a_mapping_since_an_interruption_is_in_the_file(mnt: Path, tmp_path: Path) -> None:
+def test_a_continued_save_includes_pages_stored_through_a_mapping_since(mnt: Path, tmp_path: Path) -> None:
     """Which changes no time, if the page was written to before."""
     backup, target = mnt / "a", tmp_path / "f"
     backup.mkdir()
@@ -870,7 +868,7 @@ def test_what_was_stored_through_a_mapping_since_an_interruption_is_in_the_file(
     assert "OK" in ttmfs("load", "--check", target)
 
 
-def test_a_save_keeps_off_a_file_that_another_makes(mnt: Path, tmp_path: Path) -> None:
+def test_a_save_refuses_a_file_that_another_save_writes(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     hidden = tmp_path / ".f.partial"
     hidden.touch()
@@ -882,7 +880,7 @@ def test_a_save_keeps_off_a_file_that_another_makes(mnt: Path, tmp_path: Path) -
     assert sorted(os.listdir(tmp_path)) == ["f", "f.ttmfs"]
 
 
-def test_a_save_follows_no_link_and_takes_over_no_file_of_others(mnt: Path, tmp_path: Path) -> None:
+def test_a_save_follows_no_link_and_uses_no_file_of_other_users(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[:PAGE])
     precious, hidden = tmp_path / "precious", tmp_path / ".f.partial"
@@ -912,7 +910,7 @@ def test_a_save_follows_no_link_and_takes_over_no_file_of_others(mnt: Path, tmp_
     assert sorted(os.listdir(tmp_path)) == ["f", "f.ttmfs", "precious"]
 
 
-def test_a_save_replaces_nothing_unasked(mnt: Path, tmp_path: Path) -> None:
+def test_a_save_replaces_a_file_only_on_request(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     (tmp_path / "f.ttmfs").write_text("somebody's")
     assert "f.ttmfs exists" in ttmfs("save", mnt / "a", tmp_path / "f", code=2)
@@ -923,7 +921,7 @@ def test_a_save_replaces_nothing_unasked(mnt: Path, tmp_path: Path) -> None:
     assert "is not a regular file" in ttmfs("save", "--force", mnt / "a", tmp_path / "d", code=2)
 
 
-def test_a_saved_file_is_the_callers_and_lets_in_others_as_the_backup_does(mnt: Path, tmp_path: Path) -> None:
+def test_a_saved_file_belongs_to_the_caller_and_has_the_mode_of_the_backup(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     for mode, gid, expected in (0o777, 0, 0o666), (0o750, 0, 0o640), (0o775, ALICE, 0o604), (0o070, 0, 0o660):
         os.chown(mnt / "a", ALICE, gid)
@@ -950,7 +948,7 @@ def amid_a_save(
     raise AssertionError("it is always through before")
 
 
-def test_ctrl_c_is_answered_in_a_line_and_what_changed_since_is_saved_as_it_is_now(large: tuple[Path, Path]) -> None:
+def test_a_save_after_ctrl_c_has_the_pages_of_now(large: tuple[Path, Path]) -> None:
     backup, target = large
     status, out, err = amid_a_save(backup, target, lambda client: client.send_signal(signal.SIGINT))
     assert (status, out) == (130, b"")
@@ -960,7 +958,7 @@ def test_ctrl_c_is_answered_in_a_line_and_what_changed_since_is_saved_as_it_is_n
     assert image(target) == image(backup / ".image")
 
 
-def test_a_backup_that_is_changed_while_it_is_saved_is_told(large: tuple[Path, Path]) -> None:
+def test_a_save_reports_a_backup_that_changed_meanwhile(large: tuple[Path, Path]) -> None:
     backup, target = large
 
     def change(client: "subprocess.Popen[bytes]") -> None:
@@ -975,7 +973,7 @@ def test_a_backup_that_is_changed_while_it_is_saved_is_told(large: tuple[Path, P
     assert "OK" in ttmfs("load", "--check", target)
 
 
-def test_a_load_that_is_killed_goes_on(large: tuple[Path, Path], mnt: Path) -> None:
+def test_a_killed_load_can_be_continued(large: tuple[Path, Path], mnt: Path) -> None:
     backup, target = large
     ttmfs("save", backup, target)
     expected = image(target)
@@ -1005,7 +1003,7 @@ def limited(length: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (length, length))
 
 
-def test_a_load_that_fails_says_what_is_there(mnt: Path, tmp_path: Path) -> None:
+def test_a_failed_load_reports_which_pages_are_loaded(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[: 3 * PART])
     os.chmod(mnt / "a", 0o555)
@@ -1022,7 +1020,7 @@ def test_a_load_that_fails_says_what_is_there(mnt: Path, tmp_path: Path) -> None
     assert image(mnt / "b/.image") == image(mnt / "a/.image")
 
 
-def test_a_load_whose_mount_dies_says_so(large: tuple[Path, Path], mountpoint: Path, tmp_path: Path) -> None:
+def test_a_load_reports_a_mount_that_dies(large: tuple[Path, Path], mountpoint: Path, tmp_path: Path) -> None:
     backup, target = large
     ttmfs("save", backup, target)
     (tmp_path / "store").mkdir()
@@ -1038,7 +1036,7 @@ def test_a_load_whose_mount_dies_says_so(large: tuple[Path, Path], mountpoint: P
     assert b"Traceback" not in error
 
 
-def test_a_file_of_which_nothing_is_sound_makes_no_backup(mnt: Path, tmp_path: Path) -> None:
+def test_a_file_without_an_intact_chunk_creates_no_backup(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[:PAGE])
     ttmfs("save", mnt / "a", tmp_path / "f")
@@ -1051,7 +1049,7 @@ def test_a_file_of_which_nothing_is_sound_makes_no_backup(mnt: Path, tmp_path: P
     assert content(mnt / "a") == before
 
 
-def test_a_backup_is_private_until_all_of_it_is_loaded(
+def test_a_backup_is_private_until_its_load_is_complete(
     mnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (mnt / "a").mkdir(mode=0o751)
@@ -1074,7 +1072,7 @@ def test_a_backup_is_private_until_all_of_it_is_loaded(
     assert len(changes) == 2, "its mode stays"
 
 
-def test_what_another_user_has_put_there_lets_nobody_in(mnt: Path, tmp_path: Path) -> None:
+def test_a_file_of_another_user_is_loaded_into_a_private_backup(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir(mode=0o755)
     store(mnt / "a", NOISE[:PAGE])
     ttmfs("save", mnt / "a", tmp_path / "f")
@@ -1094,7 +1092,7 @@ def test_what_another_user_has_put_there_lets_nobody_in(mnt: Path, tmp_path: Pat
     assert "f.ttmfs is damaged" in ttmfs("load", tmp_path / "f", mnt / "d", code=2)
 
 
-def test_nothing_is_loaded_into_anothers_backup_unasked(mnt: Path, tmp_path: Path) -> None:
+def test_load_into_a_backup_of_another_user_needs_a_request(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[:PAGE])
     ttmfs("save", mnt / "a", tmp_path / "f")
@@ -1142,7 +1140,7 @@ def test_a_stream_is_loaded_at_the_same_handles(pair: Path) -> None:
     assert sorted(names(pair)) == ["a", "b"]
 
 
-def test_a_stream_that_is_not_whole_changes_nothing(mnt: Path) -> None:
+def test_an_incomplete_stream_changes_nothing(mnt: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[: 3 * CHUNK])
     data = stream_of(mnt / "a")
@@ -1171,7 +1169,7 @@ def test_a_stream_that_is_not_whole_changes_nothing(mnt: Path) -> None:
     assert content(mnt / "b") == before
 
 
-def test_a_stream_for_which_there_is_no_room_changes_nothing(mnt: Path) -> None:
+def test_a_stream_without_room_changes_nothing(mnt: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[: 3 * CHUNK])
     data = stream_of(mnt / "a")
@@ -1180,7 +1178,7 @@ def test_a_stream_for_which_there_is_no_room_changes_nothing(mnt: Path) -> None:
     assert names(mnt) == ["a"]
 
 
-def test_a_stream_that_is_interrupted_changes_nothing(mnt: Path) -> None:
+def test_an_interrupted_stream_changes_nothing(mnt: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[: 12 * CHUNK])
     data = stream_of(mnt / "a")
@@ -1199,7 +1197,7 @@ def test_a_stream_that_is_interrupted_changes_nothing(mnt: Path) -> None:
     assert names(mnt) == ["a"]
 
 
-def test_a_stream_that_nobody_reads_ends_quietly(mnt: Path) -> None:
+def test_a_save_to_a_closed_pipe_ends_quietly(mnt: Path) -> None:
     (mnt / "a").mkdir()
     store(mnt / "a", NOISE[: 3 * CHUNK])
     with started("save", mnt / "a", "-") as client:
@@ -1211,7 +1209,7 @@ def test_a_stream_that_nobody_reads_ends_quietly(mnt: Path) -> None:
     assert client.returncode == 141
 
 
-def test_a_bar_is_drawn_on_a_terminal_alone(mnt: Path, tmp_path: Path) -> None:
+def test_a_progress_bar_is_drawn_only_on_a_terminal(mnt: Path, tmp_path: Path) -> None:
     backup, target = mnt / "a", tmp_path / "f"
     backup.mkdir()
     store(backup, NOISE[: 2 * PART])
@@ -1229,7 +1227,7 @@ def test_a_bar_is_drawn_on_a_terminal_alone(mnt: Path, tmp_path: Path) -> None:
 # --- fd ---
 
 
-def test_a_program_gets_the_descriptor(mnt: Path) -> None:
+def test_fd_passes_the_descriptor_to_a_program(mnt: Path) -> None:
     (mnt / "a").mkdir()
     assert (
         ttmfs("fd", mnt / "a", "--", "sh", "-c", "echo hello | dd of={} conv=notrunc status=none; head -c 6 {}")
@@ -1240,7 +1238,7 @@ def test_a_program_gets_the_descriptor(mnt: Path) -> None:
     assert "give a program" in ttmfs("fd", mnt / "a", code=2)
 
 
-def test_users_get_descriptors_by_the_mode_bits_and_others_the_reason(place: Place, tmp_path: Path) -> None:
+def test_the_mode_bits_decide_who_gets_a_descriptor_or_the_reason(place: Place, tmp_path: Path) -> None:
     command = [place.python, "-m", "ttmfs"]
     more = {"command": command, "cwd": place.path / "repository"}
     (tmp_path / "store").mkdir()
@@ -1278,7 +1276,7 @@ def checks(*words: object, code: int, **more: Any) -> dict[str, dict[str, str]]:
     return {check["what"]: check for check in json.loads(ttmfs("doctor", "--json", *words, code=code, **more))}
 
 
-def test_doctor_finds_a_mount_that_is_dead_and_one_that_is_not_and_says_what_to_do(
+def test_doctor_tells_dead_mounts_from_live_ones_and_says_what_to_do(
     mnt: Path, mountpoint: Path, tmp_path: Path
 ) -> None:
     assert checks(mnt, code=0)[str(mnt)]["state"] == "ok"
@@ -1296,7 +1294,7 @@ def test_doctor_finds_a_mount_that_is_dead_and_one_that_is_not_and_says_what_to_
     assert "\x1b[" in seen("doctor", mnt)
 
 
-def test_doctor_finds_a_daemon_that_does_not_answer(mnt: Path, shared: Mount) -> None:
+def test_doctor_reports_a_daemon_that_does_not_answer(mnt: Path, shared: Mount) -> None:
     os.kill(shared.pid, signal.SIGSTOP)
     try:
         found = checks(mnt, code=1)[str(mnt)]
@@ -1306,7 +1304,7 @@ def test_doctor_finds_a_daemon_that_does_not_answer(mnt: Path, shared: Mount) ->
     assert f"kill -KILL {shared.pid} has its keeper, {shared.process.pid}," in found["do"]
 
 
-def test_doctor_tells_of_another_version_and_of_what_is_not_installed(mnt: Path, tmp_path: Path) -> None:
+def test_doctor_reports_other_versions_and_missing_packages(mnt: Path, tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "ttmfs", tmp_path / "ttmfs")
     (tmp_path / "ttmfs/version.py").write_text('__version__ = "99.1"\n')
     found = checks(mnt, code=1, cwd=tmp_path, env={**os.environ, "PATH": "/nonexistent"})
@@ -1315,7 +1313,7 @@ def test_doctor_tells_of_another_version_and_of_what_is_not_installed(mnt: Path,
     assert found["fusermount3"]["do"] == "apt install fuse3"
 
 
-def test_doctor_serves_users(place: Place) -> None:
+def test_doctor_works_for_users_without_privilege(place: Place) -> None:
     alice = as_user(ALICE, cwd=place.path / "repository", command=[place.python, "-m", "ttmfs"])
     with place.directory("shared") as path, Mount(path, "allow_other"):
         found = checks(path, code=0, **alice)

@@ -145,7 +145,7 @@ def test_c3_pages_stored_at_once_have_consecutive_handles(backup: Path) -> None:
     assert attribute(backup, "map") == f"11-310,{PAGES - 1}-{PAGES}"
 
 
-def test_c3_where_room_ends_a_write_is_short(tight: Path) -> None:
+def test_c3_a_write_that_runs_out_of_room_is_short(tight: Path) -> None:
     a, b = new_backup(tight, "a"), new_backup(tight, "b")
     store(a, *range(1, ROOM - 5))
     data = random.Random(4).randbytes(10 * PAGE)
@@ -190,7 +190,7 @@ def test_c5_writeback_changes_no_result(backup: Path, flags: int) -> None:
     assert attribute(backup, "map") == "1-2"
 
 
-def test_c6_what_is_refused_changes_nothing(backup: Path) -> None:
+def test_c6_a_refused_write_changes_nothing(backup: Path) -> None:
     store(backup, 1, 3)
     with opened(backup / "1") as page, opened(backup / ".image") as image:
         for fd, end in ((page, PAGE), (image, PAGES * PAGE)):
@@ -279,7 +279,7 @@ def test_c8_copying_back_does_not_consume(site: Site, backup: Path) -> None:
     holds(backup, *range(1, 20))
 
 
-def test_c9_a_wait_can_be_ended_and_leaves_the_page_as_it_was(large: Mount, backup: Path) -> None:
+def test_c9_an_interrupted_wait_leaves_the_page_unchanged(large: Mount, backup: Path) -> None:
     def waits(client: "subprocess.Popen[bytes]") -> bool:
         where = Path(f"/proc/{client.pid}/wchan").read_text()
         return "fuse" in where or "request_wait" in where
@@ -317,7 +317,7 @@ def test_c10_an_index_past_the_size_is_refused(backup: Path) -> None:
     holds(backup, PAGES, PAGES + 1)
 
 
-def test_c11_a_handle_that_holds_nothing_is_no_file(backup: Path) -> None:
+def test_c11_a_handle_without_a_page_has_no_file(backup: Path) -> None:
     store(backup, 2, 5)
     for handle in (1, 3, 4, 6, PAGES):
         path = backup / str(handle)
@@ -341,7 +341,7 @@ DROPS: dict[str, Callable[[Path, int, int], object]] = {
 
 
 @pytest.mark.parametrize("way", DROPS)
-def test_c12_drop_releases_those_pages_alone_and_at_once(backup: Path, way: str) -> None:
+def test_c12_drop_releases_only_the_named_pages_at_once(backup: Path, way: str) -> None:
     def counts() -> tuple[int, int, int]:
         """Pages, as df counts them, as the backup does, and as they take room in its file, with what else it needs."""
         room = (backup / ".shmem").stat().st_blocks * 512
@@ -367,7 +367,7 @@ def test_c12_drop_releases_those_pages_alone_and_at_once(backup: Path, way: str)
     holds(backup, *range(1, 31), 40)
 
 
-def test_c13_fini_releases_every_page_and_refuses_what_follows(mnt: Path, backup: Path) -> None:
+def test_c13_fini_releases_every_page_and_later_operations_are_refused(mnt: Path, backup: Path) -> None:
     other = new_backup(mnt, "b")
     store(backup, *range(1, 31))
     store(other, 1)
@@ -476,7 +476,7 @@ def test_c16_the_budget_holds_under_concurrency(tight: Path) -> None:
         holds(backup, *listed(backup))
 
 
-def test_c16_what_goes_past_the_mount_is_counted(site: Site, tight: Path) -> None:
+def test_c16_pages_stored_through_shmem_are_counted(site: Site, tight: Path) -> None:
     """Through .shmem: the kernel refuses it where the budget is its own, else the mount soon takes nothing any more."""
     a, b = new_backup(tight, "a"), new_backup(tight, "b")
 

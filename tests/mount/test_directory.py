@@ -84,7 +84,7 @@ def shut_down(filesystem: Path) -> None:
 # --- it lasts ---
 
 
-def test_backups_are_there_again_after_unmount_and_mount(directory: Path, mountpoint: Path) -> None:
+def test_backups_survive_an_unmount(directory: Path, mountpoint: Path) -> None:
     options = f"store={directory},size=64m,backup_size=1m"
     with Mount(mountpoint, options):
         (mountpoint / "a").mkdir(mode=0o750)
@@ -111,7 +111,7 @@ def test_backups_are_there_again_after_unmount_and_mount(directory: Path, mountp
     assert os.listdir(directory) == [".ttmfs"]
 
 
-def test_backups_are_there_again_after_a_kill(directory: Path, mountpoint: Path) -> None:
+def test_backups_survive_the_death_of_daemon_and_keeper(directory: Path, mountpoint: Path) -> None:
     """The death of daemon and keeper frees the directory, and every answered write is there."""
     with Mount(mountpoint, f"store={directory}") as mount:
         (mountpoint / "a").mkdir()
@@ -123,7 +123,7 @@ def test_backups_are_there_again_after_a_kill(directory: Path, mountpoint: Path)
         assert (mountpoint / "a/5").read_bytes() == content(5)
 
 
-def test_the_api_keeps_backups_there_too(directory: Path) -> None:
+def test_backups_of_the_api_survive_in_the_directory(directory: Path) -> None:
     page, got = np.frombuffer(content(1), np.uint8), np.zeros(PAGE, np.uint8)
 
     async def main() -> None:
@@ -147,7 +147,7 @@ def test_the_api_keeps_backups_there_too(directory: Path) -> None:
     trio.run(main)
 
 
-def test_the_root_is_the_directory(directory: Path, mountpoint: Path) -> None:
+def test_the_root_of_the_mount_shows_the_directory(directory: Path, mountpoint: Path) -> None:
     directory.chmod(0o1750)
     os.chown(directory, 12, 34)
     with Mount(mountpoint, f"store={directory}"):
@@ -218,7 +218,7 @@ def enormous(path: Path) -> None:
         (enormous, "none that this version of ttmfs understands (it is no JSON)"),
     ],
 )
-def test_what_is_put_in_the_place_of_its_own_file_is_refused_with_the_reason(
+def test_a_foreign_record_file_is_refused_with_the_reason(
     mountpoint: Path, tmp_path: Path, make: Callable[[Path], object], reason: str, options: str
 ) -> None:
     with stores.mounted(tmp_path / "below", "tmpfs") as directory:
@@ -229,7 +229,7 @@ def test_what_is_put_in_the_place_of_its_own_file_is_refused_with_the_reason(
         assert not os.listxattr(directory / "a")
 
 
-def test_who_may_only_read_the_directory_cannot_keep_anyone_from_mounting_it(tmp_path: Path, mountpoint: Path) -> None:
+def test_a_user_who_can_only_read_the_directory_cannot_block_its_mount(tmp_path: Path, mountpoint: Path) -> None:
     """Not before the first mount, nor later; nor can such a user lock the file that counts."""
     with stores.mounted(tmp_path / "below", "tmpfs", "mode=755") as directory, opened(directory, os.O_RDONLY) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -291,14 +291,14 @@ def huge(base: Path) -> Iterator[Path]:
     ("make", "reason"),
     [(ramfs, "cannot tell pages of 4k apart"), (coarse, "65536 bytes of room were taken"), (huge, "cannot tell pages")],
 )
-def test_filesystems_without_true_holes_are_refused_with_the_reason(
+def test_filesystems_without_exact_holes_are_refused_with_the_reason(
     mountpoint: Path, tmp_path: Path, make: Callable[[Path], Iterator[Path]], reason: str
 ) -> None:
     with contextlib.contextmanager(make)(tmp_path) as path:
         assert reason in refused(2, mountpoint, f"store={path}")
 
 
-def test_a_coarse_grain_will_do_for_pages_as_large(mountpoint: Path, tmp_path: Path) -> None:
+def test_a_filesystem_with_large_blocks_can_store_pages_of_that_size(mountpoint: Path, tmp_path: Path) -> None:
     with (
         contextlib.contextmanager(coarse)(tmp_path) as path,
         Mount(mountpoint, f"store={path},page_size=64k,backup_size=1m"),
@@ -310,7 +310,7 @@ def test_a_coarse_grain_will_do_for_pages_as_large(mountpoint: Path, tmp_path: P
         assert count(mountpoint / "a", "pages") == 0
 
 
-def test_what_is_no_directory_to_write_to_is_refused(mountpoint: Path, tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_writable_directory_is_refused(mountpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     assert "No such file" in refused(32, mountpoint, f"store={tmp_path}/nothing")
@@ -367,7 +367,7 @@ def test_a_store_mounted_read_only_is_not_changed(directory: Path, below: Path, 
     assert "mount it with ro" in refused(32, mountpoint, f"store={directory}")
 
 
-def test_what_is_there_can_be_copied_out_when_the_disk_has_become_read_only(mountpoint: Path, tmp_path: Path) -> None:
+def test_pages_can_be_copied_out_of_a_disk_that_became_read_only(mountpoint: Path, tmp_path: Path) -> None:
     disk = Disk(tmp_path, "ext4")
     run(f"tune2fs -e remount-ro {tmp_path}/image")
     with disk.mounted() as below:
@@ -390,7 +390,7 @@ def test_what_is_there_can_be_copied_out_when_the_disk_has_become_read_only(moun
 # --- others who can reach the directory ---
 
 
-def test_a_lease_of_a_file_in_it_stops_no_one_else(directory: Path, mountpoint: Path) -> None:
+def test_a_file_lease_in_the_store_delays_no_other_user(directory: Path, mountpoint: Path) -> None:
     """Whoever owns a file can hold a lease of it, for which opening it waits up to /proc/sys/fs/lease-break-time."""
     with Mount(mountpoint, f"store={directory}") as mount:
         mount.expect_log("get EIO")
@@ -412,7 +412,7 @@ def test_a_lease_of_a_file_in_it_stops_no_one_else(directory: Path, mountpoint: 
         assert (mountpoint / "held/1").read_bytes() == content(2), "once it is given up"
 
 
-def test_no_file_in_it_is_a_set_id_program(directory: Path, mountpoint: Path) -> None:
+def test_no_file_in_the_store_has_set_id_bits(directory: Path, mountpoint: Path) -> None:
     directory.chmod(0o3777)
     with Mount(mountpoint, f"store={directory}"):
         (mountpoint / "a").mkdir()
@@ -421,7 +421,9 @@ def test_no_file_in_it_is_a_set_id_program(directory: Path, mountpoint: Path) ->
         assert [stat.S_IMODE((directory / name).stat().st_mode) & 0o6000 for name in ("a", "b")] == [0, 0]
 
 
-def test_its_own_directories_may_be_named_as_temporary_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_directories_of_killed_daemons_are_removed_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the fall-back's directories those are removed that a killed daemon left, and no others."""
     with stores.mounted(tmp_path / "runtime", "tmpfs", "size=100t") as runtime:
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
@@ -510,7 +512,7 @@ def test_a_foreign_file_of_whole_pages_is_a_backup(directory: Path, mountpoint: 
         assert os.listdir(mountpoint) == ["image"]
 
 
-def test_inode_numbers_that_are_used_again_confuse_no_one(directory: Path, mountpoint: Path) -> None:
+def test_reused_inode_numbers_do_not_mix_up_backups(directory: Path, mountpoint: Path) -> None:
     with Mount(mountpoint, f"store={directory}"):
         shown, below = set(), []
         with contextlib.ExitStack() as stack:
@@ -538,7 +540,7 @@ def test_inode_numbers_that_are_used_again_confuse_no_one(directory: Path, mount
             assert len(set(below)) < len(below), "the filesystem did use some again"
 
 
-def test_copies_of_a_backups_file_are_backups_of_their_own(directory: Path, mountpoint: Path, below: Path) -> None:
+def test_a_copy_of_a_backup_file_is_a_separate_backup(directory: Path, mountpoint: Path, below: Path) -> None:
     """Though copied with its mark, or moved here from another store."""
     other = below / "other"
     other.mkdir()
@@ -587,7 +589,7 @@ def test_the_budget_and_the_number_of_backups_hold(directory: Path, mountpoint: 
             (mountpoint / "a").rmdir()
 
 
-def test_what_comes_through_shmem_is_counted(directory: Path, mountpoint: Path) -> None:
+def test_pages_stored_through_shmem_are_counted(directory: Path, mountpoint: Path) -> None:
     with Mount(mountpoint, f"store={directory},size=1m"):
         (mountpoint / "a").mkdir()
         run(f"dd if=/dev/urandom of=a/.shmem bs={PAGE} count=10 seek=5 conv=notrunc", cwd=mountpoint)
@@ -600,7 +602,7 @@ def test_what_comes_through_shmem_is_counted(directory: Path, mountpoint: Path) 
         assert int(run("du -s --block-size=1 a", cwd=mountpoint).split()[0]) == 7 * PAGE
 
 
-def test_without_a_budget_all_that_is_free_below_can_be_used(directory: Path, mountpoint: Path, below: Path) -> None:
+def test_without_a_budget_a_mount_can_fill_its_filesystem(directory: Path, mountpoint: Path, below: Path) -> None:
     with Mount(mountpoint, f"store={directory}"):
         (mountpoint / "a").mkdir()
         with opened(mountpoint / "a/.image") as fd:
@@ -615,7 +617,9 @@ def test_without_a_budget_all_that_is_free_below_can_be_used(directory: Path, mo
 
 
 @pytest.mark.parametrize(("kind", "page_size"), [*((kind, PAGE) for kind in KINDS), ("ext4", 16 * PAGE)])
-def test_a_full_disk_is_enospc_and_loses_nothing(mountpoint: Path, tmp_path: Path, kind: str, page_size: int) -> None:
+def test_a_full_disk_gives_enospc_and_loses_nothing(
+    mountpoint: Path, tmp_path: Path, kind: str, page_size: int
+) -> None:
     with stores.filesystem(tmp_path / "below", kind) as below:
         store = below / "store"
         store.mkdir()
@@ -652,7 +656,7 @@ def test_a_full_disk_is_enospc_and_loses_nothing(mountpoint: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 @pytest.mark.parametrize("way", ["fsync", "O_SYNC", "fsync of the image"])
-def test_fsync_is_fsync(mountpoint: Path, tmp_path: Path, kind: str, way: str) -> None:
+def test_synced_pages_survive_a_power_failure(mountpoint: Path, tmp_path: Path, kind: str, way: str) -> None:
     """What was synced is there after the power failed; what was not, was not on the disk yet."""
     disk = Disk(tmp_path, kind)
     with disk.mounted() as below:
@@ -678,7 +682,7 @@ def test_fsync_is_fsync(mountpoint: Path, tmp_path: Path, kind: str, way: str) -
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_a_failing_disk_is_eio_said_once_and_loses_nothing_that_was_synced(
+def test_a_failing_disk_gives_eio_logged_once_and_keeps_synced_pages(
     mountpoint: Path, tmp_path: Path, kind: str
 ) -> None:
     disk = Disk(tmp_path, kind)

@@ -122,14 +122,16 @@ BEYOND = [PAGES + 1, MAX_HANDLE, MAX_HANDLE + 1, MAX_HANDLE + 2, 2**30, 2**30 + 
 @pytest.mark.parametrize("look", [os.stat, read, os.unlink, lambda p: os.rename(p, p.with_name("9")),
                                   lambda p: os.truncate(p, 0), os.rmdir, write_only])  # fmt: skip
 @pytest.mark.parametrize("name", [*NO_HANDLES, *map(str, BEYOND), "5", str(PAGES)], ids=ascii)
-def test_looking_up_what_is_no_page_is_enoent(a: Path, name: str, look: Callable[[Path], object]) -> None:
+def test_looking_up_an_absent_page_is_enoent(a: Path, name: str, look: Callable[[Path], object]) -> None:
     with raises_errno(ENOENT):
         look(a / name)
 
 
 @pytest.mark.parametrize("make", [create, mknod, lambda p: p.write_bytes(b"x")])
 @pytest.mark.parametrize("name", NO_HANDLES, ids=ascii)
-def test_creating_what_is_no_handle_is_einval(a: Path, name: str, make: Callable[[Path], object]) -> None:
+def test_creating_a_file_whose_name_is_not_a_handle_is_einval(
+    a: Path, name: str, make: Callable[[Path], object]
+) -> None:
     with raises_errno(EINVAL):
         make(a / name)
     assert content(a) == INTACT
@@ -143,7 +145,7 @@ def test_c10_creating_a_handle_past_the_size_is_efbig(a: Path, handle: int, make
     assert content(a) == INTACT
 
 
-def test_c10_the_last_handle_is_the_last(a: Path) -> None:
+def test_c10_the_last_handle_can_be_stored(a: Path) -> None:
     create(a / str(PAGES))
     with raises_errno(EFBIG):
         create(a / str(PAGES + 1))
@@ -154,7 +156,7 @@ def test_c10_the_last_handle_is_the_last(a: Path) -> None:
                                   lambda p: os.mknod(p, 0o600 | stat.S_IFCHR, os.makedev(1, 3)),
                                   lambda p: os.link(p.with_name("1"), p)])  # fmt: skip
 @pytest.mark.parametrize("name", ["5", "a", "0", ".x"])
-def test_nothing_but_pages_can_be_made_in_a_backup(a: Path, name: str, make: Callable[[Path], object]) -> None:
+def test_only_pages_can_be_created_in_a_backup(a: Path, name: str, make: Callable[[Path], object]) -> None:
     with raises_errno(EPERM):
         make(a / name)
     assert content(a) == INTACT
@@ -176,7 +178,9 @@ def test_nothing_but_pages_can_be_made_in_a_backup(a: Path, name: str, make: Cal
         (".x", os.rmdir, ENOENT), ("x/1", os.stat, ENOENT), (".stats/1", os.stat, ENOTDIR),
     ],
 )  # fmt: skip
-def test_what_the_root_refuses(root: Path, name: str, make: Callable[[Path], object], error: int) -> None:
+def test_the_root_refuses_everything_but_backups(
+    root: Path, name: str, make: Callable[[Path], object], error: int
+) -> None:
     before = os.listdir(root)
     with raises_errno(error):
         make(Path(f"{root}/{name}"))
@@ -234,7 +238,7 @@ def hidden(a: Path, name: str) -> Path:
         (lambda p: os.chown(p, 1, 1, follow_symlinks=False), EPERM),
     ],
 )  # fmt: skip
-def test_hidden_names_stay(a: Path, name: str, do: Callable[[Path], object], error: int) -> None:
+def test_hidden_names_cannot_be_removed(a: Path, name: str, do: Callable[[Path], object], error: int) -> None:
     with raises_errno(error):
         do(hidden(a, name))
     assert content(a) == INTACT
@@ -303,7 +307,7 @@ def test_renames_that_are_refused(a: Path, tmp_path: Path, old: str, new: str, f
 
 
 @pytest.mark.parametrize(("name", "end"), [("1", PAGE), (".image", PAGES * PAGE)])
-def test_writing_past_the_end_is_efbig_and_across_it_short(a: Path, name: str, end: int) -> None:
+def test_a_write_past_the_end_is_efbig_and_one_across_it_is_short(a: Path, name: str, end: int) -> None:
     with opened(a / name) as fd:
         for offset in (end, end + 1, 2**31, 2**32, 2**40, 2**62):
             with raises_errno(EFBIG):
@@ -398,7 +402,7 @@ def test_c11_a_path_of_a_dropped_page_is_enoent_not_estale(a: Path, drop: str, u
 
 
 @pytest.mark.parametrize("drop", [d for d in DROPS if "shmem" not in d])
-def test_a_page_dropped_through_the_mount_is_not_seen_any_more(a: Path, drop: str) -> None:
+def test_a_page_dropped_through_the_mount_is_invisible_at_once(a: Path, drop: str) -> None:
     (a / "1").stat()
     DROPS[drop](a)
     with raises_errno(ENOENT):
@@ -406,7 +410,7 @@ def test_a_page_dropped_through_the_mount_is_not_seen_any_more(a: Path, drop: st
 
 
 @pytest.mark.parametrize("drop", [d for d in DROPS if "shmem" in d])
-def test_a_page_dropped_through_shmem_is_seen_for_a_second_at_most(a: Path, drop: str) -> None:
+def test_a_page_dropped_through_shmem_is_invisible_after_a_second(a: Path, drop: str) -> None:
     (a / "1").stat()
     DROPS[drop](a)
     wait_until(lambda: not (a / "1").exists(), "the name to go", 2)
@@ -494,7 +498,7 @@ def test_attributes_that_cannot_be_set(a: Path, where: str, name: str, value: by
     assert content(a) == INTACT
 
 
-def test_attributes_that_cannot_be_had_or_removed(a: Path) -> None:
+def test_attributes_that_cannot_be_read_or_removed(a: Path) -> None:
     for path, names in (a.parent, ROOT_ATTRIBUTES), (a, BACKUP_ATTRIBUTES), (a / "1", []), (a / ".image", []):
         assert os.listxattr(path) == []
         for name in {*ROOT_ATTRIBUTES, *BACKUP_ATTRIBUTES, "x"}:
@@ -528,7 +532,7 @@ def test_a_map_longer_than_an_attribute_may_be_is_e2big(mountpoint: Path) -> Non
 # --- the store fails ---
 
 
-def test_a_failing_store_is_eio_logged_once_and_passes(mount: Mount, backup: Path) -> None:
+def test_a_failing_store_gives_eio_logged_once_and_recovers(mount: Mount, backup: Path) -> None:
     """Made to fail by taking the daemon's free descriptors away: it cannot make another file."""
     (backup / "1").write_bytes(b"x" * PAGE)
     limits = resource.prlimit(mount.pid, resource.RLIMIT_NOFILE)
@@ -687,7 +691,7 @@ def test_random_attributes(kept: Path, victim: Path, where: str, name: bytes, va
     os.setxattr(kept.parent, "user.ttmfs.size", b"8m")
 
 
-def test_a_page_that_is_cut_off_through_shmem_ends_there_and_then_is_gone(backup: Path) -> None:
+def test_a_page_cut_short_through_shmem_ends_there_and_then_disappears(backup: Path) -> None:
     """No read of it is empty, and no write of it is of nothing, for which a program would try for ever."""
     with opened(backup / "1", os.O_RDWR | os.O_CREAT) as fd:
         os.pwrite(fd, b"x" * PAGE, 0)

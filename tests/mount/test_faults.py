@@ -25,7 +25,7 @@ def content(pages: int, seed: int) -> "np.ndarray[tuple[int, int], np.dtype[np.u
 
 
 @pytest.mark.parametrize("room", [PAGES // 2, 1], ids=["half", "the first page"])
-def test_c3_what_found_room_is_stored_and_told_and_the_rest_is_not(mountpoint: Path, room: int) -> None:
+def test_c3_a_short_write_stores_and_reports_only_the_pages_that_found_room(mountpoint: Path, room: int) -> None:
     with Mount(mountpoint, f"size={room * PAGE},backup_size=1m"):
         a = mountpoint / "a"
         a.mkdir()
@@ -39,7 +39,7 @@ def test_c3_what_found_room_is_stored_and_told_and_the_rest_is_not(mountpoint: P
 
 
 @pytest.mark.parametrize("room", [PAGES // 2, 1], ids=["half", "the first page"])
-def test_c3_the_handles_of_what_found_room_are_given_and_no_others(room: int) -> None:
+def test_c3_only_pages_that_found_room_get_handles(room: int) -> None:
     async def main() -> None:
         async with ttmfs.open_pool(size=room * PAGE, backup_size=1 << 20) as pool:
             backup = await pool.create("a")
@@ -55,7 +55,7 @@ def test_c3_the_handles_of_what_found_room_are_given_and_no_others(room: int) ->
     trio.run(main)
 
 
-def test_c9_an_interrupted_restore_keeps_what_is_done_and_is_done_again(tmp_path: Path) -> None:
+def test_c9_a_restore_continues_after_an_interruption(tmp_path: Path) -> None:
     """Of pages on a disk that are not in memory, so that each waits; interrupted as soon as the first has come."""
 
     async def main(directory: Path) -> None:
@@ -87,7 +87,7 @@ def test_c9_an_interrupted_restore_keeps_what_is_done_and_is_done_again(tmp_path
         trio.run(main, below)
 
 
-def test_c6_a_store_that_fails_for_one_page_fails_for_that_one_alone(tmp_path: Path, mountpoint: Path) -> None:
+def test_c6_a_disk_error_at_one_page_affects_only_that_page(tmp_path: Path, mountpoint: Path) -> None:
     """A block of a btrfs whose checksum is wrong."""
     image, below, pages = tmp_path / "image", tmp_path / "disk", content(PAGES, 4)
     with image.open("xb") as file:

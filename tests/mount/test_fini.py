@@ -65,7 +65,7 @@ def made(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=list(USES))
-def test_a_backup_in_use_is_left_and_the_user_named(mnt: Path, use: str) -> None:
+def test_fini_refuses_a_backup_in_use_and_names_the_process(mnt: Path, use: str) -> None:
     a, b = made(mnt / "a"), made(mnt / "b")
     with program(a, use) as pid:
         for option in (), ("-n",):
@@ -81,7 +81,7 @@ def test_a_backup_in_use_is_left_and_the_user_named(mnt: Path, use: str) -> None
     assert not os.listdir(mnt)
 
 
-def test_a_dry_run_says_what_would_be_done_and_does_nothing(mnt: Path) -> None:
+def test_a_dry_run_of_fini_changes_nothing(mnt: Path) -> None:
     a = made(mnt / "a")
     text = fini("-n", a, mnt, code=1)
     assert f"would end {a} and release 1 page, {PAGE // 1024}K\n" in text
@@ -90,7 +90,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(mnt: Path) -> None:
     assert not fini(a), "who used it has ended, and the daemon is no user"
 
 
-def test_the_same_number_in_another_mount_is_no_use(mnt: Path, mountpoint: Path) -> None:
+def test_a_backup_of_the_same_number_in_another_mount_is_not_in_use(mnt: Path, mountpoint: Path) -> None:
     with Mount(mountpoint, "size=1m"):
         other, a = made(mountpoint / "a"), made(mnt / "a")
         while other.stat().st_ino < a.stat().st_ino:
@@ -102,7 +102,7 @@ def test_the_same_number_in_another_mount_is_no_use(mnt: Path, mountpoint: Path)
             assert not fini(a)
 
 
-def test_users_see_their_own_programs_and_are_told_of_the_rest(place: Place) -> None:
+def test_users_see_their_own_processes_and_a_note_about_the_others(place: Place) -> None:
     with place.directory("shared") as path, Mount(path, "size=16m,allow_other,mode=1777", cwd=place.path):
         a = made(path / "a")
         os.chown(a, ALICE, ALICE)
@@ -120,7 +120,7 @@ def test_users_see_their_own_programs_and_are_told_of_the_rest(place: Place) -> 
         assert not os.listdir(path)
 
 
-def test_the_next_daemon_and_its_keeper_are_no_users_either(mountpoint: Path) -> None:
+def test_the_next_daemon_and_its_keeper_do_not_count_as_use(mountpoint: Path) -> None:
     with Mount(mountpoint, "size=1m") as mount:
         a = made(mountpoint / "a")
         mount.expect_restarts()
@@ -129,7 +129,7 @@ def test_the_next_daemon_and_its_keeper_are_no_users_either(mountpoint: Path) ->
         assert not fini(a)
 
 
-def test_in_a_user_s_own_mount_neither_the_daemon_nor_the_keeper_is_a_user(place: Place) -> None:
+def test_daemon_and_keeper_of_a_user_mount_do_not_count_as_use(place: Place) -> None:
     more: dict[str, Any] = {"command": [place.python], "cwd": place.path / "repository", **as_user(ALICE)}
     with place.directory("alice", ALICE) as path, UsersMount(place, path, "size=1m"):
         with acting_as(ALICE):

@@ -139,7 +139,7 @@ MODES = [0o700, 0o755, 0o770, 0o777, 0o775, 0o070, 0o007, 0o707, 0o666, 0o776, 0
 
 
 @pytest.mark.parametrize("actor", ACTORS)
-def test_who_may_read_write_and_reach_a_backup_is_given_it_and_nobody_else(
+def test_only_users_who_can_reach_read_and_write_a_backup_get_its_descriptor(
     place: Place, mount: Mount, door: str, actor: str
 ) -> None:
     inodes = [made(mount, f"m{number}", mode) for number, mode in enumerate(MODES)]
@@ -151,9 +151,7 @@ def test_who_may_read_write_and_reach_a_backup_is_given_it_and_nobody_else(
     ended(mount)
 
 
-def test_a_root_directory_that_cannot_be_entered_shuts_off_what_lies_in_it(
-    place: Place, mount: Mount, door: str
-) -> None:
+def test_a_root_directory_without_search_permission_gives_no_descriptors(place: Place, mount: Mount, door: str) -> None:
     request = requests_for(made(mount, "a", 0o777))
     mount.path.chmod(0o1770)
     assert [ask(place, actor, door, request) for actor in ("a stranger", "root")] == [[errno.EACCES], [0]]
@@ -162,7 +160,7 @@ def test_a_root_directory_that_cannot_be_entered_shuts_off_what_lies_in_it(
     ended(mount)
 
 
-def test_nothing_else_is_given_whatever_is_asked(place: Place, mount: Mount, door: str) -> None:
+def test_requests_for_anything_but_a_backup_are_refused(place: Place, mount: Mount, door: str) -> None:
     ino = made(mount, "a", 0o777)
     gone = made(mount, "b", 0o777)
     os.truncate(mount.path / "b/.image", 0)
@@ -176,7 +174,7 @@ def test_nothing_else_is_given_whatever_is_asked(place: Place, mount: Mount, doo
     ended(mount)
 
 
-def test_rights_are_those_of_now(place: Place, mount: Mount, door: str) -> None:
+def test_permissions_are_checked_at_each_request(place: Place, mount: Mount, door: str) -> None:
     request = requests_for(made(mount, "a", 0o707))
     assert ask(place, "a stranger", door, request) == [0]
     (mount.path / "a").chmod(0o700)
@@ -186,7 +184,7 @@ def test_rights_are_those_of_now(place: Place, mount: Mount, door: str) -> None:
     ended(mount)
 
 
-def test_what_is_done_to_a_descriptor_is_not_done_to_the_daemon_s(mount: Mount) -> None:
+def test_flags_of_a_passed_descriptor_do_not_affect_the_daemon(mount: Mount) -> None:
     """Flags and offset are its own: with O_APPEND in force on the daemon's, every page would go to the end."""
     with Backup.create(mount.path / "a") as backup:
         assert backup.is_native
@@ -198,7 +196,7 @@ def test_what_is_done_to_a_descriptor_is_not_done_to_the_daemon_s(mount: Mount) 
         backup.fini()
 
 
-def test_attributes_set_on_a_descriptor_take_less_memory_than_size(place: Place) -> None:
+def test_attributes_set_through_a_descriptor_take_less_memory_than_size(place: Place) -> None:
     size, taken, name = 16 << 20, 0, 0
     with place.directory("shared") as path, Mount(path, f"size={size},mode=1777,allow_other", cwd=place.path):
         for directory in "ab":
@@ -228,7 +226,7 @@ def test_a_descriptor_outlives_the_backup_and_holds_its_memory_no_longer_than_it
     wait_until(lambda: os.statvfs(mount.path).f_bfree == free + 1, "the page to be released")
 
 
-def test_connections_that_say_nothing_keep_no_one_out(place: Place, mount: Mount, door: str) -> None:
+def test_silent_connections_do_not_block_others(place: Place, mount: Mount, door: str) -> None:
     """Of one user's eight are kept, for a second; others are served beside."""
     request, before = requests_for(made(mount, "a", 0o777)), len(descriptors(mount.pid))
 
@@ -248,7 +246,7 @@ def test_connections_that_say_nothing_keep_no_one_out(place: Place, mount: Mount
     ended(mount)
 
 
-def test_a_user_of_many_numbers_takes_no_more_than_there_is_for_all(mount: Mount, door: str) -> None:
+def test_a_user_with_many_uids_takes_no_more_than_the_limit_for_all(mount: Mount, door: str) -> None:
     """subuid(5) gives each user 65,536 of them."""
     before = len(descriptors(mount.pid))
     with contextlib.ExitStack() as idle:
@@ -285,7 +283,7 @@ def test_a_stranger_s_descriptors_never_reach_the_daemon(place: Place) -> None:
             sender.communicate()
 
 
-def test_a_kernel_that_cannot_refuse_descriptors_has_a_socket_for_the_daemon_s_user_alone(
+def test_an_old_kernel_restricts_the_socket_to_the_user_of_the_daemon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handover, "_SO_PASSRIGHTS", 9999)  # every kernel answers as an older one does to SO_PASSRIGHTS
@@ -298,7 +296,7 @@ def test_a_kernel_that_cannot_refuse_descriptors_has_a_socket_for_the_daemon_s_u
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_it_is_counted_and_gone_with_the_mount(mountpoint: Path) -> None:
+def test_handovers_are_counted_and_the_socket_is_removed_at_unmount(mountpoint: Path) -> None:
     with Mount(mountpoint, "size=1m") as mount:
         socket_ = Path(json.loads((mountpoint / ".config").read_text())["descriptors"])
         assert stat.S_IMODE(socket_.stat().st_mode) == 0o600, "root alone is let in"
@@ -332,7 +330,7 @@ def test_a_user_s_mount_gives_its_user_descriptors_and_root_none(place: Place, m
         (runtime / "ttmfs").rmdir()
 
 
-def test_where_there_can_be_no_socket_the_mount_serves_without(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mount_serves_even_if_it_cannot_make_a_socket(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     with place.directory("alice", ALICE) as path:
         monkeypatch.setenv("XDG_RUNTIME_DIR", "/nowhere")
         with UsersMount(place, path, "size=1m") as mount:

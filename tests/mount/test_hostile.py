@@ -224,7 +224,7 @@ def gone(backup: Path) -> None:
 # --- more of everything ---
 
 
-def test_ten_thousand_open_files_cost_the_daemon_nothing(arena: Arena, alices: Path) -> None:
+def test_ten_thousand_open_files_take_no_memory_of_the_daemon(arena: Arena, alices: Path) -> None:
     script = """
 for n in range(5000):
     os.open(f"{path}/alice/{n % 2000 + 1}", os.O_RDWR)
@@ -240,7 +240,7 @@ os.kill(os.getpid(), signal.SIGKILL) if len(sys.argv) > 2 else None
     assert alices.exists()
 
 
-def test_directories_opened_and_left_half_read_cost_the_daemon_nothing(arena: Arena, alices: Path) -> None:
+def test_half_read_directories_take_little_memory_of_the_daemon(arena: Arena, alices: Path) -> None:
     """Far more than it keeps listings of; each goes on where it was all the same."""
     with arena.unharmed():
         arena.attack("for _ in range(15_000): os.close(os.open(path + '/alice', os.O_DIRECTORY))")
@@ -267,7 +267,7 @@ files += [os.open(path, os.O_RDONLY) for _ in range(10_000)]
 
 
 @pytest.mark.usefixtures("alices")
-def test_a_listing_goes_on_from_any_offset(arena: Arena) -> None:
+def test_a_listing_can_continue_from_any_offset(arena: Arena) -> None:
     """From offsets of 64 random bits, and of every length of them: what is there, in order, or nothing, or EINVAL."""
     with arena.unharmed():
         arena.attack("""
@@ -290,7 +290,7 @@ for where in path, path + "/alice":
 
 
 @pytest.mark.usefixtures("alices")
-def test_ten_thousand_errors_leave_few_lines_and_no_trace(arena: Arena) -> None:
+def test_ten_thousand_errors_leave_few_log_lines_and_no_memory(arena: Arena) -> None:
     """By names of 255 bytes, with line ends and escape sequences, as many different ones."""
     began, before = time.monotonic(), len(arena.mount.log)
     with arena.unharmed():
@@ -334,7 +334,7 @@ for value in b"9" * 65536, b"9" * 4300 + b"g", b"-1", b"0", b"\\xff" * 65536, b"
     assert os.getxattr(alices, "user.ttmfs.pages") == b"2000"
 
 
-def test_many_backups_of_one_user_hold_up_no_one(arena: Arena) -> None:
+def test_many_backups_of_one_user_delay_no_other_user(arena: Arena) -> None:
     """Each costs the daemon a descriptor, as far as it has them, and some hundred bytes."""
     arena.attack("os.listdir(path)")
     try:
@@ -351,7 +351,7 @@ def test_many_backups_of_one_user_hold_up_no_one(arena: Arena) -> None:
 
 
 @pytest.mark.parametrize("name", ["map", "pages", "resident", "swapped", "size"])
-def test_asking_about_a_backup_of_many_runs_of_pages_holds_up_no_one(arena: Arena, name: str) -> None:
+def test_attributes_of_a_fragmented_backup_delay_no_other_user(arena: Arena, name: str) -> None:
     path = arena.store("runs", 60_000, step=2)
     try:
         script = "os.getxattr(path + '/runs', 'user.ttmfs.' + sys.argv[2])"
@@ -363,7 +363,7 @@ def test_asking_about_a_backup_of_many_runs_of_pages_holds_up_no_one(arena: Aren
 
 
 @pytest.mark.parametrize("name", ["map", "resident", "swapped"])
-def test_who_asks_long_questions_all_the_time_is_no_worse_than_who_asks_short_ones(arena: Arena, name: str) -> None:
+def test_long_requests_delay_others_no_more_than_short_ones(arena: Arena, name: str) -> None:
     """Four processes, and what a page takes then at the median: beside one another, as machines differ."""
     path = arena.store("runs", 20_000, step=2)
     script = """
@@ -411,7 +411,7 @@ while True:
     ],
 )
 @pytest.mark.usefixtures("alices")
-def test_a_list_of_handles_to_drop_holds_up_no_one_however_long(arena: Arena, value: str, number: int) -> None:
+def test_a_long_list_of_handles_to_drop_delays_no_other_user(arena: Arena, value: str, number: int) -> None:
     script = f"""
 try:
     os.setxattr(path + "/alice", "user.ttmfs.drop", {value})
@@ -423,7 +423,7 @@ assert found == {number}, found
     assert arena.stall(lambda: arena.attack(script)) < LONGEST_REQUEST
 
 
-def test_dropping_a_large_backup_and_ending_it_hold_up_no_one(arena: Arena) -> None:
+def test_dropping_and_ending_a_large_backup_delay_no_other_user(arena: Arena) -> None:
     for drop in (
         "os.truncate(path + '/large/.image', 0)",
         "os.setxattr(path + '/large', 'user.ttmfs.drop', b'1-100000')",
@@ -435,7 +435,7 @@ def test_dropping_a_large_backup_and_ending_it_hold_up_no_one(arena: Arena) -> N
         path.rmdir()
 
 
-def test_a_listing_during_a_drop_shows_what_was_there_and_ends(arena: Arena) -> None:
+def test_a_listing_during_a_drop_shows_existing_pages_and_ends(arena: Arena) -> None:
     path = arena.store("both", 30_000)
     lister = """
 print("began", flush=True)
@@ -464,7 +464,7 @@ for first in range(1, 30_001, 1000):
 
 
 @pytest.mark.usefixtures("alices")
-def test_readers_that_are_killed_amid_leave_nothing(arena: Arena) -> None:
+def test_killed_readers_leave_nothing_behind(arena: Arena) -> None:
     with arena.unharmed():
         arena.attack("""
 image, into = os.open(path + "/alice/.image", os.O_RDWR), [bytearray(1 << 20)]
@@ -481,7 +481,7 @@ for n in range(400):
 
 
 @pytest.mark.usefixtures("alices")
-def test_clients_that_are_stopped_amid_hold_up_no_one(arena: Arena) -> None:
+def test_stopped_clients_delay_no_other_user(arena: Arena) -> None:
     with arena.unharmed():
         arena.attack("""
 pids = []
@@ -546,7 +546,7 @@ time.sleep(60)
 """
 
 
-def test_who_waits_for_a_slow_device_thousands_of_times_holds_up_no_one(place: Place, tmp_path: Path) -> None:
+def test_thousands_of_waits_for_a_slow_device_delay_no_other_user(place: Place, tmp_path: Path) -> None:
     """Bob's page is in memory. (Ten thousand is what may wait: docs/security.md.)"""
     prepare = """
 os.mkdir(path + "/alice")
@@ -570,7 +570,7 @@ def say():
         assert len(descriptors(arena.mount.pid)) < 200, "a descriptor is taken when a thread is free"
 
 
-def test_writes_that_wait_for_a_slow_device_hold_little_of_the_daemon_s_memory(place: Place, tmp_path: Path) -> None:
+def test_writes_that_wait_for_a_slow_device_take_little_memory(place: Place, tmp_path: Path) -> None:
     """A hundred and twenty-eight of 1 MiB wait; more are refused."""
     prepare = """
 for n in range(400):
@@ -691,7 +691,7 @@ def answered_in(mount: Mount, page: Path) -> float:
 
 
 @pytest.mark.parametrize(("script", "attackers"), [(FLOOD, 2), (LINGER, 1)], ids=["flooded", "lingering"])
-def test_a_stranger_cannot_keep_the_keeper_from_its_work(place: Place, script: str, attackers: int) -> None:
+def test_a_stranger_cannot_block_the_keeper(place: Place, script: str, attackers: int) -> None:
     """Whatever reaches its socket: messages without end, or a descriptor whose closing takes as long as he likes."""
     with place.directory("kept") as path, Mount(path, "size=1m,mode=1777,allow_other", cwd=place.path) as mount:
         arena = Arena(place, mount, Victim(place, path))
@@ -710,7 +710,7 @@ def test_a_stranger_cannot_keep_the_keeper_from_its_work(place: Place, script: s
                 process.communicate()
 
 
-def test_a_stranger_cannot_have_a_keeper_that_gave_up_let_go_of_the_pages(tmp_path: Path) -> None:
+def test_a_stranger_cannot_make_a_keeper_that_gave_up_release_pages(tmp_path: Path) -> None:
     """Processes outside of its process namespace, a container's, have number 0 to it, which is no daemon's."""
     mountpoint, log = tmp_path / "mnt", tmp_path / "log"
     program = tmp_path / "mount.py"
@@ -803,7 +803,7 @@ print(allowed)
 """
 
 
-def test_a_stranger_gets_at_no_process_of_roots_mount(arena: Arena, alices: Path) -> None:
+def test_a_stranger_cannot_reach_processes_of_a_mount_of_root(arena: Arena, alices: Path) -> None:
     """Neither looks into them nor sends them signals, nor follows a link of theirs."""
     daemon, keeper = arena.mount.pid, arena.mount.process.pid
     assert daemon != keeper
@@ -817,7 +817,7 @@ def test_a_stranger_gets_at_no_process_of_roots_mount(arena: Arena, alices: Path
 
 
 @pytest.mark.parametrize(("uid", "gid"), [(BOB, BOB), (BOB, ALICE), (ALICE, BOB)])
-def test_a_stranger_gets_at_no_process_of_a_users_mount(place: Place, uid: int, gid: int) -> None:
+def test_a_stranger_cannot_reach_processes_of_a_mount_of_a_user(place: Place, uid: int, gid: int) -> None:
     """Nor the user's own processes in another group: those alone that are wholly his may, as everywhere."""
     with place.directory("home", ALICE) as home, UsersMount(place, home, "size=1m") as mount:
         for pid in mount.pid, mount.process.pid:
@@ -833,7 +833,7 @@ def test_a_stranger_gets_at_no_process_of_a_users_mount(place: Place, uid: int, 
             assert said == "[]\n"
 
 
-def test_the_directory_that_a_user_has_for_want_of_a_tmpfs_is_his_alone(place: Place) -> None:
+def test_the_fallback_directory_is_private_to_its_user(place: Place) -> None:
     """Also where its name is one that others see; and a decoy there does not make the next mount remove anything."""
     shm = Path("/dev/shm")
     become = (place.python, "-I", "-c", WITHOUT_USER_NAMESPACES, UNSHARE, ALICE, place.path)
@@ -879,7 +879,7 @@ SECRET = b"SECRET.." * 512
 
 
 @pytest.mark.parametrize("page_size", [PAGE, 65536])
-def test_nothing_is_ever_read_of_a_page_that_was_dropped(place: Place, page_size: int) -> None:
+def test_no_byte_of_a_dropped_page_can_be_read(place: Place, page_size: int) -> None:
     """By whichever way it went and whoever makes it anew: what was not written since are zeros."""
     drops = [
         "for n in 1, 2, 3: os.unlink(f'{a}/{n}')",
@@ -940,7 +940,7 @@ for fd in os.open(a + "/1", os.O_RDONLY), os.open(a + "/.image", os.O_RDONLY):
                 gone(a)
 
 
-def test_a_mapping_of_a_page_that_was_dropped_shows_no_one_else_what_was_there(arena: Arena, alices: Path) -> None:
+def test_a_mapping_of_a_dropped_page_shows_its_bytes_to_no_other_user(arena: Arena, alices: Path) -> None:
     """Also while Bob keeps his own, whose page the kernel has."""
     os.chmod(alices, 0o777)
     (alices / "1").write_bytes(SECRET)

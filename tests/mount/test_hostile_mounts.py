@@ -79,13 +79,13 @@ def precious(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_create_changes_the_mode_of_nothing_but_what_it_made(tmp_path: Path, precious: Path, times: int) -> None:
+def test_create_changes_the_mode_only_of_the_new_backup(tmp_path: Path, precious: Path, times: int) -> None:
     with served(tmp_path / "mnt", values=GOOD, turns={"a": [times, str(precious)]}):
         ttmfs("create", "-m", "0777", tmp_path / "mnt/a", code=None)
 
 
 @pytest.mark.parametrize("times", [1, 2, 3, 4])
-def test_load_changes_the_mode_of_nothing_but_what_it_made(tmp_path: Path, precious: Path, times: int) -> None:
+def test_load_changes_the_mode_only_of_the_new_backup(tmp_path: Path, precious: Path, times: int) -> None:
     file = tmp_path / "file"
     file.touch()
     os.truncate(file, 1 << 20)
@@ -96,7 +96,7 @@ def test_load_changes_the_mode_of_nothing_but_what_it_made(tmp_path: Path, preci
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_rescue_changes_the_mode_of_nothing_but_what_it_opens(tmp_path: Path, precious: Path, times: int) -> None:
+def test_rescue_changes_the_mode_only_of_files_that_it_opens(tmp_path: Path, precious: Path, times: int) -> None:
     """Where a file cannot be read, rescue asks for the right to, for a moment."""
     plan = {"names": {"a": "file:x", "b": "dir"}, "turns": {"a": [times, str(precious)]}, "refuses": ["open"]}
     with served(tmp_path / "mnt", **plan), opened(tmp_path / "mnt", os.O_RDONLY) as root:
@@ -105,7 +105,7 @@ def test_rescue_changes_the_mode_of_nothing_but_what_it_opens(tmp_path: Path, pr
 
 
 @pytest.mark.parametrize("command", ["fini", "writeback", "map", "save", "load", "fd"])
-def test_a_link_to_a_backup_is_not_the_backup(tmp_path: Path, mountpoint: Path, command: str) -> None:
+def test_commands_do_not_follow_a_link_to_a_backup(tmp_path: Path, mountpoint: Path, command: str) -> None:
     """A stranger's link in a directory of his leads to any backup; as with rm(1), it is not followed."""
     (tmp_path / "file").write_bytes(b"x" * PAGE)
     with Mount(mountpoint, "size=16m"):
@@ -147,7 +147,7 @@ time.sleep(100)
 
 
 @pytest.mark.parametrize("how", ["alice", "undumpable", "set-user-id", "root"])
-def test_a_process_that_calls_itself_a_keeper_is_none(tmp_path: Path, mountpoint: Path, how: str) -> None:
+def test_a_process_that_imitates_a_keeper_is_not_listed(tmp_path: Path, mountpoint: Path, how: str) -> None:
     """Also if it looks like root's, because it is not dumpable or set-user-ID; only one that root started would be."""
     (tmp_path / "store").mkdir()
     (tmp_path / "store/stolen").write_bytes(b"x" * PAGE)
@@ -187,7 +187,7 @@ def checksum(data: bytes) -> str:
     return hashlib.sha256((0).to_bytes(8, "little") + part).hexdigest()
 
 
-def test_checksums_of_a_stranger_name_no_file_of_others(tmp_path: Path, precious: Path) -> None:
+def test_checksum_files_of_a_stranger_lead_to_no_file_of_others(tmp_path: Path, precious: Path) -> None:
     """Nor do they make anyone wait, or fail in another way than by a line."""
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -224,7 +224,7 @@ def test_checksums_of_a_stranger_name_no_file_of_others(tmp_path: Path, precious
         assert ".CHECKSUMS: it is" in ttmfs("rescue", "--check", copy, code=2)
 
 
-def test_checksums_of_a_stranger_in_a_directory_of_all_do_not_count(tmp_path: Path, mountpoint: Path) -> None:
+def test_checksum_files_of_a_stranger_in_a_shared_directory_are_ignored(tmp_path: Path, mountpoint: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
@@ -252,7 +252,7 @@ def test_checksums_of_a_stranger_in_a_directory_of_all_do_not_count(tmp_path: Pa
 
 @pytest.mark.parametrize("name", [".CHECKSUMS", "file.ttmfs"])
 @pytest.mark.parametrize("kind", ["fifo", "link", "long", "directory"])
-def test_what_lies_beside_a_file_to_be_loaded_makes_no_one_wait(
+def test_files_beside_a_file_to_load_cannot_block_the_load(
     tmp_path: Path, mountpoint: Path, name: str, kind: str
 ) -> None:
     (tmp_path / "file").write_bytes(b"x" * PAGE)
@@ -277,7 +277,7 @@ def test_what_lies_beside_a_file_to_be_loaded_makes_no_one_wait(
 # --- what a stranger's mount says ---
 
 
-def test_doctor_reads_little_of_a_strangers_mount_and_shows_nothing_of_it(tmp_path: Path) -> None:
+def test_doctor_reads_little_from_a_mount_of_a_stranger_and_prints_none_of_it(tmp_path: Path) -> None:
     for config in (
         f"endless:{HARM}", "fifo", "dir", "link:/dev/zero", "file:[1]", "file:" + "[" * 4000, "file:7",
         f'file:{{"keeper_pid": "{HARM} -1", "daemon_pid": -1, "store": 7, "descriptors": [1]}}',
@@ -308,7 +308,7 @@ NONSENSE = (
 
 
 @pytest.mark.parametrize(("name", "value"), NONSENSE)
-def test_nonsense_of_a_strangers_mount_is_told_in_a_line(tmp_path: Path, name: str, value: str) -> None:
+def test_nonsense_from_a_mount_of_a_stranger_is_reported_in_one_line(tmp_path: Path, name: str, value: str) -> None:
     values = {**GOOD, "pages": "3", "map": "1-3", name: value}
     with served(tmp_path / "mnt", names={"a": "dir", ".image": "file:x"}, values=values):
         for command in "ls", "map", "save":
@@ -347,7 +347,7 @@ def two(tmp_path: Path) -> Iterator[tuple[Mount, Mount]]:
 
 
 @pytest.mark.parametrize("are_named", [False, True])
-def test_a_mount_that_does_not_answer_holds_up_no_other(two: tuple[Mount, Mount], are_named: bool) -> None:
+def test_a_mount_that_does_not_answer_does_not_delay_other_mounts(two: tuple[Mount, Mount], are_named: bool) -> None:
     hangs, well = two
     words = [hangs.path, well.path] if are_named else []
     with stopped(hangs.pid):
@@ -361,7 +361,7 @@ def test_a_mount_that_does_not_answer_holds_up_no_other(two: tuple[Mount, Mount]
         assert "has not answered" in ttmfs("ls", hangs.path / "a", code=2)
 
 
-def test_doctor_tells_of_a_mount_that_does_not_answer_however_it_is_named(two: tuple[Mount, Mount]) -> None:
+def test_doctor_reports_a_mount_that_does_not_answer_under_any_name(two: tuple[Mount, Mount]) -> None:
     hangs, well = two
     with stopped(hangs.pid):
         checks = {check["what"]: check for check in json.loads(ttmfs("doctor", "--json", code=1))}
@@ -373,7 +373,7 @@ def test_doctor_tells_of_a_mount_that_does_not_answer_however_it_is_named(two: t
 
 
 @pytest.mark.parametrize("kind", ["daemon", "keeper", "both"])
-def test_what_doctor_advises_for_one_that_is_stopped_helps(two: tuple[Mount, Mount], kind: str) -> None:
+def test_the_advice_of_doctor_for_a_stopped_daemon_works(two: tuple[Mount, Mount], kind: str) -> None:
     """Every command that it names: -CONT, -USR1 and -KILL, each for itself."""
     hangs, _ = two
     daemon, keeper = hangs.pid, hangs.process.pid
@@ -404,7 +404,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_on_a_mount_that_does_not_answer_says_so_and_waits_and_can_be_interrupted(
+def test_a_command_says_that_it_waits_for_a_mount_and_can_be_interrupted(
     two: tuple[Mount, Mount], tmp_path: Path, words: str
 ) -> None:
     hangs, _ = two
@@ -434,7 +434,7 @@ def test_a_command_on_a_mount_that_does_not_answer_says_so_and_waits_and_can_be_
 
 
 @pytest.mark.parametrize("request_", ["lookup", "getxattr", "statfs", "opendir", "open"])
-def test_a_server_that_reads_requests_and_never_answers_keeps_no_command(tmp_path: Path, request_: str) -> None:
+def test_a_server_that_never_answers_blocks_no_command(tmp_path: Path, request_: str) -> None:
     """The kernel lets such a process not go, killed or not: it is left to itself."""
     (tmp_path / "file").write_bytes(b"x" * PAGE)
     names = {"a": "dir", ".config": "file:{}", ".stats": "file:", ".image": "file:x"}
@@ -459,7 +459,7 @@ def test_a_server_that_reads_requests_and_never_answers_keeps_no_command(tmp_pat
         assert time.monotonic() - began < 10 * ENOUGH
 
 
-def test_a_table_that_is_drawn_again_and_again_leaves_one_process_alone(two: tuple[Mount, Mount]) -> None:
+def test_ls_watch_leaves_one_process_waiting_for_a_stopped_mount(two: tuple[Mount, Mount]) -> None:
     hangs, well = two
     with stopped(hangs.pid):
         command = [*TTMFS, "ls", "--watch=0.1"]

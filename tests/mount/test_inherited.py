@@ -48,7 +48,7 @@ def limits_of(pid: int) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_soft_limit_is_raised_and_limits_nothing(mountpoint: Path, name: str) -> None:
+def test_a_low_soft_limit_is_raised(mountpoint: Path, name: str) -> None:
     soft, hard = LIMITS[name]
     wanted = f"--{name}={soft}:{'unlimited' if hard == resource.RLIM_INFINITY else hard}"
     with Mount(mountpoint, "size=64m", command=("prlimit", wanted, *MOUNT_COMMAND)) as mount:
@@ -100,11 +100,11 @@ def test_too_little_memory_to_load_the_program_is_one_line(mountpoint: Path, lim
     assert done.returncode == ExitCode.SYSTEM
 
 
-def test_help_is_given_whatever_the_limits() -> None:
+def test_help_works_under_low_limits() -> None:
     assert mount_py("--help", limits="--fsize=1 --nofile=24 --cpu=10").returncode == 0
 
 
-def test_a_daemon_that_takes_over_goes_on_with_what_there_is(mountpoint: Path) -> None:
+def test_a_daemon_that_takes_over_accepts_low_limits(mountpoint: Path) -> None:
     """Refusing would make the mount dead."""
     with Mount(mountpoint, "size=64m") as mount:
         mount.expect_restarts()
@@ -116,7 +116,7 @@ def test_a_daemon_that_takes_over_goes_on_with_what_there_is(mountpoint: Path) -
         assert (mountpoint / "a/1").read_bytes() == b"x" * 4096
 
 
-def test_a_user_who_may_start_few_processes_mounts_or_is_told(place: Place) -> None:
+def test_a_low_process_limit_lets_a_user_mount_or_is_reported(place: Place) -> None:
     """How many it takes depends on what else that user runs."""
     codes: list[int] = []
     with place.directory("mnt", ALICE) as mnt:
@@ -167,7 +167,7 @@ def test_signals_may_be_ignored_and_blocked(mountpoint: Path, keeper: str) -> No
         (mountpoint / "a").mkdir()
 
 
-def test_a_failure_of_a_child_is_seen_though_the_caller_ignored_sigchld(tmp_path: Path, mountpoint: Path) -> None:
+def test_the_failure_of_a_child_is_seen_if_the_caller_ignored_sigchld(tmp_path: Path, mountpoint: Path) -> None:
     (tmp_path / "fusermount3").write_text("#!/bin/sh\nexit 7\n")
     (tmp_path / "fusermount3").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -176,7 +176,7 @@ def test_a_failure_of_a_child_is_seen_though_the_caller_ignored_sigchld(tmp_path
     assert done.returncode == ExitCode.FAILED
 
 
-def test_a_lock_and_a_pipe_of_the_caller_do_not_last_as_long_as_the_mount(tmp_path: Path, mountpoint: Path) -> None:
+def test_the_daemon_closes_locks_and_pipes_of_the_caller(tmp_path: Path, mountpoint: Path) -> None:
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         heard, pipe = os.pipe()
@@ -194,14 +194,14 @@ def test_a_lock_and_a_pipe_of_the_caller_do_not_last_as_long_as_the_mount(tmp_pa
 
 
 @pytest.mark.parametrize("umask", [0, 0o777])
-def test_the_umask_is_the_daemons_own(mountpoint: Path, umask: int) -> None:
+def test_the_daemon_sets_its_own_umask(mountpoint: Path, umask: int) -> None:
     with Mount(mountpoint, "size=1m", umask=umask) as mount:
         assert "Umask:\t0077\n" in Path(f"/proc/{mount.pid}/status").read_text()
         run("umask 022; mkdir a; echo x >a/1", cwd=mountpoint)
         assert [(mountpoint / name).stat().st_mode & 0o777 for name in ("a", "a/1")] == [0o755, 0o644]
 
 
-def test_a_path_to_search_may_be_relative(tmp_path: Path, mountpoint: Path) -> None:
+def test_a_relative_python_path_still_works_after_a_restart(tmp_path: Path, mountpoint: Path) -> None:
     """Daemons that take over start in the root directory."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/sitecustomize.py").write_text(f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\n")

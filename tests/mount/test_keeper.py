@@ -63,7 +63,7 @@ def package(tmp_path: Path) -> Path:
 # --- kills of the keeper ---
 
 
-def test_c22_a_killed_keeper_is_replaced_unnoticed_and_the_new_one_restarts_a_killed_daemon(mountpoint: Path) -> None:
+def test_c22_a_replaced_keeper_restarts_a_killed_daemon(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
         mount.expect_restarts()
         daemon = mount.daemon
@@ -76,7 +76,7 @@ def test_c22_a_killed_keeper_is_replaced_unnoticed_and_the_new_one_restarts_a_ki
         assert children(mount.keeper) == {mount.daemon}
 
 
-def test_c22_a_keeper_is_replaced_however_often_it_is_killed(mountpoint: Path) -> None:
+def test_c22_a_keeper_is_replaced_after_each_of_many_kills(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
         mount.expect_restarts()
         before = kinds(mount.daemon)
@@ -89,7 +89,7 @@ def test_c22_a_keeper_is_replaced_however_often_it_is_killed(mountpoint: Path) -
         assert kinds(mount.daemon) == before
 
 
-def test_the_link_to_the_memory_leads_there_as_soon_as_the_keeper_it_led_through_is_dead(mountpoint: Path) -> None:
+def test_the_shmem_link_works_as_soon_as_its_keeper_is_dead(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
         for _ in range(5):
             keeper = mount.keeper
@@ -101,7 +101,7 @@ def test_the_link_to_the_memory_leads_there_as_soon_as_the_keeper_it_led_through
             mount.wait_for_another_keeper(keeper)
 
 
-def test_c22_kills_of_either_are_not_noticed_under_load(mountpoint: Path) -> None:
+def test_c22_a_load_does_not_notice_kills_of_daemon_or_keeper(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=128m") as mount, Load(mountpoint, clients=3) as load:
         mount.expect_restarts()
         for _ in range(6):
@@ -111,7 +111,7 @@ def test_c22_kills_of_either_are_not_noticed_under_load(mountpoint: Path) -> Non
             mount.kill_daemon()
 
 
-def test_both_killed_at_once_leave_a_dead_mountpoint_that_the_next_mount_removes(mountpoint: Path) -> None:
+def test_killing_both_leaves_a_dead_mountpoint_that_the_next_mount_removes(mountpoint: Path) -> None:
     with ControlGroup(1 << 30) as group, Kept(mountpoint, "size=128m", preexec_fn=group.join) as mount:
         a = mountpoint / "a"
         a.mkdir()
@@ -133,7 +133,7 @@ def test_both_killed_at_once_leave_a_dead_mountpoint_that_the_next_mount_removes
 # --- stopped, restarted ---
 
 
-def test_c22_callers_of_a_stopped_daemon_wait_until_it_goes_on(mountpoint: Path) -> None:
+def test_c22_callers_of_a_stopped_daemon_wait_until_it_continues(mountpoint: Path) -> None:
     """The keeper does not take it for dead as soon as one that was killed."""
     with Kept(mountpoint, "size=16m,restart_seconds=3") as mount, held(mountpoint):
         with Caller(mountpoint / "a/1") as caller:
@@ -171,7 +171,7 @@ def test_a_restart_on_purpose_keeps_pages_descriptors_and_counters(mountpoint: P
         assert {name for name in before if "errno" in name} == {name for name in after if "errno" in name}
 
 
-def test_c22_restarts_on_purpose_are_not_noticed_under_load(mountpoint: Path) -> None:
+def test_c22_a_load_does_not_notice_restarts_on_purpose(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=128m") as mount, Load(mountpoint, clients=4) as load:
         for _ in range(5):
             load.wait_for_steps(50)
@@ -249,7 +249,7 @@ def test_the_state_of_a_mount_has_the_entries_that_its_format_names(mountpoint: 
 
 
 @pytest.mark.parametrize("tries", [1, 3])
-def test_restart_tries_is_how_many_starts_may_fail(mountpoint: Path, package: Path, tries: int) -> None:
+def test_restart_tries_is_the_number_of_starts_that_can_fail(mountpoint: Path, package: Path, tries: int) -> None:
     with Kept(mountpoint, f"size=16m,restart_tries={tries}", command=of_package(package)) as mount:
         keeper = mount.keeper
         mount.expect_log("no such luck")
@@ -260,7 +260,7 @@ def test_restart_tries_is_how_many_starts_may_fail(mountpoint: Path, package: Pa
         mount.try_again(keeper)
 
 
-def test_restart_seconds_is_how_long_a_start_may_take(mountpoint: Path, package: Path) -> None:
+def test_restart_seconds_is_the_time_limit_of_a_start(mountpoint: Path, package: Path) -> None:
     """A daemon that hangs as it starts is killed: it holds the connection, on which others wait."""
     with Kept(mountpoint, "size=16m,restart_seconds=2", command=of_package(package)) as mount:
         (mountpoint / "a").mkdir()
@@ -279,7 +279,7 @@ def test_restart_seconds_is_how_long_a_start_may_take(mountpoint: Path, package:
         assert os.listdir(mountpoint / "a") == ["1"]
 
 
-def test_a_keeper_that_gave_up_ends_when_asked_to_and_its_pages_with_it(mountpoint: Path, package: Path) -> None:
+def test_a_keeper_that_gave_up_ends_on_request_and_releases_its_pages(mountpoint: Path, package: Path) -> None:
     with Kept(mountpoint, "size=16m,restart_tries=1", command=of_package(package)) as mount:
         mount.expect_log("no such luck")
         with changed(package / "mount.py", "import argparse\n", "raise SystemExit('no such luck')\n"):
@@ -291,7 +291,7 @@ def test_a_keeper_that_gave_up_ends_when_asked_to_and_its_pages_with_it(mountpoi
 # --- without a keeper, without resending ---
 
 
-def test_without_a_keeper_there_is_one_process_and_a_kill_leaves_a_dead_mountpoint(mountpoint: Path) -> None:
+def test_a_kill_without_a_keeper_leaves_a_dead_mountpoint(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=16m,keeper=off") as mount:
         assert mount.config()["keeper_pid"] is None
         assert mount.daemon == mount.process.pid
@@ -308,7 +308,7 @@ def test_without_a_keeper_there_is_one_process_and_a_kill_leaves_a_dead_mountpoi
         mount.ends_with(-signal.SIGKILL)
 
 
-def test_without_resending_the_next_daemon_mounts_anew_with_every_page(mountpoint: Path) -> None:
+def test_without_resend_the_next_daemon_mounts_again_with_every_page(mountpoint: Path) -> None:
     """Which of the two ways it was is in the log."""
     with Kept(mountpoint, "size=16m,resend=off") as mount:
         mount.expect_restarts()
@@ -339,9 +339,7 @@ def test_without_resending_the_next_daemon_mounts_anew_with_every_page(mountpoin
 
 @pytest.mark.parametrize("end", ["umount {mnt}", "umount -l {mnt}", "kill {keeper}", "kill -INT {keeper}"])
 @pytest.mark.parametrize("delay", [0.0, 0.2])
-def test_c22_what_ends_the_mount_ends_it_also_while_the_daemon_is_dead(
-    mountpoint: Path, end: str, delay: float
-) -> None:
+def test_c22_a_mount_can_be_ended_while_the_daemon_is_dead(mountpoint: Path, end: str, delay: float) -> None:
     """Also while the next one starts, and just when it serves."""
     with Kept(mountpoint, "size=16m") as mount:
         mount.expect_restarts()
@@ -376,7 +374,7 @@ def test_c22_a_mount_in_the_background_survives_kills_and_leaves_no_process(moun
 # --- what is kept ---
 
 
-def test_c22_a_store_in_a_directory_survives_with_its_ids_its_budget_and_its_lock(
+def test_c22_a_directory_store_keeps_its_ids_budget_and_lock_after_kills(
     tmp_path: Path, mountpoint: Path, package: Path
 ) -> None:
     store, second = tmp_path / "store", tmp_path / "second"
@@ -405,9 +403,7 @@ def test_c22_a_store_in_a_directory_survives_with_its_ids_its_budget_and_its_loc
         (mountpoint / "b").rmdir()
 
 
-def test_the_store_is_locked_as_long_as_a_keeper_holds_it_that_gave_up(
-    tmp_path: Path, mountpoint: Path, package: Path
-) -> None:
+def test_a_keeper_that_gave_up_keeps_the_store_locked(tmp_path: Path, mountpoint: Path, package: Path) -> None:
     store, second = tmp_path / "store", tmp_path / "second"
     store.mkdir()
     second.mkdir()
@@ -423,7 +419,7 @@ def test_the_store_is_locked_as_long_as_a_keeper_holds_it_that_gave_up(
         assert (mountpoint / "a/1").read_bytes() == b"x" * PAGE
 
 
-def test_c22_a_users_mount_survives(place: Place) -> None:
+def test_c22_a_mount_of_a_user_survives_kills(place: Place) -> None:
     with place.directory("home", ALICE) as home, UsersMount(place, home, "size=64m") as mount, acting_as(ALICE):
         mount.expect_restarts()
         with held(home):
@@ -433,7 +429,7 @@ def test_c22_a_users_mount_survives(place: Place) -> None:
                 assert mount.restarts() == turn + 1
 
 
-def test_c22_large_pages_survive_under_load(mountpoint: Path) -> None:
+def test_c22_large_pages_survive_kills_under_load(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=256m,page_size=64k") as mount, Load(mountpoint, clients=4) as load:
         mount.expect_restarts()
         for _ in range(8):
@@ -442,7 +438,7 @@ def test_c22_large_pages_survive_under_load(mountpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["killed", "asked"])
-def test_c22_a_new_version_takes_the_running_mount_over(mountpoint: Path, package: Path, how: str) -> None:
+def test_c22_a_new_version_takes_over_the_running_mount(mountpoint: Path, package: Path, how: str) -> None:
     old, new = "# HELP ttmfs_backups Backups there are.", "# HELP ttmfs_backups What the new version counts."
     with Kept(mountpoint, "size=16m", command=of_package(package)) as mount, held(mountpoint):
         mount.expect_restarts()
@@ -482,7 +478,7 @@ def test_the_keeper_is_small_and_holds_connection_store_and_state_but_no_page(mo
         assert sum(os.path.samestat(store, other) for other in found) == 1
 
 
-def test_nothing_grows_with_restarts(mountpoint: Path) -> None:
+def test_restarts_leak_nothing(mountpoint: Path) -> None:
     """Neither what keeper and daemon have open, nor how many processes there are, nor what is stored."""
     with Kept(mountpoint, "size=64m") as mount, held(mountpoint):
         mount.expect_restarts()
@@ -519,7 +515,7 @@ def test_a_keeper_that_is_killed_before_the_mount_answers_takes_the_mount_with_i
     assert "killed before the mount answered" in said
 
 
-def test_c22_a_restart_with_more_files_open_than_select_knows(mountpoint: Path) -> None:
+def test_c22_a_restart_works_with_more_open_files_than_select_allows(mountpoint: Path) -> None:
     with Kept(mountpoint, "size=64m") as mount:
         for number in range(1200):
             (mountpoint / f"b{number}").mkdir()
@@ -532,7 +528,7 @@ def test_c22_a_restart_with_more_files_open_than_select_knows(mountpoint: Path) 
         assert all((mountpoint / f"b{n}/1").read_bytes().rstrip(b"\0") == b"%d" % n for n in range(1200))
 
 
-def test_an_error_is_an_answer_where_the_kernel_cannot_send_requests_again(mountpoint: Path) -> None:
+def test_without_resend_a_failed_request_starts_from_the_beginning(mountpoint: Path) -> None:
     """Who was told that a truncation failed, and asks for it anew, has it done from the beginning."""
     far = 16 << 20  # pages so far from each other are dropped one by one
     with Kept(mountpoint, "size=2g,resend=off") as mount:
@@ -571,7 +567,7 @@ os.truncate(sys.argv[1], 0)
         assert count(mountpoint / "a", "pages") == 0
 
 
-def test_a_socket_that_a_killed_daemon_left_goes_with_the_next_mount(mountpoint: Path, tmp_path: Path) -> None:
+def test_the_next_mount_removes_the_socket_of_a_killed_daemon(mountpoint: Path, tmp_path: Path) -> None:
     with Kept(mountpoint, "size=16m") as mount:
         left = Path(mount.config()["descriptors"])
     assert not left.exists()
@@ -587,7 +583,7 @@ def test_a_socket_that_a_killed_daemon_left_goes_with_the_next_mount(mountpoint:
             assert left in paths or not left.exists()
 
 
-def test_c22_a_signal_for_a_daemon_that_has_just_died_ends_no_keeper(mountpoint: Path) -> None:
+def test_c22_a_signal_to_a_daemon_that_has_just_died_ends_no_keeper(mountpoint: Path) -> None:
     """A keeper that a daemon made is not its parent: when that is dead no one keeps its number."""
     with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
         mount.expect_restarts()
@@ -603,7 +599,7 @@ def test_c22_a_signal_for_a_daemon_that_has_just_died_ends_no_keeper(mountpoint:
         assert mount.keeper == keeper
 
 
-def test_a_keeper_that_cannot_start_any_more_is_not_started_without_end(mountpoint: Path, package: Path) -> None:
+def test_a_keeper_that_cannot_start_is_retried_at_growing_intervals(mountpoint: Path, package: Path) -> None:
     """A broken upgrade of the keeper itself: the mount goes on, and is kept again when that is mended."""
     with Kept(mountpoint, "size=16m", command=of_package(package)) as mount, held(mountpoint):
         mount.expect_log("the keeper does not hear")

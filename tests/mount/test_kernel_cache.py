@@ -108,7 +108,7 @@ def filled(mnt: Path, name: str) -> Path:
 # --- nothing else is forgotten ---
 
 
-def test_what_is_mounted_on_a_backup_stays_mounted(living: Mount, a: Path, b: Path, tmp_path: Path) -> None:
+def test_a_filesystem_mounted_on_a_backup_stays_mounted(living: Mount, a: Path, b: Path, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source/there").touch()
     with opened(a, os.O_RDONLY | os.O_DIRECTORY) as below:
@@ -165,7 +165,7 @@ def asking_getcwd(directory: Path) -> Iterator[None]:
     assert not failed, f"getcwd failed {failed} of {asked} times"
 
 
-def test_getcwd_never_fails_in_another_backup_nor_in_the_same(living: Mount, a: Path, b: Path) -> None:
+def test_getcwd_works_in_every_backup_during_changes(living: Mount, a: Path, b: Path) -> None:
     with asking_getcwd(a), asking_getcwd(b):
         end = time.monotonic() + 2
         while time.monotonic() < end:
@@ -175,7 +175,7 @@ def test_getcwd_never_fails_in_another_backup_nor_in_the_same(living: Mount, a: 
         changes_of(b)
 
 
-def test_an_overlay_over_a_backup_goes_on(living: Mount, a: Path, b: Path, tmp_path: Path) -> None:
+def test_an_overlay_over_a_backup_keeps_working(living: Mount, a: Path, b: Path, tmp_path: Path) -> None:
     layers = tmp_path / "layers"
     run(f"mkdir {layers}; mount -t tmpfs none {layers}; mkdir {layers}/upper {layers}/work {layers}/all")
     try:
@@ -205,7 +205,7 @@ LOOKS: dict[str, Look] = {
 @pytest.mark.parametrize("dropped", [drop, truncate])
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("after", [None, restart, kill])
-def test_a_page_dropped_in_bulk_is_seen_no_more(
+def test_a_page_dropped_in_bulk_is_invisible_at_once(
     living: Mount, a: Path, dropped: Callable[[Path], None], look: str, after: Callable[[Mount], None] | None
 ) -> None:
     """By path and by descriptor, also if the daemon that told the kernel of it has gone."""
@@ -233,9 +233,7 @@ def test_a_page_dropped_in_bulk_is_seen_no_more(
 
 
 @pytest.mark.parametrize("dropped", [drop, truncate])
-def test_a_page_dropped_in_bulk_is_made_anew_by_whoever_opens_it_to_create_it(
-    a: Path, dropped: Callable[[Path], None]
-) -> None:
+def test_a_page_dropped_in_bulk_can_be_created_again(a: Path, dropped: Callable[[Path], None]) -> None:
     """The kernel has the name yet, and asks to open what it knows before it asks for a new one."""
     for _ in range(10):
         dropped(a)
@@ -256,7 +254,7 @@ for handle in iter(lambda: 0, 1):
 
 
 @pytest.mark.parametrize("dropped", [drop, truncate])
-def test_a_page_that_others_look_up_when_it_goes_is_seen_no_more(a: Path, dropped: Callable[[Path], None]) -> None:
+def test_a_page_looked_up_during_its_drop_is_invisible_afterwards(a: Path, dropped: Callable[[Path], None]) -> None:
     """The kernel may get to know the page only after it was told that it has gone."""
     with contextlib.ExitStack() as stack:
         for _ in range(2):
@@ -271,7 +269,7 @@ def test_a_page_that_others_look_up_when_it_goes_is_seen_no_more(a: Path, droppe
             rounds += 1
 
 
-def test_a_removal_that_waits_for_a_truncation_does_not_hang_it(a: Path) -> None:
+def test_a_removal_that_waits_for_a_truncation_does_not_block_it(a: Path) -> None:
     """It has the directory's lock, and waits for the lock of .image, which the truncation has."""
     remove = "import os, sys\nwhile True:\n try: os.unlink(sys.argv[1])\n except PermissionError: pass"
     with subprocess.Popen([sys.executable, "-I", "-c", remove, str(a / ".image")]) as process:
@@ -289,7 +287,7 @@ def test_a_removal_that_waits_for_a_truncation_does_not_hang_it(a: Path) -> None
 
 
 @pytest.mark.parametrize("after", [None, restart, kill])
-def test_a_backups_mode_owner_and_times_are_those_of_its_pages_at_once(
+def test_pages_show_a_new_mode_owner_and_time_of_their_backup_at_once(
     living: Mount, a: Path, after: Callable[[Mount], None] | None
 ) -> None:
     names = ["1", "2", ".image"]
@@ -312,7 +310,7 @@ def test_a_backups_mode_owner_and_times_are_those_of_its_pages_at_once(
             assert {found.st_mtime_ns for found in seen} == {again}
 
 
-def test_more_pages_than_are_noted(mountpoint: Path) -> None:
+def test_attributes_stay_true_for_more_pages_than_the_table_holds(mountpoint: Path) -> None:
     """What the kernel knows of pages far from each other is true nonetheless."""
     step, count = 64, MOST_BLOCKS + 100
     with Mount(mountpoint, f"size=64m,backup_size={step * count * PAGE}") as mount:
@@ -335,7 +333,7 @@ def test_more_pages_than_are_noted(mountpoint: Path) -> None:
         assert mount.restarts() == 0
 
 
-def test_the_texts_belong_to_whom_the_root_belongs_to(mnt: Path) -> None:
+def test_stats_and_config_belong_to_the_owner_of_the_root(mnt: Path) -> None:
     for uid in 1000, 1001:
         (mnt / ".stats").stat()
         (mnt / ".config").stat()
@@ -343,7 +341,7 @@ def test_the_texts_belong_to_whom_the_root_belongs_to(mnt: Path) -> None:
         assert (mnt / ".stats").stat().st_uid == (mnt / ".config").stat().st_uid == uid
 
 
-def test_a_renamed_backups_link_is_as_long_as_it_says(a: Path) -> None:
+def test_the_shmem_link_of_a_renamed_backup_has_the_right_length(a: Path) -> None:
     (a / ".shmem").lstat()
     other = a.rename(a.parent / "a longer name")
     assert (other / ".shmem").lstat().st_size == len(os.readlink(other / ".shmem"))
@@ -383,7 +381,7 @@ def grown(small: Mount) -> Iterator[Path]:
 
 @pytest.mark.parametrize("grow", [by_attribute, by_shmem])
 @pytest.mark.parametrize("opened_first", [True, False])
-def test_b2_nothing_is_appended_over_a_page_of_a_backup_that_has_grown(
+def test_b2_an_append_overwrites_no_page_of_a_grown_backup(
     grown: Path, grow: Callable[[Path, int], None], opened_first: bool
 ) -> None:
     flags = os.O_RDWR | os.O_APPEND
@@ -405,7 +403,7 @@ def test_b2_nothing_is_appended_over_a_page_of_a_backup_that_has_grown(
         os.write(image, b"x")
 
 
-def test_b2_whoever_appends_without_having_opened_so_finds_the_new_end(grown: Path) -> None:
+def test_b2_an_append_by_flags_set_later_finds_the_new_end(grown: Path) -> None:
     with opened(grown / ".image") as image, opened(grown / ".image") as later:
         for pages in 8, 64, 32:
             by_attribute(grown, pages)
@@ -432,7 +430,7 @@ COPIES: dict[str, Copy] = {
 @pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("opened_first", [True, False])
 @pytest.mark.parametrize("grow", [by_attribute, by_shmem])
-def test_b2_what_lies_past_the_old_end_is_copied(
+def test_b2_copies_include_pages_past_the_old_end(
     grown: Path, copy: str, opened_first: bool, grow: Callable[[Path, int], None]
 ) -> None:
     """By whoever opens the file anew, and by whoever has it open if the size was changed through the mount.
@@ -458,7 +456,7 @@ def test_b2_what_lies_past_the_old_end_is_copied(
         assert os.fstat(image).st_size == (grown / ".image").stat().st_size == 4 * PAGE
 
 
-def test_the_size_changes_while_the_end_is_being_read(a: Path) -> None:
+def test_resizing_and_reading_the_end_do_not_block_each_other(a: Path) -> None:
     """Through the page cache, whose pages the kernel locks: neither waits for the other without end."""
     reads = "import os, sys\nfd = os.open(sys.argv[1], 0)\nout = os.open('/dev/null', 1)\nprint(flush=True)\n" + (
         "while True: os.sendfile(out, fd, 0, 1 << 20)"
@@ -485,7 +483,7 @@ def resident(pid: int) -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_c3_no_number_of_changed_modes_makes_the_daemon_grow(mount: Mount) -> None:
+def test_c3_repeated_mode_changes_take_no_memory_of_the_daemon(mount: Mount) -> None:
     def cycles(count: int) -> None:
         for _ in range(count):
             os.mkdir(mount.path / "a")

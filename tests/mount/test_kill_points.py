@@ -528,13 +528,13 @@ def compare(sides: Sides, handler: str, scenario: Scenario) -> Any:
 
 @pytest.mark.parametrize("sides", [(TMPFS, DIRECTORY)], ids=[""], indirect=True)
 @pytest.mark.parametrize("name", COUNTED)
-def test_c22_a_change_of_names_or_page_counts_is_made_once_and_reported_once(sides: Sides, name: str) -> None:
+def test_c22_a_kill_repeats_no_change_of_names_or_page_counts(sides: Sides, name: str) -> None:
     compare(sides, *COUNTED[name])
 
 
 @pytest.mark.parametrize("sides", [(TMPFS,)], ids=[""], indirect=True)
 @pytest.mark.parametrize("name", CHANGES)
-def test_c22_a_change_of_contents_or_attributes_is_made_once_and_reported_once(sides: Sides, name: str) -> None:
+def test_c22_a_kill_repeats_no_change_of_contents_or_attributes(sides: Sides, name: str) -> None:
     compare(sides, *CHANGES[name])
 
 
@@ -547,13 +547,13 @@ def test_c22_a_kill_outside_a_handler_repeats_no_change_and_loses_none(sides: Si
 
 @pytest.mark.parametrize("sides", [(TMPFS,)], ids=[""], indirect=True)
 @pytest.mark.parametrize("name", LOOKS)
-def test_c22_a_request_that_changes_nothing_is_answered_the_same(sides: Sides, name: str) -> None:
+def test_c22_a_kill_during_a_request_that_only_reads_changes_no_answer(sides: Sides, name: str) -> None:
     compare(sides, *LOOKS[name])
 
 
 @pytest.mark.parametrize("sides", [(DIRECTORY,)], ids=[""], indirect=True)
 @pytest.mark.parametrize("name", REFUSED)
-def test_c22_a_true_error_is_told_and_no_false_one(sides: Sides, name: str) -> None:
+def test_c22_a_kill_during_a_refused_request_changes_no_errno(sides: Sides, name: str) -> None:
     number, handler, scenario = REFUSED[name]
     assert compare(sides, handler, scenario) == number
 
@@ -565,7 +565,7 @@ EVERY = int(os.environ.get("TTMFS_TEST_EVERY_CALL", "9"))
 
 @pytest.mark.parametrize("sides", [(("tmpfs", ""), ("directory", ""))], ids=[""], indirect=True)
 @pytest.mark.parametrize("name", [*COUNTED, *CHANGES] if EVERY == 1 else BETWEEN)
-def test_c22_a_kill_between_two_system_calls_of_a_change_is_not_noticed(sides: Sides, name: str) -> None:
+def test_c22_a_kill_between_two_system_calls_of_a_change_alters_no_result(sides: Sides, name: str) -> None:
     handler, scenario = (COUNTED | CHANGES)[name]
     expected = play(sides.calm, scenario, contextlib.nullcontext)
     with ThreadPoolExecutor() as pool:
@@ -607,7 +607,7 @@ RACES: dict[str, tuple[str, str, Callable[[Path, int], Any]]] = {
 }  # fmt: skip
 
 
-def test_c22_of_two_that_race_for_a_name_one_wins(mountpoint: Path) -> None:
+def test_c22_one_of_two_callers_that_race_for_a_name_wins(mountpoint: Path) -> None:
     """Both are there before the daemon is killed, after it has made the first one's change."""
     with Killed(mountpoint, "size=1m,busy_poll=50") as mount, ThreadPoolExecutor(2) as pool:
         for name, (handler, loses, act) in RACES.items():
@@ -645,7 +645,7 @@ class Directory:
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "directory"])
-def test_c22_a_listing_that_outlasts_its_daemon_shows_each_name_once(mountpoint: Path, kind: str) -> None:
+def test_c22_a_listing_across_a_kill_shows_each_name_once(mountpoint: Path, kind: str) -> None:
     """Of pages with holes between them, and of backups. What went meanwhile is not shown, what came may be."""
     store = mountpoint.parent / "store"
     store.mkdir()
@@ -692,7 +692,7 @@ DEEDS = {"read address 0": (2, "Segmentation fault"), "abort": (2, "Aborted"), "
 
 @pytest.mark.serial
 @pytest.mark.parametrize("deed", DEEDS)
-def test_a_request_that_kills_is_refused_and_tried_anew_later(mountpoint: Path, deed: str) -> None:
+def test_a_request_that_kills_daemons_is_refused_and_allowed_again_later(mountpoint: Path, deed: str) -> None:
     """A fault is its own, and two are enough; a SIGKILL may come from anyone. Meanwhile others are served."""
     most, words = DEEDS[deed]
     with Killed(mountpoint, "size=1m,busy_poll=50", suspect_seconds=4.0) as mount, ThreadPoolExecutor(1) as pool:
@@ -756,7 +756,7 @@ def held(mount: Killed) -> Callable[[], bool]:
 
 
 @pytest.mark.serial
-def test_c22_a_request_that_is_under_way_whenever_an_outsider_kills_is_carried_out(mountpoint: Path) -> None:
+def test_c22_a_request_in_flight_at_each_of_several_kills_is_carried_out(mountpoint: Path) -> None:
     """One that meets three daemons and no answer, and one that is asked six times, and answered each time."""
     with Killed(mountpoint, "size=1m,busy_poll=50") as mount, ThreadPoolExecutor(1) as pool:
         (mountpoint / "a").mkdir()
@@ -776,7 +776,7 @@ def test_c22_a_request_that_is_under_way_whenever_an_outsider_kills_is_carried_o
         assert mount.restarts() == 9
 
 
-def test_c22_what_waits_in_a_thread_and_what_is_under_way_beside_it_is_carried_out(mountpoint: Path) -> None:
+def test_c22_a_kill_loses_neither_a_waiting_request_nor_one_in_flight(mountpoint: Path) -> None:
     """Requests of several clients are noted at once when the daemon is killed: an fsync on a disk, and a write."""
     store = mountpoint.parent / "store"
     store.mkdir()
@@ -804,7 +804,7 @@ def test_c22_what_waits_in_a_thread_and_what_is_under_way_beside_it_is_carried_o
 
 
 @pytest.mark.serial
-def test_a_request_for_which_the_daemon_takes_all_memory_is_refused_after_two(mountpoint: Path) -> None:
+def test_a_request_is_refused_after_two_oom_kills_of_the_daemon(mountpoint: Path) -> None:
     """Killed by the kernel for want of memory, not by just anyone: that counts as a fault does."""
     with (
         ControlGroup(160 << 20, 0) as group,
@@ -830,9 +830,7 @@ FAR = 16 << 20
 
 
 @pytest.mark.parametrize("way", ["truncate", "drop"])
-def test_c22_what_is_stored_behind_a_bulk_drop_stays_though_the_drop_is_carried_out_twice(
-    mountpoint: Path, way: str
-) -> None:
+def test_c22_a_repeated_bulk_drop_keeps_pages_stored_since(mountpoint: Path, way: str) -> None:
     pages = 50_000
     with Mount(mountpoint, "size=2g,restart_seconds=30") as mount:
         mount.expect_restarts()

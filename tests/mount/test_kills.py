@@ -58,7 +58,7 @@ def under_load(mountpoint: Path, options: str, seed: int) -> Iterator[tuple[Load
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_c22_no_kill_is_noticed_by_anyone(mountpoint: Path, part: int) -> None:
+def test_c22_no_client_notices_a_kill(mountpoint: Path, part: int) -> None:
     """50 kills in each part, of which a third come before the daemon answers."""
     chance = random.Random(SEED + part)
     with under_load(mountpoint, OPTIONS, SEED + part) as (load, killer):
@@ -72,7 +72,7 @@ def test_c22_no_kill_is_noticed_by_anyone(mountpoint: Path, part: int) -> None:
             load.check()
 
 
-def test_c22_kills_in_bursts_are_no_failures_to_start(mountpoint: Path) -> None:
+def test_c22_kills_in_bursts_do_not_count_as_failed_starts(mountpoint: Path) -> None:
     """The keeper does not count them, although restart_tries=1 lets no start fail by itself."""
     chance = random.Random(SEED)
     with under_load(mountpoint, f"{OPTIONS},restart_tries=1", SEED) as (load, killer):

@@ -894,13 +894,13 @@ FIRST, *OTHERS = ROOTS
 
 @pytest.mark.parametrize("mode", MODES, ids="{:o}".format)
 @pytest.mark.parametrize("matrix", [FIRST], indirect=True)
-def test_everyone_may_do_what_a_tmpfs_lets_him_and_nothing_more(matrix: Matrix, mode: int) -> None:
+def test_ttmfs_permits_exactly_what_a_tmpfs_permits(matrix: Matrix, mode: int) -> None:
     wrong = matrix.wrong(mode, inside=True)
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("mode", [0o750, 0o777], ids="{:o}".format)
 @pytest.mark.parametrize("matrix", OTHERS, indirect=True)
-def test_so_it_is_in_a_root_that_others_may_write_to_or_not_enter(matrix: Matrix, mode: int) -> None:
+def test_ttmfs_permits_what_a_tmpfs_permits_for_other_modes_of_the_root(matrix: Matrix, mode: int) -> None:
     wrong = matrix.wrong(mode, inside=mode == 0o750)
     assert not wrong, "\n".join(wrong)

@@ -59,7 +59,7 @@ def unit(machine: Machine, kind: str = "mount") -> Unit:
 
 
 @pytest.mark.parametrize("kind", ["ttmfs", "fuse.ttmfs"])
-def test_mount_mounts_either_type_and_umount_ends_it(machine: Machine, kind: str) -> None:
+def test_mount_accepts_both_types_and_umount_ends_the_mount(machine: Machine, kind: str) -> None:
     assert machine.run(f"mount -t {kind} ttm {MNT} -o size=64m,noatime") == ""
     assert machine.run(f"findmnt -n -o SOURCE,FSTYPE {MNT}").split() == ["ttm", "fuse.ttmfs"]
     (row,) = re.findall(rf"^(\S+) {MNT} (\S+) (\S+)", machine.run("cat /proc/mounts"), re.MULTILINE)
@@ -71,7 +71,7 @@ def test_mount_mounts_either_type_and_umount_ends_it(machine: Machine, kind: str
     machine.run(f"findmnt {MNT}", code=1)
 
 
-def test_a_mount_in_use_is_busy_and_a_lazy_unmount_takes_it_away(machine: Machine) -> None:
+def test_umount_of_a_mount_in_use_is_busy_and_a_lazy_one_works(machine: Machine) -> None:
     machine.run(f"mount -t ttmfs ttm {MNT} -o size=64m")
     assert "busy" in machine.run(f"cd {MNT}; umount {MNT}", code=32)
     machine.run(f"cd {MNT}; umount -l {MNT}; cd /; ! findmnt {MNT}")
@@ -104,18 +104,18 @@ def test_fake_checks_and_mounts_nothing(machine: Machine, words: str, code: int,
         ("mount -t tmpfs empty /dev", "modprobe fuse"),
     ],
 )
-def test_fake_finds_out_what_the_system_lacks(machine: Machine, hide: str, said: str) -> None:
+def test_fake_reports_what_the_system_lacks(machine: Machine, hide: str, said: str) -> None:
     assert said in machine.run(f"unshare -m sh -c '{hide} && mount -f -t ttmfs ttm {MNT}'", code=2)
 
 
-def test_what_goes_wrong_has_the_status_and_the_words_of_mount_py(machine: Machine) -> None:
+def test_errors_have_the_status_and_message_of_mount_py(machine: Machine) -> None:
     assert "mkdir /mnt/missing" in machine.run("mount -t ttmfs ttm /mnt/missing", code=32)
     assert "perhaps 'size'" in machine.run(f"mount -t ttmfs ttm {MNT} -o siez=1m", code=1)
     assert "invalid choice: 'ext4'" in machine.run(f"mount.ttmfs ttm {MNT} -t ext4", code=1)
     assert "required: DIRECTORY" in machine.run("mount.ttmfs ttm", code=1)
 
 
-def test_sloppy_read_only_and_unusual_names(machine: Machine) -> None:
+def test_sloppy_and_read_only_flags_and_unusual_names_are_accepted(machine: Machine) -> None:
     machine.run(
         "mkdir -p '/mnt/a b' '/var/c,d'; mount.ttmfs ttm '/mnt/a b' -o 'store=/var/c\\,d'; umount '/mnt/a b';"
         "mount -s -r -t ttmfs 'my ttm' '/mnt/a b' -o 'siez=1m,store=/var/c\\,d'"
@@ -138,7 +138,7 @@ def test_remount_is_refused_with_what_to_do_instead(machine: Machine) -> None:
     assert machine.run(f"cat {MNT}/a/.image | head -c 28676 | tail -c 4100 | tr -d '\\0'") == "kept\n"
 
 
-def test_nothing_of_another_mount_namespace_is_run(machine: Machine) -> None:
+def test_the_helper_runs_no_program_of_another_mount_namespace(machine: Machine) -> None:
     """Whoever owns the namespace may have put anything where the helper is; mount(8) hands it on with -N."""
     script = f"""
 helper=$(readlink -f /sbin/mount.ttmfs)
@@ -170,13 +170,13 @@ def test_mount_a_takes_a_line_of_fstab_once(machine: Machine) -> None:
     machine.run(f"umount {MNT}; mount {MNT}; test $(stat -c %a {MNT}) = 1777; umount ttm")
 
 
-def test_a_line_with_noauto_waits_to_be_asked_for(machine: Machine) -> None:
+def test_a_noauto_line_is_mounted_only_on_request(machine: Machine) -> None:
     add_to_fstab(machine, f"ttm {MNT} fuse.ttmfs noauto,defaults,size=64m 0 0")
     machine.run(f"mount -a; findmnt {MNT}", code=1)
     machine.run(f"mount {MNT}; findmnt -n {MNT}")
 
 
-def test_a_user_whom_fstab_lets_mounts_and_she_alone_unmounts(machine: Machine) -> None:
+def test_only_the_user_who_mounted_through_fstab_can_unmount(machine: Machine) -> None:
     machine.run(
         f"mknod -m 666 /run/fuse c 10 229; mount --bind /run/fuse /dev/fuse; chown {ALICE} {MNT}; cp /etc/passwd /run;"
         f"echo alice:x:{ALICE}:{ALICE}::/:/bin/sh >>/etc/passwd; echo bob:x:{BOB}:{BOB}::/:/bin/sh >>/etc/passwd"
@@ -248,7 +248,7 @@ def test_a_unit_that_cannot_mount_fails_and_says_why(machine: Machine) -> None:
     mount("reset-failed")
 
 
-def test_an_automount_mounts_at_the_first_access_and_survives_a_kill(machine: Machine) -> None:
+def test_an_automount_mounts_at_first_access_and_survives_a_kill(machine: Machine) -> None:
     """Whoever mounts for it has to stay in its process group, or waits for himself."""
     add_to_fstab(machine, f"ttm {MNT} ttmfs size=64m,x-systemd.automount,x-systemd.mount-timeout=15 0 0")
     automount = unit(machine, "automount")
@@ -267,7 +267,7 @@ def test_an_automount_mounts_at_the_first_access_and_survives_a_kill(machine: Ma
 # --- installing ---
 
 
-def test_install_does_not_replace_what_is_not_ours(machine: Machine) -> None:
+def test_install_does_not_replace_foreign_files(machine: Machine) -> None:
     machine.run("mv /sbin/mount.ttmfs /run/ours; echo theirs >/sbin/mount.ttmfs")
     try:
         assert "/sbin/mount.ttmfs does not belong to ttmfs" in machine.run("scripts/install.sh", code=1)
@@ -276,13 +276,13 @@ def test_install_does_not_replace_what_is_not_ours(machine: Machine) -> None:
         machine.run("mv -f /run/ours /sbin/mount.ttmfs")
 
 
-def test_manual_pages_are_where_man_looks(machine: Machine) -> None:
+def test_man_finds_the_installed_manual_pages(machine: Machine) -> None:
     for page in "1 ttmfs", "5 ttmfs", "8 mount.ttmfs", "8 mount.fuse.ttmfs":
         section, name = page.split()
         machine.run(f"test -s /usr/local/share/man/man{section}/{name}.{section}")
 
 
-def test_uninstall_takes_away_ours_and_nothing_else(machine: Machine) -> None:
+def test_uninstall_removes_only_installed_files(machine: Machine) -> None:
     helpers, home = " ".join(f"/sbin/{name}" for name in HELPERS), "/usr/local/lib/ttmfs"
     links = "find /sbin/ /usr/local/bin /usr/local/lib/systemd /usr/local/share/man "
     links += "'(' -lname '*ttmfs*' -o -name '*ttmfs*' ')'"

@@ -245,7 +245,7 @@ mkdir mnt/a; rmdir mnt/a; wait $log; umount mnt
     assert not is_mounted(mountpoint)
 
 
-def test_what_a_mount_hides_is_said(tmp_path: Path) -> None:
+def test_mounting_over_a_directory_with_files_prints_a_warning(tmp_path: Path) -> None:
     """It is no error, as with mount(8): but who mounts over a home directory learns it at once."""
     (mountpoint := tmp_path / "mnt").mkdir()
     (mountpoint / "file").touch()
@@ -287,7 +287,7 @@ def test_what_a_mount_hides_is_said(tmp_path: Path) -> None:
         ("NO_DEVICE mount.py -f mnt", 2, "fuse device not found"),
     ],
 )
-def test_what_goes_wrong_is_one_line_on_stderr_and_a_documented_status(
+def test_an_error_is_one_line_on_stderr_and_a_documented_status(
     tmp_path: Path, mountpoint: Path, command: str, code: int, message: str
 ) -> None:
     (tmp_path / "file").touch()
@@ -307,7 +307,7 @@ def test_what_goes_wrong_is_one_line_on_stderr_and_a_documented_status(
     assert not is_mounted(mountpoint)
 
 
-def test_a_dead_mount_of_another_in_the_way_is_named_with_what_removes_it(mountpoint: Path) -> None:
+def test_a_dead_mount_of_another_filesystem_is_reported_with_how_to_remove_it(mountpoint: Path) -> None:
     """Following the advice, one can mount."""
     here, there = socket.socketpair()
     with here, there:
@@ -328,7 +328,7 @@ def test_a_dead_mount_of_another_in_the_way_is_named_with_what_removes_it(mountp
 
 
 @pytest.mark.parametrize("options", ["keeper=on", "keeper=off"])
-def test_a_dead_mount_of_its_own_in_the_way_is_removed(mountpoint: Path, options: str) -> None:
+def test_the_next_mount_removes_a_dead_mount_of_ttmfs(mountpoint: Path, options: str) -> None:
     """SIGKILL leaves one, to a daemon without a keeper or to both: never an empty directory."""
     with Mount(mountpoint, options) as mount:
         (mountpoint / "a").mkdir()
@@ -353,7 +353,7 @@ exit $code
     return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
-def test_the_mount_is_no_worse_for_the_death_of_who_waited_for_it(tmp_path: Path, mountpoint: Path) -> None:
+def test_the_mount_survives_the_death_of_the_process_that_waited_for_it(tmp_path: Path, mountpoint: Path) -> None:
     before = children()
     waits = "$(ps -o ppid= -p $(ps -o ppid= -p $PPID))"  # for the keeper, which is the daemon's parent
     done = mount_py(mountpoint, env=killing(tmp_path, mountpoint, f"kill -KILL {waits}"))
@@ -371,7 +371,7 @@ def test_standard_descriptors_may_be_closed(tmp_path: Path, closed: str) -> None
     run(f"{COMMAND} mnt {closed} && mkdir mnt/a && echo x >mnt/a/1 && ls mnt/a && umount mnt", cwd=tmp_path)
 
 
-def test_without_its_packages_it_says_what_to_do(mountpoint: Path) -> None:
+def test_missing_packages_are_reported_with_what_to_do(mountpoint: Path) -> None:
     bare = [sys.executable, "-S", str(MOUNT_PY), str(mountpoint)]
     done = subprocess.run(bare, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == ExitCode.SYSTEM
@@ -380,7 +380,7 @@ def test_without_its_packages_it_says_what_to_do(mountpoint: Path) -> None:
 
 @pytest.mark.parametrize("number", ["INT", "TERM", "HUP"])
 @pytest.mark.parametrize("who", ["the command", "the keeper", "the daemon", "the foreground"])
-def test_interrupted_between_mounting_and_serving_it_leaves_nothing(
+def test_an_interruption_between_mounting_and_serving_leaves_nothing(
     tmp_path: Path, mountpoint: Path, number: str, who: str
 ) -> None:
     """The signal comes at the worst instant, which a fusermount3 of the test's own sees to."""
@@ -419,7 +419,7 @@ def test_a_signal_while_the_memory_is_released_changes_nothing(mountpoint: Path)
 
 
 @pytest.mark.parametrize("command", ENDS_BY_SIGNAL)
-def test_a_signal_ends_it_also_while_clients_work_and_they_get_errors(mountpoint: Path, command: str) -> None:
+def test_a_signal_ends_the_mount_and_busy_clients_get_errors(mountpoint: Path, command: str) -> None:
     verbs = "read", "write", "list", "hold"
     with Daemon(mountpoint) as daemon, clients(mountpoint, *verbs) as working:
         daemon.end(command)
@@ -431,7 +431,7 @@ def test_a_signal_ends_it_also_while_clients_work_and_they_get_errors(mountpoint
 
 
 @pytest.mark.parametrize("command", ENDS_LAZILY)
-def test_a_lazy_unmount_lets_clients_go_on_and_ends_with_the_last(mountpoint: Path, command: str) -> None:
+def test_a_lazy_unmount_ends_when_the_last_client_closes(mountpoint: Path, command: str) -> None:
     with Daemon(mountpoint) as daemon:
         with clients(mountpoint, "read", "write", "list", "hold") as working:
             daemon.end(command)
@@ -456,7 +456,7 @@ def test_a_plain_unmount_is_refused_while_it_is_in_use(mountpoint: Path, command
         assert daemon.wait() == 0
 
 
-def test_a_second_signal_does_not_spoil_the_end(mountpoint: Path) -> None:
+def test_a_second_signal_does_not_disturb_the_end(mountpoint: Path) -> None:
     """Not even while it waits for the last clients."""
     with Daemon(mountpoint) as daemon, clients(mountpoint, "hold"):
         daemon.end("kill -TERM $PID")
@@ -465,7 +465,7 @@ def test_a_second_signal_does_not_spoil_the_end(mountpoint: Path) -> None:
         assert daemon.wait() == 0
 
 
-def test_a_signal_leaves_alone_what_was_mounted_over_it(mountpoint: Path) -> None:
+def test_a_signal_leaves_a_mount_on_top_alone(mountpoint: Path) -> None:
     with Daemon(mountpoint) as daemon:
         run(f"mount -t tmpfs over {mountpoint}")
         try:
@@ -480,7 +480,7 @@ def test_a_signal_leaves_alone_what_was_mounted_over_it(mountpoint: Path) -> Non
 
 
 @pytest.mark.parametrize("source", ["gpu0", "a,b", "a b", "a\\b", "\\", "a\\,b,", "#1", "日本 ü", "a\tb"])
-def test_the_source_is_shown_as_it_was_given(mountpoint: Path, source: str) -> None:
+def test_the_source_is_shown_as_given(mountpoint: Path, source: str) -> None:
     with Daemon(mountpoint, source):
         (shown,) = json.loads(run(f"findmnt --json -M {mountpoint}"))["filesystems"]
         assert (shown["source"], shown["fstype"]) == (source, "fuse.ttmfs")
@@ -513,7 +513,7 @@ def test_the_mountpoint_may_be_the_working_directory(tmp_path: Path, mountpoint:
     run("mkdir mnt/a && umount mnt", cwd=tmp_path)
 
 
-def test_mount_8_mounts_it_through_its_fuse_helper(tmp_path: Path, mountpoint: Path) -> None:
+def test_mount_8_can_mount_through_the_fuse_helper(tmp_path: Path, mountpoint: Path) -> None:
     """mount.fuse3 runs what stands before the "#" of a source, as a line in fstab may have it."""
     helper = tmp_path / "mount.ttmfs"
     helper.write_text(f'#!/bin/sh\nexec {COMMAND} "$@"\n')
@@ -535,7 +535,7 @@ def mount_options(path: Path) -> set[str]:
     return set(run(f"findmnt -no OPTIONS -M {path}").strip().split(","))
 
 
-def test_without_options_it_takes_half_of_the_ram(mountpoint: Path) -> None:
+def test_the_default_budget_is_half_of_the_ram(mountpoint: Path) -> None:
     with Mount(mountpoint):
         (mountpoint / "a").mkdir()
         (mountpoint / "a/1").write_bytes(b"x" * 4096)
@@ -547,7 +547,7 @@ def test_without_options_it_takes_half_of_the_ram(mountpoint: Path) -> None:
         assert mount_options(mountpoint) >= {"rw", "nosuid", "nodev"}
 
 
-def test_mode_bits_are_the_kernels_business_wherever_anyone_but_root_is_let_in(mountpoint: Path) -> None:
+def test_the_kernel_checks_mode_bits_if_other_users_have_access(mountpoint: Path) -> None:
     for options in "allow_other", "":
         with Mount(mountpoint, options):
             assert ("default_permissions" in mount_options(mountpoint)) == bool(options)
@@ -587,7 +587,7 @@ def test_nr_inodes_is_the_number_of_backups_plus_1(mountpoint: Path) -> None:
     ("options", "expected"),
     [("mode=1777", (0, 0, 0o1777)), ("uid=nobody,gid=1,mode=0700", (65534, 1, 0o700)), ("mode=0", (0, 0, 0))],
 )
-def test_mode_uid_and_gid_are_the_roots(mountpoint: Path, options: str, expected: tuple[int, int, int]) -> None:
+def test_mode_uid_and_gid_apply_to_the_root(mountpoint: Path, options: str, expected: tuple[int, int, int]) -> None:
     with Mount(mountpoint, options):
         root = mountpoint.stat()
         assert (root.st_uid, root.st_gid, stat.S_IMODE(root.st_mode)) == expected
@@ -678,7 +678,7 @@ def test_help_names_every_option_and_every_exit_code() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 120
 
 
-def test_version_is_the_packages() -> None:
+def test_the_version_option_prints_the_package_version() -> None:
     done = mount_py("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"ttmfs {ttmfs.__version__}\n", "")
 
@@ -726,7 +726,7 @@ def metrics(text: str) -> dict[str, float]:
     return samples
 
 
-def test_promtool_finds_nothing_to_say_of_stats(mnt: Path, backup: Path) -> None:
+def test_promtool_accepts_the_stats(mnt: Path, backup: Path) -> None:
     (backup / "1").write_bytes(b"x")
     with raises_errno(errno.ENOENT):
         (backup / "2").read_bytes()
@@ -853,7 +853,7 @@ def test_opening_with_truncation_is_two_requests(backup: Path) -> None:
     assert (backup / "1").read_bytes() == bytes(4096)
 
 
-def test_half_of_the_descriptors_are_for_backups_however_many_there_are(mountpoint: Path) -> None:
+def test_open_backups_take_at_most_half_of_the_descriptors(mountpoint: Path) -> None:
     with Mount(mountpoint, "size=64m", command=("prlimit", "--nofile=512", *MOUNT_COMMAND)) as mount:
         before = len(descriptors(mount.pid))
         for number in range(1000):
@@ -866,7 +866,7 @@ def test_half_of_the_descriptors_are_for_backups_however_many_there_are(mountpoi
         assert len(descriptors(mount.pid)) <= before + 256 + 4
 
 
-def test_sigusr2_shows_where_it_is_and_it_goes_on(mount: Mount, backup: Path) -> None:
+def test_sigusr2_logs_a_traceback_and_the_daemon_continues(mount: Mount, backup: Path) -> None:
     mount.expect_log(r"most recent call first\):$|^  File |^$")
     for _ in range(3):
         count = len(mount.log)

@@ -39,7 +39,7 @@ while True:
     ],
     ids="> <> truncating reading truncate chmod touch stat".split(),
 )
-def test_a_path_is_never_stale(backup: Path, ask: Callable[[Path], int | None], expected: set[int]) -> None:
+def test_a_call_by_path_never_gives_estale(backup: Path, ask: Callable[[Path], int | None], expected: set[int]) -> None:
     """Others store and drop the page all the time: it is there or not, at some moment of the call."""
     page, answers = backup / "1", Counter[int]()
     others = [subprocess.Popen([sys.executable, "-I", "-c", STORE_AND_DROP, str(page)]) for _ in range(2)]
@@ -59,7 +59,7 @@ def test_a_path_is_never_stale(backup: Path, ask: Callable[[Path], int | None], 
     assert set(answers) <= {0, *expected}, answers
 
 
-def test_a_descriptor_is_stale_when_its_page_is_gone(backup: Path) -> None:
+def test_a_descriptor_of_a_dropped_page_gives_estale(backup: Path) -> None:
     with opened(backup / "1", os.O_RDWR | os.O_CREAT) as page:
         (backup / "1").unlink()
         for ask in (lambda: os.pread(page, 1, 0), lambda: os.pwrite(page, b"x", 0), lambda: os.ftruncate(page, 0)):
@@ -108,7 +108,7 @@ def shared_names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield mount.path
 
 
-def test_the_longest_names_are_names(shared_names: Path) -> None:
+def test_names_of_the_longest_length_work(shared_names: Path) -> None:
     (shared_names / ("b" * 255)).mkdir()
     (shared_names / ("b" * 255)).rename(shared_names / ("c" * 255))
     (shared_names / ("c" * 255)).rmdir()
@@ -118,7 +118,7 @@ def test_the_longest_names_are_names(shared_names: Path) -> None:
         (shared_names / "a" / LONG[1:]).touch()
 
 
-def test_names_with_a_dot_are_the_mount_s_own(shared_names: Path) -> None:
+def test_names_that_begin_with_a_dot_are_reserved(shared_names: Path) -> None:
     for ask in (
         lambda path: path.mkdir(),
         lambda path: path.touch(),

@@ -87,7 +87,7 @@ def holds(array: PageArray, content: NDArray[np.uint8]) -> bool:
     return all((array[slot] == content[slot]).all() for slot in range(len(array)))
 
 
-def test_c17_c19_pages_go_and_come_back(backup: Backup) -> None:
+def test_c17_c19_pages_are_backed_up_and_restored(backup: Backup) -> None:
     array, content = filled(backup)
     assert (array.populated, array.backed_up) == (COUNT, 0)
     assert not page_ptr_is_handle(array.slots).any(), "C1: a page's address has bit 0 clear"
@@ -129,7 +129,7 @@ def test_c17_empty_slots_are_skipped(backup: Backup) -> None:
     array.destroy()
 
 
-def test_c17_what_fails_part_way_is_a_short_count_and_the_error_if_nothing_was_done(backup: Backup) -> None:
+def test_c17_a_failure_gives_a_short_count_or_the_error_if_nothing_was_done(backup: Backup) -> None:
     faulty = Faulty(backup)
     array, content = filled(faulty)
     faulty.bad["backup"] = {COUNT // 2 + 1}
@@ -145,7 +145,7 @@ def test_c17_what_fails_part_way_is_a_short_count_and_the_error_if_nothing_was_d
     array.destroy()
 
 
-def test_c17_where_room_ends(backup: Backup, shared: Mount) -> None:
+def test_c17_running_out_of_room_gives_a_short_count(backup: Backup, shared: Mount) -> None:
     array, content = filled(backup)
     set_attribute(shared.path, "size", 100 * PAGE)
     assert array.backup() == 100
@@ -161,7 +161,7 @@ def test_c17_where_room_ends(backup: Backup, shared: Mount) -> None:
         other.fini()
 
 
-def test_c17_an_exception_of_a_signal_handler_is_no_failure_of_the_store(backup: Backup) -> None:
+def test_c17_an_exception_of_a_signal_handler_is_not_reported_as_a_store_failure(backup: Backup) -> None:
     """InterruptedError is an OSError, and means that the caller wants it to end."""
     faulty = Faulty(backup)
     array, content = filled(faulty)
@@ -190,7 +190,7 @@ def test_an_array_lies_within_its_backup(backup: Backup) -> None:
 
 
 @pytest.mark.parametrize("first", [0, 4], ids=["from its start", "from its middle"])
-def test_c20_a_backup_made_smaller_afterwards_takes_what_fits(backup: Backup, first: int) -> None:
+def test_c20_a_shrunk_backup_takes_the_pages_that_fit(backup: Backup, first: int) -> None:
     array, content = filled(backup, 16, first)
     backup.resize(8 * PAGE)
     assert array.backup() == 8 - first
@@ -207,7 +207,7 @@ def test_c20_a_backup_made_smaller_afterwards_takes_what_fits(backup: Backup, fi
     assert backup.residency().pages == 0
 
 
-def test_c20_pages_that_lay_past_the_end_of_a_backup_made_smaller_are_lost(backup: Backup) -> None:
+def test_c20_pages_past_the_end_of_a_shrunk_backup_are_lost(backup: Backup) -> None:
     array, content = filled(backup, 16)
     array.backup()
     backup.drop_pages(np.arange(9, 17, dtype=np.uint64))
@@ -224,7 +224,7 @@ def test_c20_pages_that_lay_past_the_end_of_a_backup_made_smaller_are_lost(backu
     assert backup.residency().pages == 0
 
 
-def test_c20_what_was_refused_or_found_no_room_is_not_dropped(backup: Backup) -> None:
+def test_c20_destroy_drops_no_page_that_was_not_stored(backup: Backup) -> None:
     faulty = Faulty(backup)
     array, content = filled(faulty)
     faulty.error = NotPermitted
@@ -243,7 +243,7 @@ def test_c20_what_was_refused_or_found_no_room_is_not_dropped(backup: Backup) ->
     assert faulty.dropped == list(range(1, 101))
 
 
-def test_a_limit_is_kept(backup: Backup) -> None:
+def test_a_limit_bounds_the_pages_backed_up(backup: Backup) -> None:
     array, content = filled(backup)
     assert array.backup(limit=0) == 0
     assert array.backup(limit=37) == 37
@@ -264,7 +264,7 @@ def test_c18_purge_frees_without_backing_up(backup: Backup) -> None:
     array.destroy()
 
 
-def test_c18_purge_drops_what_a_failed_restoring_left(backup: Backup) -> None:
+def test_c18_purge_drops_the_pages_of_a_failed_restore(backup: Backup) -> None:
     faulty = Faulty(backup)
     array, content = filled(faulty, 16)
     array.backup()
@@ -281,7 +281,7 @@ def test_c18_purge_drops_what_a_failed_restoring_left(backup: Backup) -> None:
     assert faulty.dropped == list(range(1, 17))
 
 
-def test_c19_an_interruption_keeps_what_is_done_and_a_retry_goes_on(backup: Backup) -> None:
+def test_c19_a_retry_continues_an_interrupted_restore(backup: Backup) -> None:
     faulty = Faulty(backup)
     array, content = filled(faulty)
     array.backup()
@@ -302,7 +302,7 @@ def test_c19_an_interruption_keeps_what_is_done_and_a_retry_goes_on(backup: Back
     array.destroy()
 
 
-def test_c19_what_was_copied_is_not_read_again_though_dropping_it_failed(backup: Backup) -> None:
+def test_c19_a_copied_page_is_not_read_again_if_its_drop_failed(backup: Backup) -> None:
     faulty = Faulty(backup)
     array, content = filled(faulty)
     array.backup()
@@ -317,7 +317,7 @@ def test_c19_what_was_copied_is_not_read_again_though_dropping_it_failed(backup:
     array.destroy()
 
 
-def test_c19_pages_come_back_though_others_cannot_be_dropped(backup: Backup) -> None:
+def test_c19_pages_are_restored_even_if_others_cannot_be_dropped(backup: Backup) -> None:
     faulty = Faulty(backup)
     array, content = filled(faulty)
     array.backup()
@@ -351,7 +351,7 @@ def array_with_lost_pages(backup: Backup) -> tuple[PageArray, NDArray[np.uint8],
     return array, content, faulty
 
 
-def test_c11_all_but_the_pages_that_another_dropped_come_back(
+def test_c11_restore_returns_all_pages_that_were_not_dropped(
     array_with_lost_pages: tuple[PageArray, NDArray[np.uint8], Faulty],
 ) -> None:
     array, content, faulty = array_with_lost_pages
@@ -387,7 +387,7 @@ def test_c18_a_purge_empties_the_slots_of_lost_pages(
     assert backup.handles().tolist() == LOST, "another's"
 
 
-def test_c20_lost_pages_are_not_dropped_once_more(
+def test_c20_destroy_does_not_drop_lost_pages(
     array_with_lost_pages: tuple[PageArray, NDArray[np.uint8], Faulty], backup: Backup
 ) -> None:
     array, _, faulty = array_with_lost_pages
@@ -396,7 +396,7 @@ def test_c20_lost_pages_are_not_dropped_once_more(
     assert backup.handles().tolist() == LOST, "another's"
 
 
-def test_c20_destroying_a_half_restored_array_frees_each_exactly_once(backup: Backup) -> None:
+def test_c20_destroying_a_half_restored_array_frees_each_page_once(backup: Backup) -> None:
     faulty = Faulty(backup)
     array, _ = filled(faulty)
     others, content = filled(backup, 50, first=COUNT)
@@ -434,14 +434,14 @@ def test_c20_destroying_after_the_backup_was_closed_is_refused(backup: Backup, n
     other.destroy()  # nothing of it was stored
 
 
-def test_destroying_after_the_backup_ended_is_well(backup: Backup) -> None:
+def test_destroying_after_the_backup_ended_succeeds(backup: Backup) -> None:
     array, _ = filled(backup, 10)
     array.backup()
     backup.fini()
     array.destroy()
 
 
-def test_c21_one_that_fails_does_not_stall_a_walk(backup: Backup) -> None:
+def test_c21_a_failing_array_does_not_stop_a_walk_over_others(backup: Backup) -> None:
     broken = Faulty(backup)
     broken.bad["backup"] = set(range(1, 4097))
     arrays = [filled(backup, 100, first)[0] for first in (0, 100, 200)]
@@ -544,7 +544,7 @@ def destroyed(_: Backup, array: PageArray, _content: NDArray[np.uint8], interrup
 @pytest.mark.parametrize(
     ("story", "lines"), [(there_and_back, 60), (with_a_page_lost, 150), (purged, 80), (destroyed, 10)]
 )
-def test_an_exception_at_any_line_loses_nothing(
+def test_an_exception_at_any_line_loses_no_page(
     backup: Backup, story: Callable[[Backup, PageArray, NDArray[np.uint8], Interruption], None], lines: int
 ) -> None:
     """As a signal handler's: at each line in turn, until it comes no more."""
@@ -597,7 +597,7 @@ def locked() -> None:
         array.destroy()
 
 
-def test_locked_memory_is_no_obstacle(backup: Backup) -> None:
+def test_arrays_work_in_locked_memory(backup: Backup) -> None:
     source = inspect.getsource(locked) + "locked()\n"
     subprocess.run([sys.executable, "-c", source, backup.path], timeout=60, check=True)
     assert backup.residency().pages == 0
@@ -681,7 +681,7 @@ def evictor() -> None:
 
 @pytest.mark.serial
 @pytest.mark.parametrize("native", [True, False], ids=["natively", "through the mount"])
-def test_twice_the_memory_there_is_evicted_and_read_back_at_random(
+def test_twice_the_available_memory_is_evicted_and_read_back_at_random(
     mountpoint: Path, tmp_path: Path, native: bool
 ) -> None:
     """xe_bo_shrink in user space: some purgeable, interruptions injected, all verified, nothing leaked."""

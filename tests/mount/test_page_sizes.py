@@ -199,7 +199,7 @@ def test_names_are_the_handles_up_to_the_size_of_the_backup(a: Path, size: int) 
     holds(a, size, 1, 7, PAGES)
 
 
-def test_the_size_of_a_page_shows_in_all_that_tells_it(a: Path, size: int) -> None:
+def test_every_report_shows_the_page_size(a: Path, size: int) -> None:
     mnt = a.parent
     assert attribute(mnt, "page_size") == str(size)
     assert f'"page_size": {size},' in (mnt / ".config").read_text()
@@ -217,7 +217,7 @@ def test_the_size_of_a_page_shows_in_all_that_tells_it(a: Path, size: int) -> No
         assert (room.f_bsize, room.f_frsize, room.f_blocks) == (size, size, BUDGET // size)
 
 
-def test_du_df_and_ls_agree_however_pages_came(a: Path, size: int) -> None:
+def test_du_df_and_ls_agree_for_every_way_of_storing(a: Path, size: int) -> None:
     mnt = a.parent
     create(a / "1")
     put(a / ".image", 2 * size - 1, b"x")  # the last byte of page 2
@@ -270,7 +270,7 @@ def test_c12_map_and_drop_count_in_pages(a: Path, size: int) -> None:
     assert all((a / name).read_bytes() == page(int(name), size) for name in names(a))
 
 
-def test_sizes_of_backups_are_rounded_up_to_pages(a: Path, size: int) -> None:
+def test_backup_sizes_are_rounded_up_to_pages(a: Path, size: int) -> None:
     assert attribute(a, "size") == str(PAGES * size), "backup_size was one byte less"
     for asked, pages in [(1, 1), (size, 1), (size + 1, 2), (4 * size - 1, 4), (100 * size + 1, 101)]:
         set_attribute(a, "size", asked)
@@ -349,7 +349,7 @@ def spans(size: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("way", ["page file", ".image"])
-def test_part_of_a_page_is_written_and_the_rest_stays(a: Path, size: int, way: str) -> None:
+def test_a_partial_write_keeps_the_rest_of_a_page(a: Path, size: int, way: str) -> None:
     fill(a, size, 4, 5, 6)
     expected = bytearray(page(5, size))
     for offset, length in spans(size):
@@ -363,7 +363,7 @@ def test_part_of_a_page_is_written_and_the_rest_stays(a: Path, size: int, way: s
     holds(a, size, 4, 5, 6)
 
 
-def test_part_of_an_absent_page_makes_the_whole_page(a: Path, size: int) -> None:
+def test_a_partial_write_creates_the_whole_page(a: Path, size: int) -> None:
     for offset, length in spans(size):
         data = random.Random(offset).randbytes(length)
         assert put(a / ".image", 7 * size + offset, data) == length
@@ -377,7 +377,7 @@ def test_part_of_an_absent_page_makes_the_whole_page(a: Path, size: int) -> None
     assert (a / ".image").read_bytes() == bytes(6 * size - 1) + data + bytes((PAGES - 7) * size - 1)
 
 
-def test_a_page_is_written_in_pieces_in_any_order(a: Path, size: int) -> None:
+def test_a_page_can_be_written_in_pieces_in_any_order(a: Path, size: int) -> None:
     chance, expected = random.Random(1), bytearray(size)
     create(a / "2")
     cuts = [0, *sorted(chance.sample(range(1, size), 40)), size]
@@ -391,7 +391,7 @@ def test_a_page_is_written_in_pieces_in_any_order(a: Path, size: int) -> None:
     holds(a, size, 2)
 
 
-def test_a_page_ends_at_its_size(a: Path, size: int) -> None:
+def test_reads_and_writes_of_a_page_end_at_its_size(a: Path, size: int) -> None:
     fill(a, size, 1, 2, 3)
     with opened(a / "2") as fd:
         assert os.pwrite(fd, b"0123456789", size - 3) == 3
@@ -410,7 +410,7 @@ def test_a_page_ends_at_its_size(a: Path, size: int) -> None:
     holds(a, size, 1, 2, 3)
 
 
-def test_the_image_ends_at_the_size_of_the_backup(a: Path, size: int) -> None:
+def test_reads_and_writes_of_an_image_end_at_the_backup_size(a: Path, size: int) -> None:
     data = page(1, size) + page(2, size)
     assert put(a / ".image", (PAGES - 1) * size - 1, data) == size + 1
     for offset in (PAGES * size, PAGES * size + 1, 2**50):
@@ -454,7 +454,7 @@ def cuts(size: int) -> list[int]:
     return sorted(n for n in found | {REQUEST - 1, REQUEST + 1} if n <= size)
 
 
-def test_truncating_a_page_makes_zeros_past_it(a: Path, size: int) -> None:
+def test_truncating_a_page_fills_the_rest_with_zeros(a: Path, size: int) -> None:
     fill(a, size, 1, 3)
     for length in cuts(size):
         fill(a, size, 2)
@@ -473,7 +473,7 @@ def test_truncating_a_page_makes_zeros_past_it(a: Path, size: int) -> None:
     assert [(a / name).read_bytes() for name in ("1", "3")] == [page(1, size), page(3, size)]
 
 
-def test_o_trunc_makes_zeros_of_a_page_and_drops_those_of_an_image(a: Path, size: int) -> None:
+def test_o_trunc_zeroes_a_page_and_drops_the_pages_of_an_image(a: Path, size: int) -> None:
     fill(a, size, 1, 2, 3)
     with opened(a / "2", os.O_WRONLY | os.O_TRUNC) as fd:
         assert (a / "2").read_bytes() == bytes(size)
@@ -488,7 +488,7 @@ def test_o_trunc_makes_zeros_of_a_page_and_drops_those_of_an_image(a: Path, size
     holds(a, size, 1)
 
 
-def test_truncating_an_image_within_a_page(a: Path, size: int) -> None:
+def test_truncating_an_image_within_a_page_zeroes_its_rest(a: Path, size: int) -> None:
     for length in cuts(size):
         fill(a, size, 1, 3, 4, 5, 9, 16)
         os.truncate(a / ".image", 3 * size + length)
@@ -502,7 +502,7 @@ def test_truncating_an_image_within_a_page(a: Path, size: int) -> None:
 # --- room ---
 
 
-def test_c3_c6_no_page_is_stored_in_part_where_room_ends(a: Path, size: int) -> None:
+def test_c3_c6_no_page_is_stored_in_part_if_room_runs_out(a: Path, size: int) -> None:
     """Room for 10 pages, less a base page that another backup has. It ends within a run of pages, and within a page."""
     mnt, room_for = a.parent, 9
     (mnt / "odd").mkdir()
@@ -568,7 +568,7 @@ for idx in range(first, past, step):
 
 
 @large
-def test_c16_who_races_for_the_last_pages_gets_whole_ones(a: Path, size: int) -> None:
+def test_c16_a_race_for_the_last_pages_stores_whole_pages(a: Path, size: int) -> None:
     mnt = a.parent
     (mnt / "odd").mkdir()
     put(mnt / "odd" / ".shmem", 0, b"x" * 3 * BASE)
@@ -605,7 +605,7 @@ def carried_out(mnt: Path, operation: str) -> int:
 
 
 @huge
-def test_c3_what_is_longer_than_a_request_takes_several(a: Path, size: int) -> None:
+def test_c3_a_write_longer_than_a_request_takes_several(a: Path, size: int) -> None:
     mnt = a.parent
     create(a / "1")
     with opened(a / "1") as fd, opened(a / ".image") as image, mmap.mmap(-1, 5 * MIB) as buffer:
@@ -642,7 +642,7 @@ print(len(seen))
 
 @pytest.mark.parametrize(("written", "read"), [("1", "1"), ("1", ".image"), (".image", "1")])
 @huge
-def test_c7_a_page_is_old_or_new_request_by_request(a: Path, size: int, written: str, read: str) -> None:
+def test_c7_each_request_writes_its_part_of_a_page_atomically(a: Path, size: int, written: str, read: str) -> None:
     create(a / "1")
     with contextlib.ExitStack() as stack:
 
@@ -670,7 +670,7 @@ def test_c7_a_page_is_old_or_new_request_by_request(a: Path, size: int, written:
 
 
 @pytest.mark.parametrize("way", ["rm", "drop", "truncate", "rm -r"])
-def test_c12_a_drop_frees_the_whole_page_however_it_was_made(a: Path, size: int, way: str) -> None:
+def test_c12_drop_frees_the_whole_page_for_every_way_of_storing(a: Path, size: int, way: str) -> None:
     mnt = a.parent
     fill(a, size, 1, 2)
     create(a / "3")
@@ -700,7 +700,7 @@ def test_c12_a_drop_frees_the_whole_page_however_it_was_made(a: Path, size: int,
 
 
 @large
-def test_a_page_written_in_part_through_shmem_is_a_page(a: Path, size: int) -> None:
+def test_a_partial_write_through_shmem_creates_a_page(a: Path, size: int) -> None:
     data = random.Random(1).randbytes(BASE)
     for idx in (2, 3):  # pages 3 and 4: a base page in their middle
         put(a / ".shmem", idx * size + size // 2, data)
@@ -725,7 +725,7 @@ def test_a_page_written_in_part_through_shmem_is_a_page(a: Path, size: int) -> N
 
 
 @large
-def test_pages_are_counted_alike_whatever_of_them_was_stored(a: Path, size: int) -> None:
+def test_partly_stored_pages_count_like_whole_ones(a: Path, size: int) -> None:
     for idx in (1, 4):
         put(a / ".shmem", idx * size, b"x" * BASE)
     tells(a, size, 2)
@@ -747,7 +747,7 @@ def test_pages_are_counted_alike_whatever_of_them_was_stored(a: Path, size: int)
 
 
 @large
-def test_c6_a_page_that_shmem_wrote_in_part_needs_room_to_become_whole(a: Path, size: int) -> None:
+def test_c6_a_page_partly_written_through_shmem_needs_room_to_become_whole(a: Path, size: int) -> None:
     mnt = a.parent
     put(a / ".shmem", 3 * size, b"x" * BASE)
     fill(a, size, 1, 2)
@@ -763,7 +763,7 @@ def test_c6_a_page_that_shmem_wrote_in_part_needs_room_to_become_whole(a: Path, 
 
 
 @large
-def test_a_page_punched_in_part_through_shmem_stays_until_all_of_it_is_gone(a: Path, size: int) -> None:
+def test_a_page_exists_until_all_of_it_is_punched_through_shmem(a: Path, size: int) -> None:
     fill(a, size, 1, 2, 3)
     fallocate(a / ".shmem", PUNCH, size, BASE)
     fallocate(a / ".shmem", PUNCH, size + size // 2, size // 2)
@@ -781,7 +781,7 @@ def test_a_page_punched_in_part_through_shmem_stays_until_all_of_it_is_gone(a: P
     assert allocated(a) == 2 * size
 
 
-def test_a_size_that_is_no_whole_number_of_pages_shows_the_whole_ones(a: Path, size: int) -> None:
+def test_a_size_within_a_page_shows_only_the_whole_pages(a: Path, size: int) -> None:
     """Only who writes .shmem can make one. The rest past the last whole page is no page, and goes with the backup."""
     for extra in {1, size // 2 + 1, size - 1}:
         end = 3 * size + extra
@@ -807,7 +807,7 @@ def test_a_size_that_is_no_whole_number_of_pages_shows_the_whole_ones(a: Path, s
 # --- every way in and out at once ---
 
 
-def test_pages_do_as_a_dict_of_them_does(a: Path, size: int) -> None:
+def test_random_operations_agree_with_a_dict_of_pages(a: Path, size: int) -> None:
     """Random operations on all parts of a page, by every way; the dict is of bytes by handle."""
     chance, pages = random.Random(), dict[int, bytearray]()
     steps: list[str] = []
@@ -915,7 +915,7 @@ rm -r a; cp -a $I/in a
 
 @large
 @pytest.mark.parametrize("command", PAGES_IN.strip().splitlines())
-def test_c2_tools_put_pages_in(a: Path, size: int, sh: Shell, command: str) -> None:
+def test_c2_tools_store_pages(a: Path, size: int, sh: Shell, command: str) -> None:
     """And over pages of which one is another, one is gone and one ends in its middle."""
     for _ in range(2):
         sh(command)
@@ -941,7 +941,7 @@ mv a/1 a/2 a/3 a/4 $O/out/; cp $O/out/* a/
 
 @large
 @pytest.mark.parametrize("command", PAGES_OUT.strip().splitlines())
-def test_c8_tools_get_pages_out(a: Path, size: int, sh: Shell, command: str) -> None:
+def test_c8_tools_copy_pages_out(a: Path, size: int, sh: Shell, command: str) -> None:
     fill(a, size, 1, 2, 3, 4)
     sh(f"{command}; diff -r $I/in $O/out; diff -r a $O/out")
     holds(a, size, 1, 2, 3, 4)
@@ -961,14 +961,14 @@ tar cS -C $I src --transform s/.*/.image/ | tar x --overwrite -C a
 
 @large
 @pytest.mark.parametrize("command", IMAGE_IN.strip().splitlines())
-def test_c2_tools_put_an_image_in(a: Path, size: int, sh: Shell, command: str) -> None:
+def test_c2_tools_store_an_image(a: Path, size: int, sh: Shell, command: str) -> None:
     sh(f"{command}; cmp -n $(stat -c %s $I/src) a/.image $I/src")
     assert (a / "5").read_bytes() == b"rest" + bytes(size - 4)
     holds(a, size, 1, 2, 3, 4, 5)
 
 
 @large
-def test_what_tools_do_at_the_edges_of_pages(a: Path, size: int, sh: Shell) -> None:
+def test_tools_work_at_the_edges_of_pages(a: Path, size: int, sh: Shell) -> None:
     """Too much for a page, places to write at, sparse copies, and truncation by hand."""
     assert "File too large" in sh("cp $I/src a/1", code=1)
     assert (a / "1").read_bytes() == page(1, size), "as much as fits"
@@ -985,7 +985,7 @@ def test_what_tools_do_at_the_edges_of_pages(a: Path, size: int, sh: Shell) -> N
     holds(a, size, 1, 10)
 
 
-def test_copies_between_mounts_of_other_page_sizes(roots: dict[int, Path], tmp_path: Path) -> None:
+def test_copies_between_mounts_of_different_page_sizes_keep_the_bytes(roots: dict[int, Path], tmp_path: Path) -> None:
     """What was a hole there may be part of a page here, and the other way round: bytes stay, pages are others."""
     less, more = SIZES["4k"], SIZES["64k"]
     a, b = roots[less] / "a", roots[more] / "b"
@@ -1031,7 +1031,7 @@ REFUSED = {
 }
 
 
-def test_what_is_no_page_size_is_refused_with_the_reason(mountpoint: Path) -> None:
+def test_an_invalid_page_size_is_refused_with_the_reason(mountpoint: Path) -> None:
     with contextlib.ExitStack() as stack:
         started = {}
         for text in REFUSED:
@@ -1098,7 +1098,7 @@ async def test_the_verbs_and_their_plural_forms_take_large_pages(size: int) -> N
 
 @large
 @in_trio
-async def test_c3_c6_plural_forms_store_whole_pages_where_room_ends(size: int) -> None:
+async def test_c3_c6_plural_forms_store_whole_pages_if_room_runs_out(size: int) -> None:
     async with ttmfs.open_pool(size=10 * size, backup_size=PAGES * size, page_size=size) as pool:
         await pool.create("odd")
         put(Path(pool.files.path("odd")), 0, b"x")  # room ends within a page
@@ -1117,7 +1117,7 @@ async def test_c3_c6_plural_forms_store_whole_pages_where_room_ends(size: int) -
 
 
 @in_trio
-async def test_what_is_no_page_size_is_refused_by_the_library_too() -> None:
+async def test_the_library_refuses_an_invalid_page_size() -> None:
     refused = {
         3 << 10: "page_size=3k: must be a power of two from 4k to 2m",
         2 << 10: "page_size=2k: must be",
@@ -1150,7 +1150,7 @@ async def test_c3_more_than_2_gib_at_once_is_stored_whole(size: int) -> None:
 
 
 @in_trio
-async def test_copying_scattered_pages_does_not_look_through_the_whole_backup() -> None:
+async def test_copying_scattered_pages_does_not_scan_the_whole_backup() -> None:
     size, count = 64 << 10, 4096
     async with ttmfs.open_pool(size=count * size, page_size=size) as pool:
         backup = await pool.create("a")
@@ -1172,7 +1172,7 @@ async def test_copying_scattered_pages_does_not_look_through_the_whole_backup() 
 
 
 @pytest.mark.parametrize(("kind", "size"), [("ext4", 2 * MIB), ("xfs", 64 << 10)])
-def test_c6_no_page_is_stored_in_part_where_a_disk_ends(tmp_path: Path, mountpoint: Path, kind: str, size: int) -> None:
+def test_c6_no_page_is_stored_in_part_on_a_full_disk(tmp_path: Path, mountpoint: Path, kind: str, size: int) -> None:
     """Filesystems keep what they allocated before room ended, and some ask for room where all is allocated already."""
     with filesystem(tmp_path / "disk", kind) as disk:
         (disk / "store").mkdir()

@@ -57,7 +57,7 @@ def test_an_idle_mount_takes_no_processor_time(mountpoint: Path, option: str) ->
         assert processor_time(mount.pid) - before < MARGIN
 
 
-def test_nothing_goes_on_after_requests_that_waited_together(tmp_path: Path, mountpoint: Path) -> None:
+def test_the_loop_is_idle_after_requests_that_waited_together(tmp_path: Path, mountpoint: Path) -> None:
     """Whoever of those that wait for a disk is done last may not come back to the loop."""
     store = tmp_path / "store"
     store.mkdir()
@@ -89,7 +89,7 @@ def test_polling_stops_within_10_ms_after_a_burst(mountpoint: Path) -> None:
         assert sorted(late)[5] < MARGIN / 10, late  # of 0.1 s
 
 
-def test_polling_finds_requests_and_switched_off_it_is_not_there(mountpoint: Path) -> None:
+def test_polling_finds_requests_and_can_be_switched_off(mountpoint: Path) -> None:
     """How much quicker it is depends on the machine: make bench measures that."""
     other = mountpoint.parent / "other"
     other.mkdir()
@@ -124,9 +124,7 @@ def polled(mnt: Path) -> dict[str, int]:
     ],
     ids=["of another shape", "not called"],
 )
-def test_a_pyfuse3_that_is_not_as_known_serves_as_it_does_by_itself(
-    mountpoint: Path, script: str, expected: str
-) -> None:
+def test_an_unknown_pyfuse3_serves_without_polling(mountpoint: Path, script: str, expected: str) -> None:
     with Mount(mountpoint, "size=1m", command=command_after(script)) as mount:
         mount.expect_log(expected)
         (mountpoint / "a").mkdir()
@@ -134,7 +132,7 @@ def test_a_pyfuse3_that_is_not_as_known_serves_as_it_does_by_itself(
         assert len([line for line in mount.log if "no busy polling" in line]) == 1
 
 
-def test_off_says_nothing_of_a_pyfuse3_that_is_not_as_known(mountpoint: Path) -> None:
+def test_busy_poll_off_logs_nothing_about_an_unknown_pyfuse3(mountpoint: Path) -> None:
     script = "import pyfuse3\nwait = pyfuse3._wait_fuse_readable\npyfuse3._wait_fuse_readable = lambda: wait()"
     with Mount(mountpoint, "size=1m,busy_poll=off", command=command_after(script)):
         (mountpoint / "a").mkdir()
@@ -142,7 +140,7 @@ def test_off_says_nothing_of_a_pyfuse3_that_is_not_as_known(mountpoint: Path) ->
 
 
 @pytest.mark.parametrize("wait", ["trio.to_thread.run_sync(time.sleep, 1.0)", "trio.sleep(1.0)"])
-def test_a_client_killed_between_polling_and_reading_holds_no_one_up(mountpoint: Path, wait: str) -> None:
+def test_a_client_killed_between_polling_and_reading_blocks_no_other(mountpoint: Path, wait: str) -> None:
     """Its request is taken back and nothing is read. What waits, for a thread or not, goes on all the same."""
     flag = mountpoint.parent / "flag"
     script = f"""

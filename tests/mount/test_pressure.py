@@ -136,7 +136,7 @@ def major_faults(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[9])
 
 
-def test_c8_twice_the_memory_goes_in_and_comes_out_bit_for_bit(mountpoint: Path, tmp_path: Path) -> None:
+def test_c8_twice_the_memory_is_stored_and_read_back_bit_for_bit(mountpoint: Path, tmp_path: Path) -> None:
     with (
         swap(tmp_path, SWAP),
         ControlGroup(LIMIT) as group,
@@ -166,7 +166,7 @@ def test_c8_twice_the_memory_goes_in_and_comes_out_bit_for_bit(mountpoint: Path,
         assert group.oom_kills() == 0
 
 
-def test_pages_read_again_and_again_do_not_bring_the_oom_killer(mountpoint: Path, tmp_path: Path) -> None:
+def test_repeatedly_read_pages_do_not_cause_an_oom_kill(mountpoint: Path, tmp_path: Path) -> None:
     """What was read twice of late the kernel takes to be needed; in a small group that is soon all there is."""
     with (
         swap(tmp_path, SWAP),
@@ -218,7 +218,7 @@ if ZRAM.is_dir():
 
 
 @pytest.mark.parametrize("bound", BOUNDS.values(), ids=BOUNDS)
-def test_c6_no_room_is_said_before_the_oom_killer_comes(mountpoint: Path, tmp_path: Path, bound: Bound) -> None:
+def test_c6_enospc_comes_before_an_oom_kill(mountpoint: Path, tmp_path: Path, bound: Bound) -> None:
     with (
         bound.swap(tmp_path),
         bound.group() as group,

@@ -47,7 +47,7 @@ def free(path: Path) -> int:
     return found.f_bavail * found.f_frsize // PAGE
 
 
-def test_c16_a_user_stores_so_much_and_no_more_and_others_are_not_concerned(mnt: Path) -> None:
+def test_c16_a_user_quota_limits_only_that_user(mnt: Path) -> None:
     with acting_as(ALICE):
         (mnt / "a").mkdir()
         assert free(mnt) == LIMIT - 1, "a backup counts as a page"
@@ -76,7 +76,7 @@ def test_c16_a_user_stores_so_much_and_no_more_and_others_are_not_concerned(mnt:
         assert free(mnt) == LIMIT
 
 
-def test_c16_a_backup_counts_for_its_owner_whoever_writes_and_whoever_had_it_before(mnt: Path) -> None:
+def test_c16_a_backup_counts_for_its_current_owner(mnt: Path) -> None:
     with acting_as(ALICE):
         (mnt / "a").mkdir()
         (mnt / "a").chmod(0o777)
@@ -134,7 +134,7 @@ def test_c16_eight_processes_of_a_user_race_for_the_last_pages(mnt: Path, place:
     assert sum(count(mnt / f"b{number}", "pages") for number in range(8)) == LIMIT - 8
 
 
-def test_c22_what_a_user_has_stored_counts_after_a_kill(place: Place) -> None:
+def test_c22_the_quota_counts_stored_pages_after_a_kill(place: Place) -> None:
     options = f"size=16m,backup_size=4m,allow_other,mode=1777,uid_size={LIMIT * PAGE}"
     with place.directory("shared") as path, Mount(path, options, cwd=place.path) as mount:
         mount.expect_restarts()
@@ -147,7 +147,7 @@ def test_c22_what_a_user_has_stored_counts_after_a_kill(place: Place) -> None:
             assert fill(path / "a", LIMIT) == LIMIT - 1
 
 
-def test_another_group_takes_no_room(mnt: Path) -> None:
+def test_changing_the_group_needs_no_room(mnt: Path) -> None:
     """chown(1) gives both ids, of which only one may be new."""
     with acting_as(ALICE):
         (mnt / "a").mkdir()
@@ -156,7 +156,7 @@ def test_another_group_takes_no_room(mnt: Path) -> None:
     assert ((mnt / "a").stat().st_uid, (mnt / "a").stat().st_gid) == (ALICE, BOB)
 
 
-def test_what_went_through_the_link_counts_from_the_next_change_on(place: Place) -> None:
+def test_pages_stored_through_shmem_count_from_the_next_change(place: Place) -> None:
     options = f"size=16m,backup_size=4m,allow_other,mode=1777,uid_size={LIMIT * PAGE}"
     with place.directory("shared") as path, Mount(path, options, cwd=place.path):
         with acting_as(ALICE):

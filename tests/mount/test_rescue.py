@@ -87,7 +87,7 @@ def given_up(tmp_path: Path, mountpoint: Path) -> "Iterator[subprocess.Popen[str
         subprocess.run(["fusermount3", "-u", "-z", mountpoint], check=False)
 
 
-def test_every_way_to_name_a_keeper_gets_the_same_backups_out(
+def test_rescue_finds_the_same_backups_for_every_name_of_a_keeper(
     given_up: "subprocess.Popen[str]", mountpoint: Path, tmp_path: Path
 ) -> None:
     pid = given_up.pid
@@ -113,7 +113,7 @@ def test_every_way_to_name_a_keeper_gets_the_same_backups_out(
     verify(copy)
 
 
-def test_a_live_mount_can_be_copied_too_and_does_not_notice(tmp_path: Path, mountpoint: Path) -> None:
+def test_rescue_copies_a_live_mount_without_disturbing_it(tmp_path: Path, mountpoint: Path) -> None:
     with Mount(mountpoint, f"size=64m,backup_size={SIZE}") as mount:
         fill(mountpoint)
         for number, pid in enumerate((mount.pid, mount.process.pid)):
@@ -122,7 +122,7 @@ def test_a_live_mount_can_be_copied_too_and_does_not_notice(tmp_path: Path, moun
         assert (mountpoint / "sparse/1000").read_bytes() == content(1000)
 
 
-def test_the_check_finds_what_was_changed_and_what_is_missing(tmp_path: Path) -> None:
+def test_the_check_of_rescued_files_finds_changed_and_missing_ones(tmp_path: Path) -> None:
     store, copy = tmp_path / "store", tmp_path / "copy"
     store.mkdir()
     for name in "abc":
@@ -141,7 +141,7 @@ def test_the_check_finds_what_was_changed_and_what_is_missing(tmp_path: Path) ->
     assert '"c": is not' in run(f"{TTMFS} rescue --check {copy}", cwd=REPOSITORY, code=1)
 
 
-def test_what_cannot_be_copied_stops_no_other_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_backup_that_cannot_be_copied_does_not_stop_the_others(tmp_path: Path) -> None:
     store, copy = tmp_path / "store", tmp_path / "copy"
     store.mkdir()
     (store / "a").write_bytes(content(1, 300))
@@ -165,13 +165,13 @@ def test_what_cannot_be_copied_stops_no_other_and_leaves_nothing_behind(tmp_path
         ("--check 1 {0}", "DIRECTORY alone"),
     ],
 )
-def test_what_is_wrong_is_one_line_that_says_what_to_do(tmp_path: Path, arguments: str, said: str) -> None:
+def test_errors_of_rescue_are_one_line_with_what_to_do(tmp_path: Path, arguments: str, said: str) -> None:
     text = run(f"{TTMFS} rescue {arguments.format(tmp_path)}", cwd=REPOSITORY, code=2)
     assert said in text
     assert len(text.splitlines()) == 1
 
 
-def test_an_interruption_leaves_nothing_half_copied(tmp_path: Path) -> None:
+def test_an_interrupted_rescue_leaves_no_half_copied_file(tmp_path: Path) -> None:
     store, copy = tmp_path / "store", tmp_path / "copy"
     store.mkdir()
     (store / "a").write_bytes(content(1, 30_000))

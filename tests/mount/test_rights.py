@@ -42,7 +42,7 @@ def alices(root: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("access", READING)
 @pytest.mark.parametrize("more", [0, os.O_EXCL, os.O_TRUNC, os.O_SYNC, os.O_APPEND])
-def test_c24_who_may_not_read_creates_no_page_to_read(alices: Path, access: str, more: int) -> None:
+def test_c24_creating_a_page_to_read_needs_the_right_to_read(alices: Path, access: str, more: int) -> None:
     alices.chmod(0o733)
     if READING[access] == os.O_RDONLY and more == os.O_APPEND:
         more = 0
@@ -57,7 +57,7 @@ def test_c24_who_may_not_read_creates_no_page_to_read(alices: Path, access: str,
     assert (alices / "2").read_bytes()[:3] == b"bob"
 
 
-def test_c24_a_stranger_s_descriptors_show_nothing_of_what_is_stored_later(alices: Path) -> None:
+def test_c24_descriptors_kept_by_a_stranger_show_no_page_stored_later(alices: Path) -> None:
     """The whole attack: create, unlink, keep the descriptors, and wait for the owner."""
     alices.chmod(0o733)
     kept: list[int] = []
@@ -100,7 +100,7 @@ def test_c24_a_stranger_s_descriptors_show_nothing_of_what_is_stored_later(alice
         lambda path: os.getxattr(path.parent, "user.ttmfs.map"),
     ],
 )
-def test_c24_no_other_way_reads_a_page_either(alices: Path, way: Callable[[Path], object]) -> None:
+def test_c24_no_way_of_reading_bypasses_the_mode_bits(alices: Path, way: Callable[[Path], object]) -> None:
     alices.chmod(0o733)
     (alices / "1").write_bytes(b"secret")
     with acting_as(BOB), raises_errno(errno.EACCES):
@@ -114,7 +114,7 @@ def reopened(path: Path, flags: int) -> int:
         return os.open(f"/proc/self/fd/{found}", flags)
 
 
-def test_c24_a_link_to_a_descriptor_and_a_rename_of_the_backup_give_no_right(root: Path, alices: Path) -> None:
+def test_c24_a_descriptor_link_or_a_rename_gives_no_right_to_read(root: Path, alices: Path) -> None:
     alices.chmod(0o733)
     with acting_as(BOB), opened(alices / "1", os.O_WRONLY | CREATE) as page:
         with pytest.raises(PermissionError):
@@ -127,7 +127,7 @@ def test_c24_a_link_to_a_descriptor_and_a_rename_of_the_backup_give_no_right(roo
 
 
 @pytest.mark.parametrize("mode", [0o300, 0o733, 0o333])
-def test_c24_the_owner_s_own_bits_count_and_a_page_can_still_be_stored(alices: Path, mode: int) -> None:
+def test_c24_the_owner_bits_apply_to_the_owner_who_can_still_store(alices: Path, mode: int) -> None:
     """As open(2) of the page would have it: a backup that its owner may not read has pages that he may not read."""
     alices.chmod(mode)
     may_read = bool(mode & 0o400)
@@ -145,7 +145,7 @@ def test_c24_the_owner_s_own_bits_count_and_a_page_can_still_be_stored(alices: P
             os.close(page)
 
 
-def test_c24_groups_count_supplementary_ones_too(alices: Path) -> None:
+def test_c24_supplementary_groups_count(alices: Path) -> None:
     os.chown(alices, ALICE, CAROL)
     script = "import os; os.open('1', os.O_RDWR | os.O_CREAT); os.unlink('1')"
 
@@ -170,7 +170,7 @@ def test_c24_groups_count_supplementary_ones_too(alices: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["", "and the daemon is killed"])
-def test_c24_a_page_is_created_by_the_mode_of_now(place: Place, *, killed: bool) -> None:
+def test_c24_creating_a_page_obeys_the_current_mode(place: Place, *, killed: bool) -> None:
     with place.directory("shared") as path, Mount(path, "size=4m,allow_other,mode=1777", cwd=place.path) as mount:
         mount.expect_restarts()
         for number in range(4):
@@ -187,7 +187,7 @@ def test_c24_a_page_is_created_by_the_mode_of_now(place: Place, *, killed: bool)
                         os.open(path / "a/1", flags | os.O_CREAT)
 
 
-def test_a_set_group_id_backup_is_judged_like_any(alices: Path) -> None:
+def test_a_set_group_id_backup_has_the_same_permission_checks(alices: Path) -> None:
     alices.chmod(0o2733)
     with acting_as(BOB), raises_errno(errno.EACCES):
         os.open(alices / "1", os.O_RDWR | CREATE)
@@ -210,7 +210,7 @@ TAR = "ln source 9; tar -cf - 9 | tar -C rights/alices -xf -; rm 9\n"  # which r
     ("uid", "mode", "commands", "count"),
     [(BOB, 0o733, TOOLS, 7), (ALICE, 0o300, TOOLS + INSTALL, 8), (ALICE, 0o700, TOOLS + INSTALL + TAR, 9)],
 )
-def test_tools_store_pages_where_their_user_may_write_alone(
+def test_tools_store_pages_with_write_permission_only(
     alices: Path, uid: int, mode: int, commands: str, count: int
 ) -> None:
     alices.chmod(mode)

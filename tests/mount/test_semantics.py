@@ -48,7 +48,7 @@ def test_creating_a_page_stores_zeros(backup: Path) -> None:
     assert attribute(backup, "map") == "3,5"
 
 
-def test_c2_opening_a_page_that_is_there_with_o_creat_leaves_it(backup: Path) -> None:
+def test_c2_opening_an_existing_page_with_o_creat_keeps_it(backup: Path) -> None:
     store(backup, 1)
     with opened(backup / "1", os.O_CREAT | os.O_RDWR) as fd:
         assert os.pread(fd, PAGE, 0) == b"\1" * PAGE
@@ -57,7 +57,7 @@ def test_c2_opening_a_page_that_is_there_with_o_creat_leaves_it(backup: Path) ->
 @pytest.mark.parametrize(
     ("offset", "length"), [(0, 1), (0, 100), (1, 1), (1000, 2000), (PAGE - 1, 1), (0, PAGE), (7, 0)]
 )
-def test_a_shorter_write_leaves_the_rest(backup: Path, offset: int, length: int) -> None:
+def test_a_short_write_keeps_the_rest_of_a_page(backup: Path, offset: int, length: int) -> None:
     store(backup, 1)
     with opened(backup / "1") as fd:
         assert os.pwrite(fd, b"x" * length, offset) == length
@@ -65,7 +65,7 @@ def test_a_shorter_write_leaves_the_rest(backup: Path, offset: int, length: int)
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, PAGE - 1, PAGE])
-def test_truncating_a_page_makes_zeros_past_it(backup: Path, size: int) -> None:
+def test_truncating_a_page_fills_the_rest_with_zeros(backup: Path, size: int) -> None:
     store(backup, 1)
     os.truncate(backup / "1", size)
     assert (backup / "1").read_bytes() == b"\1" * size + bytes(PAGE - size)
@@ -74,7 +74,7 @@ def test_truncating_a_page_makes_zeros_past_it(backup: Path, size: int) -> None:
     assert (backup / "1").read_bytes() == b"\1" * size + bytes(PAGE - size), "growing it again brings nothing back"
 
 
-def test_o_trunc_makes_zeros(backup: Path) -> None:
+def test_o_trunc_fills_a_page_with_zeros(backup: Path) -> None:
     store(backup, 1)
     with opened(backup / "1", os.O_WRONLY | os.O_TRUNC) as fd:
         assert os.fstat(fd).st_size == PAGE
@@ -83,7 +83,7 @@ def test_o_trunc_makes_zeros(backup: Path) -> None:
     assert names(backup) == ["1"]
 
 
-def test_a_page_is_always_of_one_page(backup: Path) -> None:
+def test_a_page_file_always_has_the_size_of_one_page(backup: Path) -> None:
     for use in (
         create,
         lambda p: p.write_bytes(b"x"),
@@ -96,7 +96,7 @@ def test_a_page_is_always_of_one_page(backup: Path) -> None:
         assert stat.S_ISREG(found.st_mode)
 
 
-def test_reading_a_page(backup: Path) -> None:
+def test_reads_of_a_page_end_at_its_size(backup: Path) -> None:
     data = random.Random(1).randbytes(PAGE)
     (backup / "1").write_bytes(data)
     with opened(backup / "1", os.O_RDONLY) as fd:
@@ -119,7 +119,7 @@ def test_a_page_can_be_mapped_privately_but_not_shared(backup: Path) -> None:
     assert (backup / "7").read_bytes() == b"\7" * PAGE
 
 
-def test_pages_bear_mode_owner_and_times_of_their_backup(mnt: Path) -> None:
+def test_pages_have_mode_owner_and_times_of_their_backup(mnt: Path) -> None:
     a = mnt / "a"
     a.mkdir(0o750)
     create(a / "1", 0o777)
@@ -182,7 +182,7 @@ def test_a_backup_obeys_the_umask_and_a_setgid_root(mnt: Path) -> None:
 # --- .image ---
 
 
-def test_image_is_every_page_at_its_place(backup: Path) -> None:
+def test_the_image_has_every_page_at_its_offset(backup: Path) -> None:
     store(backup, 1, 2, 5)
     expected = b"\1" * PAGE + b"\2" * PAGE + bytes(2 * PAGE) + b"\5" * PAGE
     with opened(backup / ".image") as fd:
@@ -231,7 +231,7 @@ def test_c12_truncating_an_image_to_a_hole_makes_no_page(backup: Path) -> None:
 # --- .shmem ---
 
 
-def test_shmem_is_the_backups_file(mount: Mount, backup: Path) -> None:
+def test_shmem_leads_to_the_file_of_the_backup(mount: Mount, backup: Path) -> None:
     link = os.readlink(backup / ".shmem")
     assert link.startswith(f"/proc/{mount.process.pid}/fd/"), "the keeper's, which outlives the daemon"
     assert (backup / ".shmem").lstat().st_size == len(link)
@@ -243,7 +243,7 @@ def test_shmem_is_the_backups_file(mount: Mount, backup: Path) -> None:
         assert [os.lseek(fd, 0, os.SEEK_HOLE), os.lseek(fd, PAGE, os.SEEK_DATA)] == [PAGE, 2 * PAGE]
 
 
-def test_contents_are_shared_with_shmem_at_once_both_ways(backup: Path) -> None:
+def test_pages_and_shmem_show_writes_of_each_other_at_once(backup: Path) -> None:
     with opened(backup / ".shmem") as shmem, opened(backup / ".image") as image:
         create(backup / "2")
         with opened(backup / "2") as page:
@@ -262,7 +262,7 @@ def test_contents_are_shared_with_shmem_at_once_both_ways(backup: Path) -> None:
         assert names(backup) == []
 
 
-def test_a_map_of_shmem_is_the_backups_memory(backup: Path) -> None:
+def test_a_mapping_of_shmem_is_the_memory_of_the_backup(backup: Path) -> None:
     store(backup, 1)
     array = np.memmap(backup / ".shmem", np.uint8, "r+", shape=(4, PAGE))
     assert (array[0] == 1).all()
@@ -300,7 +300,7 @@ def test_the_size_can_be_changed_through_shmem_and_by_attribute(backup: Path) ->
     assert (backup / "2").read_bytes() == b"\2" * PAGE
 
 
-def test_what_lies_past_the_last_whole_page_does_not_keep_a_backup_from_ending(backup: Path) -> None:
+def test_bytes_past_the_last_whole_page_do_not_prevent_removal(backup: Path) -> None:
     """Whoever writes .shmem may make the size end within a page. Whatever shows, rm -r must find all of it."""
     store(backup, 1)
     os.truncate(backup / ".shmem", 2 * PAGE + 100)
@@ -314,7 +314,7 @@ def test_what_lies_past_the_last_whole_page_does_not_keep_a_backup_from_ending(b
 # --- listings ---
 
 
-def test_a_listing_shows_pages_in_order_and_nothing_else(mnt: Path, backup: Path) -> None:
+def test_a_listing_shows_only_pages_in_order(mnt: Path, backup: Path) -> None:
     assert names(backup) == []
     handles = [1, 2, 9, 10, 11, 100, 1000, SIZE // PAGE]
     store(backup, *reversed(handles))
@@ -348,7 +348,7 @@ def test_a_listing_of_ten_thousand_pages_is_complete(backup: Path) -> None:
     assert names(backup) == [str(handle) for handle in range(1, count + 1, 2)]
 
 
-def test_listings_of_many_directories_at_once(mnt: Path) -> None:
+def test_many_directories_can_be_listed_at_once(mnt: Path) -> None:
     backups = [mnt / f"b{n}" for n in range(80)]  # more than the daemon keeps in mind
     for n, backup in enumerate(backups):
         backup.mkdir()
@@ -370,7 +370,7 @@ def test_listings_of_many_directories_at_once(mnt: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["page files", ".image", ".shmem"])
-def test_a_listing_is_complete_and_without_doubles_while_pages_come_and_go(backup: Path, how: str) -> None:
+def test_a_listing_has_no_gaps_or_duplicates_while_pages_change(backup: Path, how: str) -> None:
     count = 3000
     lasting = {handle for handle in range(1, count + 1) if handle % 3 == 0}
     with opened(backup / ".image") as fd:
@@ -406,7 +406,7 @@ def test_a_listing_is_complete_and_without_doubles_while_pages_come_and_go(backu
         thread.join(10)
 
 
-def test_a_listing_of_the_root_is_complete_while_backups_come_and_go(mnt: Path) -> None:
+def test_a_listing_of_the_root_is_complete_while_backups_change(mnt: Path) -> None:
     lasting = {f"lasting {n}" for n in range(500)}
     for name in lasting:
         (mnt / name).mkdir()
@@ -436,7 +436,7 @@ def test_a_listing_of_the_root_is_complete_while_backups_come_and_go(mnt: Path) 
 # --- renaming backups ---
 
 
-def test_open_descriptors_go_on_after_a_rename(mnt: Path, backup: Path) -> None:
+def test_open_descriptors_work_after_a_rename(mnt: Path, backup: Path) -> None:
     store(backup, 1)
     with opened(backup / "1") as page, opened(backup / ".image") as image, opened(backup, os.O_RDONLY) as directory:
         inode = backup.stat().st_ino
@@ -471,7 +471,7 @@ def test_a_rename_replaces_an_empty_backup(mnt: Path, backup: Path) -> None:
     assert os.listdir(mnt) == []
 
 
-def test_many_backups_renamed_in_a_ring(mnt: Path) -> None:
+def test_many_backups_can_be_renamed_in_a_ring(mnt: Path) -> None:
     for n in range(10):
         (mnt / str(n)).mkdir()
         store(mnt / str(n), n + 1)
@@ -537,7 +537,9 @@ print(len(seen))
 
 @pytest.mark.parametrize("page_size", [PAGE, 16 * PAGE])
 @pytest.mark.parametrize(("written", "read"), [("1", "1"), ("1", ".image"), (".image", "1")])
-def test_c7_a_page_is_old_or_new_and_never_a_mix(mountpoint: Path, page_size: int, written: str, read: str) -> None:
+def test_c7_a_reader_sees_an_old_or_new_page_but_never_a_mix(
+    mountpoint: Path, page_size: int, written: str, read: str
+) -> None:
     def start(code: str, *arguments: object) -> "subprocess.Popen[str]":
         command = [sys.executable, "-c", code, *map(str, arguments)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

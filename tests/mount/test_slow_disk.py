@@ -95,7 +95,7 @@ def bob(slow: Slow) -> None:
     os.scandir(slow.path).close()
 
 
-def test_a_write_that_the_kernel_throttles_holds_up_no_one(slow: Slow) -> None:
+def test_a_throttled_write_delays_no_other_user(slow: Slow) -> None:
     longest: list[float] = []
     _, times = during(lambda: fill(slow.path / "a/.image", 16, longest), lambda: bob(slow))
     assert max(longest) > SLOW, "the disk was not slow"
@@ -126,9 +126,7 @@ print(*(f"{number}:{answers.count(number)}" for number in sorted(set(answers))))
 """
 
 
-def test_many_synchronous_writes_take_no_more_memory_than_the_daemons_group_gives(
-    mountpoint: Path, tmp_path: Path
-) -> None:
+def test_many_synchronous_writes_fit_into_the_memory_of_the_control_group(mountpoint: Path, tmp_path: Path) -> None:
     """Those that would are refused with ENOMEM; all others are stored."""
     count = 240
     with filesystem(tmp_path / "below", "ext4", 1 << 30) as below, ControlGroup(200 << 20) as group:
@@ -152,7 +150,7 @@ def test_many_synchronous_writes_take_no_more_memory_than_the_daemons_group_give
 
 
 @pytest.mark.parametrize("name", ["a/.image", "a/1", "a", "."])
-def test_a_reader_cannot_keep_a_file_locked_by_syncing_it(place: Place, tmp_path: Path, name: str) -> None:
+def test_a_user_who_can_only_read_cannot_lock_a_file_by_fsync(place: Place, tmp_path: Path, name: str) -> None:
     """Who may not write it is refused at once, while the owner's fsync takes its time."""
     with filesystem(tmp_path / "below", "ext4") as below, place.directory("mount") as mountpoint:
         (below / "store").mkdir()
@@ -178,7 +176,7 @@ def test_a_reader_cannot_keep_a_file_locked_by_syncing_it(place: Place, tmp_path
             run(f"sync {mountpoint}/{name}")
 
 
-def test_a_thousand_backups_are_made_without_waiting_for_the_disk(slow: Slow) -> None:
+def test_creating_a_thousand_backups_does_not_wait_for_the_disk(slow: Slow) -> None:
     """Their ids must be on the disk before they are."""
     fill(slow.path / "a/.image", 3)
     times = []

@@ -13,5 +13,5 @@ pytestmark = pytest.mark.serial
 SECONDS = float(os.environ.get("SOAK_SECONDS", "30"))
 
 
-def test_c22_half_a_minute_of_everything_at_once(tmp_path: Path) -> None:
+def test_c22_a_mixed_load_with_kills_runs_for_half_a_minute(tmp_path: Path) -> None:
     print(soak(tmp_path, SECONDS, seed=time.time_ns() % 10**6))

@@ -407,7 +407,7 @@ def targets_at(site: Site, page_size: int) -> Iterator[tuple[Layer | Mounted, ..
 
 
 @pytest.mark.parametrize("size", [4096, 65536], ids=["4k", "64k"])
-def test_dict_model_layer_and_mount_agree(site: Site, size: int) -> None:
+def test_random_operations_agree_between_dict_model_and_mount(site: Site, size: int) -> None:
     with targets_at(site, size) as found:
 
         class Machine(Agreement):

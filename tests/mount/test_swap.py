@@ -53,7 +53,7 @@ def content(backup: Path) -> bytes:
 
 
 @pytest.mark.usefixtures("swap", "content")
-def test_residency_tells_the_truth(backup: Path) -> None:
+def test_residency_matches_the_kernel(backup: Path) -> None:
     swapped = count(backup, "swapped")
     assert count(backup, "resident") + swapped == count(backup, "pages") == PAGES
     assert swapped * PAGE <= meminfo("SwapTotal") - meminfo("SwapFree")
@@ -71,7 +71,7 @@ def test_c8_swapped_out_pages_are_listed_and_come_back_bit_for_bit(backup: Path,
 
 @pytest.mark.parametrize("way", ["rm a/*", "truncate -s 0 a/.image", f"setfattr -n user.ttmfs.drop -v 1-{PAGES} a"])
 @pytest.mark.usefixtures("swap", "content")
-def test_c12_dropping_gives_swap_back_too(backup: Path, way: str) -> None:
+def test_c12_drop_frees_swap(backup: Path, way: str) -> None:
     full = meminfo("SwapFree")
     held = count(backup, "swapped") * PAGE
     run(way, cwd=backup.parent)
@@ -80,7 +80,7 @@ def test_c12_dropping_gives_swap_back_too(backup: Path, way: str) -> None:
     backup.rmdir()
 
 
-def test_c15_bytes_avail_follows_the_swap(backup: Path, request: pytest.FixtureRequest) -> None:
+def test_c15_bytes_avail_follows_the_free_swap(backup: Path, request: pytest.FixtureRequest) -> None:
     before = count(backup.parent, "bytes_avail")
     assert before == meminfo("SwapFree")
     (backup / "1").write_bytes(b"backing up works at 0 too")
@@ -89,7 +89,7 @@ def test_c15_bytes_avail_follows_the_swap(backup: Path, request: pytest.FixtureR
 
 
 @pytest.mark.usefixtures("swap")
-def test_pages_of_which_only_a_part_was_stored_are_swapped_out_as_pages(mountpoint: Path) -> None:
+def test_partly_stored_pages_are_swapped_out_as_pages(mountpoint: Path) -> None:
     with Mount(mountpoint, "size=64m,backup_size=1m,page_size=64k"):
         backup = mountpoint / "a"
         backup.mkdir()
@@ -169,7 +169,7 @@ def test_c5_writeback_pushes_a_page_to_swap_at_once(backup: Path, store: Callabl
 
 
 @pytest.mark.usefixtures("swap")
-def test_c5_a_synchronous_write_may_begin_and_end_anywhere(backup: Path) -> None:
+def test_c5_a_synchronous_write_can_begin_and_end_anywhere(backup: Path) -> None:
     """Beside a page in memory it looked for the end of the range for ever."""
     data = bytearray(fill(backup, 3))
     with opened(backup / ".image", os.O_RDWR | os.O_SYNC) as fd:
@@ -181,7 +181,7 @@ def test_c5_a_synchronous_write_may_begin_and_end_anywhere(backup: Path) -> None
 
 
 @pytest.mark.usefixtures("swap")
-def test_c5_fsync_of_the_image_takes_the_whole_backup(backup: Path) -> None:
+def test_c5_fsync_of_the_image_swaps_out_the_whole_backup(backup: Path) -> None:
     data = fill(backup, PAGES)
     for handle in range(1, 100, 7):
         (backup / str(handle)).unlink()
@@ -200,7 +200,7 @@ def test_c5_fsync_of_the_image_takes_the_whole_backup(backup: Path) -> None:
 
 @pytest.mark.parametrize("size", ["64k", "2m"])
 @pytest.mark.usefixtures("swap")
-def test_large_pages_are_pushed_out_whole(mountpoint: Path, size: str) -> None:
+def test_large_pages_are_swapped_out_whole(mountpoint: Path, size: str) -> None:
     with Mount(mountpoint, f"size=64m,page_size={size}"):
         backup, page_size = mountpoint / "a", os.statvfs(mountpoint).f_bsize
         backup.mkdir()
@@ -222,7 +222,7 @@ def test_large_pages_are_pushed_out_whole(mountpoint: Path, size: str) -> None:
 
 
 @pytest.mark.usefixtures("swap")
-def test_c5_the_api_pushes_pages_to_swap_too() -> None:
+def test_c5_the_api_pushes_pages_to_swap() -> None:
     async def main() -> None:
         async with ttmfs.open_pool(size=64 * MIB) as pool:
             backup = await pool.create("a")
@@ -243,7 +243,7 @@ def test_c5_the_api_pushes_pages_to_swap_too() -> None:
 
 
 @pytest.mark.usefixtures("swap")
-def test_c5_a_page_is_pushed_out_whatever_cpu_it_was_written_on() -> None:
+def test_c5_a_page_written_on_any_cpu_is_pushed_out() -> None:
     """The kernel keeps pages just written in lists a CPU, where paging out on another does not find them."""
     cpus = sorted(os.sched_getaffinity(0))
 
@@ -264,7 +264,7 @@ def test_c5_a_page_is_pushed_out_whatever_cpu_it_was_written_on() -> None:
 
 
 @pytest.mark.usefixtures("swap")
-def test_a_cancellation_leaves_nothing_behind() -> None:
+def test_a_cancelled_writeback_leaves_nothing_behind() -> None:
     """No descriptor (the plugin looks) and no mapping, though the thread that was to close them never ran."""
 
     async def main() -> None:
@@ -302,7 +302,7 @@ def test_c5_without_swap_writeback_does_nothing_and_succeeds(backup: Path) -> No
 
 
 @pytest.mark.usefixtures("swap")
-def test_c12_writeback_brings_no_page_back_that_is_dropped(backup: Path) -> None:
+def test_c12_writeback_does_not_bring_dropped_pages_back(backup: Path) -> None:
     """One client pushes pages out as fast as it can while another makes and drops them."""
     stop = threading.Event()
 
@@ -335,7 +335,7 @@ def test_c12_writeback_brings_no_page_back_that_is_dropped(backup: Path) -> None
 
 
 @pytest.mark.usefixtures("swap")
-def test_others_are_served_while_a_whole_backup_is_pushed_out(backup: Path, mnt: Path) -> None:
+def test_other_clients_are_served_during_writeback_of_a_backup(backup: Path, mnt: Path) -> None:
     """A machine that does something else for a while may spoil a try; a loop that waits spoils all."""
     (mnt / "b").mkdir()
     (mnt / "b/1").write_bytes(b"b" * PAGE)
@@ -396,7 +396,7 @@ def _from_image(backup: Path, handle: int) -> bytes:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_swap_in_holds_no_one_else_up(backup: Path, slow: stores.SlowSwap, way: str) -> None:
+def test_a_swap_in_delays_no_other_client(backup: Path, slow: stores.SlowSwap, way: str) -> None:
     """One client waits for a slow swap device; another's reads of a resident page take as long as without."""
     content = fill(backup, 256)
     (backup / "300").write_bytes(b"r" * PAGE)
@@ -436,7 +436,7 @@ def test_a_swap_in_holds_no_one_else_up(backup: Path, slow: stores.SlowSwap, way
         assert (backup / "11").read_bytes() == content[10 * PAGE : 11 * PAGE]
 
 
-def test_a_write_into_part_of_a_large_page_holds_no_one_up(mountpoint: Path, tmp_path: Path) -> None:
+def test_a_partial_write_of_a_swapped_out_large_page_delays_no_other_client(mountpoint: Path, tmp_path: Path) -> None:
     """All of the page is needed in memory for it, and all of it is waited for in a thread."""
     with Mount(mountpoint, "size=64m,page_size=256k") as mount, stores.slow_swap(mount.pid, tmp_path, 10) as slow:
         (mountpoint / "a").mkdir()
@@ -460,7 +460,7 @@ def test_a_write_into_part_of_a_large_page_holds_no_one_up(mountpoint: Path, tmp
         assert (mountpoint / "a/1").read_bytes() == data[:99999] + b"x" + data[100000:]
 
 
-def test_many_that_wait_for_swap_hold_no_one_up(backup: Path, mount: Mount, tmp_path: Path) -> None:
+def test_many_waits_for_swap_delay_no_other_client(backup: Path, mount: Mount, tmp_path: Path) -> None:
     """More than there are threads to wait in, or tasks that pyfuse3 would start by itself (99)."""
     waiters, apart = 160, 16
     with stores.slow_swap(mount.pid, tmp_path, reads_a_second=40) as slow:
@@ -486,7 +486,7 @@ def test_many_that_wait_for_swap_hold_no_one_up(backup: Path, mount: Mount, tmp_
     assert held_up(times) < took / 3
 
 
-def test_a_signal_ends_the_mount_though_clients_wait_for_swap(mountpoint: Path, tmp_path: Path) -> None:
+def test_a_signal_ends_the_mount_while_clients_wait_for_swap(mountpoint: Path, tmp_path: Path) -> None:
     """They are cut off, and being locked in memory the daemon does not wait for pages of its own."""
     with Mount(mountpoint, "size=64m") as mount, stores.slow_swap(mount.pid, tmp_path, reads_a_second=5) as slow:
         (mountpoint / "a").mkdir()
@@ -514,7 +514,7 @@ def test_a_signal_ends_the_mount_though_clients_wait_for_swap(mountpoint: Path, 
         assert mount.wait() == 0
 
 
-def test_a_page_that_is_dropped_during_its_swap_in_stays_dropped(backup: Path, slow: stores.SlowSwap) -> None:
+def test_a_page_dropped_during_its_swap_in_stays_dropped(backup: Path, slow: stores.SlowSwap) -> None:
     """Its reader is told so, and nothing comes back."""
     apart, readers = 64, 40  # far enough apart that no readahead helps: 10 s of reading
     content = fill(backup, apart * readers)

@@ -83,7 +83,7 @@ RESTARTS = {
 }
 
 
-def test_c22_restarts_crashes_and_a_missed_watchdog_keep_every_page_and_every_descriptor(machine: Machine) -> None:
+def test_c22_restarts_crashes_and_a_missed_watchdog_lose_nothing(machine: Machine) -> None:
     with served(machine, "kept", "size=64m", "WatchdogSec=1") as service:
         machine.run("mkdir /mnt/kept/a; for i in $(seq 100); do echo $i >/mnt/kept/a/$i; done")
         with holder(service, "/mnt/kept/a/1") as process:
@@ -106,7 +106,7 @@ def test_c22_restarts_crashes_and_a_missed_watchdog_keep_every_page_and_every_de
         assert len(service.logged(WARNING)) == 2, "what the two faults left; all else is information"
 
 
-def test_c23_a_forced_unmount_that_is_refused_has_the_unit_mount_anew(machine: Machine) -> None:
+def test_c23_the_unit_mounts_again_after_a_refused_forced_unmount(machine: Machine) -> None:
     with served(machine, "forced", "size=64m") as service:
         machine.run("mkdir /mnt/forced/a; for i in $(seq 100); do echo $i >/mnt/forced/a/$i; done")
         for turn in range(2):
@@ -129,7 +129,7 @@ def test_c23_a_forced_unmount_that_is_refused_has_the_unit_mount_anew(machine: M
         wait_until(lambda: service.unit.state == ("inactive", "dead"), "the end")
 
 
-def test_pages_go_to_swap_and_come_back_and_a_user_has_a_descriptor(machine: Machine, tmp_path: Path) -> None:
+def test_swap_and_descriptors_work_in_the_confined_unit(machine: Machine, tmp_path: Path) -> None:
     """All that the unit's confinement must let through: paging out, asking where pages are, the socket."""
     with served(machine, "swapped", "size=64m,allow_other,mode=1777"), swap(tmp_path):
         machine.run("mkdir /mnt/swapped/a; head -c 1M /dev/urandom | tee /root/pages >/mnt/swapped/a/.image")
@@ -147,7 +147,7 @@ def test_pages_go_to_swap_and_come_back_and_a_user_has_a_descriptor(machine: Mac
         assert machine.run(f'{who} /usr/local/lib/ttmfs/bin/python -c "{program}"') == "True 5 1\n"
 
 
-def test_a_stop_unmounts_and_releases_everything(machine: Machine) -> None:
+def test_stopping_the_unit_unmounts_and_releases_everything(machine: Machine) -> None:
     with served(machine, "stopped", "size=64m") as service:
         machine.run("mkdir /mnt/stopped/a; head -c 1M /dev/urandom >/mnt/stopped/a/.image")
         service.unit("restart")
@@ -161,14 +161,14 @@ def test_a_stop_unmounts_and_releases_everything(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("end", ["umount /mnt/ended", "fusermount3 -u /mnt/ended"])
-def test_an_unmounting_by_hand_is_a_stop(machine: Machine, end: str) -> None:
+def test_an_unmount_by_hand_stops_the_unit(machine: Machine, end: str) -> None:
     with served(machine, "ended", "size=16m") as service:
         machine.run(end)
         wait_until(lambda: service.unit.state == ("inactive", "dead"), "the end")
         machine.run("findmnt /mnt/ended", code=1)
 
 
-def test_a_first_start_that_fails_is_not_tried_again(machine: Machine) -> None:
+def test_a_failed_first_start_is_not_retried(machine: Machine) -> None:
     machine.run("mkdir -p /mnt/wrong")
     machine.write("/etc/ttmfs/mnt-wrong.conf", "OPTIONS=szie=64m\n")
     service = Service(machine, "wrong")
@@ -189,7 +189,7 @@ def package(machine: Machine) -> Path:
     return found
 
 
-def test_c22_a_broken_upgrade_ends_in_a_dead_mountpoint_with_the_pages_held_and_is_mended_by_a_restart(
+def test_c22_a_broken_upgrade_holds_the_pages_until_a_restart_after_repair(
     machine: Machine,
 ) -> None:
     with served(machine, "broken", "size=64m,restart_tries=3") as service:
@@ -219,7 +219,7 @@ def test_c22_a_broken_upgrade_ends_in_a_dead_mountpoint_with_the_pages_held_and_
 
 
 @pytest.mark.parametrize("retry", ["restart", "reload"])
-def test_c22_an_option_that_is_wrong_since_the_start_loses_nothing(machine: Machine, retry: str) -> None:
+def test_c22_an_option_that_became_wrong_loses_nothing(machine: Machine, retry: str) -> None:
     with served(machine, "typo", "size=64m,restart_tries=2") as service:
         machine.run("mkdir /mnt/typo/a; echo kept >/mnt/typo/a/7")
         machine.write("/etc/ttmfs/mnt-typo.conf", "OPTIONS=size=64m,restart_tires=2\n")
@@ -231,7 +231,7 @@ def test_c22_an_option_that_is_wrong_since_the_start_loses_nothing(machine: Mach
         wait_until(lambda: machine.call("head -c 4 /mnt/typo/a/7").stdout == "kept", "the page")
 
 
-def test_a_unit_that_gave_up_is_stopped_without_a_trace(machine: Machine) -> None:
+def test_stopping_a_unit_that_gave_up_leaves_nothing_behind(machine: Machine) -> None:
     with served(machine, "given", "size=64m,restart_tries=1") as service:
         session = package(machine) / "daemon/session.py"
         good = session.read_text()
@@ -246,7 +246,7 @@ def test_a_unit_that_gave_up_is_stopped_without_a_trace(machine: Machine) -> Non
         machine.run("findmnt /mnt/given", code=1)
 
 
-def test_c22_a_daemon_that_is_stuck_in_the_kernel_holds_no_restart_up(machine: Machine) -> None:
+def test_c22_a_daemon_stuck_in_the_kernel_delays_no_restart(machine: Machine) -> None:
     """One that is frozen is what comes nearest: no signal reaches it, not even SIGKILL."""
     with served(machine, "stuck", "size=64m", "TimeoutStopSec=1") as service:
         machine.run("mkdir /mnt/stuck/a; echo kept >/mnt/stuck/a/7")
@@ -268,7 +268,7 @@ def test_c22_a_daemon_that_is_stuck_in_the_kernel_holds_no_restart_up(machine: M
         assert machine.run("head -c 4 /mnt/stuck/a/7") == "kept"
 
 
-def test_what_is_ordered_with_it_finds_it_mounted(machine: Machine) -> None:
+def test_a_unit_ordered_after_ttmfs_finds_it_mounted(machine: Machine) -> None:
     machine.run("mkdir -p /mnt/ttm /srv/pages; cp systemd/example.mount /etc/systemd/system/srv-pages.mount")
     machine.write("/etc/ttmfs/mnt-ttm.conf", "OPTIONS=size=16m\n")
     machine.run("systemctl daemon-reload; systemctl start srv-pages.mount")
@@ -280,7 +280,7 @@ def test_what_is_ordered_with_it_finds_it_mounted(machine: Machine) -> None:
     machine.run("findmnt /srv/pages", code=1)
 
 
-def test_the_units_are_sound_and_as_tight_as_mounting_allows(machine: Machine) -> None:
+def test_the_units_are_valid_and_confined(machine: Machine) -> None:
     with served(machine, "tight", "size=16m") as service:
         machine.run(f"systemd-analyze verify {service.unit.name}")
         said = machine.run(f"systemd-analyze security --no-pager --threshold=40 {service.unit.name}")
@@ -305,7 +305,7 @@ def user(machine: Machine, place: Place) -> Iterator[str]:
     machine.run("systemctl stop alice")
 
 
-def test_c22_a_user_has_a_unit_too(machine: Machine, user: str) -> None:
+def test_c22_the_unit_for_users_survives_kills(machine: Machine, user: str) -> None:
     machine.run(f"{user} mkdir -p /home/alice/ttm")
     machine.write("/home/alice/.config/ttmfs/home-alice-ttm.conf", "OPTIONS=size=16m\n")
     unit = Unit(machine, "ttmfs@home-alice-ttm.service", f"{user} systemctl --user")

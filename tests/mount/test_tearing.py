@@ -68,7 +68,7 @@ def unaligned(length: int) -> "NDArray[np.uint8]":
 
 
 @pytest.mark.parametrize("reader", ["pread", "client", "save"])
-def test_c7_no_page_of_the_client_s_is_torn_whatever_its_buffer(mnt: Path, backup: Backup, reader: str) -> None:
+def test_c7_the_client_tears_no_page_for_any_buffer(mnt: Path, backup: Backup, reader: str) -> None:
     """Looked for at the pages where a request of 1 MiB, or of as many pages of memory, would end."""
     size = backup.page_size
     suspects = sorted({(REQUEST - 1) // size, REQUEST // size})
@@ -107,7 +107,7 @@ def test_c7_no_page_of_the_client_s_is_torn_whatever_its_buffer(mnt: Path, backu
 
 
 @pytest.mark.parametrize("what", ["write", "read"])
-def test_c7_what_the_kernel_sends_as_one_request(mnt: Path, backup: Backup, what: str) -> None:
+def test_c7_the_kernel_sends_an_aligned_mib_or_256_pieces_as_one_request(mnt: Path, backup: Backup, what: str) -> None:
     """1 MiB that begins at a page of memory, and 256 pieces of memory. The daemon carries a request out as a whole."""
     call = os.pwritev if what == "write" else os.preadv
     backup.backup_pages(np.ones((2 * max(1, REQUEST // backup.page_size), backup.page_size), np.uint8), 0)
@@ -122,7 +122,7 @@ def test_c7_what_the_kernel_sends_as_one_request(mnt: Path, backup: Backup, what
             assert requests(mnt, what) - before - asking == 1, f"{length} bytes in {len(buffers)} pieces"
 
 
-def test_c7_an_aligned_mib_is_whole_to_readers(mnt: Path, backup: Backup) -> None:
+def test_c7_readers_see_an_aligned_mib_whole(mnt: Path, backup: Backup) -> None:
     backup.backup_pages(np.ones((max(1, REQUEST // backup.page_size), backup.page_size), np.uint8), 0)
     stop, seen = threading.Event(), set()
     buffers = [mmap.mmap(-1, REQUEST) for _ in range(2)]

@@ -17,7 +17,7 @@ TEXTS = ".stats", ".config"
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_copies_have_it_all(mnt: Path, tmp_path: Path, name: str) -> None:
+def test_copies_of_a_text_are_complete(mnt: Path, tmp_path: Path, name: str) -> None:
     (mnt / "a").mkdir()
     copies: list[Callable[[Path], object]] = [
         lambda target: shutil.copyfile(mnt / name, target),
@@ -43,13 +43,13 @@ def sent(source: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_its_size_is_the_text_s(mnt: Path, name: str) -> None:
+def test_the_file_size_is_the_length_of_the_text(mnt: Path, name: str) -> None:
     assert (mnt / name).stat().st_size > 100
     with opened(mnt / name, os.O_RDONLY) as fd:
         assert os.fstat(fd).st_size == (mnt / name).stat().st_size == len(os.pread(fd, 1 << 20, 0))
 
 
-def test_a_text_read_in_pieces_is_one_text_however_many_read_theirs(mnt: Path) -> None:
+def test_each_reader_in_pieces_gets_one_version_of_a_text(mnt: Path) -> None:
     (mnt / "a").mkdir()
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(opened(mnt / ".stats", os.O_RDONLY)) for _ in range(100)]
@@ -78,7 +78,7 @@ def whole(text: bytes) -> bool:
     return text.endswith(b"\n") and len(found) > 50
 
 
-def test_a_text_read_across_restarts_is_one_text_or_stale(mountpoint: Path) -> None:
+def test_a_text_read_across_restarts_is_one_version_or_estale(mountpoint: Path) -> None:
     with Mount(mountpoint, "size=1m") as mount:
         mount.expect_restarts()
         for n in range(3):
@@ -102,7 +102,7 @@ def test_a_text_read_across_restarts_is_one_text_or_stale(mountpoint: Path) -> N
                 assert whole(again)
 
 
-def test_many_readers_at_once_each_have_a_text(mnt: Path) -> None:
+def test_many_readers_at_once_each_get_a_whole_text(mnt: Path) -> None:
     def read(_: int) -> bool:
         with opened(mnt / ".stats", os.O_RDONLY) as fd:
             text = b""

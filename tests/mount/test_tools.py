@@ -126,7 +126,7 @@ cp $S $O/t && $PYTHON -c 'import shutil, sys; shutil.move(*sys.argv[1:])' $O/t $
 
 
 @pytest.mark.parametrize("command", PAGE_IN.strip().splitlines())
-def test_c2_c4_a_page_goes_in_and_again_over_itself(a: Path, out: Path, sh: Shell, command: str) -> None:
+def test_c2_c4_tools_store_and_overwrite_a_page(a: Path, out: Path, sh: Shell, command: str) -> None:
     for n in 3, 5:
         sh(command, S=out / "in" / str(n), D="a/7")
         assert contents(a) == {"7": page(n)}
@@ -154,7 +154,7 @@ $PYTHON -c 'import shutil, sys; shutil.copy2(*sys.argv[1:])' $S $D
 
 
 @pytest.mark.parametrize("command", PAGE_OUT.strip().splitlines())
-def test_c8_a_page_comes_out_and_stays(full: Path, out: Path, sh: Shell, command: str) -> None:
+def test_c8_tools_copy_a_page_out_and_it_stays(full: Path, out: Path, sh: Shell, command: str) -> None:
     for n in 3, 5:
         sh(command, S=f"a/{n}", D=out / "copy")
         assert (out / "copy").read_bytes() == page(n)
@@ -173,7 +173,7 @@ def test_c12_mv_of_a_page_copies_and_drops(full: Path, root: Path, out: Path, sh
 
 
 @pytest.mark.parametrize("flags", ["-r", "-rp", "-a", "-r --sparse=always"])
-def test_c8_cp_of_a_backup_out_and_back(full: Path, root: Path, out: Path, sh: Shell, flags: str) -> None:
+def test_c8_cp_copies_a_backup_out_and_back(full: Path, root: Path, out: Path, sh: Shell, flags: str) -> None:
     """And again into what is there, which holds a page that goes and one that stays."""
     sh(f"cp {flags} a $O/copy; cp {flags} $O/copy b; diff -r a b; diff -r a $O/copy")
     assert holds_input(out / "copy")
@@ -183,7 +183,7 @@ def test_c8_cp_of_a_backup_out_and_back(full: Path, root: Path, out: Path, sh: S
     assert holds_input(full)
 
 
-def test_mv_of_a_backup(full: Path, root: Path, out: Path, sh: Shell) -> None:
+def test_mv_renames_a_backup(full: Path, root: Path, out: Path, sh: Shell) -> None:
     sh("mv a b")
     assert holds_input(root / "b")
     assert not full.exists()
@@ -227,7 +227,7 @@ split -b $P --numeric-suffixes=1 -a 4 --filter='cat >a/$(expr $FILE + 0)' $S ''
 
 
 @pytest.mark.parametrize("command", IMAGE_IN.strip().splitlines())
-def test_c2_an_image_goes_in(a: Path, out: Path, sh: Shell, command: str) -> None:
+def test_c2_tools_write_an_image(a: Path, out: Path, sh: Shell, command: str) -> None:
     sh(command, S=out / "src", D="a/.image")
     assert names(a) == numbers(41)
     assert sh("cmp -n $(stat -c %s $O/src) a/.image $O/src") == ""
@@ -249,7 +249,7 @@ def test_c2_an_image_goes_in(a: Path, out: Path, sh: Shell, command: str) -> Non
         ("mkdir b; cp --sparse=always $S b/.image; diff -r a b; cp b/.image $D", False),
     ],
 )
-def test_c8_an_image_comes_out(a: Path, out: Path, sh: Shell, command: str, sparse: bool) -> None:
+def test_c8_tools_copy_an_image_out(a: Path, out: Path, sh: Shell, command: str, sparse: bool) -> None:
     """Holes read as zeros, and take no room in the copy if the tool is told so."""
     (a / "3").write_bytes(page(3))
     (a / "1024").write_bytes(page(9))
@@ -292,7 +292,7 @@ def test_writing_zeros_stores_pages_and_seeking_over_them_does_not(a: Path, sh: 
         ("cat $O/src >>a/.image", False),
     ],
 )
-def test_c6_c10_a_write_across_the_end_of_an_image(full: Path, sh: Shell, command: str, stored: bool) -> None:
+def test_c6_c10_a_write_across_the_end_of_an_image_is_short(full: Path, sh: Shell, command: str, stored: bool) -> None:
     """It is short, whereupon the tool tries the rest and is told."""
     assert os.strerror(errno.EFBIG) in sh(command, code=1)
     if stored:
@@ -305,7 +305,7 @@ def test_c6_c10_a_write_across_the_end_of_an_image(full: Path, sh: Shell, comman
 
 
 @pytest.mark.parametrize("flags", ["", "-p", "--overwrite", "-p --no-same-owner"])
-def test_c2_tar_of_a_backup(full: Path, root: Path, sh: Shell, flags: str) -> None:
+def test_c2_tar_extracts_into_backups(full: Path, root: Path, sh: Shell, flags: str) -> None:
     """Into a new backup of that name, over the pages of one that is there, and into another."""
     sh("chmod 710 a; touch -d 2020-01-01 a; tar cf $O/a.tar a; tar df $O/a.tar; rm -r a")
     sh(f"tar xf $O/a.tar {flags}; tar df $O/a.tar")
@@ -327,7 +327,7 @@ def test_tar_sees_pages_only_and_an_image_if_it_is_named(full: Path, sh: Shell) 
 
 
 @pytest.mark.usefixtures("full")
-def test_tar_straight_after_a_page_was_overwritten(sh: Shell) -> None:
+def test_tar_works_straight_after_a_page_was_overwritten(sh: Shell) -> None:
     """It compares a directory's times before and after reading it: they must not be old ones."""
     sh("stat a a/1; cp a/2 a/1; tar cf $O/a.tar a; tar df $O/a.tar")
 
@@ -339,7 +339,7 @@ def transferred(told: str) -> list[str]:
     return re.findall(r"^[<>]f\S+ (.*)", told, re.MULTILINE)
 
 
-def test_c2_rsync_into_a_backup(a: Path, sh: Shell) -> None:
+def test_c2_rsync_copies_into_a_backup(a: Path, sh: Shell) -> None:
     """Times tell nothing about a page of a backup: --checksum does."""
     rsync = "rsync -a --inplace --checksum --itemize-changes $O/in/ a/"
     assert sorted(transferred(sh(rsync))) == sorted(numbers(16))
@@ -350,7 +350,7 @@ def test_c2_rsync_into_a_backup(a: Path, sh: Shell) -> None:
     assert holds_input(a)
 
 
-def test_c8_rsync_out_of_a_backup(full: Path, out: Path, sh: Shell) -> None:
+def test_c8_rsync_copies_out_of_a_backup(full: Path, out: Path, sh: Shell) -> None:
     """Fractions of seconds count: -@-1, or a page written in the second of the last run is passed over."""
     rsync = "rsync -a -@-1 --itemize-changes a/ $O/copy/"
     assert sorted(transferred(sh(rsync))) == sorted(numbers(16))
@@ -362,7 +362,7 @@ def test_c8_rsync_out_of_a_backup(full: Path, out: Path, sh: Shell) -> None:
     assert names(out / "copy") == [n for n in numbers(16) if n != "5"]
 
 
-def test_rsync_from_backup_to_backup(full: Path, root: Path, sh: Shell) -> None:
+def test_rsync_copies_from_backup_to_backup(full: Path, root: Path, sh: Shell) -> None:
     """Both have one time for all their pages, so the times are enough, and a second run transfers nothing."""
     rsync = "rsync -a -@-1 --inplace --itemize-changes a/ b/"
     assert sorted(transferred(sh(rsync))) == sorted(numbers(16))
@@ -372,7 +372,7 @@ def test_rsync_from_backup_to_backup(full: Path, root: Path, sh: Shell) -> None:
 
 
 @pytest.mark.usefixtures("full")
-def test_rsync_of_an_image(root: Path, sh: Shell) -> None:
+def test_rsync_copies_an_image(root: Path, sh: Shell) -> None:
     """It writes all of it, zeros too, unless it may compare (--no-whole-file)."""
     rsync = "rsync --inplace --checksum --itemize-changes"
     sh(f"mkdir b; {rsync} a/.image $O/image; {rsync} $O/image b/.image; cmp a/.image b/.image")
@@ -383,7 +383,7 @@ def test_rsync_of_an_image(root: Path, sh: Shell) -> None:
     assert transferred(sh(rsync)) == []
 
 
-def test_c6_rsync_that_runs_out_of_room_can_go_on(mountpoint: Path, sh: Shell) -> None:
+def test_c6_rsync_that_ran_out_of_room_can_continue(mountpoint: Path, sh: Shell) -> None:
     rsync = f"rsync -a --inplace --checksum $O/in/ {mountpoint}/a/"
     with Mount(mountpoint, f"size={8 * PAGE},backup_size={64 * PAGE}"):
         (mountpoint / "a").mkdir()
@@ -398,7 +398,7 @@ def test_c6_rsync_that_runs_out_of_room_can_go_on(mountpoint: Path, sh: Shell) -
 # --- tools that look ---
 
 
-def test_c8_sha256sum(full: Path, sh: Shell) -> None:
+def test_c8_sha256sum_reads_pages(full: Path, sh: Shell) -> None:
     wanted = [f"{hashlib.sha256(page(n)).hexdigest()}  a/{n}" for n in range(1, 17)]
     assert sorted(sh("sha256sum a/* | tee $O/sums").splitlines()) == sorted(wanted)
     assert hashlib.sha256((full / ".image").read_bytes()).hexdigest() in sh("sha256sum a/.image")
@@ -433,7 +433,7 @@ def test_c8_sha256sum(full: Path, sh: Shell) -> None:
         ("a -type f -name '?' -delete -o -type f", ["10", "11", "12", "13", "14", "15", "16"]),
     ],
 )
-def test_find(full: Path, sh: Shell, expression: str, found: list[str]) -> None:
+def test_find_selects_pages(full: Path, sh: Shell, expression: str, found: list[str]) -> None:
     sh("chmod 750 a; touch -d '-1 hour' $O/old; touch -d '+1 hour' $O/new")
     told = sh(f"find {expression} -printf '%f\\n'").split()
     assert sorted(told) == sorted(found)
@@ -441,7 +441,7 @@ def test_find(full: Path, sh: Shell, expression: str, found: list[str]) -> None:
     assert names(full) == left
 
 
-def test_c12_find_delete_of_everything(full: Path, sh: Shell) -> None:
+def test_c12_find_delete_drops_every_page(full: Path, sh: Shell) -> None:
     sh("find a -delete")
     assert not full.exists()
 
@@ -478,7 +478,7 @@ def test_c12_du_df_and_ls_agree_at_once(sh: Shell) -> None:
 
 
 @pytest.mark.usefixtures("full")
-def test_stat(sh: Shell) -> None:
+def test_stat_shows_pages_and_backups(sh: Shell) -> None:
     sh("chmod 755 a")
     me = f"{os.getuid()} {os.getgid()}"
     assert sh("stat -c '%s %b %o %h %a %u %g %F' a/3") == f"{PAGE} {PAGE // 512} {PAGE} 1 644 {me} regular file\n"
@@ -490,7 +490,7 @@ def test_stat(sh: Shell) -> None:
     assert len(set(sh("stat -c '%Y %Z' a a/3 a/.image").splitlines())) == 1
 
 
-def test_xxd_at_an_offset(full: Path, sh: Shell) -> None:
+def test_xxd_reads_and_writes_at_an_offset(full: Path, sh: Shell) -> None:
     assert sh("xxd -s $((4*P+7)) -l 9 -p a/.image; xxd -s 7 -l 9 -p a/5") == 2 * (page(5)[7:16].hex() + "\n")
     sh("printf '10: 74746d' | xxd -r - a/5")  # a patch in place
     assert (full / "5").read_bytes() == page(5)[:16] + b"ttm" + page(5)[19:]
@@ -499,7 +499,7 @@ def test_xxd_at_an_offset(full: Path, sh: Shell) -> None:
 # --- tools that change little ---
 
 
-def test_touch(full: Path, sh: Shell) -> None:
+def test_touch_creates_pages_and_sets_backup_times(full: Path, sh: Shell) -> None:
     sh("touch a/17 a/3; touch -c a/18; touch -d 2020-01-01 a/3")
     assert names(full) == numbers(17)
     assert (full / "17").read_bytes() == bytes(PAGE)
@@ -519,7 +519,7 @@ def test_truncate_of_a_page_zeroes_its_rest(full: Path, sh: Shell) -> None:
     assert {(full / name).stat().st_size for name in there} == {PAGE}
 
 
-def test_c12_truncate_of_an_image_drops(full: Path, sh: Shell) -> None:
+def test_c12_truncate_of_an_image_drops_pages(full: Path, sh: Shell) -> None:
     sh("stat a/3; truncate -s $((P+100)) a/.image")
     assert contents(full) == {"1": page(1), "2": page(2)[:100] + bytes(PAGE - 100)}
     assert not (full / "3").exists()
@@ -527,7 +527,7 @@ def test_c12_truncate_of_an_image_drops(full: Path, sh: Shell) -> None:
     sh("truncate -s 0 a/.image; rmdir a")
 
 
-def test_sync(full: Path, sh: Shell) -> None:
+def test_sync_succeeds(full: Path, sh: Shell) -> None:
     """C5: it is best effort, and never an error."""
     sh("sync a/1 a/.image a; sync -d a/1; sync -f a")
     assert holds_input(full)
@@ -537,7 +537,7 @@ def test_sync(full: Path, sh: Shell) -> None:
 
 
 @pytest.mark.usefixtures("full")
-def test_getfattr(sh: Shell) -> None:
+def test_getfattr_shows_the_attributes(sh: Shell) -> None:
     sh("rm a/4 a/9 a/10")
 
     def get(name: str, where: str = "a") -> str:
@@ -555,12 +555,12 @@ def test_getfattr(sh: Shell) -> None:
         assert "No such attribute" in sh(f"getfattr -n user.ttmfs.{name} {where}", code=1)
 
 
-def test_c12_setfattr_drop(full: Path, sh: Shell) -> None:
+def test_c12_setfattr_drops_pages(full: Path, sh: Shell) -> None:
     sh("stat a/3; setfattr -n user.ttmfs.drop -v 1-3,5,900-1024 a")
     assert contents(full) == {n: page(int(n)) for n in numbers(16) if n not in ("1", "2", "3", "5")}
 
 
-def test_setfattr_size_of_a_backup(full: Path, sh: Shell) -> None:
+def test_setfattr_resizes_a_backup(full: Path, sh: Shell) -> None:
     for pages in 2 * PAGES, 16:
         assert os.stat(full / ".image").st_size  # looked at a moment ago
         sh("setfattr -n user.ttmfs.size -v $((N*P)) a", N=pages)
@@ -570,7 +570,7 @@ def test_setfattr_size_of_a_backup(full: Path, sh: Shell) -> None:
     assert holds_input(full)
 
 
-def test_c16_setfattr_size_of_the_mount(full: Path, sh: Shell) -> None:
+def test_c16_setfattr_changes_the_budget(full: Path, sh: Shell) -> None:
     sh("setfattr -n user.ttmfs.size -v $((16*P)) .")
     try:
         assert os.strerror(errno.ENOSPC) in sh("touch a/17", code=1)
@@ -594,7 +594,7 @@ def test_c12_fallocate_punches_pages_out_of_shmem(full: Path, sh: Shell) -> None
 
 
 @pytest.mark.usefixtures("full")
-def test_shmem_for_dd_and_cp(root: Path, out: Path, sh: Shell) -> None:
+def test_dd_and_cp_work_on_shmem(root: Path, out: Path, sh: Shell) -> None:
     """cp finds the holes by SEEK_HOLE; conv=notrunc, or else truncate afterwards, since the size is the backup's."""
     sh("cp a/.shmem $O/plain; cp --sparse=always a/.shmem $O/sparse; cmp a/.image $O/plain; cmp a/.image $O/sparse")
     for copy in "plain", "sparse":
@@ -608,7 +608,7 @@ def test_shmem_for_dd_and_cp(root: Path, out: Path, sh: Shell) -> None:
     assert (root / "b" / ".image").stat().st_size == PAGES * PAGE
 
 
-def test_seek_data_and_hole_of_shmem(full: Path) -> None:
+def test_seek_data_and_hole_work_on_shmem(full: Path) -> None:
     (full / "900").write_bytes(page(9))
     fd = os.open(full / ".shmem", os.O_RDONLY)
     try:
@@ -618,7 +618,7 @@ def test_seek_data_and_hole_of_shmem(full: Path) -> None:
     assert found == [0, 16 * PAGE, 899 * PAGE]
 
 
-def test_numpy_memmap_of_shmem(full: Path) -> None:
+def test_numpy_memmap_of_shmem_shares_the_memory(full: Path) -> None:
     """The memory itself: what one writes the other reads, at once."""
     pages = np.memmap(full / ".shmem", mode="r+").reshape(-1, PAGE)
     assert pages.shape == (PAGES, PAGE)
@@ -633,7 +633,7 @@ def test_numpy_memmap_of_shmem(full: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["3", ".image"])
-def test_numpy_memmap_of_what_is_no_shared_memory(full: Path, name: str) -> None:
+def test_numpy_memmap_of_pages_and_images_is_private_only(full: Path, name: str) -> None:
     """A private mapping works; a shared one is refused, with ENODEV, and .shmem is there for it."""
     private = np.memmap(full / name, mode="c")
     expected = (full / name).read_bytes()
@@ -746,7 +746,7 @@ CANNOT = [
 
 
 @pytest.mark.parametrize(("code", "number", "command"), CANNOT, ids=[row[2] for row in CANNOT])
-def test_c6_what_cannot_be_done_says_so_and_changes_nothing(
+def test_c6_a_refused_command_gives_the_reason_and_changes_nothing(
     full: Path, out: Path, sh: Shell, code: int, number: int, command: str
 ) -> None:
     before = contents(out / "in")
@@ -771,7 +771,7 @@ rsync --inplace $S a/3
 
 
 @pytest.mark.parametrize("command", TOO_LONG.strip().splitlines())
-def test_c6_what_is_longer_than_a_page_is_cut_off_and_told(full: Path, out: Path, sh: Shell, command: str) -> None:
+def test_c6_a_file_longer_than_a_page_is_cut_off_with_an_error(full: Path, out: Path, sh: Shell, command: str) -> None:
     """The page that was to be overwritten holds the beginning; its source and the other pages are as they were."""
     told = sh(command, code=11 if "rsync" in command else 1, S=out / "src")
     assert os.strerror(errno.EFBIG) in told
@@ -802,7 +802,7 @@ def test_tar_of_other_names_extracts_the_pages(full: Path, sh: Shell) -> None:
         ("mkdir b; mv $O/theirs/1 b", 0, "mkdir b; cp $O/theirs/1 b; rm $O/theirs/1"),
     ],
 )
-def test_root_is_told_that_a_page_cannot_have_another_owner(
+def test_root_gets_an_error_for_another_owner_of_a_page(
     a: Path, root: Path, sh: Shell, command: str, code: int, instead: str
 ) -> None:
     """The bytes are there all the same. A page's owner is its backup's, and that can be changed."""

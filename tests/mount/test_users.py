@@ -58,7 +58,7 @@ def shared(place: Place) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("end", ["fusermount3 -u home", "umount home", "fusermount3 -u -z home", "kill -TERM $PID"])
-def test_a_user_mounts_stores_reads_drops_and_unmounts(place: Place, home: Path, end: str) -> None:
+def test_a_user_can_mount_store_read_drop_and_unmount(place: Place, home: Path, end: str) -> None:
     """All of it in the background and without any privilege."""
     before = children()
     script = f"""
@@ -85,7 +85,7 @@ rmdir home/a
     assert list(home.iterdir()) == []
 
 
-def test_a_users_mount_is_closed_to_root_and_to_others(place: Place, home: Path) -> None:
+def test_a_mount_of_a_user_is_closed_to_root_and_others(place: Place, home: Path) -> None:
     with UsersMount(place, home, "size=1m"):
         with pytest.raises(PermissionError):
             home.stat()
@@ -99,7 +99,7 @@ def test_a_users_mount_is_closed_to_root_and_to_others(place: Place, home: Path)
         assert {f"user_id={ALICE}", f"group_id={ALICE}", "nosuid", "nodev", "default_permissions"} <= shown
 
 
-def test_a_user_changes_his_budget(place: Place, home: Path) -> None:
+def test_a_user_can_change_the_budget_of_a_mount(place: Place, home: Path) -> None:
     def budget() -> int:
         size = int(run(f"getfattr --absolute-names --only-values -n user.ttmfs.size {home}", **as_user(ALICE)))
         assert int(run(f"df --output=size -B1 {home} | tail -1", **as_user(ALICE))) == size
@@ -121,7 +121,7 @@ def test_a_user_gets_no_set_id_bits_even_if_he_asks(place: Place, home: Path) ->
         assert {"nosuid", "nodev"} <= set(shown)
 
 
-def test_the_link_to_a_users_memory_leads_him_there(place: Place, home: Path) -> None:
+def test_the_shmem_link_works_for_the_user_of_the_mount(place: Place, home: Path) -> None:
     with UsersMount(place, home, "size=1m"):
         run(f"cd {home}; mkdir a; echo one > a/1; cmp -n 4096 a/1 a/.shmem", **as_user(ALICE))
         run(f"echo two | dd of={home}/a/.shmem conv=notrunc && grep -q two {home}/a/1", **as_user(ALICE))
@@ -141,7 +141,7 @@ def test_the_link_to_a_users_memory_leads_him_there(place: Place, home: Path) ->
         ("true", "gid=0", 2, "uid= and gid= can be no one else's"),
     ],
 )
-def test_what_a_user_may_not_is_refused_with_the_reason(
+def test_options_that_need_privilege_are_refused_with_the_reason(
     place: Place, home: Path, prepare: str, options: str, code: int, reason: str
 ) -> None:
     """What the machine must look like for it is made in a private mount namespace."""
@@ -158,7 +158,7 @@ def test_what_a_user_may_not_is_refused_with_the_reason(
     assert (done.stdout, ExitCode(done.returncode)) == ("", code)
 
 
-def test_who_can_make_neither_user_namespaces_nor_files_in_memory_is_told_so(place: Place, home: Path) -> None:
+def test_a_user_without_namespaces_and_memory_files_gets_the_reason(place: Place, home: Path) -> None:
     become = (place.python, "-I", "-c", WITHOUT_USER_NAMESPACES, UNSHARE, ALICE, place.path)
     command = shlex.join([*map(str, become), *place.mount_command, str(home)])
     done = subprocess.run(
@@ -170,7 +170,7 @@ def test_who_can_make_neither_user_namespaces_nor_files_in_memory_is_told_so(pla
 
 
 @pytest.mark.usefixtures("home")
-def test_a_user_lets_others_in_if_fuse_conf_says_so(place: Place) -> None:
+def test_a_user_can_let_others_in_if_fuse_conf_allows_it(place: Place) -> None:
     """With a fuse.conf of the test's own, in a private mount namespace. Others cannot be given backups of their own."""
     before = children()
     script = f"""
@@ -197,7 +197,9 @@ stat -c %u home home/a home/a/1 home/a/2
 
 
 @pytest.mark.parametrize("kind", ["user", "fallback"])
-def test_a_backup_that_its_owner_may_only_read_stays_and_stops_no_one(place: Place, tmp_path: Path, kind: str) -> None:
+def test_a_backup_that_its_owner_can_only_read_stays_and_blocks_no_other(
+    place: Place, tmp_path: Path, kind: str
+) -> None:
     """The daemon has no more rights than its user, and must open the file again: it keeps few open."""
     with site_of(kind, place, tmp_path) as site, site.mount("size=16m") as mount, site.acting():
         kept = mount.path / "kept"
@@ -217,7 +219,7 @@ def test_a_backup_that_its_owner_may_only_read_stays_and_stops_no_one(place: Pla
         mount.path.chmod(0o500)  # at the end nothing of the store is left all the same
 
 
-def test_a_users_directory_keeps_backups_that_he_may_only_read(place: Place, home: Path) -> None:
+def test_a_directory_of_a_user_keeps_read_only_backups(place: Place, home: Path) -> None:
     with place.directory("below", ALICE) as below:
         for made in (True, False):
             with UsersMount(place, home, f"store={below},size=1m"), acting_as(ALICE):
@@ -240,7 +242,7 @@ def test_a_users_directory_keeps_backups_that_he_may_only_read(place: Place, hom
 # --- several users on one mount of root's ---
 
 
-def test_roots_mount_is_closed_to_others(place: Place, shared: Path) -> None:
+def test_a_mount_of_root_is_closed_to_others(place: Place, shared: Path) -> None:
     with Mount(shared, "size=1m,mode=1777", cwd=place.path):
         (shared / "a").mkdir()
         refused(ALICE, f"ls {shared}", "Permission denied")
@@ -260,7 +262,7 @@ def owner(path: Path) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o000, 0o777)])
-def test_a_backup_and_its_pages_are_their_makers(open_to_all: Path, umask: int, mode: int) -> None:
+def test_a_backup_and_its_pages_belong_to_their_creator(open_to_all: Path, umask: int, mode: int) -> None:
     for uid in ALICE, BOB, CAROL:
         run(f"mkdir {uid}; echo x > {uid}/1", **as_user(uid, cwd=open_to_all, umask=umask))
         assert owner(open_to_all / str(uid)) == (uid, uid, mode)
@@ -268,7 +270,7 @@ def test_a_backup_and_its_pages_are_their_makers(open_to_all: Path, umask: int, 
         assert owner(open_to_all / str(uid) / ".image") == (uid, uid, mode & 0o666)
 
 
-def test_the_mode_of_a_backup_says_who_reads_and_who_writes(open_to_all: Path) -> None:
+def test_the_mode_of_a_backup_decides_who_can_read_and_write(open_to_all: Path) -> None:
     run("mkdir -m 755 a; echo x > a/1; mkdir -m 700 b; echo x > b/1", **as_user(ALICE, cwd=open_to_all))
     for uid in BOB, CAROL:
         run("cat a/1; ls -l a; head -c 1 a/.image; stat b", **as_user(uid, cwd=open_to_all))
@@ -285,7 +287,7 @@ def test_the_mode_of_a_backup_says_who_reads_and_who_writes(open_to_all: Path) -
     run("test \"$(cat b/1 | tr -d '\\0')\" = x; rm -r b", cwd=open_to_all)  # root
 
 
-def test_in_a_sticky_root_only_the_owner_renames_and_removes(open_to_all: Path) -> None:
+def test_only_the_owner_can_rename_and_remove_in_a_sticky_root(open_to_all: Path) -> None:
     run("mkdir a b; mkdir -m 777 c", **as_user(ALICE, cwd=open_to_all))
     run("mkdir d", **as_user(BOB, cwd=open_to_all))
     for command in "rmdir a", "mv -T a e", "mv -T d a", "rmdir c":
@@ -305,7 +307,7 @@ def test_a_setgid_root_passes_its_group_on(place: Place, shared: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("755", "Permission denied"), ("777", "Operation not permitted")])
-def test_only_root_changes_the_budget(place: Place, shared: Path, mode: str, reason: str) -> None:
+def test_only_root_can_change_the_budget(place: Place, shared: Path, mode: str, reason: str) -> None:
     """Also where everyone may write to the root, and so may set what other attributes there are."""
     with Mount(shared, f"size=1m,mode={mode},allow_other", cwd=place.path):
         for uid in ALICE, BOB:
@@ -317,7 +319,7 @@ def test_only_root_changes_the_budget(place: Place, shared: Path, mode: str, rea
         assert os.getxattr(shared, "user.ttmfs.size") == b"%d" % (2 << 20)
 
 
-def test_the_link_to_the_memory_is_roots(open_to_all: Path) -> None:
+def test_only_root_can_follow_the_shmem_link(open_to_all: Path) -> None:
     """Others use .image, and what they store there is what root finds."""
     run("mkdir -m 777 a; echo x > a/3", **as_user(ALICE, cwd=open_to_all))
     for uid in ALICE, BOB:
@@ -332,7 +334,7 @@ def test_the_link_to_the_memory_is_roots(open_to_all: Path) -> None:
     assert run("head -c 4 a/.image", **as_user(BOB, cwd=open_to_all)) == "root"
 
 
-def test_everyone_reads_the_statistics_and_no_one_writes_them(open_to_all: Path) -> None:
+def test_everyone_can_read_the_statistics_but_not_write_them(open_to_all: Path) -> None:
     run("cat .stats .config; df .", **as_user(ALICE, cwd=open_to_all))
     refused(ALICE, "echo > .stats", "Permission denied", cwd=open_to_all)
     with pytest.raises(PermissionError):
@@ -341,7 +343,7 @@ def test_everyone_reads_the_statistics_and_no_one_writes_them(open_to_all: Path)
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["", "and the daemon is killed"])
-def test_a_mode_holds_from_the_moment_it_is_set_by_descriptors_too(place: Place, *, killed: bool) -> None:
+def test_a_new_mode_takes_effect_at_once_if_set_by_descriptor(place: Place, *, killed: bool) -> None:
     """The kernel may know a page's mode for another second; the next daemon does not know that it has changed."""
     with place.directory("shared") as path, Mount(path, "size=4m,allow_other,mode=1777", cwd=place.path) as mount:
         mount.expect_restarts()

@@ -37,7 +37,9 @@ def impatient(tmp_path: Path) -> tuple[str, ...]:
     return of_package(package)
 
 
-def test_c22_a_stopped_daemon_is_killed_and_no_caller_notices(mountpoint: Path, impatient: tuple[str, ...]) -> None:
+def test_c22_a_stopped_daemon_is_killed_without_an_error_to_callers(
+    mountpoint: Path, impatient: tuple[str, ...]
+) -> None:
     with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
         mount.expect_restarts()
         for turn in range(2):
@@ -51,7 +53,7 @@ def test_c22_a_stopped_daemon_is_killed_and_no_caller_notices(mountpoint: Path, 
 
 
 @pytest.mark.parametrize("by_another", [False, True], ids=["its first keeper", "a keeper that a daemon made"])
-def test_c22_a_restart_that_a_stopped_daemon_does_not_obey_is_done_all_the_same(
+def test_c22_a_restart_succeeds_even_if_the_daemon_is_stopped(
     mountpoint: Path, impatient: tuple[str, ...], by_another: bool
 ) -> None:
     with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
@@ -67,9 +69,7 @@ def test_c22_a_restart_that_a_stopped_daemon_does_not_obey_is_done_all_the_same(
         assert not mount.said(SILENT)
 
 
-def test_an_end_that_a_stopped_daemon_does_not_obey_comes_all_the_same(
-    mountpoint: Path, impatient: tuple[str, ...]
-) -> None:
+def test_sigterm_ends_the_mount_even_if_the_daemon_is_stopped(mountpoint: Path, impatient: tuple[str, ...]) -> None:
     """Another daemon takes over, and ends properly: nothing stays mounted."""
     with Kept(mountpoint, "size=16m", command=impatient) as mount:
         mount.expect_restarts()
@@ -80,7 +80,7 @@ def test_an_end_that_a_stopped_daemon_does_not_obey_comes_all_the_same(
         mount.ends_with(0)
 
 
-def test_a_daemon_that_is_slow_but_serves_is_not_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
+def test_a_slow_daemon_that_serves_is_not_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
     """Stopped again and again for a while, for longer in all than the keeper waits for a sign of life."""
     with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
         daemon, end = mount.daemon, time.monotonic() + 3
@@ -92,7 +92,7 @@ def test_a_daemon_that_is_slow_but_serves_is_not_killed(mountpoint: Path, impati
         assert mount.daemon == daemon
 
 
-def test_a_machine_that_stands_still_has_no_daemon_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
+def test_a_paused_machine_does_not_get_its_daemon_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
     """Daemon and keeper are stopped for longer than the keeper waits, and go on at once."""
     with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
         daemon, keeper = mount.daemon, mount.keeper
@@ -131,7 +131,7 @@ def test_a_daemon_in_a_debugger_is_not_killed(mountpoint: Path, impatient: tuple
         assert mount.daemon == daemon
 
 
-def test_a_keeper_that_is_stopped_holds_up_no_request(mountpoint: Path, impatient: tuple[str, ...]) -> None:
+def test_a_stopped_keeper_delays_no_request(mountpoint: Path, impatient: tuple[str, ...]) -> None:
     """Its channel fills up with signs of life that it does not take."""
     with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
         keeper = mount.keeper
@@ -148,7 +148,7 @@ def test_a_keeper_that_is_stopped_holds_up_no_request(mountpoint: Path, impatien
         wait_until(lambda: mount.keeper == keeper, "the keeper")
 
 
-def test_the_patience_is_that_of_the_units() -> None:
+def test_the_watchdog_timeout_equals_that_of_the_units() -> None:
     """30 s, of which a sign of life comes several times."""
     root = Path(__file__).resolve().parents[2]
     keeper, session = ((root / f"ttmfs/{name}.py").read_text() for name in ("recovery/keeper", "daemon/session"))

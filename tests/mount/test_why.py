@@ -18,7 +18,7 @@ from ttmfs.fuse.refusals import Refusals
 WHY = f"{sys.executable} -m ttmfs why"
 
 
-def test_the_reason_is_in_the_log_and_why_shows_it(mount: Mount, backup: Path) -> None:
+def test_the_log_and_why_show_the_reason_of_a_refusal(mount: Mount, backup: Path) -> None:
     with raises_errno(errno.EINVAL):
         os.setxattr(mount.path, "user.ttmfs.size", b"plenty\n\x1b[31m")
     with raises_errno(errno.EPERM):
@@ -37,14 +37,14 @@ def test_the_reason_is_in_the_log_and_why_shows_it(mount: Mount, backup: Path) -
     assert any(re.search(r"refused: setxattr .*EINVAL.*plenty.*is no size", line) for line in mount.log)
 
 
-def test_nothing_was_refused_yet(mnt: Path) -> None:
+def test_why_shows_nothing_before_the_first_refusal(mnt: Path) -> None:
     assert "nothing was refused" in run(f"{WHY} {mnt}")
     assert json.loads(run(f"{WHY} --json {mnt}")) == []
     (mnt / "a").mkdir()
     assert "no mount point" in run(f"{WHY} {mnt}/a", code=2)
 
 
-def test_a_stranger_sees_no_names_of_others(place: Place) -> None:
+def test_why_shows_a_stranger_no_names_of_others(place: Place) -> None:
     with place.directory("why") as path, Mount(path, "size=1m,mode=1777,allow_other", cwd=place.path):
         with raises_errno(errno.EPERM):
             (path / ".secret").mkdir()
@@ -53,7 +53,7 @@ def test_a_stranger_sees_no_names_of_others(place: Place) -> None:
         assert b"mkdir" in os.getxattr(path, "user.ttmfs.refusals")
 
 
-def test_the_log_has_few_of_many_and_says_how_many(
+def test_the_log_has_a_few_of_many_refusals_and_their_count(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO")
@@ -69,7 +69,7 @@ def test_the_log_has_few_of_many_and_says_how_many(
     assert len(json.loads(kept.text())) == refusals.KEPT
 
 
-def test_long_reasons_fit_into_the_attribute() -> None:
+def test_the_attribute_holds_long_reasons() -> None:
     kept = Refusals()
     for _ in range(100):
         kept.note("setxattr", errno.EINVAL, errors.InvalidArgument("\U0001f4be" * 70_000))
@@ -77,7 +77,7 @@ def test_long_reasons_fit_into_the_attribute() -> None:
     assert json.loads(kept.text())
 
 
-def test_what_is_ordinary_is_left_out() -> None:
+def test_ordinary_errors_are_not_recorded_as_refusals() -> None:
     kept = Refusals()
     for error in refusals.ORDINARY:
         kept.note("open", errno.ESTALE, error("it is gone"))

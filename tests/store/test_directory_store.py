@@ -54,7 +54,7 @@ def create(pool: Pool, name: str) -> ttmfs.Backup:
     return trio.run(main)
 
 
-def test_a_write_reaches_its_backup_however_many_there_are(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_reaches_its_backup_among_many(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting anew opens every file, and closes those used longest ago: the one written to may be among them."""
     monkeypatch.setattr(backup_files, "OPEN_FILES", 256)
     pool = opened(directory, size=64 << 20)
@@ -71,7 +71,7 @@ def test_a_write_reaches_its_backup_however_many_there_are(directory: Path, monk
         pool.close()
 
 
-def test_the_pages_are_counted_whatever_makes_and_drops_them(directory: Path) -> None:
+def test_every_way_of_storing_and_dropping_keeps_the_page_count(directory: Path) -> None:
     pool = opened(directory)
     try:
         backup, other = create(pool, "a"), create(pool, "b")
@@ -98,7 +98,7 @@ def test_the_pages_are_counted_whatever_makes_and_drops_them(directory: Path) ->
         pool.close()
 
 
-def test_of_a_page_stored_in_part_the_page_counts_and_the_room_of_the_part(tmp_path: Path) -> None:
+def test_a_partly_stored_page_counts_as_a_page_but_takes_only_its_part(tmp_path: Path) -> None:
     async def pages() -> int:
         return await pool.count_pages()
 
@@ -122,7 +122,7 @@ def test_of_a_page_stored_in_part_the_page_counts_and_the_room_of_the_part(tmp_p
             pool.close()
 
 
-def test_ids_are_never_used_twice_also_by_the_next_mount(directory: Path) -> None:
+def test_the_next_mount_reuses_no_id(directory: Path) -> None:
     seen: set[int] = set()
     for _ in range(3):
         pool = opened(directory)
@@ -141,7 +141,7 @@ def test_ids_are_never_used_twice_also_by_the_next_mount(directory: Path) -> Non
     assert (directory / FILE).stat().st_size == 256
 
 
-def test_an_old_record_gives_no_two_backups_one_id(directory: Path) -> None:
+def test_an_old_record_gives_each_backup_its_own_id(directory: Path) -> None:
     """As after a loss of power: the marks of files are on the disk, and what counts them is not."""
     pool = opened(directory)
     old = (directory / FILE).read_bytes()
@@ -160,7 +160,7 @@ def test_an_old_record_gives_no_two_backups_one_id(directory: Path) -> None:
         pool.close()
 
 
-def test_ids_last_with_their_backups(directory: Path) -> None:
+def test_backups_keep_their_ids_across_mounts(directory: Path) -> None:
     pool = opened(directory)
     create(pool, "a"), create(pool, "b")
     before = pool.files.find("a"), pool.files.find("b")
@@ -188,7 +188,7 @@ def test_a_file_that_took_a_backups_name_is_left_alone(directory: Path) -> None:
         pool.close()
 
 
-def test_it_is_released_for_the_next(directory: Path) -> None:
+def test_closing_releases_the_directory_for_the_next_mount(directory: Path) -> None:
     before = descriptors(os.getpid())
     pool = opened(directory)
     with pytest.raises(StoreBusy, match="in use by another mount"):
@@ -242,7 +242,7 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_file_that_no_version_wrote_is_refused_and_left_as_it_is(tmp_path: Path, text: bytes) -> None:
+def test_an_unknown_record_file_is_refused_and_left_unchanged(tmp_path: Path, text: bytes) -> None:
     before = descriptors(os.getpid())
     (tmp_path / FILE).write_bytes(text)
     with pytest.raises(NotSupported, match=r"none that this version of ttmfs understands \(.*move .ttmfs away"):
@@ -252,13 +252,13 @@ def test_a_file_that_no_version_wrote_is_refused_and_left_as_it_is(tmp_path: Pat
     assert descriptors(os.getpid()) == before
 
 
-def test_an_enormous_file_that_begins_well_is_read_no_further(directory: Path) -> None:
+def test_an_enormous_record_file_is_not_read_whole(directory: Path) -> None:
     opened(directory).close()
     os.truncate(directory / FILE, 1 << 40)
     opened(directory).close()
 
 
-def test_what_is_told_to_do_with_a_crafted_file_keeps_every_backup(directory: Path) -> None:
+def test_the_advice_for_a_forged_record_keeps_every_backup(directory: Path) -> None:
     pool = opened(directory)
     do(create(pool, "a").file.write(3 * PAGE, b"kept" * (PAGE // 4)))
     pool.close()
@@ -275,7 +275,7 @@ def test_what_is_told_to_do_with_a_crafted_file_keeps_every_backup(directory: Pa
         pool.close()
 
 
-def test_when_the_numbers_for_backups_are_used_up_the_last_ones_still_work(directory: Path) -> None:
+def test_the_last_ids_work_after_all_are_used_up(directory: Path) -> None:
     assert (MAX_ID, MAX_PAGES) == (inodes.MAX_BACKUP_ID, inodes.MAX_HANDLE)
     (directory / FILE).write_text(json.dumps({**WRITTEN, "next_id": MAX_ID}))
     pool = opened(directory)
@@ -293,7 +293,7 @@ def test_when_the_numbers_for_backups_are_used_up_the_last_ones_still_work(direc
     pool.close()
 
 
-def test_a_file_of_more_pages_than_there_are_handles_is_no_backup(tmp_path: Path) -> None:
+def test_a_file_with_more_pages_than_handles_is_not_a_backup(tmp_path: Path) -> None:
     with stores.filesystem(tmp_path / "below", "xfs") as directory:
         for name, pages in ("most", MAX_PAGES), ("more", MAX_PAGES + 1), ("petabyte", (1 << 50) // PAGE):
             with (directory / name).open("xb") as file:
@@ -305,7 +305,7 @@ def test_a_file_of_more_pages_than_there_are_handles_is_no_backup(tmp_path: Path
             pool.close()
 
 
-def test_a_forged_mark_is_none(directory: Path) -> None:
+def test_a_forged_mark_is_ignored(directory: Path) -> None:
     """Whoever may write a file may write its mark, but not so that it becomes another's."""
     pool = opened(directory)
     try:
@@ -331,7 +331,7 @@ def test_a_forged_mark_is_none(directory: Path) -> None:
         pool.close()
 
 
-def test_whatever_a_file_is_named_and_marked_with_it_does_no_harm(directory: Path) -> None:
+def test_a_file_with_any_name_and_mark_does_no_harm(directory: Path) -> None:
     odd = [b"-rf", b"a\nb", b"\xff\xfe", b" ", b"%s", b"x" * 255, b"\x1b[31m", b"*", b"\\"]
     marks = [b"", b"x" * 2000, b"0 " + b"9" * 2000 + b" 1", b"\0", b"1 2 3", b"%d %d %d", b"- - -", b" 1 1", b"\xff"]
     opened(directory).close()
@@ -354,7 +354,7 @@ def test_whatever_a_file_is_named_and_marked_with_it_does_no_harm(directory: Pat
         pool.close()
 
 
-def test_no_more_backups_than_nr_inodes(directory: Path) -> None:
+def test_nr_inodes_limits_the_number_of_backups(directory: Path) -> None:
     pool = opened(directory, nr_inodes=3)
     try:
         create(pool, "a")
@@ -366,7 +366,7 @@ def test_no_more_backups_than_nr_inodes(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("page_size", [PAGE, 16 * PAGE])
-def test_runs_of_pages_are_found_between_any_two(directory: Path, page_size: int) -> None:
+def test_page_runs_are_found_in_any_interval(directory: Path, page_size: int) -> None:
     with (directory / "file").open("xb+") as file:
         file.truncate(64 * page_size)
         there = {0, 1, 2, 5, 9, 10, 40, 63}

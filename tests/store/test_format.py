@@ -101,11 +101,11 @@ def fingerprint() -> str:
     return hashlib.sha256(made() + interface().encode()).hexdigest()
 
 
-def test_the_layout_has_not_changed_without_its_format() -> None:
+def test_a_changed_layout_has_a_new_format() -> None:
     assert FROZEN.get(FORMAT) == fingerprint(), f"see the first lines of {Path(__file__).name}:\n{interface()}"
 
 
-def test_a_state_as_it_was_frozen_is_read_right_field_by_field() -> None:
+def test_a_frozen_state_is_read_correctly_field_by_field() -> None:
     length = HEADER + ROWS * (KEY + 16) + NOTES * 8 + LONG * 16
     fd = os.memfd_create("frozen")
     os.ftruncate(fd, length)
@@ -125,13 +125,13 @@ def test_a_state_as_it_was_frozen_is_read_right_field_by_field() -> None:
     state.close()
 
 
-def test_the_arguments_of_ones_own_keeper_are_read_as_they_are_written() -> None:
+def test_keeper_arguments_are_read_as_they_are_written() -> None:
     """A daemon that was started before an upgrade starts the keeper of the version after it."""
     words = keeper._command_line(3, 4, 5, -1, 7, 8.5, "stderr", "/mnt", ["python", "mount.py"])
     assert words[4:] == ["3", "4", "5", "-1", "7", "8.5", "stderr", "/mnt", "python", "mount.py"]
 
 
-def test_a_note_of_the_starts_of_another_length_is_taken_for_none() -> None:
+def test_a_starts_note_of_another_length_is_ignored() -> None:
     fd = os.memfd_create("starts")
     try:
         for length in (0, 5, service._NOTE.size + 1):

@@ -139,7 +139,7 @@ class Model:
 
 @pytest.mark.parametrize("page_size", [4 << 10, 16 << 10, 64 << 10])
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_c6_whatever_is_left_of_a_disk_a_page_is_stored_whole_or_not(tmp_path: Path, kind: str, page_size: int) -> None:
+def test_c6_a_page_is_stored_whole_or_not_at_all_for_any_free_space(tmp_path: Path, kind: str, page_size: int) -> None:
     """(Not btrfs: it stores anew what is stored over, and may find room for half of that.)"""
 
     async def main(pool: Pool, filler: Filler) -> None:

@@ -10,7 +10,7 @@ def effective(status: str) -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff")), 16)
 
 
-def test_a_capability_is_renounced_and_no_other() -> None:
+def test_only_the_named_capability_is_dropped() -> None:
     """In a user namespace of its own, where there are all of them."""
     script = """
         from pathlib import Path

@@ -37,7 +37,7 @@ def test_the_limit_of_a_control_group_counts() -> None:
     assert 100 << 20 < printed <= LIMIT + max(swap, meminfo("SwapTotal"))
 
 
-def test_a_reserve_admits_what_leaves_it_untouched() -> None:
+def test_a_reserve_admits_writes_that_leave_it_free() -> None:
     in_group("""
 from ttmfs.linux import memory
 from ttmfs.linux.memory import Reserve
@@ -51,7 +51,7 @@ assert Reserve(2 * free).headroom() == 0
 """)
 
 
-def test_a_reserve_asks_again_before_what_it_saw_is_given_out() -> None:
+def test_a_reserve_measures_again_before_the_seen_memory_is_used_up() -> None:
     """A reserve admits at most a quarter of the room that it last saw. So it asks again before that room is used up."""
     in_group("""
 from ttmfs.linux import memory
@@ -63,7 +63,7 @@ while admitted < 2 * free:
 """)
 
 
-def test_control_groups_of_version_2_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limits_of_version_2_control_groups_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic, on files as Linux 6 writes them; no such hierarchy need be mounted here."""
     parent, child = tmp_path / "slice", tmp_path / "slice" / "unit"
     child.mkdir(parents=True)

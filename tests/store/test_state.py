@@ -51,7 +51,7 @@ def output(script: str, code: int = 0, **environment: str) -> str:
 # --- the layout ---
 
 
-def test_its_size_is_the_layouts_and_nothing_of_it_is_set_at_first(state: State) -> None:
+def test_a_new_state_has_the_size_of_its_layout_and_is_empty(state: State) -> None:
     assert os.fstat(state.fd).st_size == WHOLE
     assert os.pread(state.fd, WHOLE, HEADER) == bytes(WHOLE - HEADER)
     assert (len(state.values), len(state.notes)) == (2 * ROWS, NOTES)
@@ -59,7 +59,7 @@ def test_its_size_is_the_layouts_and_nothing_of_it_is_set_at_first(state: State)
     assert state.take_last_words() == ""
 
 
-def test_what_one_writes_the_next_reads(state: State) -> None:
+def test_the_next_state_reads_what_the_previous_one_wrote(state: State) -> None:
     state.update(init="abcd", device="0:77")
     state.values[state.at("operation read")] = 2**64 - 1
     state.values[state.at("operation read") + 1] = 5
@@ -74,7 +74,7 @@ def test_what_one_writes_the_next_reads(state: State) -> None:
     found.close()
 
 
-def test_counting_is_seen_by_another_mapping_without_anything_being_written_out(state: State) -> None:
+def test_another_mapping_sees_counts_without_a_flush(state: State) -> None:
     """So a SIGKILL right after it loses nothing."""
     place = state.at("operation write")
     found = again(state)
@@ -84,7 +84,7 @@ def test_counting_is_seen_by_another_mapping_without_anything_being_written_out(
     found.close()
 
 
-def test_what_a_process_counted_is_there_after_its_sigkill(state: State) -> None:
+def test_counts_survive_a_sigkill_of_the_process(state: State) -> None:
     os.set_inheritable(state.fd, True)
     output(
         f"""
@@ -107,7 +107,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 # --- rows ---
 
 
-def test_rows_are_found_by_key_whatever_the_order_they_are_asked_for_in(state: State) -> None:
+def test_rows_are_found_by_key_in_any_order(state: State) -> None:
     keys = [f"operation {name}" for name in ("read", "write", "lookup", "open")]
     for count, key in enumerate(keys, 1):
         state.set(key, count)
@@ -122,7 +122,7 @@ def test_rows_are_found_by_key_whatever_the_order_they_are_asked_for_in(state: S
         other.close()
 
 
-def test_a_key_of_the_longest_length_and_one_that_begins_with_another(state: State) -> None:
+def test_keys_of_the_longest_length_and_with_a_common_prefix_are_distinct(state: State) -> None:
     keys = ["k" * KEY, "k" * (KEY - 1), "k", "é" * (KEY // 2)]
     for count, key in enumerate(keys, 1):
         state.set(key, count)
@@ -133,13 +133,13 @@ def test_a_key_of_the_longest_length_and_one_that_begins_with_another(state: Sta
     found.close()
 
 
-def test_reading_a_count_that_was_never_set_makes_no_row(state: State) -> None:
+def test_reading_an_unset_count_creates_no_row(state: State) -> None:
     assert state.get("restarts") == 0
     assert state.keys("restarts") == []
     assert os.pread(state.fd, KEY, HEADER) == bytes(KEY)
 
 
-def test_a_row_whose_key_was_not_written_to_its_end_is_none_and_is_taken_by_the_next(state: State) -> None:
+def test_a_row_with_an_unfinished_key_is_reused(state: State) -> None:
     """The daemon was killed while it added it: the first byte is written last."""
     state.set("one", 1)
     os.pwrite(state.fd, b"rror read EIO", HEADER + KEY + 1)
@@ -154,7 +154,7 @@ def test_a_row_whose_key_was_not_written_to_its_end_is_none_and_is_taken_by_the_
         other.close()
 
 
-def test_what_there_is_no_row_for_is_counted_in_the_last_and_every_other_row_stays(state: State) -> None:
+def test_counts_without_a_free_row_go_to_the_last_row(state: State) -> None:
     for number in range(ROWS - 1):
         state.set(f"key {number}", number + 1)
     spill = 2 * (ROWS - 1)
@@ -192,7 +192,7 @@ def test_what_there_is_no_row_for_is_counted_in_the_last_and_every_other_row_sta
         (b'{"format": %d' % FORMAT, "no state of ttmfs"),
     ],
 )
-def test_what_this_version_does_not_know_is_refused_and_left_as_it_was(state: State, header: bytes, says: str) -> None:
+def test_an_unknown_state_is_refused_and_left_unchanged(state: State, header: bytes, says: str) -> None:
     os.pwrite(state.fd, header.ljust(HEADER, b"\0"), 0)
     before = os.pread(state.fd, WHOLE, 0)
     with pytest.raises(NotSupported, match=says):
@@ -200,7 +200,7 @@ def test_what_this_version_does_not_know_is_refused_and_left_as_it_was(state: St
     assert os.pread(state.fd, WHOLE, 0) == before
 
 
-def test_a_state_that_is_shorter_than_its_format_is_refused_and_left_as_it_was(state: State) -> None:
+def test_a_state_shorter_than_its_format_is_refused_and_left_unchanged(state: State) -> None:
     os.ftruncate(state.fd, WHOLE - 1)
     with pytest.raises(NotSupported, match="cut short"):
         State(state.fd)
@@ -216,7 +216,7 @@ def test_a_descriptor_of_something_else_is_refused(tmp_path: Path) -> None:
         os.close(fd)
 
 
-def test_a_header_that_does_not_fit_is_refused_and_the_one_before_stands(state: State) -> None:
+def test_a_header_that_does_not_fit_is_refused_and_the_old_one_stays(state: State) -> None:
     with pytest.raises(NotSupported, match="does not fit"):
         state.update(init="x" * HEADER)
     found = again(state)
@@ -239,7 +239,7 @@ def test_a_header_fills_its_page_to_the_last_byte(state: State) -> None:
     found.close()
 
 
-def test_a_header_is_there_whole_or_as_it_was_before_when_its_writer_is_killed(state: State) -> None:
+def test_a_killed_writer_leaves_the_old_or_the_new_header(state: State) -> None:
     """Two that differ in every part of the page, and a SIGKILL somewhere among thousands of changes."""
     state.update(init="a" * 3000, device="a")
     os.set_inheritable(state.fd, True)
@@ -295,7 +295,7 @@ def note(state: State, *points: int) -> None:
         state.notes[slot * 700] = request | known
 
 
-def test_a_kill_is_one_point_against_the_request_that_the_loop_was_at(state: State, quiet: int) -> None:
+def test_a_kill_adds_one_point_to_the_request_that_was_running(state: State, quiet: int) -> None:
     """And none against those that waited; what speaks against them already stays."""
     note(state, 1, 0, 3)
     assert state.suspects() == {REQUESTS[0]: KILL + 1, REQUESTS[2]: 3}
@@ -304,13 +304,13 @@ def test_a_kill_is_one_point_against_the_request_that_the_loop_was_at(state: Sta
 
 
 @pytest.mark.usefixtures("quiet")
-def test_points_do_not_run_over_into_the_request(state: State) -> None:
+def test_points_do_not_overflow_into_the_request(state: State) -> None:
     note(state, POINTS, POINTS - 1)
     assert state.suspects() == {REQUESTS[0]: POINTS, REQUESTS[1]: POINTS - 1}
 
 
 @pytest.mark.usefixtures("quiet")
-def test_of_the_same_request_twice_the_more_points_count(state: State) -> None:
+def test_the_higher_points_of_a_repeated_request_count(state: State) -> None:
     state.notes[0], state.notes[2000] = REQUESTS[0], REQUESTS[0] | 2
     assert state.suspects() == {REQUESTS[0]: 2}
 
@@ -325,7 +325,9 @@ def test_of_the_same_request_twice_the_more_points_count(state: State) -> None:
     ],
     ids=["SIGSEGV", "SIGABRT"],
 )
-def test_a_fault_is_two_points_and_leaves_one_line(state: State, fault: str, says: str, said_before: bool) -> None:
+def test_a_crash_adds_two_points_and_leaves_one_log_line(
+    state: State, fault: str, says: str, said_before: bool
+) -> None:
     """Whichever of the two the next daemon asks for first."""
     os.set_inheritable(state.fd, True)
     script = f"""
@@ -363,7 +365,7 @@ main()
 
 
 @pytest.mark.usefixtures("quiet")
-def test_an_oom_kill_is_two_points(state: State) -> None:
+def test_an_oom_kill_adds_two_points(state: State) -> None:
     note(state, 0)
     before = oom_kills()
     with ControlGroup(8 << 20, 0) as group:
@@ -377,7 +379,7 @@ def test_an_oom_kill_is_two_points(state: State) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_who_was_killed_while_it_started_has_added_no_points(state: State) -> None:
+def test_a_daemon_killed_while_starting_adds_no_points(state: State) -> None:
     note(state, 0)
     first = again(state)
     assert first.suspects() == {REQUESTS[0]: KILL}
@@ -422,7 +424,7 @@ def test_different_requests_are_told_apart() -> None:
 # --- its end ---
 
 
-def test_it_can_be_closed_twice_and_its_memory_is_the_systems_again() -> None:
+def test_a_state_can_be_closed_twice_and_frees_its_memory() -> None:
     before = os.listdir("/proc/self/fd")
     made = State.new()
     made.keep_last_words()
@@ -435,7 +437,7 @@ def test_it_can_be_closed_twice_and_its_memory_is_the_systems_again() -> None:
 # --- what is carried out bit by bit ---
 
 
-def test_c22_a_request_goes_on_where_the_daemon_before_stopped_and_others_begin(state: State) -> None:
+def test_c22_a_request_continues_where_the_previous_daemon_stopped(state: State) -> None:
     with contextlib.ExitStack() as killed:
         killed.enter_context(state.progress("truncate", 7, 0, 4711)).reach(100)
         killed.enter_context(state.progress("truncate", 7, 0, 4712))
@@ -453,7 +455,7 @@ def test_c22_a_request_goes_on_where_the_daemon_before_stopped_and_others_begin(
     third.close()
 
 
-def test_more_than_there_is_room_for_begin_from_the_start(state: State) -> None:
+def test_requests_past_the_progress_table_start_from_the_beginning(state: State) -> None:
     with contextlib.ExitStack() as under_way:
         many = [under_way.enter_context(state.progress("drop", number)) for number in range(LONG + 10)]
         for number, progress in enumerate(many, 1):
@@ -463,7 +465,7 @@ def test_more_than_there_is_room_for_begin_from_the_start(state: State) -> None:
         assert progress.done == 0
 
 
-def test_what_no_one_asks_for_again_is_forgotten_in_the_end(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_of_a_request_that_is_not_repeated_is_forgotten(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttmfs.recovery.state.UNFINISHED_SECONDS", 0.0)
     with contextlib.ExitStack() as killed:
         for number in range(LONG):
@@ -480,7 +482,7 @@ class Ended(BaseException):
     """As trio.Cancelled is one."""
 
 
-def test_what_was_cancelled_is_gone_on_with_and_what_was_answered_is_not(state: State) -> None:
+def test_a_cancelled_request_continues_but_an_answered_one_restarts(state: State) -> None:
     """A daemon that leaves its mount to another cancels what waits; the kernel asks the next one for it again."""
     with contextlib.suppress(Ended), state.progress("write", 1) as progress:
         progress.reach(4096)
@@ -499,7 +501,7 @@ def test_what_was_cancelled_is_gone_on_with_and_what_was_answered_is_not(state: 
     following.close()
 
 
-def test_what_was_answered_with_an_error_is_not_gone_on_with(state: State) -> None:
+def test_a_request_answered_with_an_error_restarts(state: State) -> None:
     """A mount made anew: whoever waited was told, and asks anew if at all."""
     with contextlib.suppress(Ended), state.progress("truncate", 1) as progress:
         progress.reach(7)

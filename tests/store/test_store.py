@@ -40,12 +40,12 @@ def store() -> Iterator[Store]:
     made.close()
 
 
-def test_it_is_attached_nowhere(store: Store) -> None:
+def test_the_private_tmpfs_is_mounted_nowhere(store: Store) -> None:
     device = os.stat(store.files.path("")).st_dev
     assert f"{os.major(device)}:{os.minor(device)}" not in Path("/proc/self/mountinfo").read_text()
 
 
-def test_the_options_are_tmpfs_own() -> None:
+def test_the_options_set_mode_owner_size_and_inodes_of_the_tmpfs() -> None:
     made = PrivateTmpfs.make(Options.parse("size=100k,nr_inodes=7,mode=1770,uid=12,gid=34"))
     try:
         root, room = made.files.stat(), made.room()
@@ -63,7 +63,7 @@ def test_c14_creating_allocates_no_page(store: Store) -> None:
     assert (found.st_size, found.st_blocks) == (1 << 40, 0)
 
 
-def test_a_backup_is_made_with_all_that_it_is_or_not_at_all(store: Store) -> None:
+def test_a_backup_is_created_complete_or_not_at_all(store: Store) -> None:
     id = store.create("a", 5 * PAGE, 0o2750, 12, 34)
     found = os.fstat(store.files.descriptor(store.files.find("a")))
     assert (store.files.find("a"), found.st_size, found.st_mode & 0o7777) == (id, 5 * PAGE, 0o2750)
@@ -76,7 +76,7 @@ def test_a_backup_is_made_with_all_that_it_is_or_not_at_all(store: Store) -> Non
     assert (store.files.scan(), store.room().f_ffree) == ([id], free)
 
 
-def test_the_number_of_backups_is_the_kernels() -> None:
+def test_the_kernel_limits_the_number_of_backups() -> None:
     made = PrivateTmpfs.make(Options.parse("size=1m,nr_inodes=3"))
     try:
         create(made, "a")
@@ -89,7 +89,7 @@ def test_the_number_of_backups_is_the_kernels() -> None:
         made.close()
 
 
-def test_there_are_as_many_inodes_as_pages_of_the_budget() -> None:
+def test_the_default_number_of_inodes_is_the_pages_of_the_budget() -> None:
     """The kernel takes 1 KiB for each, for attributes too: tmpfs' own default allows half of the RAM's pages."""
     made = PrivateTmpfs.make(Options.parse("size=1m"))
     try:
@@ -117,7 +117,7 @@ def test_ids_are_never_used_twice(store: Store) -> None:
         store.files.remove(id)
 
 
-def test_names_that_begin_with_a_dot_and_what_is_no_file_are_no_backups(store: Store) -> None:
+def test_hidden_names_and_other_file_types_are_not_backups(store: Store) -> None:
     os.close(os.open(store.files.path(".hidden"), os.O_CREAT | os.O_WRONLY))
     os.mkdir(store.files.path("directory"))
     os.symlink("x", store.files.path("link"))
@@ -136,7 +136,7 @@ def test_no_name_leads_out_of_the_store(store: Store, tmp_path: Path) -> None:
     assert store.files.scan() == []
 
 
-def test_a_backup_that_cannot_be_made_leaves_nothing_open(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_creation_leaks_no_descriptor(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A daemon without privilege cannot give files away; asked for it often, it must not run out of anything."""
     before, free = descriptors(os.getpid()), store.room().f_ffree
     monkeypatch.setattr(os, "geteuid", lambda: 1234)
@@ -151,7 +151,7 @@ def test_a_backup_that_cannot_be_made_leaves_nothing_open(store: Store, monkeypa
     assert (descriptors(os.getpid()), store.room().f_ffree) == (before, free)
 
 
-def test_fewer_files_stay_open_where_the_limit_is_low() -> None:
+def test_a_low_descriptor_limit_keeps_fewer_files_open() -> None:
     """With `ulimit -n 60` a store keeps 30 of 100 files open, and every one can be had."""
     code = """if True:
         from ttmfs.options import Options
@@ -164,7 +164,7 @@ def test_fewer_files_stay_open_where_the_limit_is_low() -> None:
     assert subprocess.check_output(limited, text=True) == "100 30\n"
 
 
-def test_a_store_is_closed_once_and_for_all() -> None:
+def test_a_closed_store_stays_closed() -> None:
     store = PrivateTmpfs.make(Options.parse("size=1m"))
     id = create(store, "a")
     store.close()
@@ -173,7 +173,7 @@ def test_a_store_is_closed_once_and_for_all() -> None:
         store.files.descriptor(id)
 
 
-def test_a_removed_backup_is_ended_and_its_memory_free(store: Store) -> None:
+def test_removing_a_backup_ends_it_and_frees_its_memory(store: Store) -> None:
     id = create(store, "a")
     before = store.room().f_bfree
     os.pwrite(store.files.descriptor(id), bytes(4 * PAGE), 0)
@@ -202,7 +202,7 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_files")
-def test_files_used_last_stay_open_and_no_more(store: Store) -> None:
+def test_only_the_most_recently_used_files_stay_open(store: Store) -> None:
     before = len(descriptors(os.getpid()))
     ids = [create(store, str(number)) for number in range(backup_files.OPEN_FILES + 20)]
     assert len(descriptors(os.getpid())) == before + backup_files.OPEN_FILES
@@ -211,7 +211,7 @@ def test_files_used_last_stay_open_and_no_more(store: Store) -> None:
     assert len(descriptors(os.getpid())) == before + backup_files.OPEN_FILES
 
 
-def test_what_was_done_behind_its_back_is_seen(store: Store) -> None:
+def test_the_store_sees_changes_made_from_outside(store: Store) -> None:
     kept = [create(store, name) for name in ("a", "b", "c")]
     os.rename(store.files.path("a"), store.files.path("renamed"))
     os.unlink(store.files.path("b"))
@@ -222,7 +222,7 @@ def test_what_was_done_behind_its_back_is_seen(store: Store) -> None:
 
 
 @pytest.mark.usefixtures("few_files")
-def test_a_file_put_in_a_backups_place_is_not_taken_for_it(store: Store) -> None:
+def test_a_file_that_replaces_a_backup_is_not_taken_for_it(store: Store) -> None:
     id = create(store, "a")
     for number in range(backup_files.OPEN_FILES):  # so that it is not open any more
         create(store, f"other{number}")
@@ -232,7 +232,7 @@ def test_a_file_put_in_a_backups_place_is_not_taken_for_it(store: Store) -> None
         store.files.descriptor(id)
 
 
-def test_the_budget_changes_live_but_not_below_what_is_stored(store: Store) -> None:
+def test_the_budget_can_change_but_not_below_the_stored_pages(store: Store) -> None:
     os.pwrite(store.files.descriptor(create(store, "a")), bytes(16 * PAGE), 0)
     store.resize(2 << 20)
     assert store.room().f_blocks * PAGE == 2 << 20
@@ -243,7 +243,7 @@ def test_the_budget_changes_live_but_not_below_what_is_stored(store: Store) -> N
     assert store.room().f_bfree == 0
 
 
-def test_a_filesystem_that_cannot_tell_pages_apart_is_refused() -> None:
+def test_a_filesystem_with_huge_folios_is_refused() -> None:
     """Huge folios make up to 2 MiB look like data after one page was written."""
     directory, _ = new_tmpfs(size="16m", huge="always")
     try:
@@ -253,12 +253,12 @@ def test_a_filesystem_that_cannot_tell_pages_apart_is_refused() -> None:
         os.close(directory)
 
 
-def test_what_tmpfs_refuses_is_said() -> None:
+def test_an_option_refused_by_tmpfs_is_named_in_the_error() -> None:
     with pytest.raises(OSError, match="tmpfs option nonsense=1"):
         new_tmpfs(nonsense="1")
 
 
-def test_residency_is_counted_alike_with_and_without_cachestat(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residency_is_the_same_with_and_without_cachestat(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     fd = store.files.descriptor(create(store, "a", 1 << 30))
     for page in 0, 1, 5, 100_000:
         os.pwrite(fd, b"x", page * PAGE)
