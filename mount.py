@@ -9,7 +9,7 @@ from typing import NoReturn
 try:
     from ttmfs.daemon.inherited import raise_limits
 
-    raise_limits()  # within those of the caller the rest may not even load
+    raise_limits()  # under the caller's limits the imports below may fail
     from ttmfs.daemon import background, session
     from ttmfs.daemon.mounting import MountError
     from ttmfs.options import ExitCode, OptionError, Options, help_text
@@ -30,13 +30,13 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that exits as mount(8) does."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line."""
-        logging.error("%s; --help lists what can be given", message)
+        """Log what is wrong in one line, and exit."""
+        logging.error("%s; --help lists the arguments and options", message)
         self.exit(ExitCode.USAGE)
 
 
 def main() -> int:
-    """From argv to a mount that is served until its end. Gives the exit status."""
+    """Mount, and serve the mount until it ends. Returns the exit status."""
     background.prepare()
     parser = Parser("mount.py", description=__doc__, epilog=help_text(), allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

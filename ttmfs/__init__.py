@@ -1,6 +1,6 @@
 """ttmfs: page backups as files, and as a Python API.
 
-A backup keeps pages that had to leave a device, in kernel shmem, by index. In a trio program::
+A backup holds the pages that a device's driver evicted, in kernel shmem, by index. In a trio program::
 
     async with ttmfs.open_pool(size=1 << 30) as pool:
         backup = await pool.create("a", size=64 << 20)
@@ -9,9 +9,9 @@ A backup keeps pages that had to leave a device, in kernel shmem, by index. In a
         await backup.drop(handle)
         await backup.fini()
 
-``ttmfs.handles`` is the arithmetic of handles and tagged pointers; ``mount.py`` shows a pool as a filesystem.
+``ttmfs.handles`` computes handles and tagged pointers. ``mount.py`` mounts a pool as a filesystem.
 
-Backups and pools are imported at their first use: programs that rescue pages or restart a daemon need no trio.
+This module imports ``Backup`` and ``Pool`` at their first use, so that the rescue program and the keeper need no trio.
 """
 
 import importlib
@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 _MODULES = {"Backup": "backup", "Pool": "pool", "Room": "pool", "bytes_avail": "pool", "open_pool": "pool"}
-"""The modules of ``ttmfs.model`` that are imported at the first use of a name."""
+"""Maps each name that is imported at its first use to its module in ``ttmfs.model``."""
 
 
 def __getattr__(name: str) -> Any:

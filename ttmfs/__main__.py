@@ -1,20 +1,20 @@
 """The command ``ttmfs``, and ``python -m ttmfs``.
 
-Up to :func:`ttmfs.cli.main.main` an interruption ends the process as it would end any program that has not begun, and
-not in the middle of an import, with a traceback.
+Until :func:`ttmfs.cli.main.main` begins, SIGINT kills the process. Otherwise Ctrl-C during an import would print a
+traceback.
 """
 
 import signal
 import sys
 
-if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where the caller has it ignored
+if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # unless the caller ignores SIGINT
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from .cli.main import main as run
 
 
 def main() -> int:
-    """The command: its exit status."""
+    """Run the command. Returns its exit status."""
     return run(in_child=True)
 
 

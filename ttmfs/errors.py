@@ -17,7 +17,7 @@ class InvalidArgument(TtmfsError, ValueError):
 
 
 class PageAbsent(TtmfsError, LookupError):
-    """The handle holds no page."""
+    """The backup has no page with that handle."""
 
 
 class BackupAbsent(TtmfsError, LookupError):
@@ -25,7 +25,7 @@ class BackupAbsent(TtmfsError, LookupError):
 
 
 class NoSuchName(TtmfsError, LookupError):
-    """The directory can have no entry of that name."""
+    """The directory cannot have an entry of that name."""
 
 
 class NoSuchAttribute(TtmfsError, LookupError):
@@ -69,7 +69,7 @@ class OverQuota(NoRoom):
 
 
 class TooMuchHeld(TtmfsError):
-    """Pending writes, which wait for swap or a disk, hold as much of the daemon's memory as they may."""
+    """Pending writes, which wait for swap or a disk, have used up their share of the daemon's memory."""
 
 
 class OutOfBounds(TtmfsError):
@@ -109,7 +109,7 @@ class StoreBusy(TtmfsError):
 
 
 class StoreFailed(TtmfsError):
-    """The filesystem below failed; ``__cause__`` is its OSError."""
+    """The filesystem under the store failed; ``__cause__`` is its OSError."""
 
 
 ERRNO: dict[type[TtmfsError], int] = {
@@ -122,13 +122,13 @@ ERRNO: dict[type[TtmfsError], int] = {
     BackupNotEmpty: errno.ENOTEMPTY,
     BackupBusy: errno.EBUSY,
     BackupEnded: errno.ESTALE,
-    BackupClosed: errno.EBADF,  # raised by the client alone
+    BackupClosed: errno.EBADF,  # only the client raises it
     PageDropped: errno.ESTALE,  # not ENOENT: after ESTALE from open(2) the VFS looks the name up once more
     TextForgotten: errno.ESTALE,
     NoRoom: errno.ENOSPC,
     OverQuota: errno.EDQUOT,
     TooMuchHeld: errno.ENOMEM,
-    OutOfBounds: errno.EFBIG,  # as at RLIMIT_FSIZE; tools that meet EINVAL blame their own flags
+    OutOfBounds: errno.EFBIG,  # as for RLIMIT_FSIZE; after EINVAL tools blame their own flags
     NotPermitted: errno.EPERM,
     ReadOnlyEntry: errno.EACCES,
     AccessDenied: errno.EACCES,
@@ -141,7 +141,7 @@ ERRNO: dict[type[TtmfsError], int] = {
 }
 
 Meanings = Mapping[int | None, type[TtmfsError] | None]
-"""Maps the errno of an OSError to an exception; None: raise the OSError unchanged. Others mean StoreFailed."""
+"""Maps the errno of an OSError to an exception, or to None: raise the OSError unchanged. Others mean StoreFailed."""
 
 OF_THE_STORE: Meanings = {
     errno.ENOSPC: NoRoom,

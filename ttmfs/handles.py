@@ -8,7 +8,7 @@ never 0. While a page is backed up, its slot in the caller's page array holds th
 These functions take an int or a numpy array of dtype uint64, and return the same type. They raise ValueError for a
 value that is out of range or of another type, and convert nothing silently.
 
-numpy is imported at the first array, so that a daemon, which gets none, does not load it.
+This module imports numpy at the first array, so that the daemon, which uses no arrays, does not load it.
 """
 
 from __future__ import annotations
@@ -90,16 +90,16 @@ def page_name(handle: int) -> bytes:
 
 
 def parse_page_name(name: bytes) -> int | None:
-    """Return the handle that a file name means; None unless it is canonical decimal (no sign, no leading zero)."""
+    """Return the handle of a file name; None unless the name is canonical decimal (no sign, no leading zero)."""
     return int(name) if name.isdigit() and name[:1] != b"0" else None
 
 
 def parse_ranges(text: str) -> list[tuple[int, int]]:
-    """Return the (first, last) pairs of a list of handles such as ``1-100,205``, in its order. Raises ValueError."""
+    """Return the (first, last) pairs of a text such as ``1-100,205``, in its order. Raises ValueError."""
     pairs = []
     for part in text.strip().split(","):
         if not (match := _RANGE.fullmatch(part.strip())):
-            raise ValueError(f"{part.strip()!r} is no handle and no range of handles such as 1-100")
+            raise ValueError(f"{part.strip()!r} is neither a handle nor a range of handles such as 1-100")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"the range {part.strip()} runs backwards")

@@ -22,7 +22,7 @@ LARGEST_PAGE_SIZE = 2 << 20
 _SUFFIXES = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _SIZE_TEXT = re.compile(r"([0-9]{1,64})([kmgt]?)", re.IGNORECASE | re.ASCII)
 _PERCENT_TEXT = re.compile(r"([0-9]{1,3})%", re.ASCII)
-_LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # what a file offset can reach
+_LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # the largest file offset, rounded down to pages
 
 AUTO_POLL, LONGEST_POLL = 200, 10_000  # us
 RESTART_TRIES, MOST_TRIES = 5, 1000
@@ -37,7 +37,7 @@ IGNORED = frozenset(
     "defaults auto noauto user nouser users owner group nofail _netdev relatime norelatime strictatime nostrictatime "
     "lazytime nolazytime diratime nodiratime silent loud".split()
 )
-"""Options of mount(8) and systemd that do not concern a filesystem, or not one that keeps no access times."""
+"""Options of mount(8) and systemd that mean nothing to a filesystem, or nothing to one without access times."""
 
 IGNORED_PREFIXES = ("x-", "X-", "comment=")
 
@@ -73,9 +73,9 @@ def parse_size(text: str) -> int:
     if match := _PERCENT_TEXT.fullmatch(text):
         return -(-int(match[1]) * os.sysconf("SC_PHYS_PAGES") // 100) * BASE_PAGE_SIZE
     if not (match := _SIZE_TEXT.fullmatch(text)):
-        raise OptionError(f"{text!r} is no size: write a whole number of bytes, or with k, m, g, t or % behind it")
+        raise OptionError(f"{text!r} is not a size: write a whole number of bytes, or with k, m, g, t or % behind it")
     if (size := int(match[1]) << _SUFFIXES[match[2].lower()]) > _LARGEST_SIZE:
-        raise OptionError(f"{text} is more than a file can hold")
+        raise OptionError(f"{text} is larger than a file can be")
     return size
 
 
@@ -90,7 +90,7 @@ def format_size(size: int) -> str:
 def _parse_positive_size(text: str) -> int:
     if not (size := parse_size(text)):
         raise OptionError(
-            "0 is not offered: leave the option out for its default. To tmpfs 0 means no limit, so that a writer can "
+            "0 is not allowed: leave the option out for its default. For tmpfs 0 means no limit, and then a writer can "
             "use up the machine's memory"
         )
     return size
@@ -98,32 +98,32 @@ def _parse_positive_size(text: str) -> int:
 
 def _parse_count(text: str) -> int:
     if "%" in text or not _SIZE_TEXT.fullmatch(text):
-        raise OptionError(f"{text!r} is no number: write one such as 10000 or 64k")
+        raise OptionError(f"{text!r} is not a number: write one such as 10000 or 64k")
     return parse_size(text)
 
 
 def _parse_mode(text: str) -> int:
     if not re.fullmatch(r"0?[0-7]{1,4}", text, re.ASCII):
-        raise OptionError(f"{text!r} is no mode: write it in octal, such as 0755 or 1777")
+        raise OptionError(f"{text!r} is not a mode: write it in octal, such as 0755 or 1777")
     return int(text, 8)
 
 
 def _parse_id(kind: str, look_up: Callable[[str], int], text: str) -> int:
     if re.fullmatch(r"[0-9]{1,10}", text, re.ASCII):
         if int(text) > 2**32 - 2:
-            raise OptionError(f"{text} is no {kind} id: the largest is {2**32 - 2}")
+            raise OptionError(f"{text} is not a {kind} id: the largest is {2**32 - 2}")
         return int(text)
     try:
         return look_up(text)
     except (KeyError, ValueError):
-        raise OptionError(f"{text!r} is no {kind} of this machine") from None
+        raise OptionError(f"{text!r} is not a {kind} of this machine") from None
 
 
 def _parse_busy_poll(text: str) -> int:
     if text in _BUSY_POLLS:
         return _BUSY_POLLS[text]
     if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or not 0 < int(text) <= LONGEST_POLL:
-        raise OptionError(f"{text!r} is no time to poll: write auto, off, or microseconds from 1 to {LONGEST_POLL}")
+        raise OptionError(f"{text!r} is not a time to poll: write auto, off, or microseconds from 1 to {LONGEST_POLL}")
     return int(text)
 
 
@@ -133,15 +133,9 @@ def _parse_switch(text: str) -> bool:
     return text == "on"
 
 
-def _parse_tries(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) or not 1 <= int(text) <= MOST_TRIES:
-        raise OptionError(f"{text!r} is no number of starts: write one from 1 to {MOST_TRIES}")
-    return int(text)
-
-
-def _parse_seconds(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or not 1 <= int(text) <= LONGEST_RESTART:
-        raise OptionError(f"{text!r} is no time to wait: write whole seconds from 1 to {LONGEST_RESTART}")
+def _parse_positive(most: int, kind: str, form: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or not 1 <= int(text) <= most:
+        raise OptionError(f"{text!r} is not {kind}: write {form} from 1 to {most}")
     return int(text)
 
 
@@ -160,12 +154,12 @@ class Option(NamedTuple):
 
 
 def escaped(text: str) -> str:
-    """Escape the commas of a text for an ``-o`` string."""
+    """Escape the commas and backslashes of a text for an ``-o`` string."""
     return re.sub(r"([\\,])", r"\\\1", text)
 
 
 class _Kind(NamedTuple):
-    """The kind of an option's value, as in Option."""
+    """The kind of an option's value. The fields are those of Option."""
 
     value: str
     parse: Callable[[str], Any]
@@ -180,13 +174,14 @@ _UID = _Kind("UID", partial(_parse_id, "user", lambda name: pwd.getpwnam(name).p
 _GID = _Kind("GID", partial(_parse_id, "group", lambda name: grp.getgrnam(name).gr_gid))
 _DIRECTORY = _Kind("DIR", str, escaped)
 _BUSY_POLL = _Kind("auto|off|US", _parse_busy_poll, _format_busy_poll)
-_TRIES, _SECONDS = _Kind("N", _parse_tries), _Kind("S", _parse_seconds)
+_TRIES = _Kind("N", partial(_parse_positive, MOST_TRIES, "a number of starts", "one"))
+_SECONDS = _Kind("S", partial(_parse_positive, LONGEST_RESTART, "a time to wait", "whole seconds"))
 _SWITCH = _Kind("on|off", _parse_switch, lambda on: "on" if on else "off")
 _FLAG = _Kind("", lambda _: True)
 
 
 def _row(default: object, kind: _Kind, help_: str) -> Any:
-    """A field of Options with its row of the table."""
+    """Return a field of Options with its row of the table."""
     return field(default=default, metadata={"row": (*kind, help_)})
 
 
@@ -194,7 +189,7 @@ def _row(default: object, kind: _Kind, help_: str) -> Any:
 class Options:
     """The options of one mount, complete and consistent. Sizes are bytes."""
 
-    # 0 or None as a default: see __post_init__. The text in brackets at the end of a help is its default.
+    # __post_init__ replaces a default of 0 or None. The brackets at the end of each help text hold the default.
     size: int = _row(0, _POSITIVE_SIZE, "the most that all backups together may hold (50% of RAM)")
     nr_inodes: int | None = _row(None, _COUNT, "number of backups, plus 1; 0: no limit (pages of size)")
     store: str | None = _row(None, _DIRECTORY, "keep the backups in DIR, for good (a private tmpfs)")
@@ -227,7 +222,7 @@ class Options:
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, own)
             elif getattr(self, name) is not None:
-                raise OptionError(f"{name}: with store= the directory's own holds: change it with chmod or chown")
+                raise OptionError(f"{name}: store= keeps that of the directory: change it with chmod or chown")
         budget = self.size or (parse_size("50%") if self.store is None else 0)
         for name, size in ("size", budget), ("backup_size", self.backup_size or budget), ("uid_size", self.uid_size):
             # Whole pages, rounded up as tmpfs rounds its own size.
@@ -247,7 +242,7 @@ class Options:
         if self.busy_poll > LONGEST_POLL:
             raise OptionError(f"busy_poll: {self.busy_poll} is more than {LONGEST_POLL} microseconds")
         if self.nr_inodes == 1:
-            raise OptionError("nr_inodes: 1 leaves no backup: the root directory is counted; 2 or more, or 0: no limit")
+            raise OptionError("nr_inodes: 1 allows no backup, since the root directory counts: write 2 or more, or 0")
         if not BASE_PAGE_SIZE <= self.page_size <= LARGEST_PAGE_SIZE or self.page_size.bit_count() != 1:
             raise OptionError(
                 f"page_size={format_size(self.page_size)}: must be a power of two from "

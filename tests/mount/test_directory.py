@@ -317,7 +317,7 @@ def test_a_path_that_is_not_a_writable_directory_is_refused(mountpoint: Path, tm
     assert "Not a directory" in refused(32, mountpoint, f"store={file}")
     with stores.mounted(tmp_path / "ro", "tmpfs", "ro") as path:
         assert "Read-only file system" in refused(32, mountpoint, f"store={path}")
-    assert "the directory's own holds" in refused(1, mountpoint, f"store={tmp_path},mode=700")
+    assert "store= keeps that of the directory" in refused(1, mountpoint, f"store={tmp_path},mode=700")
     assert "the path of an existing directory is needed" in refused(1, mountpoint, "store=")
     assert "lies within the store" in refused(32, mountpoint, f"store={tmp_path}")
     store = tmp_path / "store"

@@ -27,14 +27,14 @@ def test_the_log_and_why_show_the_reason_of_a_refusal(mount: Mount, backup: Path
         (backup / "7").stat()
     found = json.loads(run(f"{WHY} {mount.path} --json"))
     assert [(row["operation"], row["errno"]) for row in found] == [("setxattr", "EINVAL"), ("mkdir", "EPERM")]
-    assert "is no size" in found[0]["reason"]
+    assert "is not a size" in found[0]["reason"]
     assert all((row["uid"], row["pid"]) == (os.geteuid(), os.getpid()) for row in found)
     lines = run(f"{WHY} {mount.path}").splitlines()
     assert lines[0].startswith("TIME")
-    assert re.search(r"setxattr +EINVAL +.*plenty.*is no size", lines[1])
+    assert re.search(r"setxattr +EINVAL +.*plenty.*is not a size", lines[1])
     assert len(lines) == 3
     assert all(line.isprintable() for line in lines)
-    assert any(re.search(r"refused: setxattr .*EINVAL.*plenty.*is no size", line) for line in mount.log)
+    assert any(re.search(r"refused: setxattr .*EINVAL.*plenty.*is not a size", line) for line in mount.log)
 
 
 def test_why_shows_nothing_before_the_first_refusal(mnt: Path) -> None:

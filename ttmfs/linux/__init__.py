@@ -1,1 +1,1 @@
-"""Linux as this project needs it: system calls that Python lacks, mounts, memory and swap."""
+"""Interfaces to Linux: system calls that Python lacks, mounts, memory and swap."""

@@ -9,7 +9,7 @@ ADVICE = "as root: modprobe fuse, then chmod 0666 /dev/fuse; for a container: --
 
 
 def error() -> str:
-    """Why this process cannot open it; nothing if it can. A control group may forbid it, whatever the mode."""
+    """Return why this process cannot open it; "" if it can. A control group can forbid it, whatever the mode."""
     try:
         os.close(os.open(PATH, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:

@@ -30,7 +30,7 @@ class Mounted(NamedTuple):
 
     @property
     def served_by(self) -> int:
-        """The user who mounted a FUSE filesystem and serves it."""
+        """The uid of the user who mounted a FUSE filesystem and serves it."""
         return next((int(word[8:]) for word in self.options if word.startswith("user_id=")), 0)
 
 
@@ -56,7 +56,7 @@ def ttmfs_mounts() -> Iterator[Mounted]:
 def ttmfs_on(st_dev: int) -> Mounted | None:
     """Return the ttmfs mount whose files have this st_dev, or None.
 
-    Anyone can set the extended attributes of a file of their own; only the kernel's list is to be trusted.
+    The kernel's list is the only proof: any user can imitate the extended attributes on a file of their own.
     """
     return next((mount for mount in ttmfs_mounts() if mount.st_dev == st_dev), None)
 

@@ -1,10 +1,10 @@
 """The Linux system calls that Python lacks, and sparse files of pages.
 
-Each function raises OSError with the errno and the name of the call. None of them blocks on anything but memory and the
-filesystem below, unless its description says so.
+Each function raises OSError with the errno and the name of the call. They block only on memory and the
+filesystem below, unless their description says more.
 
-Numbers of system calls are those of the generic table, the same on every architecture for calls this new
-(``include/uapi/asm-generic/unistd.h``).
+The numbers of system calls come from ``include/uapi/asm-generic/unistd.h``. Calls this new have the same number on
+every architecture.
 """
 
 import ctypes
@@ -82,7 +82,7 @@ def _checked(result: int, what: str) -> int:
 class Duplicate:
     """A duplicate of a file descriptor, which is closed with the last reference to this object.
 
-    A thread that never starts, or that is abandoned, leaks no descriptor.
+    So a thread that never starts, or that the loop abandons, leaks no descriptor.
     """
 
     def __init__(self, fd: int) -> None:
@@ -90,7 +90,7 @@ class Duplicate:
         self.fd = os.dup(fd)
 
     def close(self) -> None:
-        """Close it now: an exception can hold a reference for long."""
+        """Close it now, because an exception can hold a reference for long."""
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
@@ -104,7 +104,7 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 def allocate_range(fd: int, offset: int, length: int) -> None:
-    """Allocate the holes in a range of a file, all or (ENOSPC) none. They stay holes to SEEK_DATA until written."""
+    """Allocate all holes in a range of a file, or (ENOSPC) none. SEEK_DATA skips them until they are written."""
     while _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length) < 0:
         if ctypes.get_errno() != errno.EINTR:  # a signal interrupts shmem_fallocate() of older kernels
             _checked(-1, "fallocate")
@@ -145,7 +145,7 @@ def page_runs(fd: int, page_size: int, first: int, past: int) -> Iterator[tuple[
         start, end = max(run[1], found[0] // page_size), min(past, -(-found[1] // page_size))
         if start >= past:
             break
-        if start > run[1]:  # else there was a hole within a page of several base pages
+        if start > run[1]:  # otherwise the hole was within a large page
             if run[1] > run[0]:
                 yield run
             run = start, end
@@ -155,8 +155,8 @@ def page_runs(fd: int, page_size: int, first: int, past: int) -> Iterator[tuple[
         yield run
 
 
-FEW = 64
-"""Pages that are probed one by one, without asking how large the file is."""
+FEW_PAGES = 64
+"""Up to this number, pages are probed one by one, without a look at the size of the file."""
 
 PROBE_COST = 16
 """Cost of one SEEK_DATA probe, in pages scanned."""
@@ -169,12 +169,12 @@ def is_data(fd: int, offset: int, length: int) -> bool:
 
 
 def first_absent(fd: int, page_size: int, first: int, past: int) -> int | None:
-    """Return the first index of a range that holds no page; None if every page exists.
+    """Return the first index of a range without a page; None if every page exists.
 
     Pages of a short range are probed one by one: a run can end far past the range, and next_data() scans it to its end.
     """
     count = past - first
-    if count <= FEW or count * PROBE_COST < os.fstat(fd).st_blocks * 512 // page_size:
+    if count <= FEW_PAGES or count * PROBE_COST < os.fstat(fd).st_blocks * 512 // page_size:
         return next((i for i in range(first, past) if not is_data(fd, i * page_size, page_size)), None)
     run = next(page_runs(fd, page_size, first, past), (past, past))
     return None if run == (first, past) else run[1] if run[0] == first else first
@@ -198,7 +198,7 @@ def is_tmpfs(fd: int) -> bool:
 
 
 _NO_CACHESTAT = (errno.ENOSYS, errno.EPERM)
-"""The errno before Linux 6.5, and of a seccomp filter that does not know cachestat(2)."""
+"""The errno of cachestat(2) before Linux 6.5, and that of a seccomp filter that does not know the call."""
 
 
 class _CachestatBuffers(threading.local):
@@ -225,7 +225,7 @@ def _cachestat(fd: int, offset: int, length: int) -> "ctypes.Array[ctypes.c_uint
 
 
 def residency(fd: int, offset: int, length: int) -> tuple[int, int]:
-    """Return how many base pages of a range of a tmpfs file are in memory, and how many swapped out. Loads no page."""
+    """Return the numbers of base pages in memory and swapped out in a range of a tmpfs file. Loads no page."""
     if counts := _cachestat(fd, offset, length):
         return counts[0], counts[3]
     first, resident = offset // _PAGE_SIZE, _mincore(fd, offset, length)
@@ -238,13 +238,13 @@ def residency(fd: int, offset: int, length: int) -> tuple[int, int]:
 
 
 def resident(fd: int, offset: int, length: int) -> int:
-    """Return how many base pages of a range of any file are in memory. Loads no page, and waits for no lock."""
+    """Return the number of base pages in memory in a range of any file. Loads no page, and waits for no lock."""
     counts = _cachestat(fd, offset, length)
     return counts[0] if counts else sum(_mincore(fd, offset, length))
 
 
 def _mincore(fd: int, offset: int, length: int) -> list[int]:
-    """Return 1 or 0 for each base page that a range touches: whether it is in memory. For kernels before Linux 6.5.
+    """Return 1 (in memory) or 0 for each base page that a range touches. For kernels before Linux 6.5.
 
     The mapping is never read: a read would fill holes.
     """
@@ -270,7 +270,7 @@ def _map(fd: int, offset: int, length: int) -> int:
 
 
 def map_resident(fd: int, offset: int, length: int) -> int:
-    """Map a range and its pages, as :func:`page_out` requires. Return the address.
+    """Map a range, with its pages present, for :func:`page_out`. Return the address.
 
     Every page of the range must be data and resident: this call fills holes, and waits for swap. OSError if the file
     has become shorter.
@@ -285,12 +285,13 @@ def map_resident(fd: int, offset: int, length: int) -> int:
 
 
 def page_out(address: int, length: int, *, from_all_cpus: bool = False) -> None:
-    """Push the pages of a mapping of :func:`map_resident` to swap, on a best-effort basis. Pages dropped since stay so.
+    """Push the pages of a mapping of :func:`map_resident` to swap, on a best-effort basis. It does not restore
+    pages that were dropped since the mapping was made.
 
     It waits for the swap device: call it in a thread.
 
-    A new page is in a list of the CPU that wrote it, where MADV_PAGEOUT on another CPU does not find it.
-    `from_all_cpus` empties these lists first, as every move_pages(2) does, even of no pages (64 us on 2 CPUs).
+    A new page is in a list of the CPU that wrote it. MADV_PAGEOUT on another CPU does not find it there. With
+    `from_all_cpus` an empty move_pages(2) empties these lists first (64 us on 2 CPUs).
     """
     if from_all_cpus:
         _libc.syscall(ctypes.c_long(_MOVE_PAGES), 0, ctypes.c_long(0), None, (ctypes.c_int * 1)(0), None, 0)
@@ -303,19 +304,19 @@ def unmap(address: int, length: int) -> None:
 
 
 def swap_space() -> tuple[int, int]:
-    """Return the machine's swap and its free part, in bytes. sysinfo(2)."""
-    answer = (ctypes.c_ulong * 64)()  # a struct sysinfo: totalswap and freeswap are words 8 and 9, mem_unit begins 13
+    """Return the total and the free swap of the machine, in bytes. sysinfo(2)."""
+    answer = (ctypes.c_ulong * 64)()  # a struct sysinfo: words 8, 9 are totalswap, freeswap; 13 begins with mem_unit
     _checked(_libc.sysinfo(ctypes.byref(answer)), "sysinfo")
     unit = ctypes.c_uint32.from_buffer(answer, 13 * ctypes.sizeof(ctypes.c_ulong)).value
     return answer[8] * unit, answer[9] * unit
 
 
 def lock_memory(limit: int) -> None:
-    """Lock this process' memory: what is mapped now and, if no limit applies, what it maps later. mlockall(2).
+    """Lock the present mappings of this process and, if no limit applies, all future ones. mlockall(2).
 
-    Pages are locked when they are first used. Mappings of backups are not locked: their pages may be swapped out.
-    `limit` is RLIMIT_MEMLOCK. A process that locks all future mappings gets no more memory at the limit, so under a
-    limit only current mappings are locked. OSError(EPERM or ENOMEM) if the limit is too low for these.
+    A page is locked at its first use. Mappings of backups are not locked, so that their pages can be swapped out.
+    `limit` is RLIMIT_MEMLOCK. A process that locks future mappings gets no more memory at the limit. So under a limit
+    only present mappings are locked. OSError(EPERM or ENOMEM) if the limit is too low for them.
     """
     _checked(_libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT), "mlockall")
     if limit != resource.RLIM_INFINITY:
@@ -328,28 +329,28 @@ def lock_memory(limit: int) -> None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX
 
-TOUCHED = 8 << 20
-"""Bytes of heap for libfuse's request buffers: 1 MiB for each task that reads requests."""
+HEAP_BYTES = 8 << 20
+"""Heap for libfuse's request buffers: 1 MiB for each task that reads requests."""
 
 
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends. `parent` is the parent's process id."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
+    if os.getppid() != parent:  # the parent ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def touch_heap() -> None:
-    """Give malloc(3) TOUCHED bytes of memory with its pages mapped, and keep them mapped after free(3).
+    """Give malloc(3) HEAP_BYTES of memory with all pages mapped, and keep them mapped after free(3).
 
     If a process is killed while it reads a request from FUSE into unmapped pages, the kernel answers the request with
-    EIO, because a killed process gets no page faults served (get_user_pages() in fuse_copy_fill()).
+    EIO: it serves no page faults of a killed process (get_user_pages() in fuse_copy_fill()).
     """
     for parameter in _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD:
         _libc.mallopt(parameter, _LARGEST_THRESHOLD)
     _libc.malloc.restype = ctypes.c_void_p
-    if address := _libc.malloc(ctypes.c_size_t(TOUCHED)):
-        ctypes.memset(address, 1, TOUCHED)
+    if address := _libc.malloc(ctypes.c_size_t(HEAP_BYTES)):
+        ctypes.memset(address, 1, HEAP_BYTES)
         _libc.free(ctypes.c_void_p(address))
 
 

@@ -1,7 +1,7 @@
-"""A tmpfs that is mounted nowhere: made and resized with the mount API of fsopen(2), with or without privilege.
+"""An unmounted tmpfs: made and resized with the mount API of fsopen(2), with or without privilege.
 
-A user without privilege makes it in a user namespace of its own. This file, run as a program by its path, is the helper
-that enters the namespace; the caller stays outside.
+For a caller without privilege it is made in a new user namespace. This file, run as a program by its path, is the
+helper process that enters the namespace.
 """
 
 import ctypes
@@ -26,14 +26,14 @@ _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 
 
 class NeedsUserNamespace(OSError):
-    """Making a tmpfs takes a user namespace here, and that failed."""
+    """The caller needs a user namespace to make a tmpfs, and could not create it."""
 
 
 def new_tmpfs(**options: str | None) -> tuple[int, int | None]:
-    """Make a tmpfs, which lives as long as a descriptor of it does.
+    """Make a tmpfs. It exists until its last descriptor is closed.
 
-    `options` are tmpfs' own; None stands for a flag. Gives a descriptor of its directory, and one of the user namespace
-    that owns it, if the caller has no privilege. Raises OSError, and NeedsUserNamespace.
+    `options` are those of tmpfs(5); None stands for a flag. Returns a descriptor of its directory and one of the user
+    namespace that owns it, or None if the caller is privileged. Raises OSError, and NeedsUserNamespace.
     """
     try:
         return _new(options), None
@@ -52,7 +52,7 @@ def new_tmpfs(**options: str | None) -> tuple[int, int | None]:
 
 
 def resize_tmpfs(directory: int, namespace: int | None, **limits: int) -> None:
-    """Change the limits of a tmpfs: `size`, in bytes, `nr_inodes`. OSError(EINVAL) if it holds more than that."""
+    """Change the limits of a tmpfs: `size` (bytes) and `nr_inodes`. OSError(EINVAL) if it holds more."""
     if namespace is None:
         _resize(directory, limits)
     else:
@@ -69,7 +69,7 @@ def _new(options: dict[str, str | None]) -> int:
         mount = _syscall("fsmount", _FSMOUNT, context, _FSMOUNT_CLOEXEC, _MOUNT_ATTR)
     finally:
         os.close(context)
-    try:  # the descriptor of fsmount is an O_PATH one: it cannot list, and a service manager does not keep it
+    try:  # an O_PATH descriptor, as fsmount gives, cannot list, and a service manager does not store it
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
     finally:
         os.close(mount)
@@ -129,7 +129,7 @@ def _helper_main(command: str, *arguments: str) -> None:
     else:
         directory, namespace = map(int, arguments[:2])
         _checked(_libc.setns(namespace, _CLONE_NEWUSER), "setns user namespace")
-        _checked(_libc.unshare(_CLONE_NEWNS), "unshare mount namespace")  # fspick asks for rights over it
+        _checked(_libc.unshare(_CLONE_NEWNS), "unshare mount namespace")  # fspick needs privilege over it
         _resize(directory, {name: int(value) for name, _, value in (w.partition("=") for w in arguments[2:])})
 
 

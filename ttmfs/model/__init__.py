@@ -1,1 +1,1 @@
-"""Backups and their pages: the verbs, and backups by name. Nothing here knows FUSE."""
+"""Backups and their pages: the verbs, and backups by name. Nothing here depends on FUSE."""

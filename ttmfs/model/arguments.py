@@ -1,6 +1,6 @@
 """Checks of the arguments that callers pass, and arithmetic on them. Synchronous and without I/O.
 
-The backups of a pool and of a client both use these checks, so that they refuse the same, with the same messages.
+The pool and the client both use these checks, so that both refuse the same arguments with the same messages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def page(buffer: PageBuffer, page_size: int) -> memoryview:
-    """Return the bytes of one page: any contiguous buffer of page_size bytes."""
+    """Return the bytes of one page from any contiguous buffer of page_size bytes."""
     data = flat(buffer)
     if data.nbytes != page_size:
         raise InvalidArgument(f"a page has {page_size} bytes, not {data.nbytes}")
@@ -29,8 +29,8 @@ def page(buffer: PageBuffer, page_size: int) -> memoryview:
 
 
 def pages(array: NDArray[np.uint8], page_size: int) -> memoryview:
-    """Return the bytes of an array of shape (n, page_size), dtype uint8; of a copy, if it is not contiguous."""
-    import numpy as np  # not at the top: a daemon needs no numpy
+    """Return the bytes of an array of shape (n, page_size), dtype uint8. Copies the array if it is not contiguous."""
+    import numpy as np  # not at the top: the daemon does not load numpy
 
     if array.dtype != np.uint8 or array.ndim != 2 or array.shape[1] != page_size:
         raise InvalidArgument(
@@ -87,7 +87,7 @@ def consecutive(numbers: NDArray[np.integer[Any]]) -> list[tuple[int, int]]:
 
 
 def check_end(past: int, limit: int) -> None:
-    """Raise InvalidArgument if a range of indices that ends before `past` does not lie within `limit` pages."""
+    """Raise InvalidArgument if the range of indices before `past` does not lie within `limit` pages."""
     if past > limit:
         raise InvalidArgument(f"index {past - 1} lies past the end of the backup, which has {limit} pages")
 

@@ -1,6 +1,6 @@
-"""The backups of one store by name, and the room that is left for them.
+"""The backups of one store by name, and the room for them.
 
-Concurrency: one thread. Nothing is awaited between looking and acting, so each method is atomic.
+Concurrency: one thread. No method awaits between its checks and its changes, so each method is atomic.
 """
 
 import contextlib
@@ -27,41 +27,40 @@ bytes_avail = memory.bytes_avail
 NAME_MAX = 255
 
 FILES_KEPT = 1024
-"""How many PageFile objects are kept for the next request. They hold nothing but the id; making one takes as long as
-finding out whether a page exists."""
+"""Number of PageFile objects that the pool caches. They hold only the id. Making one takes as long as one SEEK_DATA."""
 
 NAMES_WAIT_SECONDS = 0.5
-"""How long renaming or removing a backup may wait for a change of its pages to end."""
+"""How long renaming or removing a backup waits for a change of its pages to end."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a pool holds and may still take, at one moment. Bytes, but for the counts."""
+    """What a pool holds and can still take, at one moment. In bytes, except the counts."""
 
     size: int  # the budget
     stored: int
-    available: int  # what can be stored before the budget or the memory reserve is touched
+    available: int  # the least of what the budget, the memory reserve and the user's quota leave
     backups: int  # count
-    files: int  # count; inodes of the store, used or not, as nr_inodes counts them; 0: no limit
+    files: int  # count; all inodes of the store, as in nr_inodes; 0: no limit
     files_free: int  # count
 
     @property
     def free(self) -> int:
-        """What the budget leaves."""
+        """Bytes of the budget that are not used."""
         return self.size - self.stored
 
 
 class Pool:
-    """Backups by name. :func:`open_pool` makes one of its own; a mount has one too.
+    """Backups by name. :func:`open_pool` makes one for a program; each mount has one, too.
 
-    The parts of its store that a mount uses beside this: `files` are names, ids and attributes; `blocking_io` are the
-    limits on what waits; `swap` tells whether any is in use.
+    A mount also uses these parts of the store: `files` (names, ids, attributes), `blocking_io` (limits on blocking I/O)
+    and `swap` (whether swap is in use).
     """
 
     def __init__(self, store: Store, options: Options, backup_size: int = 0) -> None:
         self.page_size = options.page_size
         self.store = store
-        """For the process that hands it over to the next daemon."""
+        """The store, for the code that hands it over to the next daemon."""
         self.files, self.blocking_io, self.swap = store.files, store.blocking_io, store.swap
         self.in_memory = store.in_memory
         self.counts_pages_by_room = store.counts_pages_by_room
@@ -69,7 +68,7 @@ class Pool:
         asked = backup_size or options.backup_size
         self.backup_size = asked or self.whole_pages(store.room().f_blocks * self.page_size)
         self.file: Callable[[int], PageFile] = lru_cache(FILES_KEPT)(partial(store.page_file, store))
-        """The file of a backup, by id. That the backup exists shows at the first use."""
+        """Returns the file of a backup by id. It does not check that the backup exists; the first use does."""
 
     # --- backups ---
 
@@ -77,8 +76,8 @@ class Pool:
                      gid: int | None = None) -> Backup:  # fmt: skip
         """Make an empty backup of `size` bytes (default: the pool's backup_size). ``ttm_backup_shmem_create()``.
 
-        The size is rounded up to whole pages and takes no memory. Raises BackupExists, NoRoom (the number of backups is
-        used up), InvalidArgument (size, or a name that is empty, begins with a dot or has a slash) and NameTooLong.
+        The size is rounded up to whole pages. An empty backup takes no memory. Raises BackupExists, NoRoom (too many
+        backups), InvalidArgument (size, or a name that is empty, begins with a dot or has a slash) and NameTooLong.
         """
         _check_name(name)
         size = self.backup_size if size is None else self.whole_pages(size)
@@ -87,18 +86,18 @@ class Pool:
         return self._backup(self.store.create(name, size, mode, uid, gid))
 
     async def open(self, name: str) -> Backup:
-        """The backup of a name. Raises BackupAbsent."""
+        """Return the backup with a name. Raises BackupAbsent."""
         return self._backup(self.files.find(name))
 
     def _backup(self, id: int) -> Backup:
         return Backup(self.file(id), self.files)
 
     async def names(self) -> list[str]:
-        """The names of all backups, in the order in which they were made."""
+        """Return the names of all backups, oldest first."""
         return [self.files.name_of(id) for id in self.files.scan()]
 
     async def rename(self, old: str, new: str, *, replace: bool = False) -> None:
-        """Give a backup another name. With `replace` an empty backup of the new name is ended, as rename(2) does.
+        """Give a backup another name. With `replace`, end an empty backup that has it, as rename(2) does.
 
         Raises BackupAbsent, BackupExists, BackupNotEmpty, InvalidArgument and NameTooLong.
         """
@@ -113,7 +112,7 @@ class Pool:
             self.files.rename(id, new, replace=replace)
 
     async def remove(self, name: str) -> None:
-        """End a backup that holds no page. Raises BackupNotEmpty and BackupAbsent."""
+        """End a backup that holds no pages. Raises BackupNotEmpty and BackupAbsent."""
         id = self.files.find(name)
         async with self._locked_soon(id):
             self._check_empty(id, name)
@@ -121,20 +120,20 @@ class Pool:
 
     @contextlib.asynccontextmanager
     async def _locked_soon(self, *ids: int | None) -> AsyncIterator[None]:
-        """Lock the files of up to two backups whose names are to change. Raises BackupBusy if that takes long.
+        """Lock the files of one or two backups before their names change. Raises BackupBusy if that takes long.
 
-        The kernel keeps everyone from all names of the mount until it is answered.
+        Until the daemon answers, the kernel blocks every other lookup and change of names in the mount.
         """
         async with contextlib.AsyncExitStack() as locks:
             with trio.move_on_after(NAMES_WAIT_SECONDS) as waiting:
-                for id in sorted({id for id in ids if id is not None}):  # always in one order
+                for id in sorted({id for id in ids if id is not None}):  # always in the same order, against deadlocks
                     await locks.enter_async_context(self.file(id).locked())
             if waiting.cancelled_caught:
                 raise BackupBusy("the backup is being written to, and the disk is slow")
             yield
 
     def whole_pages(self, size: int) -> int:
-        """A size in bytes, rounded up to whole pages. Raises InvalidArgument for what is no size."""
+        """Round a size in bytes up to whole pages. Raises InvalidArgument if it is not a size."""
         if not isinstance(size, int) or not 0 < size <= 2**62:
             raise InvalidArgument(f"a size is a positive number of bytes, not {size!r}")
         return -(-size // self.page_size) * self.page_size
@@ -146,7 +145,7 @@ class Pool:
     # --- room ---
 
     def room(self, uid: int = 0) -> Room:
-        """What is stored and what may be stored, now; `available` to a user."""
+        """Return what is stored and what can be stored now. `uid` is the user of the field `available`."""
         kept = self.store.room()
         size, free = kept.f_blocks * kept.f_frsize, kept.f_bfree * kept.f_frsize
         return Room(
@@ -159,12 +158,12 @@ class Pool:
         )
 
     async def count_pages(self) -> int:
-        """How many pages all backups hold, counted in time slices."""
+        """Count the pages of all backups, in time slices."""
         if self.counts_pages_by_room:
             return self.room().stored // self.page_size
         pages = 0
         for id in self.files.ids_after(0):
-            with contextlib.suppress(BackupEnded):  # it went meanwhile
+            with contextlib.suppress(BackupEnded):  # ended during the count
                 pages += await self.file(id).count_pages()
         return pages
 
@@ -173,16 +172,16 @@ class Pool:
         self.store.resize(self.whole_pages(size))
 
     def close(self, *, leave: bool = False) -> None:
-        """Give up the store. On a tmpfs of its own that releases every page, unless another process has it too."""
+        """Close the store. That releases every page of a private tmpfs, unless another process has it open."""
         self.store.close(leave=leave)
 
 
 @contextlib.asynccontextmanager
 async def open_pool(**options: Any) -> AsyncIterator[Pool]:
-    """A pool on a private tmpfs, or (``store=``) in a directory, for the time of the context.
+    """Open a pool on a private tmpfs, or (``store=``) in a directory. The context closes it.
 
-    `options` are those of ``mount.py``, by name (``python mount.py --help``): size, backup_size, page_size, reserve in
-    bytes, store as a path, and so on. Raises InvalidArgument, NotSupported and StoreBusy.
+    `options` are those of ``mount.py``, by name (``python mount.py --help``). Sizes (size, backup_size, page_size,
+    reserve) are in bytes; store is a path. Raises InvalidArgument, NotSupported and StoreBusy.
 
     >>> async with ttmfs.open_pool(size=1 << 30) as pool:
     ...     backup = await pool.create("a", size=64 << 20)
@@ -204,7 +203,7 @@ async def open_pool(**options: Any) -> AsyncIterator[Pool]:
 
 def _check_name(name: str) -> None:
     if not name or name[0] == "." or "/" in name or "\0" in name:
-        raise InvalidArgument(f"{name!r} cannot name a backup: it must not be empty, begin with a dot or hold a slash")
+        raise InvalidArgument(f"{name!r} cannot name a backup: it is empty, begins with a dot or has a slash")
     try:
         length = len(os.fsencode(name))
     except UnicodeEncodeError as error:
