@@ -95,8 +95,7 @@ def main() -> None:
     # libfuse does not say which descriptor it opened.
     places = {fd: Path(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd"))}
     (connection,) = (fd for fd, place in places.items() if place.exists() and os.readlink(place) == "/dev/fuse")
-    values = memoryview(bytearray(32)).cast("Q")
-    poll = BusyPoll(connection, getattr(pyfuse3, WAIT), LONGEST_POLL, bool, values, 0, 2)
+    poll = BusyPoll(connection, getattr(pyfuse3, WAIT), LONGEST_POLL, bool, [0, 0, 0, 0])
     setattr(pyfuse3, WAIT, poll.wait)
     trio.run(pyfuse3.main)
     pyfuse3.close()

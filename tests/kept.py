@@ -21,7 +21,6 @@ COMMAND = shlex.join(MOUNT_COMMAND)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 DEAD = {"ENOTCONN", "ECONNABORTED"}
 REPLACED = r"the keeper was killed: \d+ is another"
-LEFT = r"SIGUSR1: leaving /\S+ to another daemon", r"the daemon \d+ of /\S+ left it: starting another"
 FAILED = r"the daemon \d+ of /\S+ ended with status \d+ before it served \(\d+ of \d+\)"
 GAVE_UP = r"gave up: "
 
@@ -79,8 +78,6 @@ class Kept(Mount):
 
     def restart(self) -> None:
         """Ask the keeper for another daemon, and wait for it."""
-        for pattern in LEFT:
-            self.expect_log(pattern)
         self.expect_restarts()
         before = self.daemon
         os.kill(self.keeper, signal.SIGUSR1)
@@ -91,7 +88,7 @@ class Kept(Mount):
 
     def wait_for_log(self, pattern: str) -> None:
         self.expect_log(pattern)
-        wait_until(lambda: self.said(pattern), f"{pattern!r} in the log")
+        wait_until(lambda: self.said(pattern), f"{pattern!r} in the log", 30)
 
     def give_up(self) -> None:
         """Kill the daemon when no other can start, and wait until the keeper has given up."""
@@ -241,6 +238,26 @@ def copied_package(directory: Path) -> Path:
     shutil.copytree(REPOSITORY / "ttmfs", directory / "ttmfs", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(MOUNT_PY, directory)
     return directory
+
+
+def replace_in(file: Path, old: str, new: str) -> None:
+    """Replace a text that must be there."""
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def gives_up_after(package: Path, *, failed: int = 5, seconds: float = 30) -> None:
+    """Have the keeper of a copied ttmfs give up sooner."""
+    limits = "MOST_FAILED_STARTS, MOST_SECONDS_DOWN"
+    protocol = package / "ttmfs/recovery/keeper_protocol.py"
+    replace_in(protocol, f"\n{limits} = 5, 30.0\n", f"\n{limits} = {failed}, {seconds}\n")
+
+
+def cannot_resend(package: Path) -> tuple[str, ...]:
+    """The command of a copied ttmfs that takes this kernel for one before Linux 6.9."""
+    replace_in(package / "ttmfs/daemon/keeping.py", "RESEND_SINCE = (7, 40)", "RESEND_SINCE = (99, 0)")
+    return of_package(package)
 
 
 def of_package(package: Path) -> tuple[str, ...]:

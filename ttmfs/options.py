@@ -25,8 +25,6 @@ _PERCENT_TEXT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # the largest file offset, rounded down to pages
 
 AUTO_POLL, LONGEST_POLL = 200, 10_000  # us
-RESTART_TRIES, MOST_TRIES = 5, 1000
-RESTART_SECONDS, LONGEST_RESTART = 10, 86_400
 _BUSY_POLLS = {"auto": AUTO_POLL, "off": 0}
 
 _PAIRS = ("suid nosuid", "dev nodev", "exec noexec", "sync async", "atime noatime")
@@ -53,7 +51,7 @@ class ExitCode(enum.IntEnum):
     BUG = 4, "a fault in ttmfs itself"
     INTERRUPTED = 8, "interrupted before the mount answered"
     FAILED = 32, "the mount failed"
-    LEFT = 75, "left to another daemon, at SIGUSR1; only a keeper or service manager sees it"
+    LEFT = 75, "left to another daemon; only a keeper or service manager sees it"
 
     def __new__(cls, value: int, meaning: str = "") -> Self:  # noqa: D102
         code = int.__new__(cls, value)
@@ -133,12 +131,6 @@ def _parse_switch(text: str) -> bool:
     return text == "on"
 
 
-def _parse_positive(most: int, kind: str, form: str, text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or not 1 <= int(text) <= most:
-        raise OptionError(f"{text!r} is not {kind}: write {form} from 1 to {most}")
-    return int(text)
-
-
 def _format_busy_poll(longest: int) -> str:
     return next((text for text, known in _BUSY_POLLS.items() if known == longest), str(longest))
 
@@ -174,8 +166,6 @@ _UID = _Kind("UID", partial(_parse_id, "user", lambda name: pwd.getpwnam(name).p
 _GID = _Kind("GID", partial(_parse_id, "group", lambda name: grp.getgrnam(name).gr_gid))
 _DIRECTORY = _Kind("DIR", str, escaped)
 _BUSY_POLL = _Kind("auto|off|US", _parse_busy_poll, _format_busy_poll)
-_TRIES = _Kind("N", partial(_parse_positive, MOST_TRIES, "a number of starts", "one"))
-_SECONDS = _Kind("S", partial(_parse_positive, LONGEST_RESTART, "a time to wait", "whole seconds"))
 _SWITCH = _Kind("on|off", _parse_switch, lambda on: "on" if on else "off")
 _FLAG = _Kind("", lambda _: True)
 
@@ -202,11 +192,6 @@ class Options:
     reserve: int = _row(64 << 20, _SIZE, "memory and swap that storing leaves free (64m)")
     busy_poll: int = _row(AUTO_POLL, _BUSY_POLL, "how long to poll for requests (auto)")  # us at most; 0: off
     keeper: bool = _row(True, _SWITCH, "survive the daemon's death, by a second process (on)")
-    restart_tries: int = _row(RESTART_TRIES, _TRIES, "failed starts of a daemon until the keeper gives up (5)")
-    restart_seconds: int = _row(
-        RESTART_SECONDS, _SECONDS, "seconds after a daemon's death until the keeper gives up (10)"
-    )
-    resend: bool = _row(True, _SWITCH, "off: mount again after a death, as before Linux 6.9 (on)")
     allow_other: bool = _row(False, _FLAG, "let other users in, as far as the mode bits allow")
     ro: bool = _row(False, _FLAG, "mount read-only")
     debug: bool = _row(False, _FLAG, "log every operation")
@@ -293,7 +278,7 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Return every option with its value in force, for ``.config``. Some values are texts, as in ``-o``."""
         mode = None if self.mode is None else TABLE["mode"].show(self.mode)
-        shown = {name: TABLE[name].show(getattr(self, name)) for name in ("busy_poll", "keeper", "resend")}
+        shown = {name: TABLE[name].show(getattr(self, name)) for name in ("busy_poll", "keeper")}
         return {**asdict(self), "mode": mode, **shown, "kernel": list(self.kernel)}
 
 

@@ -18,8 +18,6 @@ from ttmfs.options import (
     IGNORED,
     LARGEST_PAGE_SIZE,
     LONGEST_POLL,
-    LONGEST_RESTART,
-    MOST_TRIES,
     OPPOSITES,
     TABLE,
     ExitCode,
@@ -44,9 +42,6 @@ common: dict[str, st.SearchStrategy[Any]] = {
     "reserve": st.just(0) | sizes,
     "busy_poll": st.just(0) | st.integers(1, LONGEST_POLL),
     "keeper": st.booleans(),
-    "restart_tries": st.integers(1, MOST_TRIES),
-    "restart_seconds": st.integers(1, LONGEST_RESTART),
-    "resend": st.booleans(),
     "allow_other": st.booleans(),
     "ro": st.booleans(),
     "debug": st.booleans(),
@@ -66,9 +61,7 @@ valid_words = st.one_of(
     st.tuples(st.sampled_from(["uid", "gid"]), st.integers(0, 2**32 - 2).map(str)),
     st.tuples(st.just("mode"), st.integers(0, 0o7777).map("{:o}".format)),
     st.tuples(st.just("busy_poll"), st.sampled_from(["auto", "off"]) | st.integers(1, LONGEST_POLL).map(str)),
-    st.tuples(st.sampled_from(["keeper", "resend"]), st.sampled_from(["on", "off"])),
-    st.tuples(st.just("restart_tries"), st.integers(1, MOST_TRIES).map(str)),
-    st.tuples(st.just("restart_seconds"), st.integers(1, LONGEST_RESTART).map(str)),
+    st.tuples(st.just("keeper"), st.sampled_from(["on", "off"])),
     st.tuples(st.just("page_size"), st.sampled_from(PAGE_SIZES).map(str)),
 )
 words = st.builds("{}{}{}".format, names | st.text(max_size=8), st.sampled_from(["", "=", "=="]), values | st.just(""))
@@ -85,7 +78,7 @@ def test_the_default_size_is_half_of_the_ram_for_mount_and_backups() -> None:
     assert (options.uid, options.gid, options.mode) == (os.geteuid(), os.getegid(), 0o755)
     assert (options.page_size, options.reserve, options.nr_inodes) == (BASE_PAGE_SIZE, 64 << 20, None)
     assert (options.allow_other, options.ro, options.debug, options.kernel) == (False, False, False, ())
-    assert (options.keeper, options.restart_tries, options.restart_seconds, options.resend) == (True, 5, 10, True)
+    assert options.keeper
 
 
 @pytest.mark.parametrize(
@@ -118,11 +111,6 @@ def test_the_default_size_is_half_of_the_ram_for_mount_and_backups() -> None:
         ("busy_poll=50", "busy_poll", 50),
         ("keeper=on", "keeper", True),
         ("keeper=off", "keeper", False),
-        ("restart_tries=1", "restart_tries", 1),
-        ("restart_tries=1000", "restart_tries", 1000),
-        ("restart_seconds=86400", "restart_seconds", 86400),
-        ("resend=off", "resend", False),
-        ("resend=off,resend=on", "resend", True),
         ("allow_other", "allow_other", True),
         ("debug", "debug", True),
         ("ro", "ro", True),
@@ -239,13 +227,7 @@ def test_the_last_of_two_opposite_flags_counts(one: str, other: str) -> None:
         ("busy_poll=1.5", r"busy_poll: '1.5' is not a time to poll"),
         ("keeper", r"keeper needs a value: keeper=on\|off"),
         ("keeper=yes", r"keeper: 'yes' is neither on nor off"),
-        ("resend=", r"resend: '' is neither on nor off"),
-        ("restart_tries=0", r"restart_tries: '0' is not a number of starts: write one from 1 to 1000"),
-        ("restart_tries=1001", r"restart_tries: '1001' is not a number of starts"),
-        ("restart_tries=٣", r"restart_tries: .* is not a number of starts"),
-        ("restart_seconds=0", r"restart_seconds: '0' is not a time to wait: write whole seconds from 1 to 86400"),
-        ("restart_seconds=86401", r"restart_seconds: '86401' is not a time to wait"),
-        ("restart_seconds=1.5", r"restart_seconds: '1.5' is not a time to wait"),
+        ("keeper=", r"keeper: '' is neither on nor off"),
         ("ro=1", r"ro is a flag and takes no value"),
         ("debug=", r"debug is a flag and takes no value"),
         ("size=1m,ro,siez=1m", r"unknown option 'siez=1m'"),
@@ -310,7 +292,7 @@ def test_config_has_every_option_with_its_value(options: Options) -> None:
     mode = shown.pop("mode")
     assert (mode if mode is None else int(mode, 8)) == options.mode
     assert shown.pop("kernel") == list(options.kernel)
-    for name in "busy_poll", "keeper", "resend":
+    for name in "busy_poll", "keeper":
         assert getattr(Options.parse(f"{name}={shown.pop(name)}"), name) == getattr(options, name)
     assert shown == {name: getattr(options, name) for name in shown}
 

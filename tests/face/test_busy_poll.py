@@ -25,7 +25,7 @@ class Loop:
         self.reads, self.writes = os.pipe()
         self.sleeps = 0
         self.ends = False
-        self.counts = memoryview(bytearray(32)).cast("Q")  # hits, ns of them, misses, ns of those
+        self.counts = [0, 0, 0, 0]  # hits, ns of hits, misses, ns of misses
 
     async def asleep(self) -> bool:
         if not hasattr(self, "lock"):
@@ -50,7 +50,7 @@ class Loop:
         async def run() -> None:
             with trio.fail_after(10):
                 threads = trio.to_thread.current_default_thread_limiter()
-                poll = BusyPoll(self.reads, self.asleep, longest, lambda: threads.borrowed_tokens, self.counts, 0, 2)
+                poll = BusyPoll(self.reads, self.asleep, longest, lambda: threads.borrowed_tokens, self.counts)
                 signal.signal(signal.SIGALRM, poll.alarm)
                 if not pauses:
                     poll._pause = lambda now: None  # type: ignore[method-assign]  # noqa: ARG005

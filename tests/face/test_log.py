@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from ttmfs.daemon import background
-from ttmfs.recovery import keeper
+from ttmfs.recovery import keeper_protocol
 
 
 def test_an_unread_syslog_does_not_block_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper, "SYSLOG", str(tmp_path / "log"))
+    monkeypatch.setattr(keeper_protocol, "SYSLOG", str(tmp_path / "log"))
     handler = background._Syslog()
     record = logging.LogRecord("ttmfs", logging.ERROR, __file__, 1, "the daemon before died", (), None)
     handler.emit(record)  # there is none yet

@@ -30,7 +30,7 @@ from ttmfs.fuse.requests import Requests
 from ttmfs.fuse.tree import Tree
 from ttmfs.model.pool import Pool
 from ttmfs.options import Options
-from ttmfs.recovery.state import State
+from ttmfs.recovery.state import Record, State
 from ttmfs.stores import blocking_io as waiting
 from ttmfs.stores import make_store
 
@@ -58,8 +58,8 @@ class Face:
 
     def __init__(self, pool: Pool) -> None:
         self._notified, self._connection = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.state = State.new()
-        self.metrics = Metrics(self.state)
+        self.state = State.new(Record("1", 4096, 4096))
+        self.metrics = Metrics()
         self.cache = KernelCache(self._connection, (7, 38), pool.blocking_io.slices)
         self.tree = Tree(
             pool,
@@ -165,9 +165,9 @@ def test_every_model_error_is_answered_with_its_errno(face: Face, a: int, name: 
         def refuse(*_: Any, kind: type[errors.TtmfsError] = kind, **__: Any) -> Any:
             raise kind("refused")
 
-        before = face.metrics.errors(name, errors.ERRNO[kind])
+        before = face.metrics.errors[name, errors.ERRNO[kind]]
         assert run_with_broken_model(face, a, name, refuse) == errno.errorcode[errors.ERRNO[kind]]
-        assert face.metrics.errors(name, errors.ERRNO[kind]) == before + 1
+        assert face.metrics.errors[name, errors.ERRNO[kind]] == before + 1
 
 
 def run_with_broken_model(face: Face, a: int, name: str, broken: Callable[..., Any]) -> str:
@@ -246,7 +246,7 @@ def test_a_failing_store_is_logged_once(
     assert [r.getMessage() for r in caplog.records] == [
         "storing pages: Input/output error; callers of write get EIO (said once)"
     ]
-    assert face.metrics.errors("write", errno.EIO) == 3
+    assert face.metrics.errors["write", errno.EIO] == 3
 
 
 def test_forget_never_raises(face: Face) -> None:
@@ -255,7 +255,7 @@ def test_forget_never_raises(face: Face) -> None:
 
 def test_flush_is_answered_so_that_the_kernel_stops_sending_it(face: Face, a: int) -> None:
     assert refusal(face.flush, a + 1) == "ENOSYS"
-    assert not face.state.keys("error")
+    assert not face.metrics.errors
 
 
 def test_only_existing_names_and_attributes_have_a_cache_lifetime(face: Face, a: int) -> None:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -12,16 +13,36 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from kept import COMMAND, DEAD, FAILED, GAVE_UP, PAGE, Caller, Kept, copied_package, keeper_of, of_package, processes
+from kept import (
+    DEAD,
+    FAILED,
+    GAVE_UP,
+    PAGE,
+    Caller,
+    Kept,
+    cannot_resend,
+    copied_package,
+    keeper_of,
+    of_package,
+    processes,
+)
 
-from harness import Mount, mounts, opened, raises_errno, run, wait_until
+from harness import MOUNT_COMMAND, Mount, mounts, opened, raises_errno, run, wait_until
 from stores import ALICE, Place, UsersMount, acting_as
 from ttmfs.linux.mountinfo import mounted_at
 
 CUT_OFF = r"the connection of /\S+ was cut off, but it was not unmounted"
 ANEW = r"mounted /\S+ anew over the pages that were kept"
 FUSECTL = Path("/sys/fs/fuse/connections")
-OPTIONS = {"kept": "size=16m", "without a keeper": "size=16m,keeper=off", "not resending": "size=16m,resend=off"}
+OPTIONS = {"kept": "size=16m", "without a keeper": "size=16m,keeper=off", "not resending": "size=16m"}
+
+
+def command_of(way: str, directory: Path) -> tuple[str, ...]:
+    """How a mount is made: for one of OPTIONS by a copy of ttmfs, in a directory."""
+    package = directory / "package"
+    if way != "not resending":
+        return MOUNT_COMMAND
+    return of_package(package) if package.exists() else cannot_resend(copied_package(package))
 
 
 @contextlib.contextmanager
@@ -87,9 +108,9 @@ def pages_of(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (path / "a").iterdir()}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_c23_an_aborted_connection_loses_no_page_and_is_logged(mountpoint: Path, options: str) -> None:
-    with Kept(mountpoint, options) as mount:
+@pytest.mark.parametrize("way", OPTIONS)
+def test_c23_an_aborted_connection_loses_no_page_and_is_logged(mountpoint: Path, tmp_path: Path, way: str) -> None:
+    with Kept(mountpoint, OPTIONS[way], command=command_of(way, tmp_path)) as mount:
         expect_cuts(mount)
         content = store_pages(mountpoint)
         for turn, cut in enumerate((refused, abort)):
@@ -122,11 +143,11 @@ ENDS = (
     [("kept", end) for end in ENDS] + [(name, end) for name in list(OPTIONS)[1:] for end in (ENDS[0], ENDS[-1])],
 )
 def test_c23_an_unmount_releases_everything_and_ends_keeper_and_daemon(
-    mountpoint: Path, options: str, end: str
+    mountpoint: Path, tmp_path: Path, options: str, end: str
 ) -> None:
     """Also after an abort, when the daemon has mounted anew."""
     for aborts in 1, 0:
-        with Kept(mountpoint, OPTIONS[options]) as mount:
+        with Kept(mountpoint, OPTIONS[options], command=command_of(options, tmp_path)) as mount:
             expect_cuts(mount)
             assert os.listdir(mountpoint) == []
             store_pages(mountpoint)
@@ -246,7 +267,7 @@ def test_c23_aborts_in_a_loop_are_each_logged_and_lose_nothing(mountpoint: Path)
 
 def test_c23_the_keeper_holds_pages_while_the_daemon_cannot_mount_again(mountpoint: Path) -> None:
     """Something else is mounted over it. When that is gone, a signal brings the pages back."""
-    with Kept(mountpoint, "size=16m,restart_tries=2") as mount:
+    with Kept(mountpoint, "size=16m") as mount:
         expect_cuts(mount)
         mount.expect_log(FAILED)
         content, keeper = store_pages(mountpoint), mount.keeper
@@ -262,7 +283,7 @@ def test_c23_the_keeper_holds_pages_while_the_daemon_cannot_mount_again(mountpoi
 
 
 def test_c23_another_ttmfs_mounted_over_an_aborted_mount_is_left_alone(mountpoint: Path) -> None:
-    with Kept(mountpoint, "size=16m,restart_tries=1") as mount:
+    with Kept(mountpoint, "size=16m") as mount:
         expect_cuts(mount)
         mount.expect_log(FAILED)
         content, keeper = store_pages(mountpoint), mount.keeper
@@ -281,9 +302,9 @@ def test_c23_another_ttmfs_mounted_over_an_aborted_mount_is_left_alone(mountpoin
             assert pages_of(mountpoint) == content
 
 
-def test_c23_a_background_mount_serves_again_after_an_abort(mountpoint: Path) -> None:
-    for options in OPTIONS.values():
-        run(f"{COMMAND} {mountpoint} -o {options}")
+def test_c23_a_background_mount_serves_again_after_an_abort(mountpoint: Path, tmp_path: Path) -> None:
+    for way, options in OPTIONS.items():
+        run(f"{shlex.join(command_of(way, tmp_path))} {mountpoint} -o {options}")
         try:
             content = store_pages(mountpoint)
             before = daemon_of(mountpoint)
@@ -336,7 +357,7 @@ async def fault():
 def test_c23_an_exception_in_the_loop_without_a_keeper_loses_no_page(tmp_path: Path, mountpoint: Path) -> None:
     package = copied_package(tmp_path / "package")
     session = package / "ttmfs/daemon/session.py"
-    text, task = session.read_text(), "            nursery.start_soon(self._report)\n"
+    text, task = session.read_text(), "            nursery.start_soon(self._end_on_signal, nursery.cancel_scope)\n"
     assert task in text
     session.write_text(text.replace(task, f"{task}            nursery.start_soon(fault)\n") + FAULT)
     fault = tmp_path / "fault"

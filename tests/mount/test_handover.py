@@ -21,7 +21,7 @@ from harness import Mount, count, descriptors, wait_until
 from stores import ALICE, BOB, CAROL, Place, UsersMount, acting_as
 from ttmfs.client import Backup
 from ttmfs.daemon import descriptor_socket as handover
-from ttmfs.daemon.descriptor_socket import Handover
+from ttmfs.daemon.descriptor_socket import DescriptorSocket
 from ttmfs.fuse.inodes import IMAGE
 from ttmfs.model.pool import Pool
 from ttmfs.options import Options
@@ -290,9 +290,9 @@ def test_an_old_kernel_restricts_the_socket_to_the_user_of_the_daemon(
     with contextlib.closing(Pool(make_store(options := Options.parse("size=1m")), options)) as pool:
         path = tmp_path / "socket"
         with pytest.raises(OSError, match="cannot refuse descriptors of strangers"):
-            Handover(pool, str(path), owner=0, open_to_others=True, count=int)
+            DescriptorSocket(pool, str(path), owner=0, open_to_others=True, count=int)
         assert not path.exists()
-        with contextlib.closing(Handover(pool, str(path), owner=0, open_to_others=False, count=int)):
+        with contextlib.closing(DescriptorSocket(pool, str(path), owner=0, open_to_others=False, count=int)):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 

@@ -716,7 +716,7 @@ def test_a_stranger_cannot_make_a_keeper_that_gave_up_release_pages(tmp_path: Pa
     program = tmp_path / "mount.py"
     mountpoint.mkdir()
     program.symlink_to(MOUNT_PY)
-    options = "size=1m,mode=1777,allow_other,restart_tries=1"
+    options = "size=1m,mode=1777,allow_other"
     with log.open("w") as file:
         process = subprocess.Popen(
             ["unshare", "--pid", "--fork", sys.executable, str(program), str(mountpoint), "-f", "-o", options],

@@ -832,7 +832,7 @@ FAR = 16 << 20
 @pytest.mark.parametrize("way", ["truncate", "drop"])
 def test_c22_a_repeated_bulk_drop_keeps_pages_stored_since(mountpoint: Path, way: str) -> None:
     pages = 50_000
-    with Mount(mountpoint, "size=2g,restart_seconds=30") as mount:
+    with Mount(mountpoint, "size=2g") as mount:
         mount.expect_restarts()
         (mountpoint / "a").mkdir()
         set_attribute(mountpoint / "a", "size", pages * FAR)

@@ -108,37 +108,6 @@ def polled(mnt: Path) -> dict[str, int]:
     return {name: int(times) for name, times in found}
 
 
-@pytest.mark.parametrize(
-    ("script", "expected"),
-    [
-        (
-            "import pyfuse3\nwait = pyfuse3._wait_fuse_readable\npyfuse3._wait_fuse_readable = lambda: wait()",
-            r"pyfuse3 [0-9.]+ has no _wait_fuse_readable\(\) as it is known here: no busy polling$",
-        ),
-        (
-            "import pyfuse3\nwait, main = pyfuse3._wait_fuse_readable, pyfuse3.main\n"
-            "def keep(**more):\n    pyfuse3._wait_fuse_readable = wait\n    return main(**more)\n"
-            "pyfuse3.main = keep",
-            r"pyfuse3 [0-9.]+ does not call its _wait_fuse_readable\(\): no busy polling$",
-        ),
-    ],
-    ids=["of another shape", "not called"],
-)
-def test_an_unknown_pyfuse3_serves_without_polling(mountpoint: Path, script: str, expected: str) -> None:
-    with Mount(mountpoint, "size=1m", command=command_after(script)) as mount:
-        mount.expect_log(expected)
-        (mountpoint / "a").mkdir()
-        work(mountpoint / "a")
-        assert len([line for line in mount.log if "no busy polling" in line]) == 1
-
-
-def test_busy_poll_off_logs_nothing_about_an_unknown_pyfuse3(mountpoint: Path) -> None:
-    script = "import pyfuse3\nwait = pyfuse3._wait_fuse_readable\npyfuse3._wait_fuse_readable = lambda: wait()"
-    with Mount(mountpoint, "size=1m,busy_poll=off", command=command_after(script)):
-        (mountpoint / "a").mkdir()
-        work(mountpoint / "a")
-
-
 @pytest.mark.parametrize("wait", ["trio.to_thread.run_sync(time.sleep, 1.0)", "trio.sleep(1.0)"])
 def test_a_client_killed_between_polling_and_reading_blocks_no_other(mountpoint: Path, wait: str) -> None:
     """Its request is taken back and nothing is read. What waits, for a thread or not, goes on all the same."""

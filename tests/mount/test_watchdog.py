@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,19 +12,17 @@ from kept import PAGE, Caller, Kept, copied_package, held, of_package
 from harness import opened, wait_until
 
 SILENT = r"the daemon \d+ of /\S+ has given no sign of life for \S+ s: killing it"
-DISOBEYED = r"the daemon \d+ of /\S+ has not obeyed a signal for \S+ s: killing it"
 
 
 @pytest.fixture
 def impatient(tmp_path: Path) -> tuple[str, ...]:
-    """The command of a ttmfs whose keeper looks every 0.2 s and lets 6 looks pass, or 0.5 s after a signal."""
+    """The command of a ttmfs whose keeper looks every 0.2 s and lets 6 looks pass."""
     package = copied_package(tmp_path / "package")
     for name, changes in {
         "recovery/keeper": {
-            "GRACE_SECONDS = 10.0": "GRACE_SECONDS = 0.5",
             "LOOK_SECONDS, MOST_SILENT = 5.0": "LOOK_SECONDS, MOST_SILENT = 0.2",
         },
-        "daemon/session": {"STATUS_SECONDS = 0.1, 5.0": "STATUS_SECONDS = 0.1, 0.1"},
+        "daemon/keeping": {"REPORT_SECONDS = 5.0": "REPORT_SECONDS = 0.1"},
     }.items():
         file = package / f"ttmfs/{name}.py"
         text = file.read_text()
@@ -63,7 +59,6 @@ def test_c22_a_restart_succeeds_even_if_the_daemon_is_stopped(
         keeper, daemon = mount.keeper, mount.daemon
         os.kill(daemon, signal.SIGSTOP)
         os.kill(keeper, signal.SIGUSR1)
-        mount.wait_for_log(DISOBEYED)
         assert mount.restarts() == 1
         assert mount.keeper == keeper
         assert not mount.said(SILENT)
@@ -76,14 +71,14 @@ def test_sigterm_ends_the_mount_even_if_the_daemon_is_stopped(mountpoint: Path, 
         (mountpoint / "a").mkdir()
         os.kill(mount.daemon, signal.SIGSTOP)
         mount.process.send_signal(signal.SIGTERM)
-        mount.wait_for_log(DISOBEYED)
+        mount.wait_for_log(SILENT)
         mount.ends_with(0)
 
 
 def test_a_slow_daemon_that_serves_is_not_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
     """Stopped again and again for a while, for longer in all than the keeper waits for a sign of life."""
     with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
-        daemon, end = mount.daemon, time.monotonic() + 3
+        daemon, end = mount.daemon, time.monotonic() + 4
         while time.monotonic() < end:
             os.kill(daemon, signal.SIGSTOP)
             time.sleep(0.3)
@@ -98,36 +93,10 @@ def test_a_paused_machine_does_not_get_its_daemon_killed(mountpoint: Path, impat
         daemon, keeper = mount.daemon, mount.keeper
         for process in daemon, keeper:
             os.kill(process, signal.SIGSTOP)
-        time.sleep(2)
+        time.sleep(3)
         for process in keeper, daemon:
             os.kill(process, signal.SIGCONT)
             time.sleep(0.3)
-        assert mount.daemon == daemon
-
-
-TRACER = """
-import ctypes, os, signal, sys
-SEIZE, pid = 0x4206, int(sys.argv[1])
-trace = ctypes.CDLL(None, use_errno=True).ptrace
-if trace(SEIZE, pid, None, None):
-    sys.exit(os.strerror(ctypes.get_errno()))
-os.kill(pid, signal.SIGSTOP)
-print("traced", flush=True)
-sys.stdin.readline()
-"""
-
-
-def test_a_daemon_in_a_debugger_is_not_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
-    with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
-        daemon = mount.daemon
-        with subprocess.Popen(
-            [sys.executable, "-c", TRACER, str(daemon)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as tracer:
-            assert tracer.stdout
-            assert tracer.stdout.readline() == "traced\n"
-            time.sleep(2)
-            tracer.communicate("\n")
-        os.kill(daemon, signal.SIGCONT)
         assert mount.daemon == daemon
 
 
@@ -151,9 +120,9 @@ def test_a_stopped_keeper_delays_no_request(mountpoint: Path, impatient: tuple[s
 def test_the_watchdog_timeout_equals_that_of_the_units() -> None:
     """30 s, of which a sign of life comes several times."""
     root = Path(__file__).resolve().parents[2]
-    keeper, session = ((root / f"ttmfs/{name}.py").read_text() for name in ("recovery/keeper", "daemon/session"))
+    keeper, daemon = ((root / f"ttmfs/{name}.py").read_text() for name in ("recovery/keeper", "daemon/keeping"))
     found = re.search(r"^LOOK_SECONDS, MOST_SILENT = ([\d.]+), (\d+)$", keeper, re.MULTILINE)
-    given = re.search(r"^START_SECONDS, STATUS_SECONDS = [\d.]+, ([\d.]+)$", session, re.MULTILINE)
+    given = re.search(r"^REPORT_SECONDS = ([\d.]+)$", daemon, re.MULTILINE)
     assert found
     assert given
     patience = float(found[1]) * int(found[2])

@@ -9,45 +9,34 @@ another version refuses to take over then, in place of reading wrong numbers.
 import hashlib
 import json
 import os
-import struct
 import sys
 from pathlib import Path
 
-from ttmfs.daemon import service
-from ttmfs.fuse import metrics
-from ttmfs.recovery import keeper
-from ttmfs.recovery.state import FORMAT, HEADER, KEY, LATEST, LONG, NOTES, POINTS, ROWS, State
-from ttmfs.stores.directory import RECORD
+from ttmfs.options import ExitCode
+from ttmfs.recovery import keeper, keeper_client
+from ttmfs.recovery import keeper_protocol as protocol
+from ttmfs.recovery.state import FORMAT, LATEST, NOTES, POINTS, RECORD, STEPPED, Record, State
+from ttmfs.stores.directory import RECORD as DIRECTORY_RECORD
 from ttmfs.stores.private_tmpfs import NAMESPACE
 from ttmfs.stores.store import STORE
 
-HEADER_ENTRIES = {
-    "version": "0.1.0",
-    "page_size": 4096,
-    "backup_size": 1 << 30,
-    "grain": 4096,
-    "temporary": None,
-    "init": "00ff" * 50,
-    "device": "0:77",
-}
-COUNTS = {
-    "restarts": 3,
-    "size": 1 << 40,
-    "memory kills": 17,
-    "unsynced 4294967297": 1,
-    "operation read": 100,
-    "duration 0 read": 2**64 - 1,
-    "error read ENOENT": 5,
-    "page in": 7,
-    "handover": 8,
-    "busy poll hits": 9,
-    "busy poll misses": 10,
-}
+RECORD_FIELDS = Record(
+    version="0.1.0",
+    page_size=4096,
+    backup_size=1 << 30,
+    temporary="/run/ttmfs",
+    init="00ff" * 50,
+    device="0:77",
+    size=1 << 40,
+    unsynced=(5, 4294967297),
+    restarts=3,
+    oom_kills=17,
+)
 REQUEST, DONE = ("drop", 1 << 31 | 5, b"1-1000", 4711), 16 << 20
 NOTED = {0: 0x123456789ABCDEF2, 7: 0xFEDCBA9876543210, NOTES - 2: 0x10}
 WORDS = 'Fatal Python error: Aborted\n\nCurrent thread 0x1 (most recent call first):\n  File "a.py", line 1 in f\n'
 
-FROZEN = {3: "63e441aa0f4f5ec09bdba85bd38ea066fa18de3ebf90015f2295af15f4519963"}
+FROZEN = {4: "a6e96694872fbf55fd2b74fde4fe129bbe5267f6d2711faffb7e1f7aaca92200"}
 """The SHA-256 of what is handed over, by format: of every byte of a state with known content, and of `interface`."""
 
 FIXTURE = Path(__file__).with_name(f"state_format_{FORMAT}.hex")
@@ -56,11 +45,8 @@ FIXTURE = Path(__file__).with_name(f"state_format_{FORMAT}.hex")
 
 def made() -> bytes:
     """A state as this version writes it, with a value in each kind of field."""
-    state = State.new(**HEADER_ENTRIES)
+    state = State.new(RECORD_FIELDS)
     try:
-        for key, count in COUNTS.items():
-            state.set(key, count)
-            state.values[state.at(key) + 1] = count // 2
         for slot, note in NOTED.items():
             state.notes[slot] = note
         with state.progress(*REQUEST) as progress:
@@ -84,15 +70,13 @@ def pieces(content: bytes) -> dict[int, str]:
 def interface() -> str:
     """What else daemon, keeper and the next daemon agree on."""
     agreed = {
-        "sections": [HEADER, ROWS, KEY, 16, NOTES, 8, LONG, 16, LATEST, POINTS],
-        "header": list(HEADER_ENTRIES),
-        "buckets of durations": metrics.BOUNDS,
-        "descriptors": [keeper.CONNECTION, STORE, keeper.STATE, NAMESPACE, RECORD, keeper.STARTS],
-        "note of the starts": service._NOTE.format,
-        "keeper's arguments": keeper._command_line(3, 4, 5, 6, 7, 8.0, "syslog", "/mnt", ["python", "mount.py"])[4:],
-        "environment": [keeper.KEEPER_PID, keeper.KEEPER_CHANNEL, *sorted(keeper._listen_fds(["a"]))],
-        "first descriptor": keeper.FIRST_DESCRIPTOR,
-        "restart": [int(keeper.RESTART), keeper.LEFT],
+        "sections": [RECORD, NOTES, 8, STEPPED, 16, LATEST, POINTS],
+        "descriptors": [protocol.CONNECTION, protocol.STATE, STORE, NAMESPACE, DIRECTORY_RECORD],
+        "descriptors besides": [protocol.KEEPER, protocol.STARTS],
+        "keeper's arguments": keeper_client._words(5, "syslog", ["python", "mount.py"])[4:],
+        "environment": [protocol.KEEPER_PID, protocol.HELD, *sorted(protocol.listen_fds(["a"]))],
+        "first descriptor": protocol.FIRST_DESCRIPTOR,
+        "restart": [int(protocol.RESTART), protocol.LEFT],
     }
     return json.dumps(agreed, indent=1)
 
@@ -106,17 +90,14 @@ def test_a_changed_layout_has_a_new_format() -> None:
 
 
 def test_a_frozen_state_is_read_correctly_field_by_field() -> None:
-    length = HEADER + ROWS * (KEY + 16) + NOTES * 8 + LONG * 16
+    length = RECORD + NOTES * 8 + STEPPED * 16
     fd = os.memfd_create("frozen")
     os.ftruncate(fd, length)
     for line in FIXTURE.read_text().splitlines():
         at, text = line.split()
         os.pwrite(fd, bytes.fromhex(text), int(at))
     state = State(fd)
-    assert state.header == {"format": FORMAT, **HEADER_ENTRIES}
-    assert {key: state.get(key) for key in COUNTS} == COUNTS
-    assert {key: state.values[state.at(key) + 1] for key in COUNTS} == {key: n // 2 for key, n in COUNTS.items()}
-    assert state.keys("unsynced") == ["4294967297"]
+    assert state.record == RECORD_FIELDS
     assert {slot: note for slot, note in enumerate(state.notes) if note} == NOTED
     with state.progress(*REQUEST) as progress:
         assert progress.done == DONE
@@ -125,23 +106,13 @@ def test_a_frozen_state_is_read_correctly_field_by_field() -> None:
     state.close()
 
 
-def test_keeper_arguments_are_read_as_they_are_written() -> None:
-    """A daemon that was started before an upgrade starts the keeper of the version after it."""
-    words = keeper._command_line(3, 4, 5, -1, 7, 8.5, "stderr", "/mnt", ["python", "mount.py"])
-    assert words[4:] == ["3", "4", "5", "-1", "7", "8.5", "stderr", "/mnt", "python", "mount.py"]
-
-
-def test_a_starts_note_of_another_length_is_ignored() -> None:
-    fd = os.memfd_create("starts")
-    try:
-        for length in (0, 5, service._NOTE.size + 1):
-            os.ftruncate(fd, length)
-            assert service._read_note(fd) == (0, 1, 0.0, 0.0)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, struct.pack("<IIdd", 2, 5, 10.0, 99.5), 0)
-        assert service._read_note(fd) == (2, 5, 10.0, 99.5)
-    finally:
-        os.close(fd)
+def test_names_and_statuses_of_the_keeper_equal_those_of_the_package() -> None:
+    """It is run by its path, and imports nothing of it."""
+    assert protocol.STORE == STORE
+    assert {status.name: int(status) for status in keeper.Exit} == {
+        status.name: int(status) for status in ExitCode if status.name in keeper.Exit.__members__
+    }
+    assert protocol.LEFT == ExitCode.LEFT
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,18 @@ import pytest
 from harness import REPOSITORY, wait_until
 from stores import ControlGroup
 from ttmfs.errors import NotSupported
-from ttmfs.recovery.state import FAULT, FORMAT, HEADER, KEY, KILL, LONG, NOTES, POINTS, ROWS, State, identity
+from ttmfs.recovery.state import FAULT, FORMAT, KILL, NOTES, POINTS, RECORD, STEPPED, Record, State, identity
+from ttmfs.stores.store import MOST_UNSYNCED
 
 pytestmark = pytest.mark.serial  # the kernel counts processes killed for want of memory on the whole machine
 
-WHOLE = HEADER + ROWS * (KEY + 16) + NOTES * 8 + LONG * 16
+WHOLE = RECORD + NOTES * 8 + STEPPED * 16
+PLAIN = Record("1", 4096, 1 << 20)
 
 
 @pytest.fixture
 def state() -> Iterator[State]:
-    made = State.new(version="1", page_size=4096)
+    made = State.new(PLAIN)
     yield made
     made.close()
 
@@ -53,38 +56,33 @@ def output(script: str, code: int = 0, **environment: str) -> str:
 
 def test_a_new_state_has_the_size_of_its_layout_and_is_empty(state: State) -> None:
     assert os.fstat(state.fd).st_size == WHOLE
-    assert os.pread(state.fd, WHOLE, HEADER) == bytes(WHOLE - HEADER)
-    assert (len(state.values), len(state.notes)) == (2 * ROWS, NOTES)
+    assert os.pread(state.fd, WHOLE, RECORD) == bytes(WHOLE - RECORD)
+    assert len(state.notes) == NOTES
     assert state.suspects() == {}
     assert state.take_last_words() == ""
 
 
 def test_the_next_state_reads_what_the_previous_one_wrote(state: State) -> None:
-    state.update(init="abcd", device="0:77")
-    state.values[state.at("operation read")] = 2**64 - 1
-    state.values[state.at("operation read") + 1] = 5
-    state.set("restarts", 3)
+    state.update(init="abcd", device="0:77", size=2**63 - 1, unsynced=(1, 2**32), restarts=3)
     state.notes[NOTES - 1] = 2**64 - 16
     found = again(state)
-    assert found.header == state.header
-    assert (found.header["version"], found.header["page_size"], found.header["init"]) == ("1", 4096, "abcd")
-    place = found.at("operation read")
-    assert (found.values[place], found.values[place + 1], found.get("restarts")) == (2**64 - 1, 5, 3)
+    assert found.record == state.record
+    assert found.record == Record(
+        "1", 4096, 1 << 20, init="abcd", device="0:77", size=2**63 - 1, unsynced=(1, 2**32), restarts=3
+    )
     assert found.notes[NOTES - 1] == 2**64 - 16
     found.close()
 
 
-def test_another_mapping_sees_counts_without_a_flush(state: State) -> None:
+def test_another_mapping_sees_notes_without_a_flush(state: State) -> None:
     """So a SIGKILL right after it loses nothing."""
-    place = state.at("operation write")
     found = again(state)
-    state.values[place] += 1
     state.notes[0] = 16
-    assert (found.values[place], found.notes[0]) == (1, 16)
+    assert found.notes[0] == 16
     found.close()
 
 
-def test_counts_survive_a_sigkill_of_the_process(state: State) -> None:
+def test_notes_survive_a_sigkill_of_the_process(state: State) -> None:
     os.set_inheritable(state.fd, True)
     output(
         f"""
@@ -92,88 +90,28 @@ import os, signal
 from ttmfs.recovery.state import State
 state = State({state.fd})
 for number in range(100):
-    state.values[state.at(f"error read E{{number}}")] += number
+    state.update(restarts=number)
 state.notes[7] = 1 << 40
 os.kill(os.getpid(), signal.SIGKILL)
 """,
         code=-signal.SIGKILL,
     )
     found = again(state)
-    assert [found.get(f"error read E{number}") for number in range(100)] == list(range(100))
+    assert found.record.restarts == 99
     assert found.notes[7] == 1 << 40
     found.close()
 
 
-# --- rows ---
+# --- the record ---
 
 
-def test_rows_are_found_by_key_in_any_order(state: State) -> None:
-    keys = [f"operation {name}" for name in ("read", "write", "lookup", "open")]
-    for count, key in enumerate(keys, 1):
-        state.set(key, count)
+def test_the_ids_of_as_many_unsynced_backups_as_the_store_remembers_fit(state: State) -> None:
+    most = tuple(2**32 - 1 - n for n in range(MOST_UNSYNCED))
+    longest = "/run/user/4294967294/" + "x" * 100
+    state.update(init="f" * 208, device="0:1048575", temporary=longest, size=2**63 - 1, unsynced=most)
     found = again(state)
-    found.set("error read EIO", 9)  # of a newer version, which asks for it first
-    assert {key: found.get(key) for key in reversed(keys)} == {key: count for count, key in enumerate(keys, 1)}
-    older = again(state)
-    assert older.get("error read EIO") == 9
-    assert older.keys("operation") == ["lookup", "open", "read", "write"]
-    assert older.keys("error") == ["read EIO"]
-    for other in found, older:
-        other.close()
-
-
-def test_keys_of_the_longest_length_and_with_a_common_prefix_are_distinct(state: State) -> None:
-    keys = ["k" * KEY, "k" * (KEY - 1), "k", "é" * (KEY // 2)]
-    for count, key in enumerate(keys, 1):
-        state.set(key, count)
-    found = again(state)
-    for count, key in enumerate(keys, 1):
-        assert found.get(key) == count
-        assert found.at(key) == 2 * (count - 1), "no second row"
+    assert found.record.unsynced == most
     found.close()
-
-
-def test_reading_an_unset_count_creates_no_row(state: State) -> None:
-    assert state.get("restarts") == 0
-    assert state.keys("restarts") == []
-    assert os.pread(state.fd, KEY, HEADER) == bytes(KEY)
-
-
-def test_a_row_with_an_unfinished_key_is_reused(state: State) -> None:
-    """The daemon was killed while it added it: the first byte is written last."""
-    state.set("one", 1)
-    os.pwrite(state.fd, b"rror read EIO", HEADER + KEY + 1)
-    found = again(state)
-    assert (found.keys("error"), found.get("error read EIO")) == ([], 0)
-    found.set("two", 2)
-    assert found.at("two") == 2
-    third = again(state)
-    assert (third.get("one"), third.get("two")) == (1, 2)
-    assert bytes(os.pread(third.fd, KEY, HEADER + KEY)) == b"two".ljust(KEY, b"\0")
-    for other in found, third:
-        other.close()
-
-
-def test_counts_without_a_free_row_go_to_the_last_row(state: State) -> None:
-    for number in range(ROWS - 1):
-        state.set(f"key {number}", number + 1)
-    spill = 2 * (ROWS - 1)
-    assert state.at("key 1022") == spill - 2, "all rows but the last are given out"
-    for late in "late", "later":
-        assert state.at(late) == spill
-        state.values[state.at(late)] += 1
-    assert state.values[spill] == 2
-    found = again(state)
-    assert [found.get(f"key {number}") for number in range(ROWS - 1)] == list(range(1, ROWS))
-    assert (found.at("late"), found.at("key 0")) == (spill, 0)
-    found.values[found.at("late")] += 1
-    assert state.values[spill] == 3
-    assert found.keys("late") == []
-    assert list(found.notes) == [0] * NOTES, "nothing lies past the rows"
-    found.close()
-
-
-# --- the header ---
 
 
 @pytest.mark.parametrize(
@@ -181,19 +119,20 @@ def test_counts_without_a_free_row_go_to_the_last_row(state: State) -> None:
     [
         (
             b'{"format": %d, "version": "9.9"}' % (FORMAT + 1),
-            rf"ttmfs 9\.9 in format {FORMAT + 1}, and .* {FORMAT} alone",
+            rf"ttmfs 9\.9 left .* in format {FORMAT + 1}, and .* {FORMAT} alone",
         ),
-        (b'{"format": 0, "version": "0.1"}', r"ttmfs 0\.1 in format 0"),
-        (b'{"version": "1"}', "no state of ttmfs"),
-        (b"[1]", "no state of ttmfs"),
-        (b"", "no state of ttmfs"),
-        (b"\x7fELF", "no state of ttmfs"),
-        (b"\xff\xfe\xfd", "no state of ttmfs"),
-        (b'{"format": %d' % FORMAT, "no state of ttmfs"),
+        (b'{"format": 0, "version": "0.1"}', r"ttmfs 0\.1 left .* in format 0"),
+        (b'{"version": "1"}', "not made by ttmfs"),
+        (b"[1]", "not made by ttmfs"),
+        (b"", "not made by ttmfs"),
+        (b"\x7fELF", "not made by ttmfs"),
+        (b"\xff\xfe\xfd", "not made by ttmfs"),
+        (b'{"format": %d' % FORMAT, "not made by ttmfs"),
+        (b'{"format": %d, "version": "1"}' % FORMAT, "not made by ttmfs"),
     ],
 )
 def test_an_unknown_state_is_refused_and_left_unchanged(state: State, header: bytes, says: str) -> None:
-    os.pwrite(state.fd, header.ljust(HEADER, b"\0"), 0)
+    os.pwrite(state.fd, header.ljust(RECORD, b"\0"), 0)
     before = os.pread(state.fd, WHOLE, 0)
     with pytest.raises(NotSupported, match=says):
         State(state.fd)
@@ -210,53 +149,51 @@ def test_a_state_shorter_than_its_format_is_refused_and_left_unchanged(state: St
 def test_a_descriptor_of_something_else_is_refused(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
     try:
-        with pytest.raises(NotSupported, match="no state of ttmfs"):
+        with pytest.raises(NotSupported, match="not made by ttmfs"):
             State(fd)
     finally:
         os.close(fd)
 
 
-def test_a_header_that_does_not_fit_is_refused_and_the_old_one_stays(state: State) -> None:
+def test_a_record_that_does_not_fit_is_refused_and_the_old_one_stays(state: State) -> None:
     with pytest.raises(NotSupported, match="does not fit"):
-        state.update(init="x" * HEADER)
+        state.update(init="x" * RECORD)
     found = again(state)
-    assert found.header == {"format": FORMAT, "version": "1", "page_size": 4096}
+    assert found.record == PLAIN
     found.close()
     state.update(device="0:1")
-    assert state.header["device"] == "0:1"
+    assert state.record.device == "0:1"
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(NotSupported, match="does not fit"):
-        State.new(init="x" * HEADER)
+        State.new(replace(PLAIN, init="x" * RECORD))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_header_fills_its_page_to_the_last_byte(state: State) -> None:
-    state.update(init="")
-    room = HEADER - len(json.dumps(state.header))
+def test_a_record_fills_its_page_to_the_last_byte(state: State) -> None:
+    room = RECORD - len(os.pread(state.fd, RECORD, 0).rstrip(b"\0"))
     state.update(init="x" * room)
     found = again(state)
-    assert found.header["init"] == "x" * room
+    assert found.record.init == "x" * room
     found.close()
 
 
-def test_a_killed_writer_leaves_the_old_or_the_new_header(state: State) -> None:
+def test_a_killed_writer_leaves_the_old_or_the_new_record(state: State) -> None:
     """Two that differ in every part of the page, and a SIGKILL somewhere among thousands of changes."""
     state.update(init="a" * 3000, device="a")
     os.set_inheritable(state.fd, True)
     script = f"""
 from ttmfs.recovery.state import State
 state = State({state.fd})
-state.set("began", 1)
 while True:
     for letter in "ba":
         state.update(init=letter * 3000, device=letter)
-    state.values[state.at("rounds")] += 1
+    state.notes[9] += 1
 """
 
     def rounds() -> int:
         found = again(state)
         try:
-            return found.get("rounds")
+            return int(found.notes[9])
         finally:
             found.close()
 
@@ -268,8 +205,8 @@ while True:
             process.communicate(timeout=10)
         found = again(state)
         found.close()
-        assert found.header["device"] in ("a", "b")
-        assert found.header["init"] == found.header["device"] * 3000
+        assert found.record.device in ("a", "b")
+        assert found.record.init == found.record.device * 3000
 
 
 # --- suspects ---
@@ -426,7 +363,7 @@ def test_different_requests_are_told_apart() -> None:
 
 def test_a_state_can_be_closed_twice_and_frees_its_memory() -> None:
     before = os.listdir("/proc/self/fd")
-    made = State.new()
+    made = State.new(PLAIN)
     made.keep_last_words()
     made.close()
     made.close()
@@ -457,10 +394,10 @@ def test_c22_a_request_continues_where_the_previous_daemon_stopped(state: State)
 
 def test_requests_past_the_progress_table_start_from_the_beginning(state: State) -> None:
     with contextlib.ExitStack() as under_way:
-        many = [under_way.enter_context(state.progress("drop", number)) for number in range(LONG + 10)]
+        many = [under_way.enter_context(state.progress("drop", number)) for number in range(STEPPED + 10)]
         for number, progress in enumerate(many, 1):
             progress.reach(number)
-        assert [progress.done for progress in many] == list(range(1, LONG + 11))
+        assert [progress.done for progress in many] == list(range(1, STEPPED + 11))
     with state.progress("drop", 5) as progress:
         assert progress.done == 0
 
@@ -468,12 +405,12 @@ def test_requests_past_the_progress_table_start_from_the_beginning(state: State)
 def test_progress_of_a_request_that_is_not_repeated_is_forgotten(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttmfs.recovery.state.UNFINISHED_SECONDS", 0.0)
     with contextlib.ExitStack() as killed:
-        for number in range(LONG):
+        for number in range(STEPPED):
             killed.enter_context(state.progress("drop", number)).reach(1)
         later = again(state)
         killed.pop_all()
     with contextlib.ExitStack() as under_way:
-        for number in range(LONG):
+        for number in range(STEPPED):
             assert under_way.enter_context(later.progress("drop", number)).done == 0
     later.close()
 

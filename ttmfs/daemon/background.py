@@ -1,4 +1,4 @@
-"""Becoming the daemon: behind a keeper, and in the background once the mount answers, and not before."""
+"""Becoming the daemon: behind a keeper, and in the background once the mount answers."""
 
 import contextlib
 import faulthandler
@@ -8,19 +8,35 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from ..options import ExitCode, Options
-from ..recovery import keeper
-from ..recovery.keeper import ENDING, STARTS, Keeper
+from ..recovery import keeper_client
+from ..recovery.keeper_client import Keeper
+from ..recovery.keeper_protocol import ENDING, RESTART, send_to_syslog
 from . import inherited
 from .mounting import MountError, is_automounter
-from .service import note_service
 
 __all__ = ["Process", "begin", "prepare"]
 
 FEW_PROCESSES = "ulimit -u and the control group may limit them"
 
+LOG_DAEMON = 3 << 3
 PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+
+
+@dataclass
+class Process:
+    """How this process serves: the previous daemon's descriptors, by the keeper's names, and its keeper."""
+
+    held: dict[str, int]
+    keeper: Keeper | None
+    ready: Callable[[], None]
+    """To be called once requests are answered."""
+    start_keeper: Callable[[], Keeper]
+    """Starts a keeper in place of one of our own that died. Raises OSError."""
+    become_keeper: Callable[[dict[str, int]], NoReturn]
+    """Makes this process, which has no keeper, the keeper of descriptors. It starts the next daemon."""
 
 
 def _priority_of(record: logging.LogRecord) -> int:
@@ -29,7 +45,7 @@ def _priority_of(record: logging.LogRecord) -> int:
 
 
 class _Journal(logging.Formatter):
-    """One line an event, its priority before it, as sd-daemon(3) has it."""
+    """One line an event, with its priority in front, as in sd-daemon(3)."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"<{_priority_of(record)}>" + " | ".join(super().format(record).splitlines())
@@ -42,7 +58,7 @@ def _is_journal() -> bool:
 
 
 def prepare() -> None:
-    """Make this process fit to become a daemon, whatever its caller left it with."""
+    """Prepare this process to become a daemon, whatever its caller left it with."""
     _open_standard_streams()
     handler = logging.StreamHandler()
     handler.setFormatter(_Journal("%(message)s") if _is_journal() else logging.Formatter("mount.py: %(message)s"))
@@ -50,11 +66,11 @@ def prepare() -> None:
     faulthandler.register(signal.SIGUSR2)  # where does it hang? kill -USR2 shows
     for number in ENDING:  # until the session waits for them
         signal.signal(number, signal.default_int_handler)
-    signal.signal(keeper.RESTART, signal.SIG_IGN)
+    signal.signal(RESTART, signal.SIG_IGN)
 
 
 def _open_standard_streams() -> None:
-    """Open those of descriptors 0, 1 and 2 that the caller closed, so that nothing of ours gets their numbers."""
+    """Open those of descriptors 0, 1 and 2 that the caller closed: no other file may get their numbers."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
@@ -62,60 +78,50 @@ def _open_standard_streams() -> None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 # it is kept
 
 
-@dataclass
-class Process:
-    """The process that serves a mount, and its keeper."""
-
-    held: dict[str, int]  # the descriptors that the previous daemon left, by the keeper's names for them
-    keeper: Keeper | None
-    ready: Callable[[], None]  # to be called once requests are answered
-    another_keeper: Callable[[], Keeper]  # replaces a keeper that died; raises OSError
-    become_keeper: Callable[[dict[str, int]], None]
-    """Makes this process, which has no keeper, a keeper that starts the next daemon with these descriptors.
-
-    It does not return.
-    """
-
-
 def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -> Process:
-    """Become what serves: in the background unless in the foreground, and kept by a keeper unless without.
+    """Become the process that serves: in the background if asked to, and behind a keeper if the options say so.
 
-    The process that called exits with 0 if and only if the mount answers; else with the status of the one that serves,
-    which has said why on standard error. In the foreground, with a keeper of our own, it becomes that. A process that a
-    keeper or a service manager with a store of descriptors has started stays what it is.
+    The process that called exits with 0 if and only if the mount answers; else with the status of the process that
+    serves, which has said why on standard error. In the foreground it becomes the keeper, if that is one of our own. A
+    process that a keeper or a service manager started stays what it is.
     """
-    held, kept_by = keeper.inherited(), Keeper.of_environment()
+    held = keeper_client.inherited()
+    started_by = Keeper.found(held)
     inherited.drop_the_callers()
-    if not held:  # else the mount is there, and goes on with what there is
+    if not held:  # else the mount is there, and continues with what there is
         inherited.check_limits()
-    starts, told = held.pop(STARTS, -1), -1
+    told = -1
     log_to = "syslog" if not foreground else "journal" if _is_journal() else "stderr"
-    place = mountpoint if held else os.path.realpath(mountpoint)  # of a mount that is there it would ask: of ourselves
-    command = _command(source, place, options, foreground)
-    about = options.restart_tries, float(options.restart_seconds), log_to, place, command
+    place = mountpoint if held else os.path.realpath(mountpoint)  # of its own mount a daemon must not ask
+    about = log_to, _command(source, place, options, foreground)
     if held and not foreground:
         _log_to_syslog()
-    if not kept_by:
+    if not started_by:
         try:
             if not foreground:
                 told = _detach(alone=not is_automounter(place))
             if options.keeper:
-                keeper.become(*about, ready=told)
-                kept_by, told = Keeper.of_environment(), -1
+                started_by, told = keeper_client.fork_daemon(*about, ready=told), -1
         except OSError as error:
             raise MountError(f"no process can be started: {error.strerror}; {FEW_PROCESSES}", ExitCode.SYSTEM) from None
 
-    def ready() -> None:
-        if starts >= 0:
-            note_service(starts, options.restart_tries, options.restart_seconds)
-        if not foreground:
-            _leave_terminal()
-        if told >= 0:
-            with contextlib.suppress(BrokenPipeError):  # whoever waited was killed; the mount is no worse for it
-                os.write(told, b"\1")
-            os.close(told)
+    return Process(
+        held,
+        started_by,
+        ready=lambda: _tell_ready(told, foreground=foreground),
+        start_keeper=lambda: keeper_client.start_keeper(*about),
+        become_keeper=lambda kept: keeper_client.become_keeper(kept, *about),
+    )
 
-    return Process(held, kept_by, ready, lambda: keeper.another(*about), lambda kept: keeper.become_alone(kept, *about))
+
+def _tell_ready(told: int, *, foreground: bool) -> None:
+    """The mount answers: leave the terminal, and tell the caller."""
+    if not foreground:
+        _leave_terminal()
+    if told >= 0:
+        with contextlib.suppress(BrokenPipeError):  # the caller was killed; the mount serves all the same
+            os.write(told, b"\1")
+        os.close(told)
 
 
 def _command(source: str, mountpoint: str, options: Options, foreground: bool) -> list[str]:
@@ -129,9 +135,9 @@ def _command(source: str, mountpoint: str, options: Options, foreground: bool) -
 
 
 def _detach(*, alone: bool) -> int:
-    """Fork. The parent exits once it is told that the mount answers; the child gets the pipe to tell it by.
+    """Fork. The parent exits once the mount answers; the child gets the pipe on which to tell it.
 
-    It gets a session too, if it is to be `alone`.
+    The child gets a session of its own if it is to be `alone`.
     """
     answer, question = os.pipe()
     child = os.fork()
@@ -164,21 +170,21 @@ def _leave_terminal() -> None:
 
 
 def _end(child: int) -> None:
-    """Make the child unmount, and wait until it has. It may have ended already."""
+    """End the child, and wait until it has unmounted."""
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(child, signal.SIGTERM)
         os.waitpid(child, 0)
 
 
 class _Syslog(logging.Handler):
-    """The log of a daemon in the background. The library's handler would wait for syslog, and stop the mount."""
+    """syslog(3), without waiting. The library's handler would wait for a log that nobody reads."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        keeper.write_to_syslog("ttmfs", _priority_of(record), self.format(record))
+        send_to_syslog(LOG_DAEMON | _priority_of(record), "ttmfs", self.format(record))
 
 
 def _log_to_syslog() -> None:
-    """Send the log to where a daemon's belongs; nowhere while there is no syslog."""
+    """Send the log to syslog; lines are lost while there is none."""
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)

@@ -1,8 +1,8 @@
-"""A connection to the kernel that has ended: whether the filesystem was unmounted, or was cut off while mounted.
+"""Finds out why a connection to the kernel ended: by an unmount, or cut off while it was mounted.
 
-read(2) cannot tell: it fails with ENODEV after an umount, an ``umount -f`` that was refused as busy, and an abort
-through /sys/fs/fuse/connections. But the kernel separates the superblock from the connection before an unmount ends the
-connection (fuse_sb_destroy()). So a notification about the root inode fails with ENOENT only after an unmount.
+read(2) does not tell: it fails with ENODEV after an umount, after an ``umount -f`` that was refused as busy, and after
+an abort through /sys/fs/fuse/connections. But an unmount separates the superblock from the connection before it ends
+the connection (fuse_sb_destroy()). So a notification about the root inode fails with ENOENT only after an unmount.
 
 Concurrency: one task. Nothing here touches the mount.
 """
@@ -22,8 +22,8 @@ INVALIDATE_ROOT = struct.pack("<IiQQqq", 40, 2, 0, 1, -1, 0)
 """The notification that makes the kernel ask for the root's attributes again (FUSE_NOTIFY_INVAL_INODE)."""
 
 FORCED_SECONDS, LOOK_SECONDS = 0.5, 0.05
-"""``umount -f`` cuts the connection first, and unmounts a moment later if nothing is open. How long that may take; the
-interval between two looks. Where it takes longer, the pages are kept."""
+"""``umount -f`` cuts the connection first, and unmounts a moment later if nothing is open. How long that may take, and
+the interval of looks. If it takes longer, the pages are kept."""
 
 
 def has_ended(connection: int) -> bool:
@@ -36,8 +36,8 @@ def has_ended(connection: int) -> bool:
 async def was_cut_off(connection: int, device: str | None) -> bool:
     """Whether the filesystem of a connection that ended is still mounted somewhere.
 
-    `device` is its number, if it is known. No other filesystem has that number while the superblock exists. One that
-    was unmounted lazily counts as unmounted, even if files are still open in it.
+    `device` is its device number, if known. No other filesystem has that number while the superblock exists. A lazy
+    unmount counts as an unmount, even if files are still open.
     """
     end = trio.current_time() + FORCED_SECONDS
     while _has_superblock(connection) and (device is None or is_attached(device)):

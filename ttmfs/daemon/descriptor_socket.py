@@ -1,19 +1,20 @@
-"""A backup's own descriptor for whoever may have it: native speed without root and without /proc.
+"""The socket that gives programs the descriptor of a backup's file: native speed without root and without /proc.
 
-A program connects to the Unix socket that ``.config`` names (SOCK_SEQPACKET), sends the inode number of a backup's
-directory, and is sent an errno, or 0 and the descriptor of the backup's file (SCM_RIGHTS), open to read and to write.
-The kernel says who is at the other end (SO_PEERCRED, SO_PEERGROUPS), as of when he connected. (The socket cannot lie in
-the mount: bound there it would keep it busy. A name without a file would be shut in the daemon's network namespace.)
+A program connects to the Unix socket that ``.config`` names (SOCK_SEQPACKET) and sends the inode number of a backup's
+directory. The answer is an errno, or 0 and the descriptor of the backup's file, open to read and write (SCM_RIGHTS).
+The kernel tells who connected (SO_PEERCRED, SO_PEERGROUPS). The socket does not lie in the mount, since a bound socket
+keeps its mount busy. It has a name in a directory, since an abstract name would not leave the daemon's network
+namespace.
 
-Nobody can send a descriptor here. The thread that receives one must close it, which takes as long as the sender likes:
-a TCP socket can linger. So the kernel is asked to refuse such messages before they are queued (SO_PASSRIGHTS, Linux
-6.16). An older kernel cannot; there the mount has no socket if other users could connect.
+No program can send a descriptor here. The thread that receives a descriptor must close it, which takes as long as the
+sender likes: a TCP socket can linger. So the kernel refuses such messages before they are queued (SO_PASSRIGHTS, Linux
+6.16). On older kernels the mount has no socket if other users could connect.
 
-A descriptor is for those who may read, write and reach the backup by its mode bits. To read alone is not enough: who
-maps the file and reads a hole of it stores a page there (shmem_fault() allocates it), which readers must not. Stores
-whose pages are counted by this process (``store=``, ``uid_size=``) give none out: it would not know what they become.
+A program gets a descriptor if the mode bits let it read, write and reach the backup. The right to read is not enough: a
+program that maps the file and reads a hole stores a page there (shmem_fault() allocates it). Stores whose pages this
+process counts (``store=``, ``uid_size=``) give out none: the process would not know what programs store.
 
-Concurrency: one thread. Nothing is awaited between looking at the mode bits and opening the file.
+Concurrency: one thread. Nothing is awaited between checking the mode bits and opening the file.
 """
 
 import contextlib
@@ -31,16 +32,16 @@ from ..fuse.inodes import backup_of, handle_of
 from ..fuse.permissions import Someone, allows
 from ..model.pool import Pool
 
-__all__ = ["ANSWER", "REQUEST", "Handover"]
+__all__ = ["DescriptorSocket"]
 
-REQUEST, ANSWER = struct.Struct("=Q"), struct.Struct("=i")
-"""The inode number of a backup's directory; 0 or an errno."""
+INODE_NUMBER, ERRNO = struct.Struct("=Q"), struct.Struct("=i")
+"""The message of the program, and of the daemon."""
 
-PATIENCE = 1.0
-"""Seconds for which the daemon waits for a request."""
+REQUEST_SECONDS = 1.0
+"""How long the daemon waits for the program's message."""
 
-AT_ONCE, AT_ONCE_IN_ALL = 8, 64
-"""Connections that one user may have open, and all users: one may have many user ids (subuid(5))."""
+MOST_OF_A_USER, MOST_CONNECTIONS = 8, 64
+"""Open connections of one user, and of all users: one person may have many user ids (subuid(5))."""
 
 RETRY_SECONDS = 0.1
 
@@ -50,11 +51,11 @@ _OVERFLOW_UID = 65534
 _READ_WRITE_REACH = 0o7
 
 
-class Handover:
+class DescriptorSocket:
     """Gives out the descriptors of one mount's backups.
 
-    `owner` mounted it, and it is shown to others besides if `open_to_others`. `count` is told of each descriptor given.
-    OSError if there can be no socket at `path`.
+    `owner` mounted it. Other users see the mount if `open_to_others`. `count` is called for each descriptor given out.
+    Raises OSError if there can be no socket at `path`.
     """
 
     def __init__(self, pool: Pool, path: str, *, owner: int, open_to_others: bool, count: Callable[[], object]) -> None:
@@ -68,9 +69,9 @@ class Handover:
         self.path = path
         with contextlib.suppress(FileExistsError):
             os.mkdir(directory := os.path.dirname(path))
-            os.chmod(directory, 0o755)  # whatever the umask: the socket has a mode of its own
+            os.chmod(directory, 0o755)  # despite the umask; the socket has a mode of its own
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # of a daemon before
+            os.unlink(path)  # of the previous daemon
         _remove_abandoned(os.path.dirname(path))
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -91,7 +92,7 @@ class Handover:
                 while True:
                     try:
                         connection, _ = await listener.accept()
-                    except OSError:  # descriptors have run out, or it has gone again
+                    except OSError:  # no descriptor is free, or the program has gone
                         await trio.sleep(RETRY_SECONDS)
                         continue
                     try:
@@ -99,13 +100,13 @@ class Handover:
                     except OSError:
                         connection.close()
                         continue
-                    if self._connections[peer.uid] < AT_ONCE and self._connections.total() < AT_ONCE_IN_ALL:
+                    if self._connections[peer.uid] < MOST_OF_A_USER and self._connections.total() < MOST_CONNECTIONS:
                         nursery.start_soon(self._answer, connection, peer)
                     else:
                         connection.close()
 
     def close(self) -> None:
-        """Take the socket away, if no other daemon goes on."""
+        """Remove the socket, if no other daemon continues."""
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         self._listener.close()
@@ -113,22 +114,22 @@ class Handover:
     async def _answer(self, connection: trio.socket.SocketType, peer: Someone) -> None:
         self._connections[peer.uid] += 1
         try:
-            with connection, trio.move_on_after(PATIENCE):
-                request = await connection.recv(REQUEST.size + 1)
+            with connection, trio.move_on_after(REQUEST_SECONDS):
+                request = await connection.recv(INODE_NUMBER.size + 1)
                 fd = -1
                 try:
                     fd, number = self._opened(request, peer), 0
-                    self._count()  # before it is given: who has it may ask for the count
+                    self._count()  # before it is given out: the program may read the count then
                 except TtmfsError as error:
                     number = errno_of(error)
                 except OSError as error:
                     number = error.errno or errno.EIO
                 try:
-                    await connection.sendmsg([ANSWER.pack(number)], _rights(fd))
+                    await connection.sendmsg([ERRNO.pack(number)], _rights(fd))
                 finally:
                     if fd >= 0:
                         os.close(fd)
-        except OSError:  # it has gone
+        except OSError:  # the program has gone
             return
         finally:
             self._connections[peer.uid] -= 1
@@ -136,16 +137,16 @@ class Handover:
                 del self._connections[peer.uid]
 
     def _opened(self, request: bytes, peer: Someone) -> int:
-        """A new open file description of a backup's file. OSError for what is refused."""
-        if len(request) != REQUEST.size:
+        """A new open file description of a backup's file. Raises OSError for what is refused."""
+        if len(request) != INODE_NUMBER.size:
             raise OSError(errno.EINVAL, "no inode number")
         if not self._pool.store.shares_files:
             raise OSError(errno.EOPNOTSUPP, "the pages of this store are counted by the daemon")
-        (ino,) = REQUEST.unpack(request)
+        (ino,) = INODE_NUMBER.unpack(request)
         if not backup_of(ino) or handle_of(ino) or ino >> 63:
             raise OSError(errno.EINVAL, "the inode number of no backup")
         if peer.uid == _OVERFLOW_UID and not self._knows_everyone:
-            raise OSError(errno.EACCES, "whoever has no number in this user namespace")
+            raise OSError(errno.EACCES, "the user has no number in this user namespace")
         if not self._reaches(peer):
             raise OSError(errno.EACCES, "the mount is not shown to this user")
         if not allows(self._pool.file(backup_of(ino)).stat(), peer, _READ_WRITE_REACH):
@@ -153,14 +154,14 @@ class Handover:
         return self._pool.files.opened_anew(backup_of(ino))
 
     def _reaches(self, peer: Someone) -> bool:
-        """Whether the mount's root can be passed: as fuse_allow_current_process() and the root's mode bits have it."""
+        """Whether a program may enter the mount, by fuse_allow_current_process() and the root's mode bits."""
         if not self._open_to_others:
             return peer.uid == self._owner
         return allows(self._pool.files.stat(), peer, os.X_OK)
 
 
 def _refuse_descriptors(listener: socket.socket) -> None:
-    """Have the kernel refuse descriptors sent to a listener's connections, which inherit this. Raises OSError."""
+    """Have the kernel refuse descriptors sent to a listener's connections. Raises OSError."""
     try:
         listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
     except OSError as error:
@@ -168,7 +169,7 @@ def _refuse_descriptors(listener: socket.socket) -> None:
 
 
 def _remove_abandoned(directory: str) -> None:
-    """Remove the sockets of daemons that were killed for good. (One that is being replaced makes its own anew.)"""
+    """Remove the sockets of daemons that have no successor. (A daemon that takes over makes its own anew.)"""
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
@@ -186,7 +187,7 @@ def _peer(connection: trio.socket.SocketType) -> Someone:
     except OSError as error:
         if error.errno != errno.ERANGE:
             raise
-        found = b""  # more than fit: it counts as in none, and has .image
+        found = b""  # too many: it counts as in none, and can use .image
     return Someone(uid, frozenset({gid, *struct.unpack(f"={len(found) // 4}I", found)}))
 
 

@@ -1,4 +1,4 @@
-"""What a process inherits from its caller, made fit for a daemon: limits, signals, umask, descriptors, search paths."""
+"""Resets what a daemon inherits from its caller: limits, signals, umask, descriptors, search paths."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ UNLIMITED = resource.RLIM_INFINITY
 LEAST_FILES, LEAST_MEMORY = 256, 4 << 30
 """Half of the descriptors are for backups. The daemon has 22 of its own, and had 41 more while 9,000 reads waited.
 
-The memory is the stacks of all threads that may wait (300 of 8 MiB), the writes that wait (0.5 GiB), and the program.
+The memory is for the stacks of all threads that may wait (300 of 8 MiB), pending writes (0.5 GiB), and the program.
 """
 
 LIMITS = (
@@ -23,7 +23,7 @@ LIMITS = (
     (resource.RLIMIT_DATA, "RLIMIT_DATA", "-d", LEAST_MEMORY),
     (resource.RLIMIT_CPU, "RLIMIT_CPU", "-t", UNLIMITED),  # the kernel kills the daemon at the end of it
 )
-"""The limits that break a daemon: number, name, option of ulimit, and the least hard limit with which it works."""
+"""The limits that can break a daemon: number, name, option of ulimit, and the least hard limit that it works with."""
 
 
 def raise_limits() -> None:
@@ -47,21 +47,21 @@ def check_limits() -> None:
 
 
 def drop_the_callers() -> None:
-    """Drop what the caller left beside the standard streams, before this process has anything of its own.
+    """Reset signals, umask and search paths, and close the caller's descriptors except the standard streams.
 
-    The caller's descriptors go: a lock or a pipe of a script must not last as long as the mount. Those that a keeper
-    passed are not inheritable any more. Paths to search become absolute: a later daemon starts in another directory.
+    A lock or a pipe of a script must not last as long as the mount. Descriptors from a keeper are no longer
+    inheritable, and stay. Search paths become absolute, because a later daemon starts in another directory.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, the status of every child would be 0
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.umask(0o077)  # what is for others gets its mode explicitly
+    os.umask(0o077)  # files for other users get their mode explicitly
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
         try:
             if fd > 2 and os.get_inheritable(fd):
                 os.close(fd)
         except OSError:
-            pass  # that of the listing itself
+            pass  # the listing's own
     for name in "PYTHONPATH", "LD_LIBRARY_PATH":
         if paths := os.environ.get(name):
             os.environ[name] = ":".join(map(os.path.abspath, paths.split(":")))

@@ -1,4 +1,4 @@
-"""Mounting and unmounting by fusermount3, for root and users alike, and what stands in the way at a mount point."""
+"""Mounts and unmounts by fusermount3, for root and users alike, and checks mount points."""
 
 import contextlib
 import errno
@@ -32,11 +32,11 @@ ANSWER_SECONDS = 10.0
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 NEEDED = (PACKAGE, os.path.realpath(sys.executable), sys.prefix, "/dev", "/usr/bin")
-"""What must not be hidden by a mount: the daemons to come are started from there."""
+"""What a mount must not hide: later daemons are started from there."""
 
 
 class MountError(Exception):
-    """The mount cannot be had. The text is for the user's eyes; `code` is how the program should exit."""
+    """Mounting failed. The text is for the user; `code` is the exit status."""
 
     def __init__(self, text: str, code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(text)
@@ -46,7 +46,7 @@ class MountError(Exception):
 def checked_mountpoint(path: str) -> str:
     """The real path of a directory to mount on."""
     try:
-        os.statvfs(path)  # unlike stat(2) it asks whoever serves what is mounted there, so it finds a dead mount
+        os.statvfs(path)  # unlike stat(2) it asks the filesystem that is mounted there, so it finds a dead mount
         if not stat.S_ISDIR(os.stat(path).st_mode):
             raise MountError(f"{path} is no directory; give an empty one")
         real = os.path.realpath(path)
@@ -66,7 +66,7 @@ def checked_mountpoint(path: str) -> str:
 
 
 def warn_of_hiding(mountpoint: str) -> None:
-    """Say what a mount hides as long as it lasts: as with mount(8) it is no error, but seldom meant."""
+    """Log what a mount hides. As for mount(8) it is no error, but it is seldom meant."""
     found = mounted_at(mountpoint)
     if found and found.type == TYPE:
         log.warning("another ttmfs is mounted at %s already: it is hidden until this one is unmounted", mountpoint)
@@ -77,9 +77,9 @@ def warn_of_hiding(mountpoint: str) -> None:
 
 
 def mount(source: str, mountpoint: str, options: Options) -> int:
-    """Let fusermount3 mount, and take the connection from it. It passes it over the socket of _FUSE_COMMFD."""
+    """Mount by fusermount3. The connection, which it passes over the socket of _FUSE_COMMFD."""
     words = [f"fsname={escaped(source or 'none')}", "subtype=ttmfs"]
-    if options.allow_other or os.geteuid():  # else root alone is let in, whom no mode bits hold up (Operations.access)
+    if options.allow_other or os.geteuid():  # else only root gets in, whom mode bits do not stop (Operations.access)
         words.append("default_permissions")  # costs a round trip for a directory's attributes after each change of it
     words += ["allow_other"] * options.allow_other + ["ro"] * options.ro + [*options.kernel]
     here, there = socket.socketpair()
@@ -105,7 +105,7 @@ def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess
         return subprocess.run(
             [FUSERMOUNT, *arguments], env=environment, pass_fds=keep, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS, check=False,
-            start_new_session=not is_automounter(arguments[-1]),  # a Ctrl-C is for us
+            start_new_session=not is_automounter(arguments[-1]),  # Ctrl-C reaches only this process
         )  # fmt: skip
     except FileNotFoundError:
         raise MountError(f"{FUSERMOUNT} is not installed; install the package fuse3", ExitCode.SYSTEM) from None
@@ -116,17 +116,17 @@ def _fusermount(arguments: list[str], channel: int | None = None) -> "subprocess
 
 
 def is_automounter(mountpoint: str) -> bool:
-    """Whether this process mounts for an automounter that waits for just that.
+    """Whether an automounter waits for this mount.
 
-    The kernel lets the automounter's process group past an autofs and has everyone else wait until the mount is there,
-    so who mounts must stay in that group, up to the last child. (autofs_oz_mode(); systemd: x-systemd.automount)
+    The kernel lets only the automounter's process group pass an autofs until the mount is there. So every process that
+    mounts must stay in that group. (autofs_oz_mode(); systemd: x-systemd.automount)
     """
     found = mounted_at(mountpoint)
     return found is not None and found.type == "autofs" and f"pgrp={os.getpgrp()}" in found.options
 
 
 def is_dead(mountpoint: str) -> bool:
-    """Whether no one serves the ttmfs at a path. Only for whoever has no connection to it: else it would be himself."""
+    """Whether the ttmfs at a path has no server. The process that serves it must not ask: it would wait for itself."""
     if (what := mounted_at(mountpoint)) and what.type == TYPE:
         try:
             os.statvfs(mountpoint)
@@ -136,12 +136,12 @@ def is_dead(mountpoint: str) -> bool:
 
 
 def device_at(mountpoint: str) -> str | None:
-    """The device number of what is mounted topmost at a path, without touching it; None if nothing is."""
+    """The device number of the topmost mount at a path, without touching it; None if there is none."""
     return found.device if (found := mounted_at(mountpoint)) else None
 
 
 def unmount(mountpoint: str) -> None:
-    """Take the mount out of the tree, also while it is in use (lazily)."""
+    """Unmount lazily, so also while the mount is in use."""
     try:
         result = _fusermount(["-u", "-z", "--", mountpoint])
     except MountError as error:

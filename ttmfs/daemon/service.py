@@ -1,21 +1,20 @@
-"""What a service manager starts in place of ``mount.py``: it counts the starts that fail, waits when too many did.
+"""The program that a systemd unit starts instead of ``mount.py``. It counts failed starts and stops trying in time.
 
 ::
 
     ttmfs-service ARGUMENTS OF mount.py... MOUNTPOINT
 
-A unit that fails loses the descriptors that are kept for it, and so every page; one whose starts are limited fails in
-the end; and one without a limit tries for ever, while every client hangs. So the unit has no limit, and this program
-runs before each daemon. It
+A unit that fails loses its stored descriptors, and with them every page. A unit with a start limit fails in the end,
+and one without a limit tries without end while every client hangs. So the unit has no limit, and this program
 
-- becomes ``mount.py``, a little later after each start in a row that failed. How many did is noted in a memfd that is
-  kept with the rest, by the name of STARTS; a daemon that serves writes it anew;
-- when they are too many (``restart_tries=``, ``restart_seconds=`` of the last daemon that served), closes the
-  connection, of which the kernel makes errors for all who wait, and lives on, with the pages, as a unit that is well:
-  its status says how to get them out. A restart has it try again, a stop lets the pages go;
-- ends with NOT_AGAIN, for which the unit starts no other, after a first start that failed: there is nothing to lose.
+- becomes ``mount.py``, after a delay that grows with each start in a row that failed. It counts starts in an eventfd
+  named STARTS among the stored descriptors. A daemon that serves has the manager drop it;
+- after MOST_FAILED_STARTS closes the connection, so that waiting clients get an error, and stays as an active unit that
+  holds the pages. Its status says how to copy them out. A restart kills it, and the next one tries again. A stop
+  releases the pages;
+- ends with NOT_AGAIN if the first start failed: nothing is lost, and the unit is not started again.
 
-It imports as little as can be, and nothing that a broken upgrade is likely to break.
+It imports as little as possible, so that a broken upgrade is unlikely to break it.
 """
 
 import contextlib
@@ -23,14 +22,13 @@ import errno
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import time
 
-from ..recovery.keeper import CONNECTION, LEFT, RESTART, STARTS, STATE, Keeper, inherited
+from ..recovery.keeper_client import Keeper, inherited
+from ..recovery.keeper_protocol import CONNECTION, MOST_FAILED_STARTS, STARTS, STATE
 
-__all__ = ["main", "note_service"]
+__all__ = ["main"]
 
 NOT_AGAIN = 69
 """EX_UNAVAILABLE of sysexits.h. The units name it in RestartPreventExitStatus=."""
@@ -38,54 +36,43 @@ NOT_AGAIN = 69
 FIRST_DELAY, LONGEST_DELAY = 0.2, 3.0
 UNMOUNT_SECONDS = 10.0
 COMM = "ttmfs-keeper"
-"""Its name while it holds pages, by which ``ttmfs rescue MOUNTPOINT`` finds it."""
-
-_NOTE = struct.Struct("<IIdd")
-"""Starts since a daemon served; how many and how many seconds may pass until they are too many; when the first was."""
-
-
-def note_service(starts: int, tries: int, seconds: float) -> None:
-    """Note in the memfd of STARTS that a daemon serves."""
-    os.pwrite(starts, _NOTE.pack(0, tries, seconds, 0.0), 0)
+"""The name of this process while it holds pages. ``ttmfs rescue MOUNTPOINT`` looks for it."""
 
 
 def main() -> int:
-    """Become the daemon, or hold what daemons left."""
-    words = sys.argv[1:]
-    manager = Keeper.of_environment()
-    if not manager or not words:
-        sys.stderr.write(
-            "ttmfs-service: it is for units of a service manager with a store of descriptors; run mount.py\n"
-        )
-        return 1
+    """Become the daemon, or hold the pages of the last one."""
+    words, environment = sys.argv[1:], dict(os.environ)
     held = inherited()
-    if STARTS not in held:
-        held[STARTS] = os.memfd_create("ttmfs-starts")
-        os.pwrite(held[STARTS], _NOTE.pack(0, 1, 0.0, 0.0), 0)
-        manager.keep({STARTS: held[STARTS]})
-    failed, tries, seconds, since = _read_note(held[STARTS])
-    now = time.monotonic()
-    since = since or now
+    manager = Keeper.found(held)
+    if not manager or not words:
+        sys.stderr.write("ttmfs-service: only for units of a service manager that stores descriptors; run mount.py\n")
+        return 1
+    if (starts := held.get(STARTS, -1)) < 0:
+        starts = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        manager.keep({STARTS: starts})
+    failed = _count_of(starts)
     if failed and STATE not in held:
         sys.stderr.write("<3>ttmfs-service: not tried again: nothing was mounted, see above for the reason\n")
         return NOT_AGAIN
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, RESTART})
-    if STATE in held and (failed >= tries or (failed and now > since + seconds)):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if failed >= MOST_FAILED_STARTS:
         return _hold(manager, held, words[-1], failed)
-    os.pwrite(held[STARTS], _NOTE.pack(failed + 1, tries, seconds, since), 0)
+    os.eventfd_write(starts, failed + 1)
     if failed and signal.sigtimedwait({signal.SIGTERM}, min(LONGEST_DELAY, FIRST_DELAY * 2 ** (failed - 1))):
         return _let_go(manager, held, words[-1])
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, RESTART})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     program = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "mount.py")
     try:
-        os.execve(program, [program, "-f", *words], manager.environment(held))
+        for fd in held.values():
+            os.set_inheritable(fd, True)  # again; LISTEN_PID is right, since this process stays
+        os.execve(program, [program, "-f", *words], environment)
     except OSError as error:
         sys.stderr.write(f"<3>ttmfs-service: {program}: {error.strerror}; install ttmfs again\n")
         return 4
 
 
 def _hold(manager: Keeper, held: "dict[str, int]", mountpoint: str, failed: int) -> int:
-    """Make the mountpoint dead, and hold the pages until someone decides."""
+    """Disconnect the mount point, and hold the pages until someone restarts or stops the unit."""
     with open("/proc/self/comm", "w") as name:
         name.write(COMM)
     _disconnect(manager, held)
@@ -97,37 +84,27 @@ def _hold(manager: Keeper, held: "dict[str, int]", mountpoint: str, failed: int)
     sys.stderr.write(f"<2>ttmfs-service: {text}\n")
     sys.stderr.flush()
     manager.tell("READY=1", f"STATUS={text}")
-    while True:
-        came = signal.sigtimedwait({signal.SIGTERM, RESTART}, manager.watchdog or 3600)
-        if came is None:
-            manager.tell("WATCHDOG=1")
-        elif came.si_signo == RESTART:
-            note_service(held[STARTS], *_limits(held))
-            return LEFT
-        else:
-            return _let_go(manager, held, mountpoint)
+    while not signal.sigtimedwait({signal.SIGTERM}, manager.watchdog or 3600):
+        manager.tell("WATCHDOG=1")
+    return _let_go(manager, held, mountpoint)
 
 
-def _read_note(starts: int) -> "tuple[int, int, float, float]":
-    """What is noted in the memfd of STARTS; as at the first start if another version noted it in another way."""
-    found = os.pread(starts, _NOTE.size + 1, 0)
-    return _NOTE.unpack(found) if len(found) == _NOTE.size else (0, 1, 0.0, 0.0)
-
-
-def _limits(held: "dict[str, int]") -> "tuple[int, float]":
-    _, tries, seconds, _ = _read_note(held[STARTS])
-    return tries, seconds
+def _count_of(starts: int) -> int:
+    """How many starts have failed. Sets the count to 0, so that after giving up another try begins anew."""
+    with contextlib.suppress(BlockingIOError):
+        return os.eventfd_read(starts)
+    return 0
 
 
 def _disconnect(manager: Keeper, held: "dict[str, int]") -> None:
-    """Close the connection wherever it is kept."""
+    """Close the connection here and in the manager's store."""
     if CONNECTION in held:
         os.close(held.pop(CONNECTION))
     manager.tell("FDSTOREREMOVE=1", f"FDNAME={CONNECTION}")
 
 
 def _let_go(manager: Keeper, held: "dict[str, int]", mountpoint: str) -> int:
-    """Take the dead mount away. The pages go with this process."""
+    """Unmount the dead mount. The pages are released when this process ends."""
     manager.tell("STOPPING=1")
     _disconnect(manager, held)
     try:

@@ -24,6 +24,7 @@ import trio
 __all__ = ["BusyPoll"]
 
 FIRST_WINDOW = 50_000  # ns
+HITS, MISSES = 0, 2  # where the counts are
 
 LOST, PAUSE, LONGEST_PAUSE = 300_000, 5_000_000, 160_000_000
 """In ns. An iteration this late means that the process was preempted; polling stops for PAUSE, doubled each time that
@@ -43,8 +44,8 @@ class BusyPoll:
     """Waits for a connection to become readable. Times are ns.
 
     `asleep` waits for that asleep; it gives False if the loop is to end. `longest` bounds the window. `under_way` tells
-    whether requests are in flight that wait. `values` counts the waits by polling that found a request at `hits`, and
-    those that found none at `misses`, each followed by its time. SIGALRM must be handled by `alarm`.
+    whether requests are in flight that wait. `counts` has how many waits by polling found a request and their
+    time, and how many found none and their time. SIGALRM must be handled by `alarm`.
     """
 
     def __init__(
@@ -53,30 +54,26 @@ class BusyPoll:
         asleep: Callable[[], Awaitable[bool]],
         longest: int,
         under_way: Callable[[], object],
-        values: "memoryview[int]",
-        hits: int,
-        misses: int,
+        counts: list[int],
     ) -> None:
         self._asleep = asleep
         self._longest = longest
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
         self._under_way = under_way
-        self._values, self._hits, self._misses = values, hits, misses
+        self._counts = counts
         self._window = 0
         self._turn_began = self._idle_since = self._paused_until = self._paused_for = 0
         self._quick = 0  # how often wait() may still return at once
         self._yielding = False  # whether a task that polls lets others run just now
         self._alarm_in = 0.0  # seconds for which the timer was set; 0: it is not
-        self.called = False
 
     async def wait(self) -> bool:
         """Until a request can be read: True. False if the loop is to end."""
         if self._quick and not self._under_way() and self._readable.poll(0):
             self._quick -= 1
-            self._values[self._hits] += 1
+            self._counts[HITS] += 1
             return True
-        self.called = True
         if not self._yielding:
             now, others = time.perf_counter_ns(), self._under_way()
             if now > self._turn_began + (SHORT_TURN if others else TURN):
@@ -101,20 +98,20 @@ class BusyPoll:
             if now > end + LOST:
                 self._pause(now)
             if found:
-                self._count(self._hits, now)
+                self._count(HITS, now)
                 self._quick = QUICK
                 return True
             if now >= end:
                 break
             give_way()
         if end > self._idle_since:
-            self._count(self._misses, now)
+            self._count(MISSES, now)
         return False
 
-    def _count(self, found: int, now: int) -> None:
+    def _count(self, what: int, now: int) -> None:
         """Count a wait by polling that ends now."""
-        self._values[found] += 1
-        self._values[found + 1] += now - self._idle_since
+        self._counts[what] += 1
+        self._counts[what + 1] += now - self._idle_since
 
     def _pause(self, now: int) -> None:
         """Poll no more for a while."""

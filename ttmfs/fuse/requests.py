@@ -25,7 +25,7 @@ from ..model.pool import NAME_MAX
 from ..recovery.state import LATEST, POINTS, State, identity
 from ..stores.blocking_io import FileLocks
 from .inodes import backup_of
-from .metrics import Metrics
+from .metrics import BUCKET_OF_LENGTH, TOTAL_NS, Metrics
 from .refusals import Refusals
 
 __all__ = ["Requests", "handles_request"]
@@ -75,9 +75,9 @@ def handles_request(handler: Handler) -> Callable[..., Coroutine[Any, Any, Any]]
         finally:
             if suspects:
                 requests.acquit(note)
-            values, (total, buckets), took = metrics.values, metrics.durations[name], clock() - start
-            values[total] += took
-            values[buckets[took.bit_length()]] += 1
+            counts, took = metrics.durations[name], clock() - start
+            counts[BUCKET_OF_LENGTH[took.bit_length()]] += 1
+            counts[TOTAL_NS] += took
             if requests.debug:
                 log.debug("%s%s", name, _brief(name, arguments))
 
@@ -139,7 +139,7 @@ class Requests:
     def failed(self, operation: str, error: Exception, arguments: Sequence[Any] = ()) -> int:
         """The errno of a request that failed, counted, and logged if someone should look at it."""
         number = errno_of(error) if isinstance(error, TtmfsError) else errno.EIO
-        self.metrics.count_error(operation, number)
+        self.metrics.errors[operation, number] += 1
         if not isinstance(error, TtmfsError):
             *_, (frame, line) = traceback.walk_tb(error.__traceback__)
             if self._is_first(operation, frame.f_code, line):
@@ -167,7 +167,7 @@ class Requests:
             self.suspects.clear()
         score = self.suspects.get(request, 0)
         if score >= CONDEMNED:
-            self.metrics.count_error(operation, errno.EIO)
+            self.metrics.errors[operation, errno.EIO] += 1
             if self._is_first(operation, request):
                 log.error(
                     "a request for %s is refused: the daemons died that carried it out. Its caller gets EIO", operation

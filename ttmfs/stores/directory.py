@@ -233,7 +233,7 @@ class Directory(Store):
         if size < self._counts.total * self.page_size:
             raise InvalidArgument(f"the budget cannot be {size} bytes: more is stored")
         self._budget = size
-        self.remember("size", size)
+        self.remember(size=size)
 
     # --- the end ---
 

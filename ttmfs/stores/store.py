@@ -31,6 +31,9 @@ __all__ = ["STORE", "Store", "check_filesystem"]
 STORE = "store"
 """The name under which a keeper holds the descriptor of the directory."""
 
+MOST_UNSYNCED = 200
+"""Ids of backups whose fsync failed that fit into the record of the mount's state."""
+
 
 class Store(ABC):
     """A directory of backups' files. Owns its descriptors; :meth:`close` gives them up."""
@@ -52,7 +55,7 @@ class Store(ABC):
         self.blocking_io = BlockingIO()
         self.swap = Swap()
         self.files = BackupFiles(directory, self)
-        self.remember: Callable[[str, int], object] = lambda _, __: None
+        self.remember: Callable[..., object] = lambda **_: None
         """Called with a key and a number that the next daemon must know."""
         self._failed = set(failed)
         self._reserve = Reserve(options.reserve) if self.in_memory else None
@@ -233,7 +236,7 @@ class Store(ABC):
         except OSError as error:
             if id is not None:
                 self._failed.add(id)
-                self.remember(f"unsynced {id}", 1)
+                self.remember(unsynced=sorted(self._failed)[:MOST_UNSYNCED])
             raise from_os_error(error, "syncing a backup") from error
 
 

@@ -1,0 +1,71 @@
+"""What a keeper, its daemons and the service program agree on: names, numbers, and how descriptors are passed.
+
+The protocol is sd_notify(3)'s. A daemon sends datagrams of lines:
+
+- ``FDSTORE=1`` and ``FDNAME=`` with a descriptor: hold this. ``FDSTOREREMOVE=1`` and ``FDNAME=``: close it.
+- ``READY=1``: it serves. ``WATCHDOG=1``: it still serves. ``STOPPING=1``: it ends on purpose.
+- ``BARRIER=1`` with a pipe: close it once all messages before were handled. Our own keeper writes a byte to it first,
+  since a keeper that dies closes it as well.
+
+A process that is started with descriptors finds them from 3 on (``LISTEN_PID``, ``LISTEN_FDS``, ``LISTEN_FDNAMES``).
+
+The keeper imports this module by its path, so it imports only the standard library.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+
+CONNECTION, STATE, STORE = "fuse", "state", "store"
+"""Names of the descriptors that the next daemon needs. ttmfs.stores.store names STORE and those beside it."""
+
+KEEPER = "keeper"
+"""The daemon's end of the socket pair to its keeper, among the descriptors that a daemon is started with."""
+
+STARTS = "failed-starts"
+"""An eventfd in a service manager's store: how many starts failed in a row. Only ttmfs.daemon.service uses it."""
+
+RESTART = signal.SIGUSR1
+"""The signal that makes a keeper replace its daemon, or try again after giving up."""
+
+LEFT = 75
+"""The exit status of a daemon whose connection was cut off: it leaves the pages to another (EX_TEMPFAIL)."""
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+MOST_FAILED_STARTS, MOST_SECONDS_DOWN = 5, 30.0
+"""When to give up: after this many failed starts in a row, or this long without a daemon that serves."""
+
+FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+MOST_DESCRIPTORS = 16
+
+KEEPER_PID, HELD = "TTMFS_KEEPER_PID", "TTMFS_HELD"
+"""Environment variables: for a daemon, its keeper's process id; for a keeper, its descriptors as NAME=FD words."""
+
+SYSLOG = "/dev/log"
+
+
+def listen_fds(names: "list[str]") -> "dict[str, str]":
+    """The environment that tells this process, or a program that it executes, which descriptors it was passed."""
+    return {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(names)), "LISTEN_FDNAMES": ":".join(names)}
+
+
+def move_descriptors(descriptors: "list[int]") -> None:
+    """Move descriptors to the numbers from FIRST_DESCRIPTOR on, inheritable, and close all others above."""
+    unused = FIRST_DESCRIPTOR + MOST_DESCRIPTORS + 1 + max([0, *descriptors])
+    for number, fd in enumerate(descriptors):  # a number below may be in use by another of them
+        os.dup2(fd, unused + number)
+    for number in range(len(descriptors)):
+        os.dup2(unused + number, FIRST_DESCRIPTOR + number)
+    os.closerange(FIRST_DESCRIPTOR + len(descriptors), unused + len(descriptors))
+
+
+def send_to_syslog(priority: int, name: str, text: str) -> None:
+    """Send one line to syslog(3) without waiting. It is lost if the log does not take it: no log may stop the mount."""
+    message = f"<{priority}>{name}[{os.getpid()}]: {text}\0".encode(
+        errors="backslashreplace"
+    )  # names need not be UTF-8
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as log:
+        log.connect(SYSLOG)
+        log.send(message)
