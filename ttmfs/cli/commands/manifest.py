@@ -22,7 +22,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
@@ -250,10 +250,10 @@ def copy(
 ) -> None:
     """Read the pages of each chunk, verify its SHA-256, if known, write the pages, and add the chunk to a copy.
 
-    Leaves pages that are there, if `has` says so. Raises CommandError at a damaged chunk, and does not write it.
+    Skips a chunk that the target `has`. Raises CommandError at a damaged chunk, and does not write it.
     """
 
-    def work(chunk: Chunk, pages: Pages | None) -> tuple[Chunk, Pages | None]:
+    def copied(chunk: Chunk, pages: Pages | None) -> Item:
         if has and has(chunk):
             return chunk, None
         found, pages = read(chunk) if pages is None else (chunk.hashed(pages), pages)
@@ -268,22 +268,25 @@ def copy(
     page_size, total, _ = writer.header
     if isinstance(items, list):
         total = sum(chunk.pages for chunk, _ in items) * page_size
-    waiting = deque[Future[tuple[Chunk, Pages | None]]]()
-    with (
-        ProgressBar(label, total) as progress,
-        ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)))) as threads,
-    ):
+    with ProgressBar(label, total) as progress, contextlib.closing(_in_threads(copied, items)) as results:
+        for chunk, pages in results:
+            writer.add(chunk, pages)
+            progress.advance(chunk.pages * page_size)
+    writer.end()
+
+
+def _in_threads(work: Callable[[Chunk, Pages | None], Item], items: Iterable[Item]) -> Generator[Item, None, None]:
+    """Do work on each item in threads. Yield the results in the order of the items."""
+    waiting = deque[Future[Item]]()
+    with ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)))) as threads:
         try:
             for item in itertools.chain(items, itertools.repeat(None, 2 * THREADS)):
                 if item:
                     waiting.append(threads.submit(work, *item))
                 if waiting and (not item or len(waiting) == 2 * THREADS):
-                    found, pages = waiting.popleft().result()
-                    writer.add(found, pages)
-                    progress.advance(found.pages * page_size)
+                    yield waiting.popleft().result()
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
-    writer.end()
 
 
 def report(arguments: argparse.Namespace, verb: str, writer: Writer, output: TextIO) -> None:

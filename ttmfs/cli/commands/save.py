@@ -25,10 +25,16 @@ from .mounts import backup_at
 __all__ = ["COMMANDS"]
 
 
+def _file_name(text: str) -> Path:
+    if os.path.basename(text) in ("", "."):
+        raise argparse.ArgumentTypeError(f"{text!r} is the name of a directory: add the name of the file to make")
+    return Path(text)
+
+
 def _add_save(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backup", metavar="MNT/NAME", help="the backup")
     parser.add_argument(
-        "file", metavar="FILE", type=Path, help="the file to make; - writes a stream to standard output"
+        "file", metavar="FILE", type=_file_name, help="the file to make; - writes a stream to standard output"
     )
     parser.add_argument("-f", "--force", action="store_true", help="replace FILE when the new one is complete")
     parser.add_argument("--json", action="store_true", help="report in JSON")
@@ -86,7 +92,7 @@ def _save_to_file(
         os.ftruncate(manifest, 0)
         write_all(manifest, b"".join(writer.lines), 0)
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-        # Other users may do with FILE what they may do with the backup.
+        # Other users get the rights that they have on the backup.
         allowed = 0o066 if os.fstat(file).st_gid == before.st_gid else 0o006
         for fd in file, manifest:
             with contextlib.suppress(PermissionError):  # a filesystem without modes
@@ -125,7 +131,7 @@ def _opened(path: Path, directory: int, stack: contextlib.ExitStack) -> int:
 
 
 def _clear_gaps(file: int, header: Header, items: list[Item]) -> bool:
-    """Give a file its size, and remove what an earlier save left between the pages. Whether it left anything."""
+    """Give a file its size, and clear what an earlier save left between the pages. Returns whether it left anything."""
     has_data = os.fstat(file).st_size > 0
     os.ftruncate(file, header.size)
     edges = [edge * header.page_size for chunk, _ in items for run in chunk.runs for edge in run]
