@@ -174,7 +174,7 @@ def test_create_continues_after_a_backup_that_fails(mnt: Path, tmp_path: Path) -
     text = ttmfs("create", tmp_path / "x", mnt / "a", mnt / "a", "/nowhere/x", code=1)
     assert (mnt / "a").is_dir()
     assert not (tmp_path / "x").exists(), "where no ttmfs is mounted it makes no directory"
-    assert "is no mount of ttmfs" in text
+    assert "is not a mount of ttmfs" in text
     assert "File exists" in text
     assert len(text.splitlines()) == 3
     assert "at most" in ttmfs("create", "-s", "4t", mnt / "b", code=2)
@@ -247,7 +247,7 @@ def test_errors_and_usage_quote_strange_names(words: str) -> None:
 def test_a_path_outside_of_any_mount_is_reported_in_one_line(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     text = ttmfs("ls", tmp_path, mnt, "/nowhere", code=1)
-    assert f"ttmfs ls: {tmp_path} is no mount of ttmfs, and no backup" in text
+    assert f"ttmfs ls: {tmp_path} is not a mount of ttmfs, nor a backup" in text
     assert "/nowhere: No such file or directory" in text
     assert " a\n" in text
     for command in "map", "writeback", "fini", "save", "load", "fd":
@@ -349,14 +349,19 @@ def test_save_replaces_only_regular_files(mnt: Path, tmp_path: Path) -> None:
     before = names(tmp_path)
     for name in before:
         assert "is not a regular file" in ttmfs("save", "-f", mnt / "a", tmp_path / name, code=2)
-    assert names(tmp_path) == before
+    (tmp_path / "file").write_text("kept")
+    for name in "file/", "new/", "new/.":
+        why = ttmfs("save", "-f", mnt / "a", f"{tmp_path}/{name}", code=2, cwd=REPOSITORY)
+        assert f"{name}' is the name of a directory: add the name of the file to make" in why
+    assert {*names(tmp_path)} == {*before, "file"}
+    assert (tmp_path / "file").read_text() == "kept"
     assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
 
 
 def test_contradictory_arguments_are_refused(mnt: Path, tmp_path: Path) -> None:
     (mnt / "a").mkdir()
     for words, why in (
-        ("ls --watch=abc", "'abc' is no number of seconds, and no path"),
+        ("ls --watch=abc", "'abc' is neither a number of seconds nor a path"),
         (f"map --json -o {tmp_path}/a.png {mnt}/a", "give one of the two"),
         (f"create {mnt}/.hidden", "begin with a dot"),
     ):
@@ -502,7 +507,7 @@ def test_ls_watch_redraws_in_place_only_on_a_terminal(mnt: Path) -> None:
         text = read_until(terminal, lambda text: "21 backups" in text)
         last = text.rpartition("\x1b[H")[2]
         assert last.count("\n") <= 9
-        assert "lines more" in text
+        assert "more lines" in text
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
     with subprocess.Popen([*TTMFS, "ls", "-w", "0.1", mnt], cwd=REPOSITORY, stdout=subprocess.PIPE) as client:
@@ -1301,7 +1306,7 @@ def test_doctor_reports_a_daemon_that_does_not_answer(mnt: Path, shared: Mount) 
     finally:
         os.kill(shared.pid, signal.SIGCONT)
     assert f"kill -CONT {shared.pid} " in found["do"]
-    assert f"kill -KILL {shared.pid} has its keeper, {shared.process.pid}," in found["do"]
+    assert f"kill -KILL {shared.pid} makes its keeper, {shared.process.pid}," in found["do"]
 
 
 def test_doctor_reports_other_versions_and_missing_packages(mnt: Path, tmp_path: Path) -> None:

@@ -113,10 +113,10 @@ def test_users_see_their_own_processes_and_a_note_about_the_others(place: Place)
             text = fini(a, code=2, **alice)
             assert f"pid {hers}" in text
             assert f"pid {theirs}" not in text
-            assert "processes of other users could not be looked at" in text
+            assert "processes of other users could not be examined" in text
             text = fini("-n", a, code=2)
             assert f"(pid {theirs}, user {BOB}) has 1 open file" in text, "root sees them"
-        assert "could not be looked at" in fini(a, **alice)
+        assert "could not be examined" in fini(a, **alice)
         assert not os.listdir(path)
 
 

@@ -57,7 +57,7 @@ def parser(*used: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     whole = _Parser(
         "ttmfs",
-        description="Look after mounts of ttmfs and their backups. mount.py makes them.",
+        description="Manage mounts of ttmfs and their backups. mount.py makes the mounts.",
         epilog=EPILOG,
         formatter_class=raw,
     )
@@ -85,7 +85,7 @@ def _open_standard_files() -> None:
 
 
 def main(*, in_child: bool = False) -> int:
-    """From argv to an exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if interrupted.
+    """Run the command in argv. Returns its exit status, as in EPILOG.
 
     With `in_child` a command that waits for a mount does so in a child process, so that Ctrl-C always ends it.
     """

@@ -6,10 +6,11 @@ package is broken. It does not change the backups, except that it makes a file r
 The files may be a stranger's: links, pipes and devices instead of files, or checksums that name any file. So it opens
 each file once, relative to an open directory, and accepts only regular files. It shows names quoted.
 
-The checksum of a backup combines those of its parts of 16 MiB. The checksum of a part is the SHA-256 of its pieces of
-4096 bytes that are not all zeros, in ascending order: of each its number in the backup (8 bytes, little-endian) and its
-content. The checksum of the backup is the SHA-256 of its parts with such pieces: of each its number (8 bytes,
-little-endian) and its checksum (32 bytes). So it depends neither on the page size nor on where a filesystem has holes.
+The checksum of a backup combines the checksums of its parts of 16 MiB. A part consists of pieces of 4096 bytes. Pieces
+that are all zeros, and parts that have only such pieces, do not count. The checksum of a part is the SHA-256 of this
+input: for each piece, its number in the backup (8 bytes, little-endian) and its content. The checksum of the backup is
+the SHA-256 of this input: for each part, its number (8 bytes, little-endian) and its checksum (32 bytes). So the
+checksum depends neither on the page size nor on where a filesystem has holes.
 DIRECTORY/.CHECKSUMS has a line for each backup: checksum, pieces, size in bytes, and the name as JSON.
 """
 
@@ -53,12 +54,10 @@ A backup becomes a file of its name, page i at byte i * page_size. To use copies
 
 INTERRUPTED = "interrupted; the backups listed above are complete, the others were not copied"
 
-PIECE = 4096
-PART = 16 << 20
+PIECE, PART, BLOCK = 4096, 16 << 20, 1 << 20  # bytes; a block is what one call reads
 ZEROS = bytes(PIECE)
 CHECKSUMS = ".CHECKSUMS"  # no backup has such a name
 LONGEST_LINE, LONGEST_CHECKSUMS = 4096, 1 << 30  # bytes
-BLOCK = 1 << 20
 READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -118,7 +117,7 @@ def find(source: str) -> int:
     if source.isdecimal():
         return _store_of(int(source))
     above, name = os.path.split(os.path.abspath(source))
-    mount_point = os.path.join(os.path.realpath(above), name)  # not touched itself: it may be dead, or hang
+    mount_point = os.path.join(os.path.realpath(above), name)  # not opened: it may be dead, or hang
     pids = [keeper.pid for keeper in keepers() if mount_point in keeper.words]
     if len(pids) > 1:  # one gave up, and someone has mounted again
         raise RescueError(f"{source} has several keepers: give the one that gave up, {' or '.join(map(str, pids))}")
@@ -149,9 +148,9 @@ def _open_directory(path: str) -> int:
 
 
 def _checked_name(name: object) -> str:
-    """The name of a backup. ValueError if it is none, such as a path."""
+    """The name of a backup. ValueError if no backup can have it, such as a path."""
     if not isinstance(name, str) or not 0 < len(os.fsencode(name)) < 256 or name[0] == "." or set(name) & {"/", "\0"}:
-        raise ValueError("it has the name of no backup")
+        raise ValueError("it has a name that no backup can have")
     return name
 
 
@@ -163,18 +162,18 @@ def open_file(name: str, directory: int, *, follow: bool = False) -> int:
 
 @contextlib.contextmanager
 def _located(name: str, directory: int, *, follow: bool = False) -> Iterator[str]:
-    """A path of a regular file that stays the same file, whatever happens to its name."""
+    """A path of a regular file that stays valid if its name changes."""
     flags = os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     with _closing(os.open(name, flags, dir_fd=directory)) as file:
         if stat.S_ISLNK(mode := os.fstat(file).st_mode):
             raise OSError(errno.ELOOP, "it is a symbolic link")
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "it is no file")
+            raise OSError(errno.EINVAL, "it is not a regular file")
         yield f"/proc/self/fd/{file}"
 
 
 def _open_to_read(name: str, directory: int) -> int:
-    """Open a backup's file, also if its mode shuts out its owner, which may be the user who mounted."""
+    """Open a backup's file, even if its mode denies reading to its owner, who may run this."""
     with _located(name, directory) as path:
         try:
             return os.open(path, READ)
@@ -220,7 +219,7 @@ def _blocks(fd: int, copy_to: int | None) -> Iterator[tuple[int, bytes]]:
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of it, with as many calls as the system needs."""
+    """Write all of the data, by as many calls as necessary."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -254,10 +253,10 @@ class Line(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Line":
-        """ValueError if it is none."""
+        """Parse a line. Raises ValueError."""
         match = re.fullmatch(r'([0-9a-f]{64}) (\d{1,19}) (\d{1,19}) (".*")', text)
         if not match:
-            raise ValueError("it is no line of checksums")
+            raise ValueError("it is not a line of checksums")
         return cls(match[1], int(match[2]), int(match[3]), _checked_name(json.loads(match[4])))
 
 
@@ -348,7 +347,7 @@ def _copy(name: str, source: int, target: int) -> Line:
 
 
 def _give(file: int, found: os.stat_result) -> None:
-    """Give a copy the owner, mode and times of its backup. Who is not root could not use one without its mode bits."""
+    """Give a copy the owner, mode and times of its backup. Users other than root may always read and write theirs."""
     with contextlib.suppress(OSError):  # not root, or a filesystem or user namespace without such an owner
         os.fchown(file, found.st_uid, found.st_gid)
     os.fchmod(file, found.st_mode & 0o777 | (0o600 if os.geteuid() else 0))
@@ -371,7 +370,7 @@ def check(path: Path) -> ExitStatus:
             with _checksums(directory) as (owner, lines):
                 if owner not in (0, os.geteuid(), os.fstat(directory).st_uid):
                     raise RescueError(
-                        f"{place} is a stranger's, neither yours nor {path}'s owner's: find out who put it there"
+                        f"{place} belongs neither to you nor to the owner of {path}: find out who put it there"
                     )
                 for text in lines:
                     name, difference = _compared(text, directory)

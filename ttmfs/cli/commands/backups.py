@@ -50,7 +50,7 @@ def _create(arguments: argparse.Namespace) -> int:
         if not 0 <= mode <= 0o7777:
             raise ValueError
     except ValueError:
-        raise CommandError(f"--mode: {arguments.mode!r} is no mode: write it in octal, such as 0750") from None
+        raise CommandError(f"--mode: {arguments.mode!r} is not a mode: write it in octal, such as 0750") from None
 
     def create(path: str) -> None:
         with new_backup(path) as (mount, name):
@@ -60,7 +60,7 @@ def _create(arguments: argparse.Namespace) -> int:
                 raise CommandError(f"{quoted(path)}: a backup has at most {MAX_HANDLE} pages")
             place = f"/proc/self/fd/{mount.fd}/{name}"
             with Backup.create(place, spans, mode=mode, native=False) as backup:  # it never lets in more than asked for
-                if arguments.mode is not None and mode & ~backup.status().st_mode:  # the umask took some of it
+                if arguments.mode is not None and mode & ~backup.status().st_mode:  # the umask removed some bits
                     backup.chmod(mode)
 
     return _each("create", arguments.paths, create)
@@ -112,27 +112,27 @@ def _add_fini(parser: argparse.ArgumentParser) -> None:
 
 
 def _fini(arguments: argparse.Namespace) -> int:
-    from .users import Place, Users, in_a_line
+    from .users import BackupIdentity, Users, in_a_line
 
-    places: dict[str, Place | Exception] = {}
+    identities: dict[str, BackupIdentity | Exception] = {}
     for path in arguments.paths:
         try:
             with backup_at(path) as backup:
-                places[path] = Place.of(backup)
+                identities[path] = BackupIdentity.of(backup)
         except (CommandError, OSError, TtmfsError) as error:
-            places[path] = error
-    found = [place for place in places.values() if isinstance(place, Place)]
+            identities[path] = error
+    found = [identity for identity in identities.values() if isinstance(identity, BackupIdentity)]
     users = None if arguments.force and not arguments.dry_run else Users(found)
 
     def fini(path: str) -> None:
-        place = places[path]
-        if isinstance(place, Exception):
-            raise place
-        using = users.of(place) if users else []
+        identity = identities[path]
+        if isinstance(identity, Exception):
+            raise identity
+        using = users.of(identity) if users else []
         if using and not arguments.force:
             raise CommandError(f"{quoted(path)} is in use and was left: {in_a_line(using)}; --force ends it anyway")
         with backup_at(path, native=False) as backup:
-            if backup.id != place.ino:
+            if backup.id != identity.ino:
                 raise CommandError(f"{quoted(path)} has been replaced by another backup, and was left")
             if not arguments.dry_run:
                 backup.fini()
@@ -165,7 +165,7 @@ examples:
     Command(
         "writeback",
         "Push all pages of backups to swap, now (with store=: to the disk), and show where they are afterwards. Best\n"
-        "effort: without swap they stay in memory, which is no error.",
+        "effort: without swap they stay in memory, which is not an error.",
         """\
 examples:
   ttmfs writeback /mnt/ttm/bo7

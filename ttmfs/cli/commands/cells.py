@@ -16,12 +16,12 @@ class Cell(NamedTuple):
 
     @property
     def fullness(self) -> int:
-        """0 to 3: none, up to a third, some, all."""
+        """0 to 3: no page exists, up to a third, some, all."""
         return 0 if not self.pages else 3 if self.pages == self.span else 1 if self.pages * 3 <= self.span else 2
 
     @property
-    def coldness(self) -> int:
-        """0 to 2: in memory, both, swapped out."""
+    def location(self) -> int:
+        """0 to 2: all pages are in memory, some are swapped out, all are swapped out."""
         return 0 if not self.swapped else 2 if self.swapped == self.pages else 1
 
 

@@ -28,11 +28,12 @@ PATIENCE = 2.0
 """Seconds within which a mount must answer."""
 
 PER_ITEM, LONGEST = 0.02, 60.0
-"""Additional seconds for each item received, and the limit: a large mount is listed whole, a slow trickle is not."""
+"""Additional seconds for each item received, and the limit: a large mount has time, a server that delays has not."""
 
 MOST_ITEMS = 1 << 20
 MOST_CHILDREN = 64
 SOON = 0.2
+"""Seconds until the mounts of a command are watched, and between two questions to a silent one."""
 
 Work = Callable[[], Iterable[Any]]
 """What a child does. It gives items that JSON can represent."""
@@ -50,7 +51,9 @@ def _fork(run: Callable[[], int]) -> int:
     """Run a function in a child process, which exits with the status that it returns. Returns the process id."""
     sys.stdout.flush()
     sys.stderr.flush()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # both processes could get one during the fork
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT}
+    )  # during the fork, one SIGINT could reach both processes
     try:
         if pid := os.fork():
             return pid
@@ -91,7 +94,7 @@ class _Child:
         return self._began + min(LONGEST, PATIENCE + PER_ITEM * self._count)
 
     def receive(self) -> bool:
-        """Read what it has sent. Returns whether it sends no more."""
+        """Read what it has sent. Returns whether it has sent everything."""
         data = os.read(self.pipe, 1 << 20)
         self._data += data
         self._count += data.count(b"\n")
@@ -123,7 +126,7 @@ _killed: list[_Child] = []
 
 
 def _send(work: Work, path: str, pipe: int) -> int:
-    """Work, in a child. It keeps no other file of its parent open, because it may live for long."""
+    """Do the work in a child, and send its items. The child closes its parent's files, because it may live long."""
     null = os.open(os.devnull, os.O_RDWR)
     for stream in 0, 1, 2:
         os.dup2(null, stream)
@@ -192,9 +195,9 @@ def ask(path: str, work: Callable[[], Any]) -> Answer:
 
 
 def supervised(command: str, paths: Sequence[str], run: Callable[[], int]) -> int:
-    """Run a command in a child process, and say so if a mount that it works on does not answer. Its exit status.
+    """Run a command in a child process, and report a mount that does not answer. Returns the exit status.
 
-    Ctrl-C always ends it: it is passed on, and a child that does not obey is killed or abandoned.
+    Ctrl-C always ends it: the child gets a SIGINT, and is killed or abandoned if it does not end.
     """
     mounts = sorted({os.path.dirname(os.path.normpath(path)) or "." for path in paths})
     parent, watcher = os.getpid(), 0
@@ -232,7 +235,7 @@ def _abandoned(command: str, child: int, ended: int, mounts: list[str]) -> int:
 
 def _bound_to(parent: int, run: Callable[[], int]) -> int:
     """Run a function in a child that does not outlive its parent."""
-    from ...linux import system_calls  # takes a moment, for which the parent need not wait
+    from ...linux import system_calls  # imported here, so that the parent does not wait for it
 
     system_calls.die_with(parent)
     return run()
@@ -244,7 +247,7 @@ def _wait(ended: int, seconds: float | None = None) -> bool:
 
 
 def _watch(command: str, mounts: list[str]) -> int:
-    """Say when mounts do not answer, and when they do again, until this process is killed."""
+    """Report when mounts stop answering, and when they answer again, until this process is killed."""
     names, was_silent = ", ".join(map(quoted, mounts)), False
     while True:
         is_silent = ask(names, lambda: [os.statvfs(mount) for mount in mounts]).is_silent  # an error is an answer

@@ -56,7 +56,7 @@ class Check(NamedTuple):
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", metavar="MNT", help="check only these mounts (all)")
+    parser.add_argument("paths", nargs="*", metavar="MNT", help="check only these mounts (default: all)")
     parser.add_argument("--json", action="store_true", help="a list of objects: what, state, found, do")
 
 
@@ -83,7 +83,7 @@ def _mount_point(path: str, mounts: Iterable[str]) -> str:
     for place in candidates:
         if place in mounts:
             return place
-    raise CommandError(f"{quoted(path)} is no mount of ttmfs")
+    raise CommandError(f"{quoted(path)} is not a mount of ttmfs")
 
 
 def _show(checks: list[Check]) -> None:
@@ -161,7 +161,7 @@ def _control_group() -> Check:
                     "control group", WARNING, f"{quoted(group)} limits memory to {size(limit)} ({name})",
                     "for mounts made from here: choose size= below it, or raise the limit",
                 )  # fmt: skip
-    return Check("control group", OK, "it limits memory no further than the machine does")
+    return Check("control group", OK, "it has no limit below the memory of the machine")
 
 
 def _locked_memory() -> Check:
@@ -207,11 +207,11 @@ def _allow_other() -> Check:
 
 
 def _user_namespaces() -> Check:
-    command, may = ["unshare", "-U", "-r", "-m", "true"], False
+    command, is_allowed = ["unshare", "-U", "-r", "-m", "true"], False
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        may = not subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False).returncode
+        is_allowed = not subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False).returncode
     return _either(
-        "user namespaces", may, "you may create them: your mounts have a private tmpfs",
+        "user namespaces", is_allowed, "you may create them: your mounts have a private tmpfs",
         "you may not create them: backups lie in a directory instead",
         "sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), or raise user.max_user_namespaces",
     )  # fmt: skip
@@ -225,7 +225,7 @@ FOR_USERS = (_allow_other, _user_namespaces, _locked_memory)
 
 
 def _asked(mount: Mounted) -> Iterator[dict[str, Any]]:
-    """What a mount answers. It is called in a child process, and trusts nothing: anyone can serve a mount."""
+    """What a mount answers. It runs in a child process, and checks the answer, because anyone can serve a mount."""
     try:
         with opened(mount.path) as root:
             full = not os.fstatvfs(root).f_bavail
@@ -266,12 +266,12 @@ def _server(mount: Mounted) -> str:
 
 
 def _is_trusted(mount: Mounted) -> bool:
-    """Whether root or the caller serves it. What others say of processes could be about anyone's."""
+    """Whether root or the caller serves it. Another user's daemon could report the process id of any process."""
     return mount.served_by in (0, os.geteuid())
 
 
 def _advice_for_silent(what: str, mount: Mounted, keeper: Keeper | None) -> str:
-    """What to do about a mount that hangs. A killed daemon costs nothing, because its keeper starts another."""
+    """What to do about a mount that hangs. Killing the daemon loses nothing, because its keeper starts another."""
     if keeper is None and not _is_trusted(mount):
         advice = f"{_server(mount)} serves it: run ttmfs doctor as that user"
         return advice if os.geteuid() else f"{advice}, or umount -l {what}"
@@ -285,7 +285,7 @@ def _advice_for_silent(what: str, mount: Mounted, keeper: Keeper | None) -> str:
     if stopped:
         advice = f"kill -CONT {stopped} continues its daemon, which is stopped"
     if daemons:
-        advice += f"; kill -KILL {daemons[0]} has its keeper, {keeper.pid}, start another daemon, and no page is lost"
+        advice += f"; kill -KILL {daemons[0]} makes its keeper, {keeper.pid}, start another daemon, and no page is lost"
     return advice
 
 

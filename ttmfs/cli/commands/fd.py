@@ -66,7 +66,7 @@ def _why_none(backup: Backup) -> str:
     """Why the daemon gives no descriptor, or why the client did not ask for one."""
     served = ttmfs_on(backup.status().st_dev)
     if served is None or served.served_by not in (0, os.geteuid()):
-        return "another user serves it, who could give any file to write to"
+        return "another user serves it, and could give you any file to write to"
     if not (found := config_of(backup)):
         return ".config of the mount cannot be read"
     if not (place := found.get("descriptors")):

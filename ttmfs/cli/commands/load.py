@@ -38,7 +38,9 @@ class _Copy(NamedTuple):
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", type=Path, help="a file that ttmfs save made, or any; - reads a stream")
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="a file that ttmfs save made, or any other; - reads a stream"
+    )
     parser.add_argument("backup", metavar="MNT/NAME", nargs="?", help="the backup; made if it does not exist")
     parser.add_argument("--continue", dest="resume", action="store_true", help="resume a load that did not complete")
     parser.add_argument("--into", action="store_true", help="load into a backup with other pages, or of another user")
@@ -99,19 +101,19 @@ def _opened(path: Path, stack: contextlib.ExitStack) -> tuple[int, _Copy | None]
 
 
 def _trusted(mode: int, owner: int) -> int:
-    """The mode that a file gives, unless the file is another user's."""
+    """The mode that a file gives, or PRIVATE if the file is another user's."""
     return mode if owner in (0, os.geteuid()) else PRIVATE
 
 
 def _unsaved(file: int, page_size: int) -> _Copy:
-    """A sparse file without a manifest: what is data becomes pages."""
+    """A sparse file without a manifest: its data become pages, its holes do not."""
     found, runs = os.fstat(file), list[tuple[int, int]]()
     for start, end in data_runs(file):
         first = start // page_size
         if runs and first <= runs[-1][1]:
             first = runs.pop()[0]
         runs.append((first, -(-end // page_size)))
-    mode = found.st_mode & 0o666 | (found.st_mode & 0o444) >> 2  # who may read a file may enter a directory
+    mode = found.st_mode & 0o666 | (found.st_mode & 0o444) >> 2  # a user who may read the file may enter the directory
     header = Header(page_size, -(-found.st_size // page_size) * page_size, _trusted(mode, found.st_uid))
     return _Copy(header, chunks_of(runs, page_size), FilePages(file, page_size).read)
 
@@ -139,7 +141,7 @@ def _load_into(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> in
 
 
 def _receive(arguments: argparse.Namespace, saved: _Copy, backup: Backup | None) -> Writer:
-    """Load a stream: all of it into a new backup, which then gets the name, or is copied into `backup`."""
+    """Receive a stream into a new backup. When it is complete, give it the name, or copy it into `backup`."""
     path = os.path.normpath(arguments.backup)
     with _made(path + LOADING, saved.header.size, is_spool=True) as spool:
         writer = _store(arguments, saved, spool, sets_mode=backup is None)
@@ -220,9 +222,9 @@ COMMANDS = (
     Command(
         "load",
         "Load a backup from what ttmfs save or ttmfs rescue made: the same pages, at the same handles. Each chunk is\n"
-        "stored only if it has its SHA-256; the load stops at a damaged one. Of a sparse file without a manifest,\n"
-        "what is data becomes pages. With - for FILE, read a stream from standard input; if it is cut short or\n"
-        "damaged, nothing is loaded.\n\n"
+        "stored only if it has its SHA-256; the load stops at a damaged one. If a sparse file has no manifest, its\n"
+        "data become pages, its holes do not. With - for FILE, read a stream from standard input; if it is cut short\n"
+        "or damaged, nothing is loaded.\n\n"
         "A new backup has mode 0700 until it is complete, then the saved mode, unless FILE is another user's.\n"
         "--continue keeps the chunks that are there. --into keeps the mode, and the pages that FILE does not have.",
         """\

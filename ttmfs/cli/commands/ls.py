@@ -60,11 +60,17 @@ SORTS: dict[str, Callable[[Row], tuple[object, ...]]] = {
 
 
 def _add_ls(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="mounts and backups (all mounts that let you in)")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="mounts and backups (default: all mounts that let you in)"
+    )
     parser.add_argument("-b", "--bytes", action="store_true", help="sizes in bytes")
-    parser.add_argument("-s", "--sort", choices=SORTS, default="name", help="numbers: largest first (name)")
+    parser.add_argument(
+        "-s", "--sort", choices=SORTS, default="name", help="the order (default: name); numbers: largest first"
+    )
     parser.add_argument("-r", "--reverse", action="store_true", help="reverse the order")
-    parser.add_argument("-w", "--watch", nargs="?", const=SECONDS, metavar="SECONDS", help="repeat every SECONDS (2)")
+    parser.add_argument(
+        "-w", "--watch", nargs="?", const=SECONDS, metavar="SECONDS", help="repeat every SECONDS (default: 2)"
+    )
     parser.add_argument("--json", action="store_true", help="a list of objects; sizes are bytes, times seconds")
 
 
@@ -84,12 +90,12 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    """Print the table again and again, on a terminal in its place, until Ctrl-C."""
+    """Print the table repeatedly until Ctrl-C. On a terminal, overwrite the table before."""
     seconds, paths = _interval(arguments.watch), list(arguments.paths)
     if seconds is None:  # --watch PATH
         seconds, paths = float(SECONDS), [arguments.watch, *paths]
     if arguments.json:
-        raise CommandError("--watch draws for people; run ls --json without it, as often as you need")
+        raise CommandError("--watch cannot write JSON; run ls --json repeatedly instead")
     clear = "\x1b[2J"
     try:
         while True:
@@ -108,13 +114,13 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _interval(text: str) -> float | None:
-    """The number of seconds, or None if it is a path."""
+    """The number of seconds, or None if the text is a path."""
     try:
         seconds = float(text)
     except ValueError:
         there = ask(text, lambda: os.path.lexists(text))
         if not there.is_silent and not there.items[0]:
-            raise CommandError(f"--watch: {text!r} is no number of seconds, and no path") from None
+            raise CommandError(f"--watch: {text!r} is neither a number of seconds nor a path") from None
         return None
     if not 0.1 <= seconds <= 86400:
         raise CommandError("--watch: give seconds from 0.1 to 86400")
@@ -122,11 +128,11 @@ def _interval(text: str) -> float | None:
 
 
 def _fitting(lines: list[str]) -> list[str]:
-    """The lines that fit on the terminal, the last one in any case."""
+    """The lines that fit on the terminal, including the last one."""
     room = (os.get_terminal_size(sys.stdout.fileno()).lines or 24) - 1
     if len(lines) <= room:
         return lines
-    return [*lines[: room - 2], f"... {len(lines) - room + 1} lines more", lines[-1]]
+    return [*lines[: room - 2], f"... {len(lines) - room + 1} more lines", lines[-1]]
 
 
 def _list(paths: list[str]) -> tuple[list[Row], dict[str, str], ExitStatus]:
@@ -165,14 +171,14 @@ def _rows_at(path: str) -> Iterator[Row]:
                     mount, name = os.path.split(os.readlink(f"/proc/self/fd/{place.fd}"))
                     yield _row(mount, name, Place(mount, root, place.mount).number("page_size"), place)
             else:
-                raise CommandError(f"{quoted(path)} is no mount of ttmfs, and no backup")
+                raise CommandError(f"{quoted(path)} is not a mount of ttmfs, nor a backup")
     except OSError as error:
         hint = "; ttmfs doctor says what to do" if error.errno == errno.ENOTCONN else ""
         raise CommandError(reason(error, path) + hint) from None
 
 
 def _rows(path: str, mount: Place, page_size: int) -> Iterator[Row]:
-    """The backups of a mount, without those that disappear meanwhile or cannot be opened."""
+    """The backups of a mount, except those that disappear meanwhile or cannot be opened."""
 
     def row(name: str) -> Row | None:
         try:

@@ -1,7 +1,8 @@
 """``map``: a picture of which pages of a backup are absent, in memory, and swapped out.
 
-A cell represents a few consecutive pages. Its character shows how many of them exist, its colour where they are. Cells
-with swapped-out pages have characters of their own, so that the picture can be read without colours.
+A cell represents a few consecutive pages. Its character shows how many of them exist, and its colour
+shows where they are. Cells with swapped-out pages have other characters than cells with pages in memory, so that the
+picture can be read without colours.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ EMPTY_SHARE = 16
 """Only the range from the first page to the last is shown if the backup is this many times larger."""
 
 UNICODE, ASCII = ("·", "░▒█", "⠂⠶⣿"), (".", "-+#", ":oO")
-"""Absent; in memory; swapped out: up to a third of the pages, some, all."""
+"""The characters of absent pages, of pages in memory and of swapped-out pages: up to a third exist, some, all."""
 
-HOT, WARM, COLD, DIM = "33", "35", "34", "2"
+IN_MEMORY, MIXED, SWAPPED_OUT, ABSENT = "33", "35", "34", "2"
+"""Colours, as SGR parameters."""
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backup", metavar="MNT/NAME", help="the backup")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--stored", action="store_true", help="only from the first stored page to the last")
-    which.add_argument("--whole", action="store_true", help="the whole backup, even if it is mostly empty")
+    which.add_argument(
+        "--stored", action="store_true", help="show only the range from the first stored page to the last"
+    )
+    which.add_argument("--whole", action="store_true", help="show the whole backup, even if it is mostly empty")
     parser.add_argument(
         "-o", "--output", metavar="FILE", type=Path,
         help="write a picture instead: .png, .svg or .pdf; - is a PNG on standard output",
@@ -61,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
     kind = _kind(arguments.output) if arguments.output else ""
     with backup_at(arguments.backup) as backup:
         if arguments.json:
-            _tell(arguments.backup, backup)
+            _print_json(arguments.backup, backup)
             return 0
         width, lines = (ACROSS, DOWN) if arguments.output else (columns() - MARGIN, LINES)
         view = _view(backup, width * lines, arguments)
@@ -81,7 +85,7 @@ def _kind(output: Path) -> str:
     return kind
 
 
-def _tell(path: str, backup: Backup) -> None:
+def _print_json(path: str, backup: Backup) -> None:
     where, runs = backup.residency(), []
     for first, past in backup.runs():
         run = {"first": first + 1, "last": past}
@@ -119,13 +123,13 @@ def _view(backup: Backup, room: int, arguments: argparse.Namespace) -> View:
 
 def _picture(name: str, view: View, width: int) -> list[str]:
     colours = has_colours(sys.stdout)
-    nothing, hot, cold = UNICODE if is_utf8(sys.stdout) else ASCII
+    absent, in_memory, swapped_out = UNICODE if is_utf8(sys.stdout) else ASCII
 
     def drawn(cell: Cell) -> tuple[str, str]:
         if not cell.fullness:
-            return nothing, DIM
-        sort = cold if cell.swapped * 2 >= cell.pages else hot
-        return sort[cell.fullness - 1], (HOT, WARM, COLD)[cell.coldness]
+            return absent, ABSENT
+        chars = swapped_out if cell.swapped * 2 >= cell.pages else in_memory
+        return chars[cell.fullness - 1], (IN_MEMORY, MIXED, SWAPPED_OUT)[cell.location]
 
     facts = view.facts
     lines = [painted(name, "1", colours=colours), *([", ".join(facts)] if len(facts) == 2 else facts)]
@@ -138,11 +142,12 @@ def _picture(name: str, view: View, width: int) -> list[str]:
                 before = colour
             text += char
         lines.append(f"{handle:>{MARGIN - 2}} {text}" + "\x1b[0m" * colours)
-    for (what, count), chars, colour in zip(view.counts.items(), (nothing, hot, cold), (DIM, HOT, COLD), strict=True):
+    keys = zip((absent, in_memory, swapped_out), (ABSENT, IN_MEMORY, SWAPPED_OUT), strict=True)
+    for (what, count), (chars, colour) in zip(view.counts.items(), keys, strict=True):
         key = painted(f"{chars:<3}", colour, colours=colours)
         lines.append(f"{key} {what:<11} {count:>10} pages {size(count * view.page_size):>6}")
     if view.swapped and colours:
-        lines.append(painted("purple: cells with both", WARM, colours=True))
+        lines.append(painted("purple: cells with both", MIXED, colours=True))
     return lines
 
 

@@ -49,7 +49,7 @@ class Place(NamedTuple):
             raise
 
     def find_number(self, name: str) -> int | None:
-        """The value of an attribute that is a number, if it exists. CommandError if it is no number."""
+        """The value of an attribute that is a number, if it exists. CommandError if it is not a number."""
         text = self.attribute(name)
         if text is not None and not (text.isdigit() and len(text) <= LONGEST_NUMBER):
             raise CommandError(f"{quoted(self.path)} answers nonsense: user.ttmfs.{name} is {text[:LONGEST_NUMBER]!r}")
@@ -90,7 +90,7 @@ def opened(name: str, directory: int | None = None, *, follow: bool = True) -> I
 
 @contextlib.contextmanager
 def located(path: str, *, follow: bool = True) -> Iterator[Place | None]:
-    """The directory of a ttmfs at a path; None if it is none. OSError if it cannot be opened."""
+    """The directory of a ttmfs at a path; None if another directory is there. OSError if it cannot be opened."""
     with opened(path.rstrip("/") or "/", follow=follow) as fd:
         mount = mountinfo.ttmfs_on(os.fstat(fd).st_dev)
         yield Place(path, fd, mount) if mount else None
@@ -124,7 +124,7 @@ def backup_at(path: str, *, native: bool = True) -> "Iterator[Backup]":
 
 @contextlib.contextmanager
 def new_backup(path: str) -> Iterator[tuple[Place, str]]:
-    """The root of a mount, and the name of a new backup in it. CommandError if the path is not of that kind."""
+    """The root of a mount, and the name of a new backup in it. CommandError if the path has no such root."""
     above, name = os.path.split(os.path.normpath(path))
     above = above or "."
     if name[:1] == ".":
@@ -139,7 +139,7 @@ def new_backup(path: str) -> Iterator[tuple[Place, str]]:
                         raise CommandError(
                             f"{quoted(path)} is the root of a mount; name a backup in it, such as {quoted(path)}/a"
                         )
-                raise CommandError(f"{quoted(above)} is no mount of ttmfs; name a backup in the root of one: MNT/a")
+                raise CommandError(f"{quoted(above)} is not a mount of ttmfs; name a backup in the root of one: MNT/a")
         except OSError as error:
             hint = "; ttmfs doctor says what to do" if error.errno == errno.ENOTCONN else ""
             raise CommandError(reason(error, above) + hint) from None
@@ -148,7 +148,7 @@ def new_backup(path: str) -> Iterator[tuple[Place, str]]:
 
 
 def config(mount: int) -> dict[str, Any]:
-    """What ``.config`` in the root of a mount says; nothing if it cannot be read or makes no sense."""
+    """What ``.config`` in the root of a mount says; empty if it cannot be read or is not valid."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         with open(open_file(".config", mount), "rb") as file:
             found = json.loads(file.read(LONGEST_CONFIG))

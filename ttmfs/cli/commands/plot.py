@@ -1,7 +1,7 @@
 """The picture of ``map -o``: which pages of a backup exist, and where they are, drawn with matplotlib.
 
-A cell represents a few consecutive pages. Its hue shows where they are, its depth how many of them exist. matplotlib is
-an extra (``ttmfs[plot]``) and is imported only here.
+A cell represents a few consecutive pages. Its colour shows where they are, and its shade shows how many of
+them exist. matplotlib is an extra (``ttmfs[plot]``) and is imported only here.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ __all__ = ["FORMATS", "check_is_installed", "picture"]
 FORMATS = ("png", "svg", "pdf")
 
 ACROSS, DOWN = 64, 32
-"""Cells in a row and rows at most."""
+"""The most cells in a row, and the most rows."""
 
 ABSENT = "#e9ebee"
 IN_MEMORY = ("#fdd0a2", "#fda050", "#e2620a")
 MIXED = ("#d6c4e0", "#b287c4", "#8846a0")
 SWAPPED_OUT = ("#b0d0ec", "#62a0d6", "#1860ae")
-"""Three depths each: up to a third of the pages exist, some, all."""
+"""Three shades of each: up to a third of the pages exist, some, all."""
 
-BYTE_STEPS = 6
-"""The most row labels, so that they do not overlap."""
+MOST_LABELS = 6
+"""The most labels on an axis, so that they do not overlap."""
 
 
 def check_is_installed() -> None:
@@ -70,7 +70,7 @@ def picture(name: str, view: View, kind: str) -> bytes:
 
 
 def _colour(cell: Cell) -> str:
-    return (IN_MEMORY, MIXED, SWAPPED_OUT)[cell.coldness][cell.fullness - 1] if cell.fullness else ABSENT
+    return (IN_MEMORY, MIXED, SWAPPED_OUT)[cell.location][cell.fullness - 1] if cell.fullness else ABSENT
 
 
 def _draw_cells(axes: Axes, view: View, rows: int, across: int) -> None:
@@ -90,7 +90,7 @@ def _draw_cells(axes: Axes, view: View, rows: int, across: int) -> None:
 
 def _label_axes(axes: Axes, view: View, rows: int, across: int) -> None:
     """Handles on the left and bytes on the right, of the first cell in a row; pages within a row below."""
-    some = range(0, rows, -(-rows // BYTE_STEPS))
+    some = range(0, rows, -(-rows // MOST_LABELS))
     first_pages = [view.first + row * ACROSS * view.step for row in some]
     axes.set_yticks([row + 0.5 for row in some], [f"{page + 1:,}" for page in first_pages])
     axes.set_ylabel("handle")

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
     from ...client.backup import Backup
 
-__all__ = ["Place", "User", "Users", "in_a_line"]
+__all__ = ["BackupIdentity", "User", "Users", "in_a_line"]
 
 MOST_SHOWN = 8  # processes
 
 OPEN, OWN, MAPPED = "open file", "own descriptor", "mapping"
 
 
-class Place(NamedTuple):
+class BackupIdentity(NamedTuple):
     """A backup: the device and inode number of its directory, and of its own file if known."""
 
     device: int
@@ -43,15 +43,18 @@ class Place(NamedTuple):
     servers: frozenset[int]  # the daemon and its keeper
 
     @classmethod
-    def of(cls, backup: Backup) -> Place:
-        """Raises OSError."""
+    def of(cls, backup: Backup) -> BackupIdentity:
+        """Find out the numbers of an open backup. Raises OSError."""
         found, own = backup.status(), _own_file(backup)
         servers = (config_of(backup).get(name) for name in ("daemon_pid", "keeper_pid"))
         return cls(found.st_dev, found.st_ino, own, frozenset(pid for pid in servers if isinstance(pid, int)))
 
 
 def _own_file(backup: Backup) -> tuple[int, int] | None:
-    """The link ``.shmem`` leads only root and the daemon's user to it; the daemon may give others a descriptor."""
+    """The device and inode number of the backup's own file. None if it is not accessible.
+
+    Only root and the daemon's user can follow the link ``.shmem`` to it. The daemon may give others a descriptor.
+    """
     mount = ttmfs_on(backup.status().st_dev)
     if mount is None or mount.served_by not in (0, os.geteuid()):
         return None
@@ -68,7 +71,7 @@ def _own_file(backup: Backup) -> tuple[int, int] | None:
 
 
 class User(NamedTuple):
-    """A process that uses a backup, and how often in which ways."""
+    """A process that uses a backup, and the number of its uses of each kind."""
 
     pid: int
     uses: Counter[str]
@@ -86,34 +89,34 @@ class User(NamedTuple):
 class Users:
     """The users of some backups, except this process, the daemons and their keepers."""
 
-    def __init__(self, places: Iterable[Place]) -> None:
-        self._found: dict[Place, dict[int, User]] = defaultdict(dict)
-        self._hidden = 0  # processes that could not be looked at
-        self._by_directory = {(place.device, backup_of(place.ino)): place for place in places}
-        self._by_file = {place.own: place for place in self._by_directory.values() if place.own}
+    def __init__(self, backups: Iterable[BackupIdentity]) -> None:
+        self._found: dict[BackupIdentity, dict[int, User]] = defaultdict(dict)
+        self._hidden = 0  # processes that could not be examined
+        self._by_directory = {(backup.device, backup_of(backup.ino)): backup for backup in backups}
+        self._by_file = {backup.own: backup for backup in self._by_directory.values() if backup.own}
         self._ids = {id for _, id in self._by_directory} | {ino for _, ino in self._by_file}
         for pid in pids():
             if pid != os.getpid():
-                self._look(pid)
+                self._examine(pid)
 
-    def of(self, place: Place) -> list[User]:
+    def of(self, backup: BackupIdentity) -> list[User]:
         """The users of one of the backups, by process id."""
-        return sorted(self._found[place].values(), key=lambda user: user.pid)
+        return sorted(self._found[backup].values(), key=lambda user: user.pid)
 
     def unseen(self) -> str:
         """What was not checked, in a line; nothing if all was."""
         found = []
         if self._hidden:
             advice = "; run it as root to see them" if os.geteuid() else ""
-            found.append(f"{self._hidden} processes of other users could not be looked at{advice}")
+            found.append(f"{self._hidden} processes of other users could not be examined{advice}")
         if len(self._by_file) < len(self._by_directory):
             found.append("only files open in the mount were found, because the file with the pages is not accessible")
         return "; ".join(found)
 
-    def _look(self, pid: int) -> None:
+    def _examine(self, pid: int) -> None:
         try:
             for fd in os.listdir(f"/proc/{pid}/fd"):
-                self._look_at_descriptor(pid, fd)
+                self._examine_descriptor(pid, fd)
             with open(f"/proc/{pid}/maps", "rb") as maps:
                 for line in maps:
                     _, _, _, device, ino, *_ = line.split(maxsplit=5)
@@ -126,7 +129,7 @@ class Users:
         except (FileNotFoundError, ProcessLookupError):  # it has ended
             pass
 
-    def _look_at_descriptor(self, pid: int, fd: str) -> None:
+    def _examine_descriptor(self, pid: int, fd: str) -> None:
         try:
             with open(f"/proc/{pid}/fdinfo/{fd}", "rb") as file:
                 ino = next((int(line[4:]) for line in file if line.startswith(b"ino:")), 0)
@@ -139,18 +142,18 @@ class Users:
         return ino in self._ids or backup_of(ino) in self._ids
 
     def _note(self, pid: int, device: int, ino: int, *, is_mapping: bool) -> None:
-        if place := self._by_file.get((device, ino)):
+        if backup := self._by_file.get((device, ino)):
             use = OWN
-        elif place := self._by_directory.get((device, backup_of(ino))):
+        elif backup := self._by_directory.get((device, backup_of(ino))):
             use = OPEN
         else:
             return
-        if pid in place.servers:
+        if pid in backup.servers:
             return
-        self._found[place].setdefault(pid, User(pid, Counter())).uses[MAPPED if is_mapping else use] += 1
+        self._found[backup].setdefault(pid, User(pid, Counter())).uses[MAPPED if is_mapping else use] += 1
 
 
 def in_a_line(users: list[User]) -> str:
-    """Users in a line."""
+    """A line that names the first MOST_SHOWN of some users."""
     rest = f"; and {len(users) - MOST_SHOWN} more" if len(users) > MOST_SHOWN else ""
     return "; ".join(map(str, users[:MOST_SHOWN])) + rest

@@ -21,7 +21,9 @@ HEADER = ("TIME", "USER", "PROCESS", "OPERATION", "ERROR", "REASON")
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("mount", metavar="MNT", help="the mount point")
-    parser.add_argument("--json", action="store_true", help="a list of objects: time, operation, errno, reason, who")
+    parser.add_argument(
+        "--json", action="store_true", help="a list of objects: time, operation, errno, reason, uid, pid, command"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -29,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         with located(path) as place:
             if not place or place.page_size is None:
-                raise CommandError(f"{quoted(path)} is no mount point of ttmfs; give MNT, not a backup in it")
+                raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
             found = _refusals(place)
     except OSError as error:
         if error.errno == errno.EPERM:
@@ -47,13 +49,13 @@ def _run(arguments: argparse.Namespace) -> int:
 def _refusals(place: Place) -> list[dict[str, Any]]:
     """The refusals that a mount reports. They are objects, and their content is not checked."""
     if (text := place.attribute("refusals")) is None:
-        raise CommandError(f"{quoted(place.path)}: the version of its daemon keeps no reasons")
+        raise CommandError(f"{quoted(place.path)}: its daemon is of a version that keeps no reasons")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise CommandError(f"{quoted(place.path)}: its answer is no list of refusals")
+        raise CommandError(f"{quoted(place.path)}: its answer is not a list of refusals")
     return found
 
 
