@@ -244,7 +244,7 @@ def test_a_failing_store_is_logged_once(
     for _ in range(3):
         assert run_with_broken_model(face, a, "write", fail) == "EIO"
     assert [r.getMessage() for r in caplog.records] == [
-        "storing pages: Input/output error; callers of write get EIO (said once)"
+        "storing pages: Input/output error; callers of write get EIO (logged once)"
     ]
     assert face.metrics.errors["write", errno.EIO] == 3
 

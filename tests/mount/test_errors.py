@@ -536,7 +536,7 @@ def test_a_failing_store_gives_eio_logged_once_and_recovers(mount: Mount, backup
     """Made to fail by taking the daemon's free descriptors away: it cannot make another file."""
     (backup / "1").write_bytes(b"x" * PAGE)
     limits = resource.prlimit(mount.pid, resource.RLIMIT_NOFILE)
-    mount.expect_log("Too many open files.*said once")
+    mount.expect_log("Too many open files.*logged once")
     taken = os.listdir(f"/proc/{mount.pid}/fd")
     free = next(number for number in itertools.count() if str(number) not in taken)
     resource.prlimit(mount.pid, resource.RLIMIT_NOFILE, (free, limits[1]))

@@ -104,7 +104,7 @@ def test_c6_a_disk_error_at_one_page_affects_only_that_page(tmp_path: Path, moun
         file.write(bytes(100))
     store = f"store={below},backup_size=1m"
     with mounted(below, "btrfs", "loop", str(image)), Mount(mountpoint, store) as mount:
-        mount.expect_log("Input/output error.*said once")
+        mount.expect_log("Input/output error.*logged once")
         for handle in range(1, PAGES + 1):
             if handle == 6:
                 with raises_errno(EIO):

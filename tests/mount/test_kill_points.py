@@ -684,7 +684,7 @@ def victims(mount: Killed) -> int:
     return len(set(mount.done.read_text().split())) if mount.done.exists() else 0
 
 
-REFUSES = r"a request for write is refused: the daemons died that carried it out"
+REFUSES = r"a request for write is refused, because daemons died while they carried it out"
 LAST_WORDS = r"the daemon before died: Fatal Python error: "
 
 DEEDS = {"read address 0": (2, "Segmentation fault"), "abort": (2, "Aborted"), "kill": (4, "")}

@@ -66,7 +66,7 @@ class Residency:
 class Backup:
     """An open backup of a mount. Make it with :meth:`create` or :meth:`open`. A context manager, which closes it.
 
-    Indices begin at 0; handles are index + 1. Every method can raise BackupEnded (the backup was ended by anyone),
+    Indices begin at 0; handles are index + 1. Every method can raise BackupEnded (someone ended the backup),
     BackupClosed (it was closed here; its pages stay), StoreFailed (the mount or its store failed) and NotPermitted.
     The verbs are those of ``drivers/gpu/drm/ttm/ttm_backup.c``.
     """
@@ -211,7 +211,7 @@ class Backup:
     def _native(self) -> OwnFile:
         self._directory.check_open()
         if not self._own_file:
-            raise NotSupported("this process has not got the backup's own file")
+            raise NotSupported("this process does not have the backup's own file")
         return self._own_file
 
     @property
@@ -273,8 +273,8 @@ class Backup:
     def _store(self, idx: int, data: memoryview, writeback: bool) -> int:
         """Store whole pages from an index on. Return the number stored. Raises NoRoom if that is none.
 
-        Pages that find no room in one way are stored in the next. Only the mount pushes pages out at once, but it
-        refuses to use the reserve. Where the room of the own file ends, the mount stores page by page.
+        If there is no room for pages in one way, the next way stores the rest. Only the mount writes back at once, but
+        it does not use the reserve. Where the own file has no room for a range, the mount stores as many pages as fit.
         """
         ways: list[Callable[[int, memoryview], int]] = [self._directory.store]
         if self._own_file:
@@ -297,7 +297,7 @@ class Backup:
         return done // self.page_size
 
     def _copy(self, dst: memoryview, runs: list[tuple[int, int]], intr: threading.Event | None) -> None:
-        """Copy the pages of runs into `dst`, one behind the other."""
+        """Copy the pages of runs into `dst`, one after the other."""
         self._check(runs)
         if intr is None:
             self._read(dst, runs)
@@ -306,11 +306,11 @@ class Backup:
         for first, past in runs:
             for start in range(first, past, step):
                 length = (min(past, start + step) - start) * self.page_size
-                dst[done : done + length] = self._read_unless(intr, length, (start, min(past, start + step)))
+                dst[done : done + length] = self._read_interruptibly(intr, length, (start, min(past, start + step)))
                 done += length
 
-    def _read_unless(self, intr: threading.Event, length: int, run: tuple[int, int]) -> bytearray:
-        """Read a run in a thread, into memory of its own: after an interruption the thread may go on to write there."""
+    def _read_interruptibly(self, intr: threading.Event, length: int, run: tuple[int, int]) -> bytearray:
+        """Read a run in a thread, into new memory: after an interruption the thread may still write there."""
         if intr.is_set():
             raise InterruptedError(errno.EINTR, "copying pages was interrupted")
         data = bytearray(length)

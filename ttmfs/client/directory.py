@@ -48,7 +48,7 @@ INTERRUPTIONS = (None, errno.EINTR)
 
 OF_THE_MOUNT: Meanings = {
     **{number: kind for kind, number in ERRNO.items()},
-    errno.EFBIG: InvalidArgument,  # C10
+    errno.EFBIG: InvalidArgument,  # property C10 of docs/contract.md
     errno.ENOTDIR: InvalidArgument,
     errno.ENOMEM: NoRoom,
     errno.ESTALE: BackupEnded,
@@ -80,7 +80,7 @@ class Directory:
         served = ttmfs_on(status.st_dev)
         if served is None or self.id == ROOT:
             where = "the root of a mount" if served else "in no mount"
-            raise InvalidArgument(f"{os.readlink(self._path)} is no backup: it is {where} of ttmfs")
+            raise InvalidArgument(f"{os.readlink(self._path)} is not a backup: it is {where} of ttmfs")
         if os.fstat(mount).st_dev != status.st_dev:
             raise InvalidArgument(f"another mount hides the mount of {os.readlink(self._path)}")
         self.served_by = served.served_by
@@ -96,7 +96,7 @@ class Directory:
             mount = os.open(above or ".", PATH_ONLY)
             undo.callback(os.close, mount)
             if ttmfs_on(os.fstat(mount).st_dev) is None:
-                raise InvalidArgument(f"{above or '.'} is no mount of ttmfs: backups lie in the root of one")
+                raise InvalidArgument(f"{above or '.'} is not a mount of ttmfs: backups lie in the root of one")
             os.mkdir(name, mode, dir_fd=mount)
             undo.callback(os.rmdir, name, dir_fd=mount)
             directory = os.open(name, PATH_ONLY | os.O_NOFOLLOW, dir_fd=mount)
@@ -158,7 +158,7 @@ class Directory:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
 
     def image(self, flags: int) -> int:
-        """Return a descriptor of ``.image`` that was opened with these flags and stays this object's."""
+        """Return a descriptor of ``.image`` that was opened with these flags. :meth:`close` closes it."""
         with self._lock:
             if flags not in self._images:
                 self._images[flags] = self.open_file(".image", flags)
@@ -231,13 +231,13 @@ class Directory:
         return os.pwrite(image, aligned, offset)
 
     def read(self, dst: memoryview, runs: list[tuple[int, int]]) -> None:
-        """Read the pages of runs, one behind the other. Raises PageAbsent."""
+        """Read the pages of runs, one after the other. Raises PageAbsent."""
         read_existing(self, dst, runs, self.page_size)
 
     def fill(self, dst: memoryview, offset: int) -> None:
         """Fill a buffer through ``.image``; absent pages read as zeros.
 
-        Each page is read by one request, so that it is no mix of two versions.
+        Each page is read by one request, so that two versions of it are not mixed.
         """
         file = self.image(os.O_RDONLY)
         while dst:
@@ -252,8 +252,8 @@ class Directory:
     def _one_request(self, data: memoryview) -> int:
         """Return the number of bytes that one request can carry from or to the beginning of a buffer: whole pages.
 
-        0 if an aligned copy of one page would fit into a request but the page in this buffer does not. Of a page that
-        is larger than a request, return the size of a request.
+        0 if an aligned copy of one page would fit into a request but the page in this buffer does not. If a page is
+        larger than a request, return the size of a request.
         """
         if len(data) <= REQUEST - BASE_PAGE_SIZE:
             return len(data)

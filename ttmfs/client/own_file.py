@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["STEP", "WORKERS", "OwnFile", "descriptor_of", "fill_from", "read_existing"]
 
 STEP = 16 << 20
-"""Bytes that one system call reads or writes in the file, and that are searched for zeros at a time."""
+"""The most bytes that one system call reads or writes, and that one search for zeros covers."""
 
 PARALLEL = 8 << 20
-"""Bytes from which on several threads copy: unlike writing, reading takes no lock of the file."""
+"""The least bytes that several threads read. One thread writes, because only writing takes a lock of the file."""
 
 WORKERS = 4
 
@@ -66,18 +66,18 @@ class OwnFile:
 
     def store(self, offset: int, data: memoryview) -> int:
         """Store whole pages. Return the number of bytes stored."""
-        self._charged()
+        self._renew_swap_counts()
         if self._page_size > BASE_PAGE_SIZE:  # so that no page is stored in part
             system_calls.allocate_range(self.fd, offset, len(data))
         return os.pwrite(self.fd, data, offset)
 
     def read(self, dst: memoryview, runs: list[tuple[int, int]]) -> None:
-        """Read the pages of runs, one behind the other. Raises PageAbsent."""
+        """Read the pages of runs, one after the other. Raises PageAbsent."""
         read_existing(self, dst, runs, self._page_size)
 
     def fill(self, dst: memoryview, offset: int) -> None:
         """Fill a buffer; absent pages read as zeros."""
-        self._charged()
+        self._renew_swap_counts()
         workers = min(WORKERS, len(os.sched_getaffinity(0)))
         if len(dst) < PARALLEL or workers == 1:
             fill_from(self.fd, dst, offset)
@@ -112,17 +112,17 @@ class OwnFile:
         pages = sum(end - start for start, end in system_calls.page_runs(self.fd, self._page_size, first, past))
         return pages, -(-pages * evicted // (resident + evicted)) if evicted else 0
 
-    def _charged(self) -> None:
+    def _renew_swap_counts(self) -> None:
         """Refresh the counts of swap before memory is charged to this process' control group."""
         if self._swap.used:
             self._swap.renew_counts()
 
 
 def read_existing(file: OwnFile | Directory, dst: memoryview, runs: list[tuple[int, int]], page_size: int) -> None:
-    """Read the pages of runs of indices into `dst`, one behind the other. Raises PageAbsent.
+    """Read the pages of runs of indices into `dst`, one after the other. Raises PageAbsent.
 
-    Only a page of zeros can be absent, so only these are looked for. If such a page is dropped and stored again during
-    the call, zeros can be read in its place.
+    Only a page of zeros can be absent, so only such pages are checked. If such a page is dropped and stored again
+    during the call, zeros can be read in its place.
     """
     done = 0
     for first, past in runs:

@@ -174,7 +174,7 @@ class PageArray:
     def _backup_slots(self, slots: NDArray[np.intp], writeback: bool) -> int:
         if not len(slots):
             return 0
-        within = slots[slots < self._within()]
+        within = slots[slots < self._count_within()]
         if not len(within):
             raise InvalidArgument("the pages lie past the end of the backup, which has become smaller")
         done = 0
@@ -260,9 +260,9 @@ class PageArray:
     def _forget_past_end(self) -> None:
         """Forget pages past the end of a backup that has become smaller: they are gone."""
         if self._stored.any():
-            self._stored[self._within() :] = False
+            self._stored[self._count_within() :] = False
 
-    def _within(self) -> int:
+    def _count_within(self) -> int:
         """Return the number of slots that lie within the backup."""
         return max(0, self._backup.size // self._size - self._first)
 

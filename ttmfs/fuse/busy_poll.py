@@ -1,12 +1,12 @@
-"""Busy polling: the reading loop asks for the next request again and again for a while, and only then sleeps.
+"""Busy polling: the reading loop polls for the next request for a while, and only then sleeps.
 
-To be put to sleep and woken takes longer than a page operation. So after each request the connection is polled for at
-most `window`, which adapts as KVM's halt polling does: it grows when a request came soon after it, and becomes 0 when
-none did, so an idle daemon does nothing. Between two polls the CPU is yielded, above all to a client that the kernel
-put here when it was answered.
+Sleeping and waking take longer than a page operation. So after each request the daemon polls the connection for at most
+`window`. The window adapts as KVM's halt polling does. It grows if a request comes soon after its end, and becomes 0 if
+none comes, so an idle daemon does nothing. Between two polls the daemon yields the CPU, because the kernel often runs
+the client on this CPU when it gets its answer.
 
-Nothing is polled where this process may use one CPU only, while a slow request is in flight, and for a while after the
-process was preempted: the scheduler makes a process that has used up its share by polling wait longest.
+The daemon does not poll if it may use only one CPU, while a slow request is in flight, and for a while after it was
+preempted. A process that has used up its share of the CPU by polling waits longest.
 
 Concurrency: one thread. Several tasks wait here: one polls, the others sleep. If the polling task is held up by a slow
 request, the next request wakes one of the others. Between finding the connection readable and returning nothing is
@@ -28,24 +28,24 @@ HITS, MISSES = 0, 2  # where the counts are
 
 LOST, PAUSE, LONGEST_PAUSE = 300_000, 5_000_000, 160_000_000
 """In ns. An iteration this late means that the process was preempted; polling stops for PAUSE, doubled each time that
-it happens again soon. (In a virtual machine a lost moment now and then means nothing.)"""
+it happens again soon. (In a virtual machine, one late iteration means nothing.)"""
 
 TURN, SHORT_TURN = 10_000_000, 500_000
-"""Time in ns after which trio's other tasks have a turn if requests never pause; the short one if one is in flight."""
+"""The most ns between two turns of trio's other tasks. The short one applies while a slow request is in flight."""
 
 QUICK = 16
-"""Requests that are taken without a look at the clock if they are there already."""
+"""Requests that may be taken without reading the clock, if they have already arrived."""
 
 BLOCKED_SECONDS, LONGEST_ALARM_SECONDS = 0.02, 1.0
-"""Requests in flight wait this long if a request is taken back after it was announced, and none follows it."""
+"""Time until a blocked read(2) is interrupted: at first, and at most. (It blocks if the kernel withdraws a request.)"""
 
 
 class BusyPoll:
     """Waits for a connection to become readable. Times are ns.
 
-    `asleep` waits for that asleep; it gives False if the loop is to end. `longest` bounds the window. `under_way` tells
-    whether requests are in flight that wait. `counts` has how many waits by polling found a request and their
-    time, and how many found none and their time. SIGALRM must be handled by `alarm`.
+    `asleep` waits for that without polling, and gives False if the loop is to end. `longest` bounds the window.
+    `under_way` tells whether slow requests are in flight. `counts` has the number and the time of the waits by polling
+    that found a request, and the same of those that found none. `alarm` must handle SIGALRM.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class BusyPoll:
         self._alarm_in = 0.0  # seconds for which the timer was set; 0: it is not
 
     async def wait(self) -> bool:
-        """Until a request can be read: True. False if the loop is to end."""
+        """Wait until a request can be read. Returns False if the loop is to end."""
         if self._quick and not self._under_way() and self._readable.poll(0):
             self._quick -= 1
             self._counts[HITS] += 1
@@ -90,7 +90,7 @@ class BusyPoll:
         return False
 
     def _poll(self) -> bool:
-        """Poll for the window. True as soon as there is a request."""
+        """Poll for the window. Returns True as soon as there is a request."""
         readable, give_way, clock, now = self._readable.poll, os.sched_yield, time.perf_counter_ns, self._idle_since
         end = now + (self._window if now > self._paused_until else 0)
         while True:
@@ -114,7 +114,7 @@ class BusyPoll:
         self._counts[what + 1] += now - self._idle_since
 
     def _pause(self, now: int) -> None:
-        """Poll no more for a while."""
+        """Stop polling for a while."""
         again = now < self._paused_until + self._paused_for
         self._paused_for = min(2 * self._paused_for, LONGEST_PAUSE) if again else PAUSE
         self._paused_until = now + self._paused_for
@@ -129,7 +129,7 @@ class BusyPoll:
         self._turn_began = time.perf_counter_ns()
 
     def _found(self) -> bool:
-        """Whether there is a request. If it is taken back before it is read, a signal ends the blocked read(2)."""
+        """Whether there is a request. If the kernel withdraws it before the read(2), a signal ends that read(2)."""
         if not self._readable.poll(0):
             return False
         if self._under_way() and not self._alarm_in:

@@ -55,7 +55,7 @@ TEXTS = {b".stats": STATS, b".config": CONFIG}
 HIDDEN = {b".image": IMAGE, b".shmem": SHMEM}
 
 RUN_SECONDS = 1.0
-"""Age at which a listing looks its run of pages up again: it may show what .shmem drops for this long."""
+"""Age at which a listing looks up its run of pages again. It may show pages dropped through .shmem for this long."""
 
 Found = tuple[int, Attributes]
 """The inode number and attributes of a name."""
@@ -69,12 +69,12 @@ time of a named one. Entries that follow each other often share one Attributes."
 
 
 class Directory(Node):
-    """What both kinds have in common. It refuses what only one of them supports."""
+    """The operations of both kinds. It refuses those that only one kind supports."""
 
     __slots__ = ()
 
     _serial = itertools.count(secrets.randbits(HANDLE_BITS))
-    """Numbers open directories. Those that an earlier daemon opened are still open, so it begins anywhere."""
+    """Numbers open directories. Those that an earlier daemon opened are still open, so the first number is random."""
 
     def lookup(self, name: bytes) -> Found | None:
         """The inode number and attributes of a name; None if there is no such name."""
@@ -87,7 +87,7 @@ class Directory(Node):
     async def make_backup(self, name: bytes, mode: int, caller: Caller) -> Found:
         """mkdir(2)."""
         check_length(name)
-        raise NotPermitted("a backup holds pages, no directories")
+        raise NotPermitted("a backup holds pages, not directories")
 
     async def remove_backup(self, name: bytes) -> None:
         """rmdir(2)."""
@@ -101,7 +101,7 @@ class Directory(Node):
         """open(2) with O_CREAT, or mknod(2)."""
         check_length(name)
         _refuse_dot(name)
-        raise NotPermitted("the root holds backups, no files: make one with mkdir")
+        raise NotPermitted("the root holds backups, not files: make one with mkdir")
 
     def drop_page(self, name: bytes, pid: int) -> Answer[None]:
         """unlink(2) by a thread."""
@@ -117,7 +117,7 @@ class Directory(Node):
             now = self.attributes(ino)
             if atime_ns is not None or mtime_ns is not None:
                 times = (now.atime_ns if atime_ns is None else atime_ns, now.mtime_ns if mtime_ns is None else mtime_ns)
-            judges_anew = mode is not None or wanted.owner_differs(now)
+            changes_access = mode is not None or wanted.owner_differs(now)
             self.pool.change(
                 self.id or None,
                 mode=None if mode is None else mode & 0o7777,
@@ -125,26 +125,26 @@ class Directory(Node):
                 gid=-1 if gid is None or gid == now.gid else gid,
                 times=times,
             )
-            if self.id and judges_anew:
+            if self.id and changes_access:
                 self.shared.mode_changes.note(self.id)
             attributes = self.attributes(ino)
         if not self.id:
             for text in TEXTS.values():
                 cache.expire(text)
-        elif judges_anew or times is not None:
+        elif changes_access or times is not None:
             await cache.expire_pages(self.id)
         return attributes
 
     def open_directory(self, ino: int, caller: Caller) -> int:
         """opendir(3): a file handle."""
         self.stat()  # raises BackupEnded
-        if self.id:  # a write changes its times, unknown to the kernel; tar compares them with those at the end
+        if self.id:  # the kernel does not know times that writes changed; tar compares them at the end
             self.shared.cache.expire(ino)
         fh = with_serial(ino, next(self._serial))
         return fh if self.pool.in_memory else self.marked_if_reader(fh, caller)
 
     def listing(self, fh: int, start: int) -> Generator[Entry, None, None]:
-        """The entries of an open directory from an offset on, of which the caller takes as many as it wants."""
+        """The entries of an open directory from an offset on. The caller takes as many as it wants."""
         return self.entries(fh, start) if start >= 2 else self._listing_from_dots(fh, start)
 
     def _listing_from_dots(self, fh: int, start: int) -> Generator[Entry, None, None]:
@@ -155,7 +155,7 @@ class Directory(Node):
         yield from self.entries(fh, 2)
 
     async def sync(self, fh: int) -> None:
-        """fsync(2): the names that were made, changed and removed in it are on the disk."""
+        """fsync(2): write the names that were made, changed and removed in it to the disk."""
         if not self.pool.in_memory:
             check_syncs(fh)
             await self.pool.sync(self.id or None)
@@ -203,7 +203,7 @@ class Root(Directory):
         except BackupExists:
             if found := self.lookup(name):
                 return found
-            raise  # the name is taken by a file that is no backup
+            raise  # a file that is not a backup has the name
         if (id := self.pool.files.find(os.fsdecode(name))) > MAX_BACKUP_ID:
             await backup.fini()
             raise NoRoom(f"all {MAX_BACKUP_ID} inode numbers for backups are used up; mount anew")
@@ -247,7 +247,7 @@ class BackupDirectory(Directory):
             check_length(name)
             return None
         found = self.backup.stat()
-        if handle * self.pool.page_size > found.st_size:  # .shmem can have made it shorter
+        if handle * self.pool.page_size > found.st_size:  # a program may have shortened the file through .shmem
             return None
         ino = inode(self.id, handle)
         self.shared.cache.note_page(ino)
@@ -267,10 +267,10 @@ class BackupDirectory(Directory):
             handle = idx + 1
             try:
                 for handle in range(idx + 1, min(end, limit) + 1):
-                    # page_name(), but for the call: a million entries are listed here
+                    # inlined page_name(): this loop lists a million entries
                     yield b"%d" % handle, base | handle, page, handle + 2
                 handle = end + 1
-            finally:  # also when the caller wants no more: then it did not take the entry of this handle
+            finally:  # also if the caller stops, which then did not take the entry of this handle
                 self.shared.cache.note_pages(base | idx + 1, base | handle - 1)
                 position = idx = handle - 1
                 runs[fh] = position, end, found_at
@@ -287,13 +287,13 @@ class BackupDirectory(Directory):
     def create_page(self, name: bytes, flags: int, caller: Caller | None) -> Answer[Created]:
         """open(2) with O_CREAT: store a page of zeros unless there is a page.
 
-        The kernel has checked the right to create alone, and the file handle shows what is stored at this handle later.
-        So a `caller` gets only what open(2) of the page would give. None: mknod(2), which opens nothing.
+        The kernel has checked only the right to create, but the file handle gives access to what is stored there later.
+        So `caller` needs the rights that open(2) of the page needs. None stands for mknod(2), which opens nothing.
         """
         check_length(name)
         handle = parse_page_name(name)
         if not handle:
-            raise InvalidArgument(f"{os.fsdecode(name)!r} is no handle: pages are named 1, 2, 3 and so on")
+            raise InvalidArgument(f"{os.fsdecode(name)!r} is not a handle: pages are named 1, 2, 3 and so on")
         if handle > MAX_HANDLE:
             raise OutOfBounds(f"the largest handle is {MAX_HANDLE}")
         if caller and caller.uid and not may(self.backup.stat(), caller, OPENED_FOR[flags & os.O_ACCMODE]):
@@ -334,7 +334,7 @@ class BackupDirectory(Directory):
 def _check_rename(new_name: bytes, flags: int) -> None:
     check_length(new_name)
     if flags & ~RENAME_NOREPLACE:
-        raise InvalidArgument("RENAME_NOREPLACE is the only flag of rename known here")
+        raise InvalidArgument("RENAME_NOREPLACE is the only flag of rename that ttmfs supports")
 
 
 def _refuse_dot(name: bytes) -> None:

@@ -1,8 +1,8 @@
-"""The files of a backup: its pages, the image of them all, and the link to the backup's file in the store.
+"""The files of a backup: its pages, ``.image``, and the link to the backup's file in the store.
 
 A write opened O_SYNC waits after it has changed the pages, and a truncation of the image drops pages step by step.
-Meanwhile others may store anew what was written or dropped. So the progress is noted in the state, and no part is done
-twice if another daemon repeats the request.
+Meanwhile others may store those pages again. So the state notes the progress, and no part is done twice if another
+daemon repeats the request.
 
 Concurrency: one thread. State is read anew after every `await`.
 """
@@ -39,7 +39,7 @@ class _BackupFile(Node):
         self._in_memory = shared.pool.in_memory
 
     async def change(self, ino: int, wanted: Changes, caller: Caller, *, by_path: bool) -> Attributes:
-        """Truncation. Mode and times are the backup's: to change them is accepted and does nothing."""
+        """Truncate. Mode and times are those of the backup; changing them here is accepted and does nothing."""
         if wanted.size is not None:
             if by_path:
                 self._check_access(os.W_OK, caller)
@@ -55,17 +55,17 @@ class _BackupFile(Node):
         raise NotPermitted("this has no size to change")
 
     def _check_access(self, wanted: int, caller: Caller) -> None:
-        """Raise AccessDenied unless the present mode allows what is wanted (R_OK, W_OK).
+        """Raise AccessDenied unless the present mode allows the wanted access (R_OK, W_OK).
 
-        The kernel has checked, but for a while after a change it may have used the old mode: even after it was told, if
-        it was just changing the page's size.
+        The kernel checks too, but for a while after a change it may use the old mode. While it truncates the page, this
+        happens even after the notification.
         """
         changes = self.shared.mode_changes
         if self.id in changes and not may(self.backup.stat(), caller, wanted):
-            raise AccessDenied("the backup's mode and owner of now do not allow it")
+            raise AccessDenied("the present mode and owner of the backup do not allow it")
 
     def _place(self, fh: int, offset: int, data: bytes) -> tuple[int, bytes]:
-        """Where in the backup data is written, and as much of it as belongs to this file."""
+        """The position in the backup at which data is written, and the part of the data that fits into this file."""
         raise NotImplementedError
 
     def _copy(self, fh: int, start: int, size: int) -> bytes:
@@ -126,7 +126,7 @@ class Pages(_BackupFile):
         return Attributes.of_file(found, self._page_size, self._page_size // 512)
 
     async def change(self, ino: int, wanted: Changes, caller: Caller, *, by_path: bool) -> Attributes:
-        """As of any file of a backup. A call by path does not see two ESTALE."""
+        """As for any file of a backup, but a call by path does not fail with a second ESTALE."""
         try:
             return await super().change(ino, wanted, caller, by_path=by_path)
         except PageDropped:
@@ -163,7 +163,7 @@ class Pages(_BackupFile):
     def _copy(self, fh: int, start: int, size: int) -> bytes:
         data = self.backup.read(start, size) if size else b""
         if len(data) < self._page_size or data == self.shared.zero_page:
-            self._check_exists(fh)  # other bytes can only be those of a page that exists
+            self._check_exists(fh)  # an absent page has no other bytes than zeros
         return data
 
     def _place(self, fh: int, offset: int, data: bytes) -> tuple[int, bytes]:
@@ -186,12 +186,12 @@ class Pages(_BackupFile):
 
 
 class Image(_BackupFile):
-    """``.image``: every page at its place. Absent pages are zeros, and writing stores the pages that it touches."""
+    """``.image``: page i at byte i * page_size. Absent pages are zeros; writing stores the pages that it touches."""
 
     __slots__ = ()
 
     def attributes(self, ino: int) -> Attributes:
-        """The size is the backup's. Every page that comes or goes changes the blocks, and du must agree with ls."""
+        """The size is the backup's. They are not cached: each page changes the blocks, and du must agree with ls."""
         found = self.backup.stat()
         return Attributes.of_file(found, found.st_size, self.backup.taken // 512)._replace(cacheable=False)
 
@@ -215,7 +215,7 @@ class Image(_BackupFile):
         return self.backup.read(offset, size)
 
     def _place(self, fh: int, offset: int, data: bytes) -> tuple[int, bytes]:
-        if fh & HANDLE_MASK == APPENDED:  # at the end that the kernel knows, which .shmem may have moved
+        if fh & HANDLE_MASK == APPENDED:  # the end that the kernel knows may be wrong after a truncation through .shmem
             raise OutOfBounds("nothing can be appended to .image, which spans the whole backup")
         return offset, data
 

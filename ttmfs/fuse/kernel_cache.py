@@ -1,12 +1,12 @@
-"""The notifications that keep true what the kernel caches of a mount.
+"""Notifications that keep the kernel's cache of a mount correct.
 
-The kernel keeps the names and attributes that it is told for LIFETIME seconds, unless an answer says otherwise. When a
-request changes something else than what it names, the daemon notifies the kernel before it answers the request.
+The kernel keeps the names and attributes that it is told for LIFETIME seconds, unless an answer says otherwise. If a
+request changes something that it does not name, the daemon notifies the kernel before it answers the request.
 
 A notification expires the attributes of one inode (FUSE_NOTIFY_INVAL_INODE with a negative offset). It takes no lock
 that a waiting client could hold. The name stays, and with it the mounts on it, the working directories below it and the
 overlays over it. The next use by path asks for the attributes; if the page does not exist the answer is ESTALE, for
-which the VFS looks the name up anew and gets ENOENT. To expire a name instead would wait for the lock of its directory,
+which the VFS looks the name up anew and gets ENOENT. Expiring a name instead would wait for the lock of its directory,
 which the client that waits for the answer may hold.
 
 The kernel is notified only of pages whose attributes it was told lately: blocks of inode numbers are noted.
@@ -29,13 +29,13 @@ from .recent import RecentBackups
 __all__ = ["LIFETIME", "KernelCache"]
 
 LIFETIME = 1.0
-"""Seconds for which the kernel may keep a name and its attributes: what .shmem changes may be seen this late."""
+"""Seconds for which the kernel may keep a name and its attributes: changes through .shmem may be seen this late."""
 
 KNOWN_SECONDS = 1.25 * LIFETIME
-"""Age at which the kernel keeps nothing of an answer. The lifetime begins when the client receives it."""
+"""Age at which the kernel has forgotten an answer. The lifetime begins when the client receives it."""
 
 BLOCK_BITS = 6
-"""Blocks of 64 inodes are noted: clients mostly use pages side by side, and a notification takes 2 to 3 us."""
+"""Blocks of 64 inodes are noted: clients mostly use neighbouring pages, and a notification takes 2 to 3 us."""
 
 MOST_BLOCKS = 4096
 """Most blocks noted in KNOWN_SECONDS; they take 0.25 MB. If there are more, changes of the largest backups wait."""
@@ -65,17 +65,17 @@ class KernelCache:
         self._connection = connection
         self._slices = slices
         self._expires = version >= EXPIRE_SINCE
-        self._blocks: set[int] = set()  # blocks of pages that the kernel was told of since the last turn
-        self._blocks_before: set[int] = set()  # and between the last two turns
-        self._turn_at = 0.0
+        self._blocks: set[int] = set()  # blocks of pages that the kernel was told of since the last rotation
+        self._blocks_before: set[int] = set()  # and between the last two rotations
+        self._rotate_at = 0.0
         self._incomplete = RecentBackups(KNOWN_SECONDS)  # the kernel may know pages of these that are not noted
         if resumed:
             self._incomplete.note()
 
     def note_page(self, ino: int) -> None:
         """The kernel is told the attributes of a page."""
-        if time.monotonic() >= self._turn_at or len(self._blocks) >= MOST_BLOCKS:
-            self._turn()
+        if time.monotonic() >= self._rotate_at or len(self._blocks) >= MOST_BLOCKS:
+            self._rotate()
         self._blocks.add(ino >> BLOCK_BITS)
 
     def note_pages(self, first: int, last: int) -> None:
@@ -83,12 +83,12 @@ class KernelCache:
         for block in range(first >> BLOCK_BITS, (last >> BLOCK_BITS) + 1):
             self.note_page(block << BLOCK_BITS)
 
-    def _turn(self) -> None:
+    def _rotate(self) -> None:
         """Forget old blocks, or those of the largest backups if there are too many."""
         now = time.monotonic()
-        if now >= self._turn_at:
-            self._blocks, self._blocks_before = set(), self._blocks if now < self._turn_at + KNOWN_SECONDS else set()
-            self._turn_at = now + KNOWN_SECONDS
+        if now >= self._rotate_at:
+            self._blocks, self._blocks_before = set(), self._blocks if now < self._rotate_at + KNOWN_SECONDS else set()
+            self._rotate_at = now + KNOWN_SECONDS
             return
         counts = Counter(block >> BACKUP_SHIFT for block in self._blocks)
         large = {backup for backup, count in counts.items() if count > FEW_BLOCKS}
@@ -130,7 +130,7 @@ class KernelCache:
         """Wait until the clients have received the answers to their lookups in a backup's directory.
 
         Before that there may be no inode yet whose attributes could expire: 1 of 90 stat(2) then showed a dropped page.
-        Lookups hold the directory's lock, and expiring a name waits for it. `.image` never has a lifetime, so to expire
+        Lookups hold the directory's lock, and expiring a name waits for it. `.image` never has a lifetime, so expiring
         it changes nothing. (Linux before 6.2 would drop it, so there it is a name that does not exist.)
         """
         name = b".image" if self._expires else b"."

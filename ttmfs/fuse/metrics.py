@@ -1,6 +1,6 @@
-"""What the daemon counts, in Prometheus' exposition format. Every metric is declared here, with unit and meaning.
+"""The daemon's metrics, in Prometheus' exposition format. Every metric is declared here, with unit and meaning.
 
-Counters begin at 0 with each daemon, except `restarts_total`. Gauges are asked for when the text is made, so they cost
+Counters begin at 0 with each daemon, except `restarts_total`. Gauges are computed when the text is made, so they cost
 nothing until then.
 
 Concurrency: one thread. While a text is made, others are served between two backups.
@@ -17,7 +17,7 @@ from ..version import __version__
 __all__ = ["BUCKET_OF_LENGTH", "TOTAL_NS", "Metrics"]
 
 BOUNDS = (12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
-"""Upper bounds of the buckets of durations, as powers of two of ns: 4 us to 4.3 s, each four times the one before."""
+"""Upper bounds of the buckets of durations, as exponents of 2, in ns: 4 us to 4.3 s, each four times the one before."""
 
 BUCKET_OF_LENGTH = tuple(
     next((n for n, bound in enumerate(BOUNDS) if length <= bound), len(BOUNDS)) for length in range(65)
@@ -25,14 +25,14 @@ BUCKET_OF_LENGTH = tuple(
 """The bucket of a duration, by the bit length of its ns."""
 
 TOTAL_NS = len(BOUNDS) + 1
-"""The index behind the buckets: the sum of all durations."""
+"""The index of the sum of all durations, after the buckets."""
 
 Samples = Iterable[tuple[str, float]]
 """What follows a metric's name, and the value."""
 
 
 class Metrics:
-    """The counters of one daemon. `restarts` is how many daemons have taken this mount over."""
+    """The counters of one daemon. `restarts` is the number of daemons that have taken this mount over."""
 
     def __init__(self, restarts: int = 0) -> None:
         self.restarts = restarts

@@ -1,7 +1,7 @@
-"""What every file and directory of a mount is asked, and how it refuses what it does not support.
+"""The operations of every file and directory of a mount. By default a node refuses each of them.
 
 A node is an object for one kind of file: the root, the mount's texts, and for each backup its directory, its pages, its
-image and its link. Methods take the inode number or the file handle, in which the page's handle is. A node keeps no
+image and its link. Methods take the inode number or the file handle, which contains the page's handle. A node keeps no
 state, so it can be made anew at any time.
 
 A method that returns an `Answer` returns a coroutine only where it has to wait.
@@ -29,8 +29,8 @@ from .refusals import Refusals
 __all__ = ["Answer", "Attributes", "Changes", "Node", "Shared"]
 
 MODE_CHANGE_SECONDS = 1.5
-"""The kernel may judge a page by an old mode or owner for this long: for LIFETIME after the answer to a truncation that
-was under way when they changed."""
+"""The kernel may use the old mode or owner of a page for this long: for LIFETIME after the answer to a truncation that
+was in flight when they changed."""
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Coroutine[Any, Any, T]
@@ -96,18 +96,19 @@ class Shared:
         self.zero_page = bytes(self.pool.page_size)
 
     async def expire_dropped(self, backup: int, first: int, last: int, *, directory_locked: bool) -> None:
-        """Tell the kernel that a range of handles was dropped in bulk. To be awaited before that is answered.
+        """Tell the kernel that a range of handles was dropped. Await this before the request is answered.
 
-        And before the request's progress is forgotten: a daemon that repeated it would drop what was stored since.
+        Also await it before the request's progress is forgotten. Otherwise a daemon that repeats the request would drop
+        pages that were stored since.
         """
         self.cache.expire_directory(backup)
         await self.cache.expire_pages(backup, first, last, directory_locked=directory_locked)
 
 
 class Node:
-    """A file or directory that supports nothing."""
+    """A file or directory that supports no operation."""
 
-    __slots__ = ("id", "pool", "shared")  # a thousand backups' nodes are kept
+    __slots__ = ("id", "pool", "shared")  # the nodes of a thousand backups are kept
 
     def __init__(self, shared: Shared, id: int = 0) -> None:
         self.id = id  # of the backup that it belongs to; 0: the mount
@@ -119,7 +120,7 @@ class Node:
         return self.pool.file(self.id).stat() if self.id else self.pool.files.stat()
 
     def marked_if_reader(self, fh: int, caller: Caller) -> int:
-        """A handle just opened, marked if its caller may not write the file: such a caller may not sync it either.
+        """A new file handle, marked if the caller may not write the file. Such a caller may not sync it either.
 
         The kernel keeps a file locked while it is synced, so its writers wait.
         """
@@ -136,7 +137,7 @@ class Node:
 
     def target(self) -> bytes:
         """readlink(2)."""
-        raise InvalidArgument("this is no link")
+        raise InvalidArgument("this is not a link")
 
     def open(self, ino: int, flags: int, caller: Caller) -> Answer[int]:
         """open(2): a file handle. The kernel sends O_TRUNC as a truncation of its own (see the session's INIT)."""
@@ -160,7 +161,7 @@ class Node:
 def check_syncs(fh: int) -> None:
     """Raise AccessDenied for a handle that was opened by someone who may not write."""
     if fh & READER:
-        raise AccessDenied("to sync a file takes the right to write it: its writers wait meanwhile")
+        raise AccessDenied("syncing a file needs the right to write it, because its writers wait meanwhile")
 
 
 def check_length(name: bytes) -> None:

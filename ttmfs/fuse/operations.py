@@ -50,13 +50,13 @@ class Operations(pyfuse3.Operations):
         self._answered: Attributes | None = None
         self._absent = EntryAttributes()  # inode 0: no such name
         self._absent.entry_timeout = self._absent.attr_timeout = 0.0
-        self._file = FileInfo(direct_io=True, keep_cache=False)  # every read reaches the store, nothing is kept twice
+        self._file = FileInfo(direct_io=True, keep_cache=False)  # every read reaches the store; nothing is cached twice
 
     def init(self) -> None:
         self._init()
 
     def _new_entry(self) -> EntryAttributes:
-        """An answer to fill, with what is the same in all of them."""
+        """A new answer, with the fields that are the same in every answer."""
         entry = EntryAttributes()
         entry.st_blksize = self.pool.page_size
         return entry
@@ -102,7 +102,7 @@ class Operations(pyfuse3.Operations):
         return self._entry(inode, await self.tree.texts.latest_attributes(inode))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Nothing is kept for an inode. Not wrapped: it must not raise, and no one waits for an answer."""
+        """Nothing is kept for an inode. It is not wrapped: it must not raise, and the kernel expects no answer."""
 
     @handles_request
     async def setattr(
@@ -120,8 +120,8 @@ class Operations(pyfuse3.Operations):
 
     @handles_request
     def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
-        """Asked where the kernel does not check mode bits: of root, who may do all but run what no one may."""
-        found = self.tree.node(inode).attributes(inode).mode  # of what exists: the name may still have a lifetime
+        """Asked only if the kernel does not check mode bits. Then root alone is let in, who may not execute files."""
+        found = self.tree.node(inode).attributes(inode).mode  # raises if it is gone, though the kernel has its name
         return not mode & os.X_OK or stat.S_ISDIR(found)
 
     @handles_request
@@ -169,7 +169,7 @@ class Operations(pyfuse3.Operations):
     @handles_request
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         if not stat.S_ISREG(mode):
-            raise NotPermitted("a backup holds pages, no devices, pipes or sockets")
+            raise NotPermitted("a backup holds pages, not devices, pipes or sockets")
         made = self.tree.directory(parent_inode).create_page(name, 0, None)
         return self._created(made if isinstance(made, tuple) else await made)[1]
 
@@ -201,7 +201,7 @@ class Operations(pyfuse3.Operations):
 
     @handles_request
     def flush(self, fh: int) -> None:
-        raise FUSEError(errno.ENOSYS)  # the kernel asks no more: a close is a round trip less
+        raise FUSEError(errno.ENOSYS)  # the kernel then sends no more of these, which saves a round trip a close
 
     @handles_request
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -237,7 +237,7 @@ class Operations(pyfuse3.Operations):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         await self.tree.directory(fh).sync(fh)
 
-    # --- the whole, and extended attributes ---
+    # --- statfs, and extended attributes ---
 
     @handles_request
     def statfs(self, ctx: RequestContext) -> StatvfsData:
@@ -262,7 +262,7 @@ class Operations(pyfuse3.Operations):
 
     @handles_request
     def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        return ()  # hidden, as CephFS' virtual ones are: a tool that copies all it finds would fail at them
+        return ()  # hidden, as in CephFS: a tool that copies all attributes would fail at these
 
     @handles_request
     def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

@@ -1,11 +1,11 @@
-"""Calls by path that the VFS tries again: which of them are answered as if a page still existed.
+"""Decides which repeated calls by path are answered as if a page still existed.
 
 If a page is dropped between the lookup of its path and the request for it, the daemon answers ESTALE. The VFS then
 looks the path up anew and asks once more; a second ESTALE would reach the caller. But the lookup found the page, so it
 existed during the call. So the second request is answered as if the page had been dropped just after it. (A request by
-descriptor is always told the truth.)
+descriptor always gets ESTALE.)
 
-Concurrency: one thread. All can be lost with the daemon: then a caller may see an ESTALE.
+Concurrency: one thread. If the daemon dies, this is lost, and a caller may see an ESTALE.
 """
 
 import time
@@ -17,7 +17,7 @@ __all__ = ["CHANGE", "OPEN", "PathRetries"]
 
 OPEN, CHANGE, NO_STEP = range(3)
 """The steps of a call by path: the page is opened; then its size or attributes are changed. A step that does not ascend
-belongs to a later call, which is told the truth."""
+belongs to a later call, which gets ESTALE."""
 
 RETRY_SECONDS = 1.0
 """The longest time from an ESTALE to the retry. The VFS retries at once."""

@@ -1,8 +1,8 @@
 """Permissions by mode bits, in the three cases in which the kernel does not decide them.
 
 - A program asks for a backup's descriptor through a socket.
-- A program creates a page and opens it: the kernel checks the right to create alone.
-- A backup's mode or owner has just changed: the kernel may still judge its pages by the old ones.
+- A program creates a page and opens it: the kernel checks only the right to create.
+- A backup's mode or owner has just changed: the kernel may still use the old ones for its pages.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Caller(Protocol):
 
 
 class Someone(NamedTuple):
-    """A user and all groups, the supplementary ones among them."""
+    """A user, with all groups, including the supplementary ones."""
 
     uid: int
     groups: frozenset[int]
@@ -48,9 +48,9 @@ def allows(found: os.stat_result, who: Someone, wanted: int) -> bool:
 
 
 def may(found: os.stat_result, caller: Caller, wanted: int) -> bool:
-    """As :func:`allows`, of a caller at the mount, whose supplementary groups FUSE does not tell.
+    """As :func:`allows`, for the caller of a request. FUSE does not pass the caller's supplementary groups.
 
-    /proc is read for them only if they decide: the caller is not the owner, and the bits of group and others differ.
+    They are read from /proc only if they decide: the caller is not the owner, and the bits of group and others differ.
     """
     if caller.uid in (0, found.st_uid):
         return allows(found, Someone(caller.uid, frozenset()), wanted)

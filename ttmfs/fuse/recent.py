@@ -1,4 +1,4 @@
-"""Bounded tables of recent events: they do not grow with backups, open files or threads. All can be lost.
+"""Bounded tables of recent events: they do not grow with backups, open files or threads. A new daemon starts with none.
 
 Concurrency: one thread.
 """
@@ -34,9 +34,9 @@ class RecentlyUsed(Generic[T], OrderedDict[int, T]):
 
 
 class KnownRuns(RecentlyUsed[tuple[int, int, float]]):
-    """The runs of pages that listings under way are in: index to go on from, end of the run, when it was looked up.
+    """The runs of pages in which listings are: the index to continue at, the end of the run, and when it was found.
 
-    To find a run's end takes time in proportion to its length. Done at each request, a listing would be quadratic.
+    Finding a run's end takes time in proportion to its length. Doing so at each request makes a listing quadratic.
     """
 
     def forget_dropped(self, backup: int, first: int, past: int) -> None:
@@ -59,7 +59,7 @@ class RecentBackups:
         return bool(self._until)
 
     def note(self, backup: int = ALL) -> None:
-        """It happened to this backup now, or to all."""
+        """Note that it happened to this backup, or to all backups, now."""
         self._prune()
         if len(self._until) >= MOST_BACKUPS:
             self._until.clear()

@@ -2,7 +2,7 @@
 
 A caller gets only an errno. The reason goes to the log: for each kind of refusal at most one line in ten seconds, for
 all kinds one a second. ``ttmfs why`` shows the last ones. Ordinary refusals are left out: a name that does not exist, a
-page that was dropped. No page contents are shown. The errors quote names and values.
+page that was dropped. No page contents are shown. Errors quote the names and values that callers chose.
 
 Concurrency: one thread.
 """

@@ -1,10 +1,10 @@
 """The wrapper round every request handler: it maps errors to errno, counts, times and logs.
 
-An unforeseen exception is EIO to the caller and a traceback in the log, and the mount lives on. (If it left a handler,
+An unforeseen exception is EIO to the caller and a traceback in the log, and the mount continues. (If it left a handler,
 it would end pyfuse3's loop, and with it the mount.) The wrapper also notes in the state which request is in flight, so
 that a request that kills daemons is refused in the end (:mod:`ttmfs.recovery.state`).
 
-Concurrency: one thread. A handler that does not wait runs alone, so one slot of the notes serves for all of these.
+Concurrency: one thread. A handler that does not wait runs alone, so all these handlers share one slot of the notes.
 """
 
 import errno
@@ -32,7 +32,7 @@ __all__ = ["Requests", "handles_request"]
 
 log = logging.getLogger(__name__)
 
-CONDEMNED = 4
+REFUSED_SCORE = 4
 """Score at which a repeated request is refused. A crash or an OOM kill adds 2, a SIGKILL 1 (see the state)."""
 
 SUSPECT_SECONDS = 10.0
@@ -48,8 +48,8 @@ def handles_request(handler: Handler) -> Callable[..., Coroutine[Any, Any, Any]]
     """Wrap a handler, which returns its answer, or a coroutine if it has to wait."""
     name, clock = handler.__name__, time.perf_counter_ns
     kind = zlib.crc32(name.encode())
-    identified = len(inspect.signature(handler).parameters) > 2  # two arguments tell it from others of its kind
-    looks = identified and not inspect.iscoroutinefunction(handler) and name not in LOCKS_ITSELF
+    identified = len(inspect.signature(handler).parameters) > 2  # by its first two arguments
+    only_reads = identified and not inspect.iscoroutinefunction(handler) and name not in LOCKS_ITSELF
 
     @wraps(handler)
     async def operation(self: Any, *arguments: Any) -> Any:
@@ -59,9 +59,9 @@ def handles_request(handler: Handler) -> Callable[..., Coroutine[Any, Any, Any]]
         try:
             if suspects:
                 note = requests.admit(name, note)
-            notes[0] = note  # until it waits no other handler runs
+            notes[0] = note  # no other handler runs until it waits
             try:
-                if requests.locks is not None and looks and backup_of(arguments[0]) in requests.locks:
+                if requests.locks is not None and only_reads and backup_of(arguments[0]) in requests.locks:
                     answer = requests.call_locked(handler, self, arguments)
                 else:
                     answer = handler(self, *arguments)
@@ -74,7 +74,7 @@ def handles_request(handler: Handler) -> Callable[..., Coroutine[Any, Any, Any]]
             raise FUSEError(requests.failed(name, error, arguments)) from None
         finally:
             if suspects:
-                requests.acquit(note)
+                requests.forget_score(note)
             counts, took = metrics.durations[name], clock() - start
             counts[BUCKET_OF_LENGTH[took.bit_length()]] += 1
             counts[TOTAL_NS] += took
@@ -100,13 +100,13 @@ def _brief(operation: str, arguments: Sequence[Any]) -> str:
 class Requests:
     """The requests of one mount: those in flight, and those that failed or may have killed a daemon.
 
-    `locks` are those of backups that threads change; None: no thread changes any.
+    `locks` are the locks of backups that threads change. None: no thread changes a backup.
     """
 
     def __init__(
         self, state: State, metrics: Metrics, refusals: Refusals, locks: FileLocks | None, *, debug: bool = False
     ) -> None:
-        self.notes = state.notes  # what is in flight; slot 0: the request that the loop is at
+        self.notes = state.notes  # what is in flight; slot 0: the request that the loop is handling
         self.suspects = state.suspects()
         self.metrics = metrics
         self.locks = locks
@@ -144,12 +144,12 @@ class Requests:
             *_, (frame, line) = traceback.walk_tb(error.__traceback__)
             if self._is_first(operation, frame.f_code, line):
                 brief = _brief(operation, arguments)
-                log.exception("%s%s failed unforeseen; callers get EIO (said once)", operation, brief)
+                log.exception("%s%s failed unforeseen; callers get EIO (logged once)", operation, brief)
             return number
         self._refusals.note(operation, number, error, arguments[-1] if arguments else None)
         # the errno, not the text: names in it are the caller's choice, and a caller could fill the log
         if isinstance(error, StoreFailed) and self._is_first(operation, getattr(error.__cause__, "errno", None)):
-            log.error("%s; callers of %s get EIO (said once)", error, operation)
+            log.error("%s; callers of %s get EIO (logged once)", error, operation)
         elif self.debug:
             log.debug("%s: %s: %s", operation, errno.errorcode[number], error)
         return number
@@ -166,16 +166,17 @@ class Requests:
         if time.monotonic() > self._suspected_until:
             self.suspects.clear()
         score = self.suspects.get(request, 0)
-        if score >= CONDEMNED:
+        if score >= REFUSED_SCORE:
             self.metrics.errors[operation, errno.EIO] += 1
             if self._is_first(operation, request):
                 log.error(
-                    "a request for %s is refused: the daemons died that carried it out. Its caller gets EIO", operation
+                    "a request for %s is refused, because daemons died while they carried it out; its caller gets EIO",
+                    operation,
                 )
             raise FUSEError(errno.EIO)
         return request | score
 
-    def acquit(self, request: int) -> None:
+    def forget_score(self, request: int) -> None:
         """Forget the score of a request that was carried out without a death."""
-        if self.suspects.get(request & ~POINTS, 0) < CONDEMNED:
+        if self.suspects.get(request & ~POINTS, 0) < REFUSED_SCORE:
             self.suspects.pop(request & ~POINTS, None)

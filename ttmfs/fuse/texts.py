@@ -1,10 +1,10 @@
 """The mount's own files, ``.stats`` and ``.config``: one text for each opening.
 
 A text is made when its file is opened. A reader in pieces gets pieces of that text, and stat(2) tells its size from
-then on. A daemon that takes over does not have the texts of the one before. There a read amid a text is TextForgotten,
-and a read from the beginning gives another text.
+then on. A daemon that takes over does not have the texts of the one before. There a read from the middle of a text
+raises TextForgotten, and a read from the beginning gives a new text.
 
-Concurrency: one thread. A text is made once at a time; a reader that asked before the making began gets it too.
+Concurrency: one thread. Only one text of a file is made at a time. Every reader that asked before that began gets it.
 """
 
 import itertools
@@ -52,7 +52,7 @@ class Texts(Node):
         return attributes._replace(mode=stat.S_IFREG | 0o444, cacheable=False)
 
     def looked_up(self, ino: int) -> Attributes:
-        """What the kernel is told before an open: the text that is then made may be longer than the last.
+        """The attributes for the kernel before an open, which makes a text that may be longer than the last.
 
         sendfile(2) reads as far as the size that the kernel knows, or to a short read; stat(2) asks for it anew.
         """
@@ -60,7 +60,7 @@ class Texts(Node):
         return attributes._replace(size=attributes.size + TEXT_GROWTH)
 
     async def latest_attributes(self, ino: int) -> Attributes:
-        """As :meth:`attributes`, of a text that is made now if none was."""
+        """As :meth:`attributes`. If no text was made yet, one is made now."""
         if ino not in self._latest:
             await self._made(ino)
         return self.attributes(ino)

@@ -4,7 +4,7 @@
     /.stats /.config  STATS, CONFIG  texts, made when they are opened
     /a                handle 0 of the backup
     /a/1 ... /a/N     its pages, by handle
-    /a/.image         IMAGE          every page at its place
+    /a/.image         IMAGE          page i at byte i * page_size
     /a/.shmem         SHMEM          a link to the backup's file in the store
 
 The kernel checks mode bits (default_permissions, unless root alone is let in). Nodes refuse what nobody may do.
@@ -26,7 +26,7 @@ from .texts import Texts
 __all__ = ["Tree"]
 
 MOST_BACKUPS = 1024
-"""Backups whose nodes are kept for the next request. To make one takes longer than to read a page."""
+"""Backups whose nodes are kept for the next request. Making them takes longer than reading a page."""
 
 
 class Tree:
@@ -65,7 +65,7 @@ class Tree:
 
     def file(self, fh: int) -> Node:
         """The node of a file handle."""
-        if not (id := fh >> HANDLE_BITS & MAX_BACKUP_ID):  # backup_of(), but for the call: each page takes one
+        if not (id := fh >> HANDLE_BITS & MAX_BACKUP_ID):  # inlined backup_of(): each read and write calls this
             return self.texts
         directory = self._directory(id)
         return directory.pages if fh & HANDLE_MASK < IMAGE else directory.image

@@ -1,4 +1,4 @@
-"""The extended attributes ``user.ttmfs.*``: two tables, of the root and of a backup's directory. No other file has any.
+"""The extended attributes ``user.ttmfs.*``: one table for the root, one for backups. Other files have none.
 
 To add an attribute, add its line to a table, and its meaning to docs/semantics.md.
 
@@ -23,7 +23,7 @@ from .permissions import Caller
 __all__ = ["XATTRS", "Xattr", "get_xattr", "remove_xattr", "set_xattr"]
 
 RANGES_AT_ONCE = 256
-"""Ranges of a list, which can have 32,768, that are parsed before others may be served."""
+"""Ranges that are parsed before others are served. A list can have 32,768."""
 
 RANGE_BYTES = 64
 """Memory that a list of handles takes for each of its characters."""
@@ -32,7 +32,7 @@ RANGE_BYTES = 64
 class Xattr(NamedTuple):
     """An extended attribute. `get` gives its value or a coroutine, `set` takes the value as text.
 
-    Of a `private` attribute only root and the user who mounted know the value.
+    Only root and the user who mounted may read a `private` attribute.
     """
 
     get: Callable[[Any], object] | None = None
@@ -60,7 +60,7 @@ async def set_xattr(node: Node, name: bytes, value: bytes, caller: Caller) -> No
         raise NotPermitted(f"{os.fsdecode(name)} can only be read")
     try:
         await attribute.set(node, value.decode("ascii").strip(), caller)
-    except ValueError as error:  # no text, no size or no list of handles
+    except ValueError as error:  # not a text, a size or a list of handles
         raise InvalidArgument(f"{os.fsdecode(name)}: {error}") from None
 
 
@@ -76,7 +76,7 @@ def _table(node: Node) -> Mapping[bytes, Xattr]:
 
 
 def _check_is_mounter(caller: Caller, what: str) -> None:
-    """Raise NotPermitted unless the caller is root or the user who mounted, whoever may write in the root."""
+    """Raise NotPermitted unless the caller is root or the user who mounted. Write permission is not enough."""
     if caller.uid not in (0, os.geteuid()):
         raise NotPermitted(f"only root and the user who mounted may {what}")
 
@@ -136,7 +136,7 @@ async def _drop(directory: BackupDirectory, value: str, caller: Caller) -> None:
         raise InvalidArgument(f"the backup's last handle is {limit}")
     held = waiting.holding(backup.stat().st_uid, RANGE_BYTES * len(value))
     with held, shared.progress("drop", inode(id, 0), value, caller.pid) as progress:
-        begun, index = divmod(progress.done, 1 << HANDLE_BITS)  # the range that an earlier daemon was at, and where
+        begun, index = divmod(progress.done, 1 << HANDLE_BITS)  # where an earlier daemon was: the range, and the index
 
         def reached(end: int) -> None:
             progress.reach((progress.done >> HANDLE_BITS << HANDLE_BITS) + end)
