@@ -18,7 +18,7 @@ __all__ = ["report", "run", "targets"]
 NAMES = (TTMFS, OFF, BINDFS, TMPFS)
 PAGES = 32  # of each client
 SHARE = 0.5
-"""Nobody starves: the slowest client does at least this part of the median client's operations."""
+"""The least share of the slowest client: its operations, relative to those of the median client."""
 
 STREAM_BYTES = 16 << 20
 

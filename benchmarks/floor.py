@@ -87,7 +87,7 @@ def _transfers(plan: Plan, homes: dict[str, Path]) -> dict[str, dict[str, list[f
 
 
 def targets(_: dict[str, Any]) -> list[Target]:
-    """None: these figures help to read the other groups' targets."""
+    """Return no targets: these figures only help to understand the other groups."""
     return []
 
 

@@ -16,7 +16,7 @@ from workloads import Pages, create, pause, store
 
 __all__ = ["make_files", "report", "run", "targets"]
 
-ROUNDS = 5  # at most: each makes a million files
+ROUNDS = 5  # at most, because each round makes a million files
 WARM_UP_PAGES = 100
 COLD, WARM, DROP = "cold", "warm", "drop"
 

@@ -97,7 +97,7 @@ def available() -> int:
 
 
 class Slab:
-    """SUnreclaim and SReclaimable in bytes, once they are at rest: the kernel frees much of them with a delay.
+    """SUnreclaim and SReclaimable in bytes, once they no longer change: the kernel frees much slab memory with a delay.
 
     On a busy machine they never rest. After QUIET_SECONDS in total, `at_rest` is False.
     """
@@ -118,7 +118,7 @@ class Slab:
         return now
 
     def forget(self) -> dict[str, int]:
-        """Have the kernel drop dentries and inodes until nothing more goes. It spares recently used ones."""
+        """Have the kernel drop dentries and inodes until it frees no more. It spares recently used ones."""
         os.sync()
         now = self.look()
         while True:

@@ -12,7 +12,7 @@ __all__ = ["percentile", "together", "uninterrupted"]
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM: right after a fork, before we know the child, they would leave it behind."""
+    """Delay SIGINT and SIGTERM: between a fork and the assignment of its pid, they would leave the child behind."""
     came: list[int] = []
     handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -30,7 +30,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def together(acts: Sequence[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Run each in a child process, all from the same moment on. Return the results in order. They end with us."""
+    """Run each in a child process, all from the same moment on. Return the results in order. No child remains."""
     with contextlib.ExitStack() as stack:
         go, begin = os.pipe()
         stack.callback(os.close, go)

@@ -222,7 +222,7 @@ class Bindfs(_Daemon):
     def __init__(self, name: str, size: int) -> None:
         super().__init__(name, size)
         if not shutil.which("bindfs"):
-            raise Unavailable("there is no bindfs: apt-get install bindfs")
+            raise Unavailable("bindfs is not installed: apt-get install bindfs")
         self._below = Tmpfs(f"{name} below", size)
 
     def start(self) -> None:
