@@ -103,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _words(texts: list[str], *, sloppy: bool) -> list[str]:
-    """The options, without those that are for mount(8) alone."""
+    """The options without ``user=``, and with `sloppy` without unknown ones."""
     words = [word for text in texts for word in split(text)]
     # Some versions of mount(8) add user=, the user who may unmount, for their own use.
     words = [word for word in words if not word.startswith("user=")]

@@ -28,12 +28,12 @@ PATIENCE = 2.0
 """Seconds within which a mount must answer."""
 
 PER_ITEM, LONGEST = 0.02, 60.0
-"""Additional seconds for each item received, and the limit: a large mount has time, a server that delays has not."""
+"""Additional seconds for each item received, and the most in total. So a large mount can be listed completely."""
 
 MOST_ITEMS = 1 << 20
 MOST_CHILDREN = 64
 SOON = 0.2
-"""Seconds until the mounts of a command are watched, and between two questions to a silent one."""
+"""Seconds until a slow command's mounts are watched, and between two checks of a silent mount."""
 
 Work = Callable[[], Iterable[Any]]
 """What a child does. It gives items that JSON can represent."""
@@ -51,9 +51,8 @@ def _fork(run: Callable[[], int]) -> int:
     """Run a function in a child process, which exits with the status that it returns. Returns the process id."""
     sys.stdout.flush()
     sys.stderr.flush()
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT}
-    )  # during the fork, one SIGINT could reach both processes
+    # During the fork, one SIGINT could reach both processes.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         if pid := os.fork():
             return pid

@@ -1,8 +1,7 @@
 """``map``: a picture of which pages of a backup are absent, in memory, and swapped out.
 
-A cell represents a few consecutive pages. Its character shows how many of them exist, and its colour
-shows where they are. Cells with swapped-out pages have other characters than cells with pages in memory, so that the
-picture can be read without colours.
+A cell represents a few consecutive pages. Its character shows how many of them exist, and its colour shows where they
+are. Cells with swapped-out pages have other characters, so that the picture can be read without colours.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class BackupIdentity(NamedTuple):
 
     @classmethod
     def of(cls, backup: Backup) -> BackupIdentity:
-        """Find out the numbers of an open backup. Raises OSError."""
+        """The identity of an open backup. Raises OSError."""
         found, own = backup.status(), _own_file(backup)
         servers = (config_of(backup).get(name) for name in ("daemon_pid", "keeper_pid"))
         return cls(found.st_dev, found.st_ino, own, frozenset(pid for pid in servers if isinstance(pid, int)))
@@ -71,7 +71,7 @@ def _own_file(backup: Backup) -> tuple[int, int] | None:
 
 
 class User(NamedTuple):
-    """A process that uses a backup, and the number of its uses of each kind."""
+    """A process that uses a backup, and the number of its uses by kind."""
 
     pid: int
     uses: Counter[str]

@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _refusals(place: Place) -> list[dict[str, Any]]:
     """The refusals that a mount reports. They are objects, and their content is not checked."""
     if (text := place.attribute("refusals")) is None:
-        raise CommandError(f"{quoted(place.path)}: its daemon is of a version that keeps no reasons")
+        raise CommandError(f"{quoted(place.path)}: its daemon has a version that keeps no reasons")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
