@@ -40,6 +40,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import Mount, opened, raises_errno, run, wait_until
+from ttmfs.fuse.directories import BackupDirectory, Root
+from ttmfs.fuse.xattrs import XATTRS
 
 PAGE = mmap.PAGESIZE
 PAGES = 64  # that a backup spans here
@@ -461,8 +463,9 @@ def test_c13_descriptors_of_an_ended_backup_are_stale(a: Path, ended: Callable[[
 
 # --- extended attributes ---
 
-ROOT_ATTRIBUTES = ["bytes_avail", "page_size", "size"]
-BACKUP_ATTRIBUTES = ["size", "pages", "resident", "swapped", "map", "drop"]
+ROOT_ATTRIBUTES, BACKUP_ATTRIBUTES = (
+    [name.decode().removeprefix("user.ttmfs.") for name in XATTRS[node]] for node in (Root, BackupDirectory)
+)
 
 
 @pytest.mark.parametrize(
