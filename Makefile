@@ -1,6 +1,6 @@
 # make demo     run the main job on real input, and show every command
 # make test     lint and all tests (T=tests/mount/test_swap.py: only these tests, without lint)
-# make check    lint, and the tests that mount nothing: half a minute, without root
+# make check    lint, and tests that mount nothing, also of the documents: half a minute, without root
 # make lint     linter, formatter, types
 # make format   fix what the formatter and the linter can
 # make bench    compare with tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
@@ -13,6 +13,8 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
 .PHONY: demo test check check-tests lint format bench bench-quick soak setup lock install uninstall clean
+
+CHECKED := tests/arithmetic tests/model tests/face $(addprefix tests/house/test_,imports.py docs.py help.py man_pages.py)
 
 SECONDS := 600
 PREFIX := /usr/local
@@ -27,7 +29,7 @@ check: setup
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint check-tests
 
 check-tests: setup
-	$(BIN)/python -m pytest -q tests/arithmetic tests/model tests/face tests/house/test_imports.py
+	$(BIN)/python -m pytest -q $(CHECKED)
 
 lint: setup
 	$(BIN)/ruff check

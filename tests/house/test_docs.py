@@ -1,70 +1,15 @@
-"""What the documents claim is run."""
+"""The documents name what the program has."""
 
 import html
-import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 
-from harness import REPOSITORY, mounts_below, wait_until
+from harness import REPOSITORY
+from ttmfs.cli.main import COMMANDS
 from ttmfs.fuse.directories import BackupDirectory, Root
 from ttmfs.fuse.xattrs import XATTRS
 from ttmfs.options import TABLE, ExitCode, help_text
-
-FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FILE = re.compile(r"^```\w+\n# (\S+\.\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def examples(document: Path) -> list[tuple[str, str]]:
-    """The commands of a document's console blocks, each with the output that it shows."""
-    found: list[tuple[str, str]] = []
-    for block in FENCE.findall(document.read_text()):
-        for line in block.splitlines():
-            if line.startswith("$ "):
-                found.append((line[2:], ""))
-            else:
-                command, output = found[-1]
-                found[-1] = command, output + line + "\n"
-    return found
-
-
-def matches(expected: str, got: str) -> bool:
-    """Whether an output is what a document shows; ``...`` there is anything, and runs of blanks are alike."""
-    parts = [re.escape(" ".join(part.split())) for part in expected.strip().split("...")]
-    return re.fullmatch(".*".join(parts), " ".join(got.split())) is not None
-
-
-@pytest.mark.serial  # swap of another test would change what the examples show
-@pytest.mark.parametrize("name", ["docs/semantics.md", "docs/recipes.md"])
-def test_examples_in_documents_print_what_they_show(name: str, tmp_path: Path) -> None:
-    commands = examples(REPOSITORY / name)
-    for file, text in FILE.findall((REPOSITORY / name).read_text()):
-        (tmp_path / file).write_text(text)
-    assert len(commands) > 20
-    path = f"{REPOSITORY}:{REPOSITORY / '.venv/bin'}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "LC_ALL": "C", "COLUMNS": "80"}
-    try:
-        for command, expected in commands:
-            shell = ["bash", "-c", command.replace("REPOSITORY", str(REPOSITORY))]
-            done = subprocess.run(
-                shell, cwd=tmp_path, env=environment, text=True, timeout=30, check=False,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            assert matches(expected, done.stdout), f"$ {command}\n{done.stdout}instead of\n{expected}"
-    finally:
-        for mounted in mounts_below(tmp_path):
-            subprocess.run(["fusermount3", "-u", "-z", mounted], check=False)
-    wait_until(lambda: not mounts_below(tmp_path), "the unmounting")
-
-
-def test_the_demo_runs_without_error(tmp_path: Path) -> None:
-    # In its own mount namespace: a copy of the mount in another process' new namespace would keep the daemon alive.
-    demo = ["unshare", "--mount", "--propagation", "private", str(REPOSITORY / "scripts/demo.sh")]
-    done = subprocess.run(demo, cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^held: (\d+) pages stored, .* restored bit for bit", done.stdout, re.MULTILINE)
 
 
 def test_help_names_every_option_and_exit_code() -> None:
@@ -76,10 +21,16 @@ def test_help_names_every_option_and_exit_code() -> None:
         assert re.search(rf"^  {code.value} +{re.escape(code.meaning)}$", text, re.MULTILINE)
 
 
-def test_the_manual_names_every_option() -> None:
-    manual = (REPOSITORY / "README.md").read_text()
+def test_the_readme_names_every_option() -> None:
+    text = (REPOSITORY / "README.md").read_text()
     for name in TABLE:
-        assert f"`{name}" in manual
+        assert f"`{name}" in text, f'add `{name}` to the table of "Options" in README.md'
+
+
+def test_the_readme_names_every_command() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    for name in COMMANDS:
+        assert f"`ttmfs {name}" in text, f"add `ttmfs {name}` to the table of commands in README.md"
 
 
 @pytest.mark.parametrize("document", [*sorted(p.name for p in REPOSITORY.glob("*.md")), "docs"])
@@ -101,7 +52,7 @@ def test_the_picture_of_the_architecture_is_made_from_its_source() -> None:
 def test_the_architecture_names_every_package() -> None:
     text = (REPOSITORY / "docs/architecture.md").read_text()
     for package in REPOSITORY.glob("ttmfs/*/__init__.py"):
-        assert f"| `{package.parent.name}/` |" in text
+        assert f"| `{package.parent.name}/` |" in text, "add it to the table of packages in docs/architecture.md"
 
 
 def test_the_specification_lists_every_extended_attribute() -> None:
@@ -109,8 +60,10 @@ def test_the_specification_lists_every_extended_attribute() -> None:
     section = (REPOSITORY / "docs/semantics.md").read_text().partition("## Extended attributes")[2].partition("```")[0]
     of_backup, _, of_root = section.partition("On the mount's root")
     for text, node in (of_backup, BackupDirectory), (of_root, Root):
-        assert set(re.findall(r"`(user\.ttmfs\.\w+)`", text)) >= {name.decode() for name in XATTRS[node]}
-    assert set(re.findall(r"`(user\.ttmfs\.\w+)`", section)) == {name.decode() for t in XATTRS.values() for name in t}
+        missing = {name.decode() for name in XATTRS[node]} - set(re.findall(r"`(user\.ttmfs\.\w+)`", text))
+        assert not missing, f'add {missing} to "Extended attributes" in docs/semantics.md'
+    unknown = set(re.findall(r"`(user\.ttmfs\.\w+)`", section)) - {n.decode() for t in XATTRS.values() for n in t}
+    assert not unknown, f"docs/semantics.md has {unknown}, and ttmfs/fuse/xattrs.py has not"
 
 
 def test_documents_use_plain_phrases() -> None:

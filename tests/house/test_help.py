@@ -33,7 +33,7 @@ def test_every_command_has_examples_with_existing_options(name: str) -> None:
     text = ttmfs(name, "--help")
     _, _, examples = text.partition("\nexamples:\n")
     lines = [line for line in examples.splitlines() if f"ttmfs {name} " in line + " "]
-    assert lines, text
+    assert lines, f'begin its examples with "examples:" and a line "ttmfs {name} ...":\n{text}'
     for line in lines:
         words = line.partition(f"ttmfs {name} ")[2].partition(" | ")[0].partition(" -- ")[0].split()
         assert {word.partition("=")[0] for word in words if word[0] == "-" and word != "-"} <= options_of(name)

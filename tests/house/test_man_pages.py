@@ -56,12 +56,14 @@ def test_manual_pages_are_valid_roff_with_the_usual_sections(page: str) -> None:
 
 def test_the_manual_lists_exactly_the_options_and_their_defaults(mount_page: str) -> None:
     found = items(part(mount_page, "SS", "Mount options"))
-    assert set(found) == set(TABLE)
+    assert set(found) == set(TABLE), 'add it to "Mount options" in docs/man/mount.ttmfs.8, or remove it there'
     for name, option in TABLE.items():
         assert found[name].startswith("=") == bool(option.value), name
         if option.value:
-            default = re.findall(r"\(([^()]*)\)", option.help)[-1]
-            assert f"Default: {default}." in found[name], name
+            defaults = re.findall(r"\(([^()]*)\)", option.help)
+            assert defaults, f"end the help of {name} with its default in brackets, in ttmfs/options.py"
+            sentence = f"Default: {defaults[-1]}."
+            assert sentence in found[name], f"add {sentence!r} to {name} in docs/man/mount.ttmfs.8"
 
 
 def test_the_manual_lists_exactly_the_accepted_options_of_mount(mount_page: str) -> None:
@@ -89,11 +91,12 @@ def test_the_manual_lists_exactly_the_commands_and_their_options() -> None:
     page = part((DIRECTORY / "ttmfs.1").read_text(), "SH", "COMMANDS")
     commands = re.findall(r"^    ([a-z][a-z-]*)(?:  |$)", help_of(), re.MULTILINE)
     assert commands
-    assert sorted(re.findall(r"^\.SS (.*)", page, re.MULTILINE)) == sorted(commands)
+    shown = sorted(re.findall(r"^\.SS (.*)", page, re.MULTILINE))
+    assert shown == sorted(commands), "add the command to COMMANDS in docs/man/ttmfs.1 (.SS NAME), or remove it there"
     for command in commands:
         known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", help_of(command))) - {"--help"}
         said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", plain(part(page, "SS", command))))
-        assert said == known, command
+        assert said == known, f"make the options of {command} in docs/man/ttmfs.1 those of its --help"
 
 
 def test_the_manual_has_every_name_attribute_and_error_of_the_specification() -> None:
@@ -103,7 +106,7 @@ def test_the_manual_has_every_name_attribute_and_error_of_the_specification() ->
         names = set(re.findall(pattern, specification)) - {"EISDIR"}
         assert len(names) > 3
         for name in names:
-            assert name in page, name
+            assert name in page, f"add {name} to docs/man/ttmfs.5: docs/semantics.md has it"
 
 
 def test_manual_pages_are_installed_and_refer_to_existing_pages() -> None:
