@@ -232,7 +232,7 @@ class BackupDirectory(Directory):
 
     def __init__(self, shared: Shared, id: int) -> None:
         super().__init__(shared, id)
-        self.backup = shared.pool.file(id)
+        self.backup = shared.pool.file(id)  # a PageFile: the mount uses no model.Backup
         self.pages, self.image, self.link = Pages(shared, id), Image(shared, id), Link(shared, id)
 
     def attributes(self, ino: int) -> Attributes:

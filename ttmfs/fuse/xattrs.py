@@ -1,6 +1,6 @@
 """The extended attributes ``user.ttmfs.*``: one table for the root, one for backups. Other files have none.
 
-To add an attribute, add its line to a table, and its meaning to docs/semantics.md.
+CONTRIBUTING.md says how to add one ("How to add").
 
 Concurrency: one thread. A getter or setter that takes long does its work in slices, between which others are served.
 """
@@ -30,9 +30,10 @@ RANGE_BYTES = 64
 
 
 class Xattr(NamedTuple):
-    """An extended attribute. `get` gives its value or a coroutine, `set` takes the value as text.
+    """An extended attribute. `get` takes the node, and returns the value or a coroutine.
 
-    Only root and the user who mounted may read a `private` attribute.
+    `set` is a coroutine function of the node, the value as text, and the caller. Only root and the user who mounted may
+    read a `private` attribute.
     """
 
     get: Callable[[Any], object] | None = None
