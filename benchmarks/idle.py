@@ -45,9 +45,9 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
 
 
 def _after_burst(system: System, page: int) -> list[float]:
-    """The daemon's CPU time in microseconds from the last answer of a burst to each look, and to the end of a watch.
+    """The CPU time of the daemon in microseconds since the last answer of a burst: at each of LOOKS, and at the end.
 
-    If the second to last look comes later than 10 ms, the burst is repeated.
+    If the last of LOOKS comes later than 10 ms after the burst, the burst is repeated.
     """
     for _ in range(TRIES):
         for _ in range(BURST):

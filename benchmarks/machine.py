@@ -106,7 +106,7 @@ class Slab:
         self.at_rest = True
         self._left = QUIET_SECONDS
 
-    def look(self) -> dict[str, int]:
+    def read_settled(self) -> dict[str, int]:
         now = self._read()
         while self.at_rest:
             time.sleep(LOOK_SECONDS)
@@ -120,10 +120,10 @@ class Slab:
     def forget(self) -> dict[str, int]:
         """Have the kernel drop dentries and inodes until it frees no more. It spares recently used ones."""
         os.sync()
-        now = self.look()
+        now = self.read_settled()
         while True:
             Path("/proc/sys/vm/drop_caches").write_text("2\n")
-            before, now = now, self.look()
+            before, now = now, self.read_settled()
             if not self.at_rest or sum(before.values()) - sum(now.values()) <= SETTLED:
                 return now
 

@@ -59,7 +59,7 @@ def _slab(slab: Slab, system: System, pages: int) -> dict[str, dict[str, float]]
     if isinstance(system, Ttmfs):
         store(home, pages, system.page_size)
         _check_stored(system, pages)
-        found[STORED] = _each(slab.look(), base, pages)
+        found[STORED] = _each(slab.read_settled(), base, pages)
         found[STORED_FORGOTTEN] = _each(slab.forget(), base, pages)
     else:
         make_files(home, pages, system.page_size)
@@ -67,7 +67,7 @@ def _slab(slab: Slab, system: System, pages: int) -> dict[str, dict[str, float]]
         listed = sum(entry.stat().st_size == system.page_size for entry in entries)
     if listed != pages:
         raise RuntimeError(f"{listed} pages are listed, not {pages}")
-    found[NAMED] = _each(slab.look(), base, pages)
+    found[NAMED] = _each(slab.read_settled(), base, pages)
     found[NAMED_FORGOTTEN] = _each(slab.forget(), base, pages)
     return found
 

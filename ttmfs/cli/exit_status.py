@@ -15,5 +15,5 @@ class ExitStatus(enum.IntEnum):
 
     @classmethod
     def of(cls, failed: int, total: int) -> "ExitStatus":
-        """The status of a command of which some pieces of work failed."""
+        """The status of a command after `failed` of `total` pieces of work failed."""
         return cls.DONE if not failed else cls.PARTLY if failed < total else cls.FAILED

@@ -27,7 +27,7 @@ COMMANDS = {
     "writeback": ("backups", "push backups out of memory, to swap, now"),
     "fini": ("backups", "end backups, with all their pages"),
     "fd": ("fd", "run a program with a backup's own descriptor, for native speed"),
-    "doctor": ("doctor", "look at the machine and its mounts, and say what to do"),
+    "doctor": ("doctor", "check the machine and its mounts, and say what to do"),
     "why": ("why", "show why requests were refused"),
     "rescue": ("rescue", "get backups out of a keeper that gave up, as sparse files with checksums"),
 }

@@ -1,6 +1,6 @@
 """Copy backups out of a keeper that gave up, or out of any directory of backups, to sparse files with checksums.
 
-It needs only the standard library and two neighbours, and can be run by its path, so it works when the rest of the
+It imports only the standard library and two neighbours, and can be run by its path. So it works when the rest of the
 package is broken. It does not change the backups, except that it makes a file readable while it opens it.
 
 The files may be a stranger's: links, pipes and devices instead of files, or checksums that name any file. So it opens

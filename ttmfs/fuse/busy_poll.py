@@ -5,8 +5,8 @@ Sleeping and waking take longer than a page operation. So after each request the
 none comes, so an idle daemon does nothing. Between two polls the daemon yields the CPU, because the kernel often runs
 the client on this CPU when it gets its answer.
 
-The daemon does not poll if it may use only one CPU, while a slow request is in flight, and for a while after it was
-preempted. A process that has used up its share of the CPU by polling waits longest.
+The daemon does not poll if it may use only one CPU, or while a slow request is in flight. It also stops for a while
+after it was preempted: a process that has used up its share of the CPU by polling waits longest.
 
 Concurrency: one thread. Several tasks wait here: one polls, the others sleep. If the polling task is held up by a slow
 request, the next request wakes one of the others. Between finding the connection readable and returning nothing is

@@ -1,10 +1,13 @@
 """The two kinds of directory: the root, which holds backups, and a backup, which holds pages.
 
-Repeated requests: two daemons may carry out one request, if the first dies before its answer is read. The kernel looks
-a name up under the directory's lock before it asks for a change, so a true EEXIST or ENOENT is the kernel's own answer.
-Here mkdir of an existing backup, rmdir and unlink of a missing name, and a rename that was already done succeed, and
-create never changes an existing page. That is right only because (1) missing names have no lifetime in the kernel,
-(2) nothing is awaited between a change of names and its answer, (3) rename has no flag but RENAME_NOREPLACE.
+Repeated requests: two daemons may carry out one request, if the first dies before its answer is read. Before the
+kernel asks for a change, it looks the name up under the directory's lock. So the kernel itself answers a true EEXIST or
+ENOENT. Here these succeed: mkdir of an existing backup, rmdir and unlink of a missing name, and a rename that was
+already done. create never changes an existing page. This is correct only under three conditions:
+
+- Missing names have no lifetime in the kernel.
+- Nothing is awaited between a change of names and its answer.
+- rename has no flag except RENAME_NOREPLACE.
 
 Concurrency: one thread. State is read anew after every `await`.
 """

@@ -13,8 +13,8 @@ The backup id 0 belongs to the mount itself, whose inodes are the small numbers 
 
 The file handle of a file of a backup is its inode number with three changes. S is set if it was opened O_SYNC or
 O_DSYNC: direct I/O sends no fsync for those. R is set if the caller may not write the backup. An ``.image`` that was
-opened O_APPEND has APPENDED in place of IMAGE. The file handle of an open directory, and of the mount's own files, has
-a serial number in place of a page's handle, so that no two are the same.
+opened O_APPEND has APPENDED in place of IMAGE. The file handles of open directories, and of the mount's own files, have
+a serial number in place of a page's handle. So no two of them are the same.
 
 Ids are never used twice. 2**32 of them last for 49 days at 1,000 new backups a second.
 """

@@ -27,7 +27,7 @@ from .xattrs import get_xattr, remove_xattr, set_xattr
 __all__ = ["Operations"]
 
 MOST_ENTRIES = 500
-"""Most entries in the answer to a request for a listing, whatever room the caller has for them."""
+"""Most entries in one answer to a request for a listing, even if the caller has room for more."""
 
 CreateAnswer: TypeAlias = tuple[FileInfo, EntryAttributes]
 

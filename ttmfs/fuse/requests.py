@@ -1,8 +1,8 @@
 """The wrapper round every request handler: it maps errors to errno, counts, times and logs.
 
 An unforeseen exception is EIO to the caller and a traceback in the log, and the mount continues. (If it left a handler,
-it would end pyfuse3's loop, and with it the mount.) The wrapper also notes in the state which request is in flight, so
-that a request that kills daemons is refused in the end (:mod:`ttmfs.recovery.state`).
+it would end pyfuse3's loop, and with it the mount.) The wrapper also notes in the state which request is in flight. So
+a request that kills daemons is refused after a few deaths (:mod:`ttmfs.recovery.state`).
 
 Concurrency: one thread. A handler that does not wait runs alone, so all these handlers share one slot of the notes.
 """
@@ -130,14 +130,14 @@ class Requests:
             self.waiting -= 1
 
     async def call_locked(self, handler: Handler, operations: Any, arguments: Sequence[Any]) -> Any:
-        """The answer of a handler that looks at a backup which a thread is changing."""
+        """The answer of a handler that reads a backup which a thread is changing."""
         assert self.locks is not None
         async with self.locks.locked(backup_of(arguments[0])):
             answer = handler(operations, *arguments)
         return await answer if isinstance(answer, CoroutineType) else answer
 
     def failed(self, operation: str, error: Exception, arguments: Sequence[Any] = ()) -> int:
-        """The errno of a request that failed, counted, and logged if someone should look at it."""
+        """Count a request that failed, and log it if it shows a fault. Returns its errno."""
         number = errno_of(error) if isinstance(error, TtmfsError) else errno.EIO
         self.metrics.errors[operation, number] += 1
         if not isinstance(error, TtmfsError):

@@ -1,8 +1,8 @@
 """Finds the mount or the backup at a path, without importing numpy.
 
-A path is resolved once, and its target is kept open. The server of a mount, or anyone who can write to a directory on
-the way, can make the same path lead elsewhere at any moment. Answers of a mount are checked, because anyone can serve
-one.
+A path is resolved once, and its target is kept open. The server of a mount can make the same path lead elsewhere at
+any moment. So can anyone who can write to a directory on the path. Answers of a mount are checked, because anyone can
+serve one.
 """
 
 import contextlib

@@ -3,8 +3,8 @@
 ``/proc/PID/fdinfo`` has the inode number of each open file, ``/proc/PID/maps`` the device and inode number of each
 mapping. Files of other filesystems are not touched, so a server that hangs delays nothing.
 
-It does not see processes of other users unless root runs it, processes of other PID namespaces, descriptors in transit
-in a socket, and files registered with io_uring.
+It does not see processes of other PID namespaces, descriptors in transit in a socket, and files registered with
+io_uring. Only root sees processes of other users.
 """
 
 from __future__ import annotations
