@@ -51,12 +51,12 @@ def mnt(shared: Mount) -> Path:
 
 
 def ttmfs(*words: object, code: int | None = 0, **more: Any) -> str:
-    """Run a command; what it wrote. Its standard error comes behind its output, and holds no traceback.
+    """Run a command. Returns its output, followed by its standard error, which must hold no traceback.
 
-    `code` is the exit status that it must have, None any.
+    `code` is the exit status that the command must have; None allows any. `more` goes to subprocess.run().
 
-    As a process, if anything about that is said, or it becomes another; else as the function that it is, which takes a
-    third of the time, and leaves no descriptor open.
+    A command with `more`, or one that executes a program or forks, runs as a process. Others run in this process, which
+    takes a third of the time and shows that they leave no descriptor open.
     """
     if not more and words[0] not in ("fd", "doctor", "ls"):
         status, text = called(*map(str, words))

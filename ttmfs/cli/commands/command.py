@@ -15,7 +15,12 @@ __all__ = ["Command", "CommandError", "complain", "guarded", "reason"]
 
 @dataclass(frozen=True)
 class Command:
-    """A command of ``ttmfs``. `run` gives the exit status: 0; 1 if part of the work failed; 2 if none could be done."""
+    """A command of ``ttmfs``. `run` gives the exit status: 0; 1 if part of the work failed; 2 if none could be done.
+
+    `description` and `examples` are shown by ``ttmfs COMMAND --help``. `uses_client` imports ttmfs.client before `run`.
+    `waits_for` returns the paths of the backups that the command uses. The command then runs in a child process: Ctrl-C
+    always ends it, and a mount that does not answer is reported.
+    """
 
     name: str
     description: str
@@ -23,8 +28,8 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], object]
     run: Callable[[argparse.Namespace], int]
     interrupted: str = "interrupted"  # the message after Ctrl-C
-    uses_client: bool = False  # ttmfs.client, which takes a moment to import
-    waits_for: Callable[[argparse.Namespace], list[str]] | None = None  # the backups whose mounts it waits for
+    uses_client: bool = False
+    waits_for: Callable[[argparse.Namespace], list[str]] | None = None
 
 
 class CommandError(Exception):
