@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import re
 import sys
 from typing import NoReturn
 
@@ -15,8 +16,8 @@ try:
     from ttmfs.options import ExitCode, OptionError, Options, help_text
     from ttmfs.version import __version__
 except (ImportError, MemoryError, SystemError) as error:
-    # The dynamic linker reports a lack of memory as an ImportError, and Python at times as a SystemError.
-    if isinstance(error, ImportError) and "failed to map" not in str(error) and "llocate memory" not in str(error):
+    # The dynamic linker reports a lack of memory as an ImportError, in several wordings, and Python as a SystemError.
+    if isinstance(error, ImportError) and not {"map", "memory"} & set(re.split(r"\W+", str(error))):
         message = f"{error}. Run make once, then .venv/bin/python mount.py; or pip install . elsewhere"
     else:
         message = "there is too little memory to start; ulimit -v and ulimit -d may limit it"
