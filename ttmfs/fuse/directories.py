@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..handles import parse_page_name
 from ..stores.page_file import finished
-from .files import Image, Link, Pages, file_handle
+from .files import Image, Link, Pages, file_handle, page_dropped
 from .inodes import (
     CONFIG,
     HANDLE_BITS,
@@ -47,6 +47,7 @@ from .inodes import (
     with_serial,
 )
 from .node import Answer, Attributes, Changes, Node, Shared, check_length, check_syncs
+from .path_retries import OPEN
 from .permissions import OPENED_FOR, Caller, may
 from .texts import Texts
 
@@ -317,11 +318,19 @@ class BackupDirectory(Directory):
         return file_handle(ino, flags), ino, self.pages.attributes_of(self.backup.stat())
 
     def drop_page(self, name: bytes, pid: int) -> Answer[None]:
-        """A missing page is a success."""
+        """A missing page is a success, unless a bulk drop removed it while the kernel may still have its name.
+
+        Then the answer is ESTALE: the VFS looks the name up anew, and its caller gets ENOENT.
+        """
         handle = parse_page_name(name) or 0
         if not 0 < handle <= MAX_HANDLE:
             raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
-        self.shared.retries.end_call(pid)
+        if self.id in self.shared.bulk_drops and not self.backup.holds(handle - 1):
+            ino = inode(self.id, handle)
+            if not self.shared.retries.forgives(ino, pid, OPEN):
+                raise page_dropped(ino)
+        else:
+            self.shared.retries.end_call(pid)
         if not self.pool.in_memory:
             return self._drop_on_disk(handle)
         self.backup.drop_range(handle - 1, handle)

@@ -19,7 +19,7 @@ from .node import Answer, Attributes, Changes, Node, Shared, check_syncs
 from .path_retries import CHANGE, OPEN
 from .permissions import OPENED_FOR, Caller, may
 
-__all__ = ["Image", "Link", "Pages", "file_handle"]
+__all__ = ["Image", "Link", "Pages", "file_handle", "page_dropped"]
 
 
 def file_handle(ino: int, flags: int) -> int:
@@ -148,7 +148,7 @@ class Pages(_BackupFile):
         if self.shared.mode_changes:
             self._check_access(OPENED_FOR[flags & os.O_ACCMODE], caller)
         if not self.backup.holds((ino & HANDLE_MASK) - 1) and not self.shared.retries.forgives(ino, caller.pid, OPEN):
-            raise _dropped(ino)
+            raise page_dropped(ino)
         if self._in_memory or flags & os.O_ACCMODE:
             return file_handle(ino, flags)
         return self.marked_if_reader(file_handle(ino, flags), caller)
@@ -178,7 +178,7 @@ class Pages(_BackupFile):
 
     def _check_exists(self, ino: int) -> None:
         if not self.backup.holds((ino & HANDLE_MASK) - 1):
-            raise _dropped(ino)
+            raise page_dropped(ino)
 
     async def sync(self, fh: int) -> None:
         check_syncs(fh)
@@ -238,5 +238,6 @@ class Link(_BackupFile):
         return os.fsencode(self.pool.files.path(self.pool.files.name_of(self.id)))
 
 
-def _dropped(ino: int) -> PageDropped:
+def page_dropped(ino: int) -> PageDropped:
+    """The error for a page that was known and does not exist any more."""
     return PageDropped(f"handle {handle_of(ino)} holds no page any more")

@@ -20,7 +20,7 @@ from ..errors import AccessDenied, InvalidArgument, NameTooLong, NotPermitted, R
 from ..model.pool import NAME_MAX, Pool
 from ..recovery.progress import Progress
 from .inodes import READER
-from .kernel_cache import KernelCache
+from .kernel_cache import LIFETIME, KernelCache
 from .path_retries import PathRetries
 from .permissions import Caller, may
 from .recent import KnownRuns, RecentBackups
@@ -91,6 +91,7 @@ class Shared:
     retries: PathRetries = field(default_factory=PathRetries)
     runs: KnownRuns = field(default_factory=KnownRuns)
     mode_changes: RecentBackups = field(default_factory=lambda: RecentBackups(MODE_CHANGE_SECONDS))
+    bulk_drops: RecentBackups = field(default_factory=lambda: RecentBackups(LIFETIME))
 
     def __post_init__(self) -> None:
         self.zero_page = bytes(self.pool.page_size)
@@ -101,6 +102,7 @@ class Shared:
         Also await it before the request's progress is forgotten. Otherwise a daemon that repeats the request would drop
         pages that were stored since.
         """
+        self.bulk_drops.note(backup)
         self.cache.expire_directory(backup)
         await self.cache.expire_pages(backup, first, last, directory_locked=directory_locked)
 
