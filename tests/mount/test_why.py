@@ -41,7 +41,14 @@ def test_why_shows_nothing_before_the_first_refusal(mnt: Path) -> None:
     assert "nothing was refused" in run(f"{WHY} {mnt}")
     assert json.loads(run(f"{WHY} --json {mnt}")) == []
     (mnt / "a").mkdir()
-    assert "no mount point" in run(f"{WHY} {mnt}/a", code=2)
+    assert "is not a mount point" in run(f"{WHY} {mnt}/a", code=2)
+
+
+def test_why_does_not_wait_for_a_stopped_daemon(mount: Mount) -> None:
+    with stopped(mount.pid):
+        said = run(f"timeout 20 {WHY} {mount.path}", code=2)
+    assert "has not answered for 2 s" in said
+    assert f"ttmfs doctor {mount.path} says what to do" in said
 
 
 def test_why_shows_a_stranger_no_names_of_others(place: Place) -> None:

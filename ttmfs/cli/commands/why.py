@@ -10,8 +10,9 @@ import time
 from typing import Any
 
 from ...quoting import plain, quoted
-from .command import Command, CommandError, reason
-from .mounts import Place, located
+from .child_process import ask
+from .command import Command, CommandError
+from .mounts import located
 from .terminal import table
 
 __all__ = ["COMMANDS"]
@@ -28,15 +29,11 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     path: str = arguments.mount
-    try:
-        with located(path) as place:
-            if not place or place.page_size is None:
-                raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
-            found = _refusals(place)
-    except OSError as error:
-        if error.errno == errno.EPERM:
-            raise CommandError(f"{quoted(path)}: only root and the user who mounted it may see refusals") from None
-        raise CommandError(reason(error, path)) from None
+    answer = ask(path, lambda: _refusals(path))
+    if answer.error:
+        hint = f"; ttmfs doctor {quoted(path)} says what to do" if answer.is_silent else ""
+        raise CommandError(answer.error + hint)
+    found: list[dict[str, Any]] = answer.items[0]
     if arguments.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     elif found:
@@ -46,16 +43,25 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refusals(place: Place) -> list[dict[str, Any]]:
+def _refusals(path: str) -> list[dict[str, Any]]:
     """The refusals that a mount reports. They are objects, and their content is not checked."""
-    if (text := place.attribute("refusals")) is None:
-        raise CommandError(f"{quoted(place.path)}: its daemon has a version that keeps no reasons")
+    try:
+        with located(path) as place:
+            if not place or place.page_size is None:
+                raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
+            text = place.attribute("refusals")
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise CommandError(f"{quoted(path)}: only root and the user who mounted it may see refusals") from None
+        raise
+    if text is None:
+        raise CommandError(f"{quoted(path)}: its daemon has a version that keeps no reasons")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise CommandError(f"{quoted(place.path)}: its answer is not a list of refusals")
+        raise CommandError(f"{quoted(path)}: its answer is not a list of refusals")
     return found
 
 
