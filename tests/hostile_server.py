@@ -1,10 +1,11 @@
-"""A server of a FUSE mount that means harm: what it serves by its one argument, JSON, on a mount of another user's.
+"""A malicious FUSE server on a mount of another user.
 
-Run as root, it mounts as a user (the user_id= of the mount, which the kernel tells), and becomes that user. A plan is::
+Its argument, JSON, says what it serves. Run as root, it mounts as a user (the user_id= of the mount, which the kernel
+tells), and becomes that user. A plan is::
 
     names    entries of the root: "dir", "link:TARGET", "fifo", "endless:TEXT", "file:TEXT"
-    turns    an entry, or one that is made, is what it is so many times, and then a link: {name: [times, target]}
-    values   extended attributes, whatever they are asked of: {name: text}
+    turns    an entry, or one that is made, that becomes a link after a number of times: {name: [times, target]}
+    values   extended attributes of every entry: {name: text}
     hangs    requests that are read and never answered: "lookup", "getxattr", "statfs", ...
     refuses  requests that are answered with EACCES
 """

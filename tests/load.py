@@ -1,22 +1,22 @@
-"""Mixed load on a mount by several processes, each of which knows what must be there and fails at the first difference.
+"""A mixed load on a mount by several processes.
 
-::
+Each knows the right content, and fails at the first difference::
 
     with Load(mountpoint, clients=8, seed=1) as load:
         ...                       # kill daemons, wait; load.steps() grows as long as clients are answered
         load.check()              # raises AssertionError at once if a client has failed
     print(load.result)            # what was done; leaving the ``with`` verified it all, and removed it from the mount
 
-or, for a time, ``run_load(mountpoint, seconds)``. The mount needs room for 12 MiB (or 200 larger pages) a client and
-five files each, and nothing else may be done in backups of the names used here: ``c0``, ``d0``, ``e0``, ``l0`` ... and
-``races``, ``r0`` ....
+or, for a time, ``run_load(mountpoint, seconds)``. The mount needs room for 12 MiB (or 200 larger pages) and five files
+for each client. Nothing else may use backups of the names used here: ``c0``, ``d0``, ``e0``, ``l0`` ... and ``races``,
+``r0`` ....
 
-A client's steps are calls such as programs make, of which it knows the right outcome, errors included: pages by name,
-in ``.image`` and through ``.shmem``, descriptors held open meanwhile, directories, listings that take many steps, and
-races of all clients for one name, of which each has exactly one winner. Every answered write is read again at the end.
-No call may fail otherwise than it should, whatever becomes of the daemon.
+A client makes the calls that programs make, and knows the right outcome of each, errors included: pages by name, in
+``.image`` and through ``.shmem``, descriptors held open, directories, listings in many steps, and races of all clients
+for one name, each with exactly one winner. The end reads every answered write again. No call may fail unexpectedly,
+whatever happens to the daemon.
 
-Run as a program, by its path, this file is a client.
+Run by its path, this file is a client.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class Result:
 
 
 class Load:
-    """Clients that load a mount for the time of a ``with``. Its end is an AssertionError if anything was not right."""
+    """Clients that load a mount for the time of a ``with``. The end raises AssertionError if anything was wrong."""
 
     def __init__(self, mountpoint: Path, *, clients: int = 8, seed: int = 0, shmem: bool = True, **popen: Any) -> None:
         """`shmem`: whether the clients may follow that link. `popen` is for subprocess, to let them be other users."""
@@ -139,7 +139,7 @@ class Load:
             time.sleep(0.002)
 
     def _remove(self) -> None:
-        """What the last race left, which not all took part in."""
+        """Remove what the last race left: not all clients took part in it."""
         for page in (self._mountpoint / "races").iterdir():
             page.unlink()
         for directory in self._mountpoint.iterdir():
@@ -160,7 +160,7 @@ class Load:
 
 
 def run_load(mountpoint: Path, seconds: float, *, clients: int = 8, seed: int = 0, **more: Any) -> Result:
-    """Load a mount for a time; what was done. Raises AssertionError if anything was not right."""
+    """Load a mount for a time. Returns what was done. Raises AssertionError if anything was wrong."""
     with Load(mountpoint, clients=clients, seed=seed, **more) as load:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -192,14 +192,14 @@ def refused(number: int) -> Iterator[None]:
 
 
 class Listing:
-    """A listing under way of pages, some of which come and go meanwhile."""
+    """A listing of pages in progress. Some pages are stored and dropped meanwhile."""
 
     def __init__(self, directory: str, present: set[int]) -> None:
         self.entries = os.scandir(directory)
         self.seen: list[int] = []
         self.lasting, self.possible = set(present), set(present)
 
-    def go_on(self, most: int) -> bool:
+    def take(self, most: int) -> bool:
         """Take some entries; False at the end."""
         for _ in range(most):
             if (entry := next(self.entries, None)) is None:
@@ -213,7 +213,7 @@ class Listing:
 
 
 class Client:
-    """One process of the load. Pages are known by index, their content by what was answered to have been written."""
+    """One process of the load. It knows pages by index, and their content by the writes that were answered."""
 
     def __init__(self, board: "memoryview[int]", number: int, count: int, seed: int, shmem: bool, mnt: str) -> None:
         self.board, self.number, self.count, self.mnt = board, number, count, mnt
@@ -243,7 +243,7 @@ class Client:
         self.listing: Listing | None = None
 
     def run(self) -> None:
-        """Do steps until told to stop; then look at all that there must be, and remove it."""
+        """Do steps until told to stop. Then check everything that must exist, and remove it."""
         weights, steps = zip(*self.table, strict=True)
         while not self.board[STOP]:
             (step,) = self.random.choices(steps, weights)
@@ -281,7 +281,7 @@ class Client:
 
     @contextlib.contextmanager
     def opened_memory(self) -> Iterator[int]:
-        """The memory itself. A link whose process is killed while it is followed leads nowhere, and then elsewhere."""
+        """A descriptor of the memory itself. Its link leads nowhere while a killed process is replaced."""
         followed = os.readlink(link := f"{self.name}/.shmem")
         try:
             fd = os.open(link, os.O_RDWR)
@@ -311,7 +311,7 @@ class Client:
         return offset, self.random.randbytes(self.random.randint(1, self.page_size - offset))
 
     def know(self, index: int, offset: int, data: bytes) -> None:
-        """Data was stored at an offset from a page's beginning, past its end too."""
+        """Remember that data was stored at an offset from a page's beginning. It may go past the page's end."""
         position, end = index * self.page_size + offset, index * self.page_size + offset + len(data)
         while position < end:
             page, at = divmod(position, self.page_size)
@@ -321,14 +321,14 @@ class Client:
             position += length
 
     def known(self, offset: int, length: int) -> bytes:
-        """What the image holds."""
+        """The expected content of a range of the image."""
         first, last = offset // self.page_size, -(-(offset + length) // self.page_size)
         zeros = bytes(self.page_size)
         whole = b"".join(self.pages.get(index, zeros) for index in range(first, last))
         return whole[offset - first * self.page_size :][:length]
 
     def extent(self) -> tuple[int, int]:
-        """An offset in the image and a length, at no boundary in particular."""
+        """A random offset in the image, and a length."""
         end = self.span * self.page_size
         offset = self.random.randrange(end)
         length = self.random.choice((self.page_size, 5 * self.page_size, 64 * self.page_size))
@@ -396,7 +396,7 @@ class Client:
         self.pages[index][size:] = bytes(self.page_size - size)
 
     def hold(self) -> None:
-        """Open one more page for good, and give one up."""
+        """Open one more page and keep it open; close another."""
         if (index := self.stored()) is None:
             return
         self.held.append((os.open(self.path(index), os.O_RDWR), index))
@@ -440,7 +440,7 @@ class Client:
             assert os.pread(fd, length, offset) == self.known(offset, length), f"image at {offset}, {length} bytes"
 
     def drop(self) -> None:
-        """Drop a range of pages in one call, or all from one on."""
+        """Drop a range of pages in one call, or all pages from one on."""
         first = self.random.randrange(self.span)
         if self.random.random() < 0.5:
             past = min(self.span, first + self.random.randint(1, 40))
@@ -452,7 +452,7 @@ class Client:
             self.pages.pop(index, None)
 
     def shmem(self) -> None:
-        """The memory itself, at pages that are stored: of others it would make names, of which one learns late."""
+        """Write through .shmem, only to stored pages: new pages would get names that clients learn late."""
         if (index := self.stored()) is None:
             return
         offset, data = self.part()
@@ -489,17 +489,17 @@ class Client:
         os.rmdir(b)
 
     def rename(self) -> None:
-        """The backup with the pages, whose descriptors go on working."""
+        """Rename the backup with the pages. Its descriptors continue to work."""
         new = f"{self.mnt}/c{self.number}.{self.random.randrange(1000)}"
         if new != self.name:
             os.rename(self.name, new)
             self.name = new
 
     def list_on(self) -> None:
-        """A part of a long listing, with changes between."""
+        """Read a part of a long listing, with changes between the parts."""
         if self.listing is None:
             self.listing = Listing(self.long, self.present)
-        if not self.listing.go_on(self.random.randint(1, 600)):
+        if not self.listing.take(self.random.randint(1, 600)):
             self.listing, self.listings = None, self.listings + 1
             return
         handle = self.random.randint(1, self.listed)
@@ -513,7 +513,10 @@ class Client:
             os.close(os.open(f"{self.long}/{handle}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
 
     def list_root(self) -> None:
-        """One's own are there, once. (Others come and go: two that had one name in turn may both be listed.)"""
+        """Check that the client's own backups are listed once.
+
+        (Others change: two that shared a name may both be listed.)
+        """
         names = Counter(os.listdir(self.mnt))
         for path, times in (self.name, 1), (self.long, 1), (self.other, 0):
             assert names[os.path.basename(path)] == times, f"{path} was listed {names[os.path.basename(path)]} times"
@@ -525,7 +528,7 @@ class Client:
         return self.board[FIRST_CLIENT + NUMBERS * self.number + 1]
 
     def race(self) -> None:
-        """One of all clients makes, or removes, what all try at once, when all are through the race before."""
+        """All clients try at once to make, or remove, one name, once all have finished the last race. One wins."""
         race, end = self.races, time.monotonic() + RACE_PATIENCE
         while min(self.board[FIRST_CLIENT + 1 :: NUMBERS]) < race:
             if time.monotonic() > end:
@@ -550,7 +553,7 @@ class Client:
     # --- the end ---
 
     def verify(self) -> None:
-        """All that was answered is there, by every way to it."""
+        """Check that everything that was answered is there, by every way of reading it."""
         assert sorted(os.listdir(self.name), key=int) == [str(index + 1) for index in sorted(self.pages)]
         for index in self.pages:
             with self.opened(self.path(index), os.O_RDONLY) as fd:
@@ -565,7 +568,7 @@ class Client:
         self.verified = len(self.pages) + len(self.present)
 
     def remove(self) -> None:
-        """Give everything back."""
+        """Remove everything."""
         for fd, _ in self.held:
             os.close(fd)
         if self.listing:

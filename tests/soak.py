@@ -2,8 +2,8 @@
 
     python tests/soak.py [--seconds 600] [--seed N]
 
-Every answered write is verified, and any error, loss or hang ends it with exit status 1. At the end it says what was
-survived.
+Every answered write is verified, and any error, loss or hang ends it with exit status 1. At the end it reports what it
+has done.
 """
 
 import argparse
@@ -36,17 +36,17 @@ PAUSE = 0.4
 
 
 class Soak:
-    """One mount and what is done to it."""
+    """One mount, and the disturbances of it."""
 
     def __init__(self, mountpoint: Path, seed: int) -> None:
         self.mountpoint, self.chance, self.events = mountpoint, random.Random(seed), Counter[str]()
 
     def config(self, name: str) -> int:
-        """A number of the mount's `.config`. Waits for a daemon that answers."""
+        """A number in the mount's `.config`. Waits for a daemon that answers."""
         return int(json.loads((self.mountpoint / ".config").read_text())[name])
 
     def step(self) -> None:
-        """Have one thing happen."""
+        """Cause one random disturbance."""
         (event,) = self.chance.choices(
             (self.kill, self.kill_twice, self.kill_keeper, self.restart, self.write_back, self.resize),
             (50, 10, 10, 10, 10, 10),
@@ -58,7 +58,7 @@ class Soak:
         os.kill(self.config("daemon_pid"), signal.SIGKILL)
 
     def kill_twice(self) -> None:
-        """The second while it starts."""
+        """Kill the daemon, and the next one while it starts."""
         keeper, daemon = self.config("keeper_pid"), self.config("daemon_pid")
         os.kill(daemon, signal.SIGKILL)
 
@@ -81,7 +81,7 @@ class Soak:
         wait_until(lambda: self.config("daemon_pid") != daemon, "another daemon")
 
     def write_back(self) -> None:
-        """Of all backups that are not being removed just now."""
+        """Write back all backups that are not being removed."""
         for backup in os.listdir(self.mountpoint):
             try:
                 with opened(self.mountpoint / backup / ".image") as fd:
@@ -97,7 +97,7 @@ class Soak:
 
 @contextlib.contextmanager
 def _mounted(mountpoint: Path, log: Path) -> Iterator[None]:
-    """A mount, in the foreground for its log; the process that it begins with may be killed."""
+    """A mount in the foreground, with its log. Its first process may be killed."""
     options = f"size={SMALLEST}m"
     with log.open("wb") as file:
         first = subprocess.Popen([*MOUNT_COMMAND, "-f", "-o", options, mountpoint], stderr=file)
@@ -133,7 +133,7 @@ def _lives(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _watched(mountpoint: Path, run: Soak) -> Iterator[None]:
-    """End keeper and daemon if nothing gets on any more: whoever waits, this process too, then fails and says so."""
+    """End keeper and daemon if nothing makes progress: waiting processes, this one too, then fail and report it."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -156,7 +156,7 @@ def _watched(mountpoint: Path, run: Soak) -> Iterator[None]:
 
 
 def soak(directory: Path, seconds: float, seed: int) -> str:
-    """Run for a time; what was survived. Raises AssertionError for whatever was not."""
+    """Run for a time. Returns what was done. Raises AssertionError for any failure."""
     mountpoint, log = directory / "mnt", directory / "log"
     mountpoint.mkdir()
     with swap(directory, 1 << 30), _mounted(mountpoint, log):

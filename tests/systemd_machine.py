@@ -1,7 +1,7 @@
-"""A machine for tests: a real systemd as process 1 of namespaces of its own, over a throw-away overlay of this one.
+"""A machine for tests: a real systemd as process 1 in its own namespaces, on a temporary overlay of this system.
 
-Nothing here is written to: /, /tmp, /run and /var inside are private. The devices are shared, so /dev/fuse works, and
-so is the kernel. Needs root, and Debian's package systemd.
+Inside, /, /tmp, /run and /var are private, so nothing here is written to. The devices and the kernel are shared, so
+/dev/fuse works. It needs root, and Debian's package systemd.
 """
 
 import contextlib
@@ -95,17 +95,17 @@ class Machine:
         )
 
     def words(self, command: str) -> list[str]:
-        """The words that run a shell command inside."""
+        """The command line that runs a shell command inside."""
         return ["nsenter", "-t", str(self._init), "-a", "env", "-C", str(REPOSITORY), "bash", "-c", command]
 
     def run(self, command: str, *, code: int = 0, **more: Any) -> str:
-        """Run one that must end with a status; its output (both streams)."""
+        """Run a shell command inside, which must end with a status. Returns both output streams."""
         done = self.call(command, **more)
         assert done.returncode == code, f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
     def path(self, path: str) -> Path:
-        """A path inside as this process reaches it."""
+        """The path of a file inside for processes outside."""
         return Path(f"/proc/{self._init}/root{path}")
 
     def write(self, path: str, text: str) -> None:
@@ -114,7 +114,7 @@ class Machine:
         self.path(path).write_text(text)
 
     def pid(self, inner: int) -> int:
-        """The process id out here of one inside."""
+        """The process id outside of a process inside."""
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError, StopIteration, IndexError):
@@ -127,7 +127,7 @@ class Machine:
 
 
 class Unit:
-    """A unit of a machine, or of a user's manager in it (`systemctl` is then the command that reaches that)."""
+    """A unit of a machine, or of a user's manager in it; `systemctl` is then the command that reaches that manager."""
 
     def __init__(self, machine: Machine, name: str, systemctl: str = "systemctl") -> None:
         self.machine = machine
@@ -151,7 +151,7 @@ class Unit:
         return self.show("ActiveState"), self.show("SubState")
 
     def journal(self) -> list[dict[str, Any]]:
-        """What it has logged, and what the manager says of it."""
+        """Its log messages, and the manager's messages about it."""
         flag = "--user-unit" if "--user" in self.systemctl else "-u"
         out = self.machine.run(f"journalctl --sync; journalctl -q -o json {flag} {shlex.quote(self.name)}")
         return [json.loads(line) for line in out.splitlines() if line.startswith("{")]

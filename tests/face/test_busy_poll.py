@@ -1,4 +1,4 @@
-"""Waiting for requests by polling, on a pipe in place of the kernel: when it polls, when it sleeps, who has a turn."""
+"""Waiting for requests by polling, on a pipe in place of the kernel: when it polls, sleeps and gives others a turn."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ class Loop:
         assert os.read(self.reads, 1) == b"."
 
     def run(self, main: Callable[[BusyPoll], object], longest: int = LONGEST, *, pauses: bool = False) -> None:
-        """Run a test. Unless with `pauses`, others that take the CPU do not make polling pause."""
+        """Run a test. Without `pauses`, other processes that need the CPU do not make polling pause."""
 
         async def run() -> None:
             with trio.fail_after(10):
@@ -79,7 +79,7 @@ def one_cpu() -> Iterator[None]:
 
 
 async def grown(loop: Loop, poll: BusyPoll) -> None:
-    """Have requests that come a little later than they are polled for, until that is as long as it gets."""
+    """Send requests that come a little later than the window, until the window has its greatest length."""
     while poll._window < LONGEST:
         loop.request_in(poll._window / 1e9 + 0.0005)
         assert await poll.wait()
@@ -166,7 +166,7 @@ def test_one_cpu_never_polls(loop: Loop) -> None:
 
 
 def test_a_request_that_another_has_read_is_not_announced(loop: Loop) -> None:
-    """Two tasks wait. Whoever is announced a request reads it at once, and would block for ever if it were gone."""
+    """Two tasks wait. A task that is woken reads at once, and would block forever if the request were gone."""
     found: list[int] = []
 
     async def serve(poll: BusyPoll, number: int) -> None:
@@ -217,7 +217,10 @@ def test_other_trio_tasks_run_during_endless_requests(loop: Loop) -> None:
 
 
 def test_polling_does_not_delay_threads(loop: Loop) -> None:
-    """While one works it is slept, not polled; and its end is seen although requests never do."""
+    """While a thread works, the loop sleeps and does not poll.
+
+    It sees the end of the thread even if requests never end.
+    """
 
     async def main(poll: BusyPoll) -> None:
         await grown(loop, poll)

@@ -1,4 +1,4 @@
-"""The daemon's log: it waits for no one."""
+"""The daemon's log: it never blocks the daemon."""
 
 import logging
 import socket

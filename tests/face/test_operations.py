@@ -1,6 +1,6 @@
-"""The pyfuse3 face without a kernel: what it makes of the model's answers and errors.
+"""The pyfuse3 handlers without a kernel: how they translate the model's answers and errors.
 
-The handlers are called as pyfuse3 calls them, on a real pool; a request's context is all that is made up.
+The handlers are called as pyfuse3 calls them, on a real pool. Only the request's context is made up.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ def test_every_handler_goes_through_the_wrapper(name: str) -> None:
 
 
 def test_every_possible_request_has_a_handler() -> None:
-    """What is left to pyfuse3's own answer, ENOSYS, is what the kernel then does by itself."""
+    """For other requests pyfuse3 answers ENOSYS, and the kernel then handles them itself."""
     asked = {name for name, f in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(f)}
     assert asked - set(handlers()) == {"poll"}
 
@@ -171,7 +171,7 @@ def test_every_model_error_is_answered_with_its_errno(face: Face, a: int, name: 
 
 
 def run_with_broken_model(face: Face, a: int, name: str, broken: Callable[..., Any]) -> str:
-    """Call a handler whose model does something else; the errno that it answers."""
+    """Call a handler whose model is replaced. Returns the name of the errno that it answers."""
     for finder in "node", "directory", "file":
         setattr(face.tree, finder, broken)
     face.operations.pool = BrokenPool(broken)  # type: ignore[assignment]
@@ -291,7 +291,10 @@ def test_attributes_of_every_kind_of_entry(face: Face) -> None:
 
 
 def test_a_listing_continues_where_the_kernel_stopped(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel asks again with the offset of the last entry that fitted, whatever was made and dropped between."""
+    """The kernel asks again with the offset of the last entry that fitted.
+
+    Pages may be stored and dropped in between.
+    """
     for handle in range(2, 11):
         face.create(a, b"%d" % handle, 0o644, 0, CTX)
     seen: list[bytes] = []
@@ -374,10 +377,10 @@ def test_a_repeated_request_succeeds_like_the_first(face: Face, a: int) -> None:
 
 
 def test_the_kernel_is_notified_only_of_pages_that_it_knows(face: Face, a: int) -> None:
-    """Of each page whose attributes it was told, by whatever answer, if the page went or changed by another request."""
+    """A page that another request changes or drops is notified if any answer gave the kernel its attributes."""
 
     def told(*handles: int) -> None:
-        """The kernel forgets these pages, and no other than those beside them that are noted together with them."""
+        """Check that the kernel forgets these pages, and otherwise only pages of the same blocks."""
         inodes = {ino for ino in face.forgotten() if handle_of(ino)}
         assert inodes >= {a + handle for handle in handles}
         assert {ino >> BLOCK_BITS for ino in inodes} == {a + handle >> BLOCK_BITS for handle in handles}
@@ -412,7 +415,7 @@ def test_the_kernel_is_notified_only_of_pages_that_it_knows(face: Face, a: int) 
 
 
 def test_attributes_that_change_without_the_kernel_are_not_cached(face: Face, a: int) -> None:
-    """The kernel sees neither what a page's coming and going does to .image, nor what a write does to the backup."""
+    """Storing and dropping pages changes .image, and a write changes the backup. The kernel does not notice either."""
     for name in b".image", b".shmem":
         entry = face.lookup(a, name, CTX)
         assert (entry.entry_timeout, entry.attr_timeout) == (0, 0)
@@ -429,7 +432,7 @@ def test_reading_past_a_page_finds_its_end(face: Face, a: int, handle: int) -> N
 
 
 def test_reads_of_an_open_text_return_one_version(face: Face, a: int) -> None:
-    """The counters go on while a reader is half way through."""
+    """The counters change while a reader is half way through."""
     fh = face.open(STATS, os.O_RDONLY, CTX).fh
     text = face.read(fh, 0, 1000)
     for _ in range(200):
@@ -449,7 +452,7 @@ def test_reads_of_an_open_text_return_one_version(face: Face, a: int) -> None:
 
 
 def test_reading_on_in_a_lost_text_is_refused(face: Face) -> None:
-    """As after a restart: the file is open still, and this daemon does not have its text."""
+    """After a restart the file is still open, but the new daemon does not have its text."""
     fh = face.open(STATS, os.O_RDONLY, CTX).fh
     text = face.read(fh, 0, 100_000)
     face.release(fh)

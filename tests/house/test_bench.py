@@ -31,7 +31,7 @@ def start(directory: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def finish(bench: "subprocess.Popen[str]", seconds: float = 300) -> tuple[str, str]:
-    """What it said. One that hangs is asked to end, so that it unmounts."""
+    """Wait for a benchmark. Returns its output. One that hangs is asked to end, so that it unmounts."""
     try:
         return bench.communicate(timeout=seconds)
     finally:
@@ -42,7 +42,7 @@ def finish(bench: "subprocess.Popen[str]", seconds: float = 300) -> tuple[str, s
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """A directory with what one tiny run of everything wrote, its JSON, and its tables."""
+    """One tiny run of everything: the directory with its output, its JSON, and its tables."""
     directory = tmp_path_factory.mktemp("bench")
     bench = start(directory, "--check")
     said, log = finish(bench)
@@ -74,7 +74,7 @@ def test_the_table_shows_the_median_of_the_rounds(run: tuple[Path, dict[str, Any
 
 
 def test_processor_time_and_memory_are_those_of_the_daemon(run: tuple[Path, dict[str, Any], str]) -> None:
-    """And not its keeper's, which does nothing meanwhile."""
+    """The keeper's are not measured. It does nothing meanwhile."""
     groups = run[1]["groups"]
     for row in groups["operations"]["daemon_cpu_microseconds"].values():
         assert min(row["ttmfs"]) > 0

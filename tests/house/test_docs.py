@@ -56,7 +56,7 @@ def test_the_architecture_names_every_package() -> None:
 
 
 def test_the_specification_lists_every_extended_attribute() -> None:
-    """Those of a backup in its table, those of the root in the paragraph below it, and no others."""
+    """Attributes of a backup stand in its table, those of the root in the paragraph below it."""
     section = (REPOSITORY / "docs/semantics.md").read_text().partition("## Extended attributes")[2].partition("```")[0]
     of_backup, _, of_root = section.partition("On the mount's root")
     for text, node in (of_backup, BackupDirectory), (of_root, Root):

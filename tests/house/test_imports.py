@@ -27,7 +27,7 @@ MODULES = sorted(
 
 
 def imports_of(module: str) -> Iterator[str]:
-    """What a module imports: modules of ttmfs by their names in it, others by their first name."""
+    """What a module imports: modules of ttmfs by their names inside it, other modules by their top-level name."""
     here = module.split(".")[:-1]
     for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Import):
@@ -41,7 +41,7 @@ def imports_of(module: str) -> Iterator[str]:
 
 
 def place(module: str) -> int:
-    """Where a module of ttmfs, or something imported from it, stands in the order; -1: in ttmfs/ itself."""
+    """The position in the order of a module of ttmfs, or of something imported from it; -1 for ttmfs/ itself."""
     package = module.partition(".")[0]
     return PACKAGES.index(package) if package in PACKAGES else -1
 

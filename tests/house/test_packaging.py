@@ -1,4 +1,4 @@
-"""What pip makes of the repository, built in one clean environment and installed in another."""
+"""The sdist and the wheel, built in one clean environment and installed in another."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ def versioned() -> list[str]:
 
 
 def environment(path: Path) -> Path:
-    """A virtual environment without anything in it. Gives its Python."""
+    """An empty virtual environment. Returns its Python."""
     venv.create(path, symlinks=True)
     return path / "bin/python"
 
@@ -50,7 +50,7 @@ def scripts_directory(python: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist, and the wheel made of it beside what an earlier build left."""
+    """The sdist, and the wheel made of it in a directory with the files of an earlier build."""
     directory = tmp_path_factory.mktemp("built")
     source, out = directory / "source", directory / "out"
     for name in versioned():
@@ -75,7 +75,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The environment that the wheel is installed in. What ttmfs needs is borrowed from that of the tests."""
+    """The environment with the installed wheel. It borrows the dependencies of the tests' environment."""
     path = tmp_path_factory.mktemp("installed")
     python = environment(path)
     (packages,) = path.glob("lib/python3*/site-packages")

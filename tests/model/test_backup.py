@@ -37,7 +37,7 @@ def page(size: int, seed: int) -> bytes:
 
 
 def write_round(pool: ttmfs.Pool, offset: int, data: bytes) -> None:
-    """Write to the backup "a" as a holder of .shmem may."""
+    """Write to the backup "a" around the API, as a process with .shmem open can."""
     fd = os.open(pool.files.path("a"), os.O_RDWR)
     os.pwrite(fd, data, offset)
     os.close(fd)
@@ -120,7 +120,7 @@ async def test_c6_a_failed_backup_changes_nothing(page_size: int) -> None:
 
 @in_trio
 async def test_c6_a_partly_stored_page_is_overwritten_whole_or_not_at_all() -> None:
-    """Whoever holds .shmem can store 4 KiB of a 64 KiB page: it exists, and the rest of it reads as zeros."""
+    """Through .shmem a process can store 4 KiB of a 64 KiB page. The page exists, and its rest reads as zeros."""
     size = 64 << 10
     async with ttmfs.open_pool(size=2 * size, page_size=size) as pool:
         backup = await pool.create("a", size=4 * size)
@@ -285,7 +285,7 @@ async def test_c16_storing_leaves_the_reserve_free() -> None:
 
 @in_trio
 async def test_c16_the_reserve_counts_whole_pages() -> None:
-    """One byte makes a page, whatever its size: the reserve is asked for all of it."""
+    """One byte creates a page of any size. The reserve has to admit all of it."""
     size = 2 << 20
     async with ttmfs.open_pool(size=64 * size, page_size=size) as pool:
         backup = await pool.create("a")
@@ -423,7 +423,7 @@ async def test_a_backup_always_grows_but_shrinks_only_over_holes(page_size: int)
 
 @in_trio
 async def test_a_file_cut_short_from_outside_causes_no_crash() -> None:
-    """Whoever holds .shmem may cut the file short at any time."""
+    """A process with .shmem open can cut the file short at any time."""
     async with ttmfs.open_pool(size=8 * PAGE) as pool:
         backup = await pool.create("a")
         await backup.backup_pages(np.ones((8, PAGE), np.uint8), 0)

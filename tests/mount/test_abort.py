@@ -1,4 +1,4 @@
-"""C23: only an unmount that happened releases pages. One that was refused, forced or aborted releases none."""
+"""C23: only a real unmount releases pages. A refused, forced or aborted one releases none."""
 
 import contextlib
 import errno
@@ -57,7 +57,7 @@ def covered(path: Path, kind: str) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def connections() -> Iterator[None]:
-    """The kernel's list of connections, where it is not mounted already."""
+    """The kernel's list of connections, mounted if it is not."""
     with contextlib.ExitStack() as stack:
         if not os.path.ismount(FUSECTL):
             stack.enter_context(covered(FUSECTL, "fusectl"))
@@ -71,26 +71,26 @@ def expect_cuts(mount: Mount) -> None:
 
 
 def abort(path: Path) -> None:
-    """Abort the connection of what is mounted at a path."""
+    """Abort the connection of the mount at a path."""
     found = mounted_at(str(path))
     assert found
     (FUSECTL / found.device.partition(":")[2] / "abort").write_text("1")
 
 
 def refused(path: Path) -> None:
-    """``umount -f`` while a page is open."""
+    """Run ``umount -f`` while a page is open."""
     with opened(path / "a/7"):
         assert "busy" in run(f"umount -f {path}", code=32)
 
 
 def served_anew(mount: Kept) -> bool:
-    """Whether it was mounted anew, and then served."""
+    """Whether the daemon has mounted again and serves."""
     lines = [line for line in mount.log if re.search(f"{ANEW}|serving /", line)]
     return "serving /" in lines[-1] and len(mount.said(ANEW)) == 1
 
 
 def daemon_of(path: Path) -> int:
-    """The daemon that serves; 0 if none does."""
+    """The process id of the daemon that serves; 0 if none does."""
     with contextlib.suppress(OSError):
         return int(json.loads((path / ".config").read_text())["daemon_pid"])
     return 0
@@ -145,7 +145,7 @@ ENDS = (
 def test_c23_an_unmount_releases_everything_and_ends_keeper_and_daemon(
     mountpoint: Path, tmp_path: Path, options: str, end: str
 ) -> None:
-    """Also after an abort, when the daemon has mounted anew."""
+    """This holds after an abort, too, when the daemon has mounted again."""
     for aborts in 1, 0:
         with Kept(mountpoint, OPTIONS[options], command=command_of(options, tmp_path)) as mount:
             expect_cuts(mount)
@@ -171,7 +171,7 @@ def test_c23_a_lazy_unmount_releases_pages_when_the_last_file_is_closed(mountpoi
 
 
 def test_c23_an_abort_after_a_lazy_unmount_releases_the_pages(mountpoint: Path) -> None:
-    """Nobody could reach them: the mount was unmounted, and what was still open has been cut off."""
+    """Nobody can reach the pages: the mount is unmounted, and the abort has cut off open files."""
     with Kept(mountpoint, "size=16m") as mount:
         store_pages(mountpoint)
         found = mounted_at(str(mountpoint))
@@ -203,7 +203,7 @@ def test_c23_an_abort_loses_no_page_of_a_mount_in_another_namespace(mountpoint: 
 
 
 def test_c23_an_abort_gives_an_error_to_a_caller_of_a_stopped_daemon(mountpoint: Path) -> None:
-    """The caller gets an error. The daemon notices it when it goes on."""
+    """The daemon notices the abort when it continues."""
     with Kept(mountpoint, "size=16m") as mount:
         expect_cuts(mount)
         content = store_pages(mountpoint)
@@ -237,7 +237,7 @@ def test_c23_an_abort_while_the_daemon_is_dead_loses_no_page(
 
 
 def test_c23_an_abort_during_the_death_of_the_keeper_loses_no_page(mountpoint: Path) -> None:
-    """The keeper that heard of the connection's end dies: the next one hears of it too."""
+    """The keeper that learnt of the connection's end dies. The next keeper learns of it too."""
     with Kept(mountpoint, "size=16m") as mount:
         expect_cuts(mount)
         mount.expect_log("the keeper does not (answer|hear)")
@@ -266,7 +266,7 @@ def test_c23_aborts_in_a_loop_are_each_logged_and_lose_nothing(mountpoint: Path)
 
 
 def test_c23_the_keeper_holds_pages_while_the_daemon_cannot_mount_again(mountpoint: Path) -> None:
-    """Something else is mounted over it. When that is gone, a signal brings the pages back."""
+    """Another mount covers the mountpoint. When it is gone, a signal brings the pages back."""
     with Kept(mountpoint, "size=16m") as mount:
         expect_cuts(mount)
         mount.expect_log(FAILED)

@@ -1,4 +1,4 @@
-"""Room: the budget, the reserve and the number of backups hold on every path, and memory comes back when pages go."""
+"""Room: the budget, the reserve and the number of backups hold on every path. Dropping pages frees their memory."""
 
 import contextlib
 import mmap
@@ -21,7 +21,7 @@ PATHS = ["page files", ".image", "create", ".shmem"]
 
 
 def stored(mnt: Path) -> int:
-    """Bytes that are stored, as df counts them."""
+    """Bytes of stored pages, as df counts them."""
     room = os.statvfs(mnt)
     return (room.f_blocks - room.f_bfree) * room.f_frsize
 
@@ -45,7 +45,7 @@ def new_backup(mnt: Path, name: str, pages: int = 0, byte: int = 1) -> Path:
 
 
 def store(backup: Path, way: str, idx: int, data: bytes) -> None:
-    """Store a page in one of the ways that there are; "create" stores zeros."""
+    """Store a page in one of several ways; "create" stores zeros."""
     if way == "page files":
         with open(backup / str(idx + 1), "wb", buffering=0) as file:
             assert file.write(data) == len(data)
@@ -57,7 +57,7 @@ def store(backup: Path, way: str, idx: int, data: bytes) -> None:
 
 
 def fill(backup: Path, way: str, page_size: int = PAGE, first: int = 0) -> int:
-    """Store pages from an index on until it is refused with ENOSPC; the index that was refused."""
+    """Store pages from an index on until ENOSPC. Returns the index that was refused."""
     for idx in range(first, first + 100_000):
         try:
             store(backup, way, idx, page_of(idx % 251 + 1, page_size))
@@ -200,7 +200,7 @@ def test_c3_a_write_that_runs_out_of_room_is_short(mountpoint: Path) -> None:
 
 
 def test_c3_a_long_write_that_fails_keeps_the_pages_it_stored(mountpoint: Path) -> None:
-    """One of several requests: dd says how far it came, and that far it is there."""
+    """The write takes several requests. dd says how far it came, and the pages up to there are stored."""
     with Mount(mountpoint, "size=3m,backup_size=16m") as mount:
         a = new_backup(mount.path, "a")
         text = run(f"head -c 8M /dev/urandom | tee >(head -c 3M | sha256sum >&2) | dd of='{a}/.image' bs=2M "
@@ -255,7 +255,7 @@ def test_c6_a_large_page_is_stored_whole_or_not_at_all(mountpoint: Path, way: st
 
 
 def test_the_reserve_refuses_pages_before_the_budget_does(mountpoint: Path) -> None:
-    """In a control group, where nobody else's memory counts."""
+    """It runs in a control group, where the memory of other processes does not count."""
     limit, reserve = 384 * MIB, 192 * MIB
     with (
         stores.ControlGroup(limit, 0) as group,
@@ -390,7 +390,7 @@ def unlink_all(a: Path) -> None:
 
 
 def end_with_memory_that_is_no_page(a: Path) -> None:
-    """A page is what was written: a backup is empty that has memory allocated and nothing in it."""
+    """End a backup that has memory allocated and nothing written: it counts as empty."""
     os.truncate(a / ".image", 0)
     run(f"fallocate -l {LARGE} '{a}/.shmem'")
     assert (list(a.iterdir()), stored(a.parent)) == ([], LARGE)

@@ -93,7 +93,7 @@ def test_copy_takes_handles_in_any_order_and_repeated(a: Backup) -> None:
 
 @pytest.mark.parametrize("around", [0, 400])
 def test_c11_a_handle_without_a_page_raises_page_absent(a: Backup, around: int) -> None:
-    """Alone, and among many that are there."""
+    """The handle is given alone, and among many handles with pages."""
     a.backup_pages(NOISE[:around], 0)
     a.backup_pages(NOISE[:around], around + 1)
     handles = np.arange(1, 2 * around + 2, dtype=np.uint64)
@@ -146,7 +146,7 @@ def test_c12_drop_releases_only_the_named_pages_and_is_idempotent(a: Backup, mnt
 
 
 def test_ten_thousand_runs_are_listed_and_dropped(mnt: Path) -> None:
-    """More than an extended attribute holds."""
+    """These are more runs than an extended attribute holds."""
     for native in True, False:
         with Backup.create(mnt / "runs", 40_000 * PAGE, native=native) as backup:
             with Backup.open(mnt / "runs") as quick:
@@ -244,7 +244,7 @@ def expected(
 
 @pytest.mark.serial
 def test_copying_a_page_takes_the_same_time_in_large_and_small_backups(mountpoint: Path) -> None:
-    """Looking for the end of the run that it is in would take a thousand times as long."""
+    """A search for the end of the page's run would take a thousand times as long."""
     with (
         Mount(mountpoint, "size=1g"),
         Backup.create(mountpoint / "a") as small,
@@ -487,7 +487,7 @@ def test_a_read_only_mount_can_be_read(mountpoint: Path, tmp_path: Path) -> None
 
 
 def test_c5_writeback_does_not_change_what_is_stored(mountpoint: Path) -> None:
-    """Natively only the budget is asked, not the reserve, whether pages are pushed out or not."""
+    """Native writes respect the budget and not the reserve, with writeback or without."""
     options = "size=1m,backup_size=2m,reserve=1t"
     with Mount(mountpoint, options) as mount, Backup.create(mount.path / "a") as backup:
         assert backup.is_native
@@ -499,7 +499,7 @@ def test_c5_writeback_does_not_change_what_is_stored(mountpoint: Path) -> None:
 
 
 def test_a_page_of_zeros_is_stored_as_a_page(a: Backup) -> None:
-    """Alone, and in runs between others and at both ends."""
+    """The page is stored alone, inside runs of others, and at both ends of them."""
     pages = NOISE[:600].copy()
     pages[[0, 5, 6, 7, 300, 599]] = 0
     handles = a.backup_pages(pages, 3)
@@ -512,7 +512,7 @@ def test_a_page_of_zeros_is_stored_as_a_page(a: Backup) -> None:
 
 
 def test_a_directory_that_imitates_a_backup_is_refused(mnt: Path, tmp_path: Path) -> None:
-    """Anyone can set attributes of his own directory, and put links in it: nothing is followed, nothing changed."""
+    """A user can set attributes on a directory and put links in it. The client follows and changes nothing there."""
     precious = tmp_path / "precious"
     precious.write_bytes(b"secret")
     fake = tmp_path / "fake" / "a"
@@ -542,7 +542,7 @@ def test_a_failed_create_leaves_no_directory(tmp_path: Path) -> None:
 
 
 def test_a_user_with_read_permission_only_cannot_write(place: Place) -> None:
-    """Of a user whom the mode bits let read: what is refused is refused by them, in words."""
+    """The mode bits let the user read. The error says what they refuse."""
     script = """
 import sys
 from ttmfs.client import Backup
@@ -586,7 +586,7 @@ for mode in 0o600, 0o400, 0:
 
 
 def test_an_exception_of_a_signal_handler_is_not_reported_as_a_store_failure(mnt: Path) -> None:
-    """Also one that is an OSError, and though pages were stored before it."""
+    """This holds for an OSError, too, and if pages were stored before it."""
 
     def late(*_: object) -> None:
         raise TimeoutError("time is up")
@@ -605,7 +605,7 @@ def test_an_exception_of_a_signal_handler_is_not_reported_as_a_store_failure(mnt
 
 
 def test_fini_ends_the_backup_of_the_opened_mount(tmp_path: Path) -> None:
-    """Also where another mount, with a backup of the same name and number, lies over it."""
+    """This holds even if another mount, with a backup of the same name and number, lies over it."""
     place = tmp_path / "mnt"
     place.mkdir()
     with Mount(place, "size=1m") as below:

@@ -105,7 +105,7 @@ def image(path: Path) -> bytes:
 def on_terminal(
     *words: object, columns: int = 80, lines: int = 24, **environment: str
 ) -> Iterator[tuple[int, "subprocess.Popen[bytes]"]]:
-    """Run a command on a terminal of its own; gives the other end of it."""
+    """Run a command on a terminal of its own. Gives the other end of the terminal."""
     ours, theirs = pty.openpty()
     import termios
 
@@ -125,7 +125,7 @@ def on_terminal(
 
 
 def read_until(terminal: int, condition: Callable[[str], Any], seconds: float = 20) -> str:
-    """What a terminal shows until something is seen, or the end."""
+    """What a terminal shows up to a text, or to the end."""
     text, end = b"", time.monotonic() + seconds
     while not condition(text.decode(errors="replace")):
         assert time.monotonic() < end, f"waited {seconds} s, saw {text!r}"
@@ -138,7 +138,7 @@ def read_until(terminal: int, condition: Callable[[str], Any], seconds: float = 
 
 
 def seen(*words: object, **more: Any) -> str:
-    """All that a command writes to a terminal."""
+    """Everything that a command writes to a terminal."""
     with on_terminal(*words, **more) as (terminal, process):
         text = read_until(terminal, lambda _: False)
         assert process.wait(10) == 0, text
@@ -161,7 +161,7 @@ def refuse(*_: object, **__: object) -> None:
 
 
 def test_create_makes_a_private_backup_in_one_step(mnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else it could be opened by anyone before its mode is changed."""
+    """Otherwise anyone could open the backup before its mode is changed."""
     ttmfs("create", "-m", "777", mnt / "all")
     assert stat.S_IMODE((mnt / "all").stat().st_mode) == 0o777, "what the umask takes is given back"
     monkeypatch.setattr(os, "chmod", refuse)
@@ -229,7 +229,7 @@ def test_commands_quote_strange_names(mnt: Path) -> None:
 @pytest.mark.parametrize("words", ["fini x -{0}", "ls --sort {0}", "create -m {0} x", "doctor {0}", "rescue {0} x",
                                    "ls --watch={0}", "save {0} {0}/", "load {0} x", "mount"])  # fmt: skip
 def test_errors_and_usage_quote_strange_names(words: str) -> None:
-    """Also of names that are no names: in an error of the command line, in the text of an exception."""
+    """The names stand in an error of the command line, and in the text of an exception."""
     strange = "\x1b]0;owned\x07\u202egnp.exe\u2066\x9b31m\udcff"
     command = [word.format(strange) for word in words.split()]
     if words == "mount":
@@ -287,7 +287,7 @@ def test_a_closed_pipe_ends_a_command_quietly(mnt: Path) -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_standard_files_cause_no_error_and_are_not_reused(mnt: Path, closed: str) -> None:
-    """Else the first file opened would get the number of one, and what is printed."""
+    """Otherwise the first file that is opened would get the number of a standard file, and the output."""
     (mnt / "a").mkdir()
     store(mnt / "a", PAGE * b"x")
     for words, code in ("map A", 0), ("writeback A", 0), ("--help", 0), ("create A", 2), ("ls /", 2):
@@ -297,9 +297,9 @@ def test_closed_standard_files_cause_no_error_and_are_not_reused(mnt: Path, clos
 
 
 def test_an_interruption_at_any_moment_prints_no_traceback(mnt: Path) -> None:
-    """Before the command has begun it ends the process, as any; then it is said in a line.
+    """Before the command begins, the signal ends the process.
 
-    Python itself, up to the first lines of ours, meets one with a traceback.
+    Later the command prints a line. Only an interruption before the first lines of ours gives Python's own traceback.
     """
     seen = set()
     for milliseconds in range(15, 3000, 8):
@@ -423,12 +423,12 @@ COLOURS = {"hot": b"\xe2\x62\x0a", "cold": b"\x18\x60\xae", "nothing": b"\xe9\xe
 
 
 def cells_of(text: str) -> str:
-    """The cells that a picture in a terminal has, one after the other."""
+    """The cells of a picture in a terminal, in order."""
     return "".join(line[11:] for line in text.splitlines() if re.match(r" *\d+ [^ ]", line))
 
 
 def areas(path: Path) -> dict[str, int]:
-    """How many pixels of a picture have each of the COLOURS."""
+    """The number of pixels of a picture in each of the COLOURS."""
     found = (matplotlib.image.imread(path)[:, :, :3] * 255).round().astype(int)
     return {name: int((found == list(colour)).all(axis=2).sum()) for name, colour in COLOURS.items()}
 
@@ -524,7 +524,7 @@ def test_ls_watch_redraws_in_place_only_on_a_terminal(mnt: Path) -> None:
 
 @pytest.fixture(params=["natively", "through the mount", "64k"])
 def pair(request: pytest.FixtureRequest, mnt: Path, mountpoint: Path, tmp_path: Path) -> Iterator[Path]:
-    """A mount: with descriptors, without, and with larger pages."""
+    """Three mounts: with descriptors, without descriptors, and with larger pages."""
     if request.param == "natively":
         yield mnt
         return
@@ -535,7 +535,7 @@ def pair(request: pytest.FixtureRequest, mnt: Path, mountpoint: Path, tmp_path: 
 
 
 def fill(backup: Path, page: int) -> None:
-    """Pages here and there, one of zeros, one that is so in part; in several parts of 16 MiB, and over a border."""
+    """Store scattered pages, some of them zeros or partly zeros, in several chunks of 16 MiB and across a border."""
     backup.mkdir(mode=0o750)
     set_attribute(backup, "size", 3 * PART + 5 * page)
     store(backup, NOISE[: 40 * page], 7 * page)
@@ -608,7 +608,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def sealed(lines: str) -> str:
-    """A manifest of these lines."""
+    """A manifest with these lines and a valid digest."""
     return f"{lines}end {hashlib.sha256(lines.encode()).hexdigest()}\n"
 
 
@@ -645,7 +645,7 @@ def test_a_sealed_manifest_with_impossible_values_is_refused(mnt: Path, tmp_path
 
 @pytest.mark.parametrize("wrong", [("mode=755", "mode=777"), ("\n3-4", "\n3-5")])
 def test_a_changed_manifest_is_detected(mnt: Path, tmp_path: Path, wrong: tuple[str, str]) -> None:
-    """Pages of zeros are under no digest but the manifest's own."""
+    """Only the manifest's own digest covers pages of zeros."""
     (mnt / "a").mkdir()
     for handle in "34":
         (mnt / "a" / handle).touch()
@@ -721,7 +721,7 @@ def started(*words: object) -> "subprocess.Popen[bytes]":
 
 
 def wait_for(client: "subprocess.Popen[bytes]", done: Callable[[], int], more_than: int) -> None:
-    """Until a command has done more than so much, or is through."""
+    """Wait until a command has reached a count, or has ended."""
     wait_until(lambda: done() > more_than or client.poll() is not None, "the command to do something", 30)
 
 
@@ -730,13 +730,13 @@ def pages_of(backup: Path) -> int:
 
 
 def bytes_in(partial: Path) -> int:
-    """Bytes that a save has written by now."""
+    """Bytes that a save has written so far."""
     return partial.stat().st_blocks * 512 if partial.exists() else 0
 
 
 @pytest.fixture
 def large(mnt: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    """A backup of 128 MiB, and where to save it: 8 parts."""
+    """A backup of 128 MiB, and a file to save it to: 8 chunks."""
     (mnt / "a").mkdir()
     set_attribute(mnt / "a", "size", 2 * len(NOISE))
     for n in range(2):
@@ -778,13 +778,13 @@ def interrupt(*_: object, **__: object) -> None:
 
 
 def bytes_written() -> int:
-    """By this process."""
+    """Bytes written by this process."""
     return int(re.findall(r"wchar: (\d+)", Path("/proc/self/io").read_text())[0])
 
 
 @pytest.fixture(params=[1, 2], ids=["before the manifest has its name", "before the file has its name"])
 def stopped(request: pytest.FixtureRequest, mnt: Path, tmp_path: Path) -> Path:
-    """Where a save that was to replace a file was stopped in its last steps."""
+    """The directory of a save that was to replace a file and was stopped in its last steps."""
     target, calls = tmp_path / "f", 0
     replace = os.replace
 
@@ -858,7 +858,7 @@ def test_a_continued_save_omits_pages_dropped_since_the_interruption(
 
 
 def test_a_continued_save_includes_pages_stored_through_a_mapping_since(mnt: Path, tmp_path: Path) -> None:
-    """Which changes no time, if the page was written to before."""
+    """Such a write changes no time if the page was written to before."""
     backup, target = mnt / "a", tmp_path / "f"
     backup.mkdir()
     store(backup, NOISE[:PART])
@@ -940,7 +940,7 @@ def test_a_saved_file_belongs_to_the_caller_and_has_the_mode_of_the_backup(mnt: 
 def amid_a_save(
     backup: Path, target: Path, act: "Callable[[subprocess.Popen[bytes]], object]"
 ) -> tuple[int, bytes, bytes]:
-    """Do something to a save when a part of it is done; its exit status and output."""
+    """Do something to a save when a part of it is done. Returns its exit status and output."""
     for _ in range(5):
         with started("save", backup, target) as client:
             wait_for(client, partial(bytes_in, target.with_name(".f.partial")), 0)
@@ -1004,7 +1004,7 @@ def test_a_killed_load_can_be_continued(large: tuple[Path, Path], mnt: Path) -> 
 
 
 def limited(length: int) -> Callable[[], None]:
-    """Lets a process write no file, and so no page, past a length."""
+    """A function that limits the file size of a process, and so the pages that it can store."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (length, length))
 
 

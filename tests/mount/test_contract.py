@@ -1,7 +1,7 @@
-"""The contract, C1 to C16 (docs/contract.md), as far as it shows at the mount, on every kind of store.
+"""The contract, C1 to C16 (docs/contract.md), at the mount, on every kind of store.
 
-Two mounts a kind serve all of it, one with room and one with little; each test finds them empty and leaves them so.
-What one kind alone has, or what shows under load only, is held elsewhere, under the same numbers.
+Two mounts serve all tests of a kind of store, one with much room and one with little. Each test finds them empty and
+leaves them empty. Other modules test, under the same numbers, what one kind alone has or what shows only under load.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def small(site: Site) -> Iterator[Mount]:
 
 @contextlib.contextmanager
 def visited(site: Site, mount: Mount) -> Iterator[Path]:
-    """A mount for one test, which runs as its user. Empty again at the end, and the kernel and the daemon know it."""
+    """A mount for one test, which runs as its user. At the end it is empty, and kernel and daemon know that."""
     with site.acting():
         yield mount.path
         for backup in mount.path.iterdir():
@@ -75,13 +75,13 @@ def page_of(seed: object) -> bytes:
 
 
 def store(backup: Path, *handles: int) -> None:
-    """Store pages that tell their handle and their backup."""
+    """Store pages whose content names their handle and their backup."""
     for handle in handles:
         assert (backup / str(handle)).write_bytes(page_of((backup.name, handle))) == PAGE
 
 
 def holds(backup: Path, *handles: int) -> None:
-    """Hold that what `store` has stored is there, bit for bit, and nothing else."""
+    """Check that exactly the pages stored by `store` are there, bit for bit."""
     assert listed(backup) == sorted(handles)
     for handle in handles:
         assert (backup / str(handle)).read_bytes() == page_of((backup.name, handle))
@@ -92,7 +92,7 @@ def listed(backup: Path) -> list[int]:
 
 
 def stored(mnt: Path) -> int:
-    """Pages that are stored, as df counts them."""
+    """The number of stored pages, as df counts them."""
     room = os.statvfs(mnt)
     return room.f_blocks - room.f_bfree
 
@@ -266,7 +266,7 @@ def test_c7_a_reader_sees_the_old_page_or_the_new_one(backup: Path) -> None:
 
 
 def test_c8_copying_back_does_not_consume(site: Site, backup: Path) -> None:
-    """Bit for bit, wherever the page is: also from the disk, if there is one."""
+    """The page stays bit for bit, in memory and, if the store has a disk, on the disk."""
     store(backup, *range(1, 20))
     with opened(backup / ".image") as image, opened(backup / ".shmem", os.O_RDONLY) as file:
         for _ in range(3):
@@ -343,7 +343,7 @@ DROPS: dict[str, Callable[[Path, int, int], object]] = {
 @pytest.mark.parametrize("way", DROPS)
 def test_c12_drop_releases_only_the_named_pages_at_once(backup: Path, way: str) -> None:
     def counts() -> tuple[int, int, int]:
-        """Pages, as df counts them, as the backup does, and as they take room in its file, with what else it needs."""
+        """The pages as df, the backup and the space of its file count them, and what else the file needs."""
         room = (backup / ".shmem").stat().st_blocks * 512
         return stored(backup.parent), int(attribute(backup, "pages")), room // PAGE
 
@@ -428,7 +428,7 @@ def test_c16_the_budget_is_exact(tight: Path, way: str) -> None:
     store(b, 1, 2)
 
     def fill(first: int) -> int:
-        """Store pages until it is refused; how many these were."""
+        """Store pages until one is refused. Returns their number."""
         for handle in range(first, SPAN + 1):
             try:
                 if way == "page files":
@@ -477,11 +477,11 @@ def test_c16_the_budget_holds_under_concurrency(tight: Path) -> None:
 
 
 def test_c16_pages_stored_through_shmem_are_counted(site: Site, tight: Path) -> None:
-    """Through .shmem: the kernel refuses it where the budget is its own, else the mount soon takes nothing any more."""
+    """The kernel refuses the write if it keeps the budget. Otherwise the mount soon refuses new pages."""
     a, b = new_backup(tight, "a"), new_backup(tight, "b")
 
     def refused() -> bool:
-        """Whether a page finds no room. If it does it is dropped again."""
+        """Whether a page finds no room. If it finds room, it is dropped again."""
         try:
             store(b, 1)
         except OSError as error:

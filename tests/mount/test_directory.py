@@ -1,4 +1,4 @@
-"""store=DIR: backups in a directory of somebody's, on every filesystem that is promised."""
+"""store=DIR: backups in a directory of a user, on every supported filesystem."""
 
 import contextlib
 import fcntl
@@ -54,7 +54,7 @@ def content(seed: int, pages: int = 1) -> bytes:
 
 
 def refused(code: int, mountpoint: Path, options: str) -> str:
-    """Hold that it cannot be mounted so; what mount.py says."""
+    """Check that mount.py refuses to mount. Returns its message."""
     command = [sys.executable, "-W", "error", str(MOUNT_PY), str(mountpoint), "-o", options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr.startswith("mount.py: ")
@@ -64,7 +64,7 @@ def refused(code: int, mountpoint: Path, options: str) -> str:
 
 
 class Disk:
-    """An image with a filesystem in it, to be mounted more than once."""
+    """An image with a filesystem, which can be mounted more than once."""
 
     def __init__(self, directory: Path, kind: str) -> None:
         self._path, self._kind, self._image = directory / "below", kind, directory / "image"
@@ -230,7 +230,7 @@ def test_a_foreign_record_file_is_refused_with_the_reason(
 
 
 def test_a_user_who_can_only_read_the_directory_cannot_block_its_mount(tmp_path: Path, mountpoint: Path) -> None:
-    """Not before the first mount, nor later; nor can such a user lock the file that counts."""
+    """This holds before the first mount and later. Such a user cannot lock the file that holds the counts either."""
     with stores.mounted(tmp_path / "below", "tmpfs", "mode=755") as directory, opened(directory, os.O_RDONLY) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name in "a", "b":
@@ -273,7 +273,7 @@ def ramfs(base: Path) -> Iterator[Path]:
 
 
 def coarse(base: Path) -> Iterator[Path]:
-    """An ext4 that gives room 64 KiB at a time."""
+    """An ext4 that allocates 64 KiB at a time."""
     image = base / "image"
     with image.open("xb") as file:
         file.truncate(64 << 20)
@@ -338,7 +338,7 @@ def test_a_store_can_be_mounted_over_itself(directory: Path) -> None:
 
 
 def test_a_store_mounted_read_only_is_not_changed(directory: Path, below: Path, mountpoint: Path) -> None:
-    """Also where its filesystem cannot be written at all."""
+    """This holds, too, if its filesystem is read-only."""
     assert "no store in it that could be mounted read-only" in refused(32, mountpoint, f"store={directory},ro")
     with Mount(mountpoint, f"store={directory}"):
         (mountpoint / "a").mkdir()
@@ -391,7 +391,7 @@ def test_pages_can_be_copied_out_of_a_disk_that_became_read_only(mountpoint: Pat
 
 
 def test_a_file_lease_in_the_store_delays_no_other_user(directory: Path, mountpoint: Path) -> None:
-    """Whoever owns a file can hold a lease of it, for which opening it waits up to /proc/sys/fs/lease-break-time."""
+    """The owner of a file can hold a lease on it. Opening it then waits up to /proc/sys/fs/lease-break-time."""
     with Mount(mountpoint, f"store={directory}") as mount:
         mount.expect_log("get EIO")
         (mountpoint / "a").mkdir()
@@ -424,7 +424,7 @@ def test_no_file_in_the_store_has_set_id_bits(directory: Path, mountpoint: Path)
 def test_temporary_directories_of_killed_daemons_are_removed_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the fall-back's directories those are removed that a killed daemon left, and no others."""
+    """A store can have a name that looks like that of a temporary directory."""
     with stores.mounted(tmp_path / "runtime", "tmpfs", "size=100t") as runtime:
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
         kept = runtime / "ttmfs-models/store"
@@ -541,7 +541,7 @@ def test_reused_inode_numbers_do_not_mix_up_backups(directory: Path, mountpoint:
 
 
 def test_a_copy_of_a_backup_file_is_a_separate_backup(directory: Path, mountpoint: Path, below: Path) -> None:
-    """Though copied with its mark, or moved here from another store."""
+    """The copy has the original's mark, or was moved here from another store."""
     other = below / "other"
     other.mkdir()
     with Mount(mountpoint, f"store={other}"):
@@ -657,7 +657,7 @@ def test_a_full_disk_gives_enospc_and_loses_nothing(
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 @pytest.mark.parametrize("way", ["fsync", "O_SYNC", "fsync of the image"])
 def test_synced_pages_survive_a_power_failure(mountpoint: Path, tmp_path: Path, kind: str, way: str) -> None:
-    """What was synced is there after the power failed; what was not, was not on the disk yet."""
+    """What was not synced had not reached the disk yet."""
     disk = Disk(tmp_path, kind)
     with disk.mounted() as below:
         (below / "store").mkdir()

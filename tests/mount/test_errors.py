@@ -1,4 +1,4 @@
-"""Every error that the mount gives, one by one; then random bytes for everything: no other errno, nothing lost."""
+"""Every error of the mount, one by one. Then random bytes everywhere: no other errno, and nothing lost."""
 
 import contextlib
 import ctypes
@@ -240,7 +240,7 @@ def hidden(a: Path, name: str) -> Path:
         (lambda p: os.chown(p, 1, 1, follow_symlinks=False), EPERM),
     ],
 )  # fmt: skip
-def test_hidden_names_cannot_be_removed(a: Path, name: str, do: Callable[[Path], object], error: int) -> None:
+def test_hidden_names_cannot_be_changed(a: Path, name: str, do: Callable[[Path], object], error: int) -> None:
     with raises_errno(error):
         do(hidden(a, name))
     assert content(a) == INTACT
@@ -364,7 +364,7 @@ USES: dict[str, Callable[[int], object]] = {
 
 
 def is_stale(fd: int) -> bool:
-    """Whether fstat says so. (The kernel keeps attributes for a second, unless it dropped the page itself.)"""
+    """Whether fstat gives ESTALE. (The kernel caches attributes for a second, unless it dropped the page itself.)"""
     number = outcome(lambda: os.fstat(fd))
     assert number in {0, ESTALE}
     return number == ESTALE
@@ -536,7 +536,7 @@ def test_a_map_longer_than_an_attribute_may_be_is_e2big(mountpoint: Path) -> Non
 
 
 def test_a_failing_store_gives_eio_logged_once_and_recovers(mount: Mount, backup: Path) -> None:
-    """Made to fail by taking the daemon's free descriptors away: it cannot make another file."""
+    """The test takes the daemon's free descriptors away, so that it cannot make another file."""
     (backup / "1").write_bytes(b"x" * PAGE)
     limits = resource.prlimit(mount.pid, resource.RLIMIT_NOFILE)
     mount.expect_log("Too many open files.*logged once")
@@ -573,7 +573,7 @@ LENGTHS = st.one_of(st.integers(0, 3 * PAGE), st.sampled_from([PAGE, PAGES * PAG
 
 
 def outcome(do: Callable[[], object]) -> int:
-    """The errno that a call ends with, 0 for none. Another than those that are documented fails the test."""
+    """The errno of a call, 0 for none. An undocumented errno fails the test."""
     number = 0
     try:
         do()
@@ -585,7 +585,7 @@ def outcome(do: Callable[[], object]) -> int:
 
 @pytest.fixture(scope="module")
 def kept(root: Path) -> Path:
-    """A backup that no test means."""
+    """A backup that no test may change."""
     path = root / "kept"
     path.mkdir()
     for handle in INTACT:
@@ -602,7 +602,7 @@ def victim(root: Path) -> Path:
 
 
 def reset(backup: Path) -> None:
-    """Empty a backup, and give it its size again, which a truncate(2) of its .shmem may have changed."""
+    """Empty a backup, and restore its size, which a truncate(2) of its .shmem may have changed."""
     (backup / ".image").open("wb").close()
     os.setxattr(backup, "user.ttmfs.size", b"%d" % (PAGES * PAGE))
 
@@ -638,7 +638,7 @@ def test_random_names(kept: Path, victim: Path, name: str, other: str, in_root: 
     steps=st.lists(st.tuples(st.sampled_from(["write", "read", "truncate"]), OFFSETS, LENGTHS), max_size=8),
 )
 def test_c8_random_offsets_and_sizes(kept: Path, victim: Path, name: str, steps: list[tuple[str, int, int]]) -> None:
-    """Whatever is asked, a page and an image hold what a file of their size would."""
+    """A page and an image answer every request as a file of their size would."""
     size = PAGES * PAGE if name == ".image" else PAGE
     model = bytearray(size)
     reset(victim)
@@ -695,7 +695,7 @@ def test_random_attributes(kept: Path, victim: Path, where: str, name: bytes, va
 
 
 def test_a_page_cut_short_through_shmem_ends_there_and_then_disappears(backup: Path) -> None:
-    """No read of it is empty, and no write of it is of nothing, for which a program would try for ever."""
+    """No read or write returns 0, which would make a program try forever."""
     with opened(backup / "1", os.O_RDWR | os.O_CREAT) as fd:
         os.pwrite(fd, b"x" * PAGE, 0)
         os.truncate(backup / ".shmem", 100)

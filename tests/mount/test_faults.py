@@ -1,7 +1,7 @@
-"""The faults that the kernel injects into its own backups (``backup_fault_inject``), here brought about for real.
+"""The faults that the kernel injects into its own backups (``backup_fault_inject``), here caused for real.
 
-Half the pages of a range are backed up and the rest reported as not; a restore is interrupted part way, and done again;
-memory ends after the first page of a range; the store fails with EIO for one page.
+Half the pages of a range are backed up and the rest reported as not. A restore is interrupted part way and repeated.
+Memory runs out after the first page of a range. The store fails with EIO for one page.
 """
 
 import os
@@ -56,7 +56,7 @@ def test_c3_only_pages_that_found_room_get_handles(room: int) -> None:
 
 
 def test_c9_a_restore_continues_after_an_interruption(tmp_path: Path) -> None:
-    """Of pages on a disk that are not in memory, so that each waits; interrupted as soon as the first has come."""
+    """The pages are on a disk and not in memory, so each waits. The interruption comes as soon as the first is read."""
 
     async def main(directory: Path) -> None:
         async with ttmfs.open_pool(store=str(directory), backup_size=1 << 20) as pool:
@@ -88,7 +88,7 @@ def test_c9_a_restore_continues_after_an_interruption(tmp_path: Path) -> None:
 
 
 def test_c6_a_disk_error_at_one_page_affects_only_that_page(tmp_path: Path, mountpoint: Path) -> None:
-    """A block of a btrfs whose checksum is wrong."""
+    """One block of a btrfs has a wrong checksum."""
     image, below, pages = tmp_path / "image", tmp_path / "disk", content(PAGES, 4)
     with image.open("xb") as file:
         file.truncate(320 << 20)

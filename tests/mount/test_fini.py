@@ -1,4 +1,4 @@
-"""``ttmfs fini`` ends no backup under the feet of a program, unless it is told to."""
+"""``ttmfs fini`` ends no backup that a program uses, unless it is told to."""
 
 import contextlib
 import os
@@ -44,7 +44,7 @@ def program(backup: Path, use: str, **more: Any) -> Iterator[int]:
 
 
 def fini(*words: object, code: int = 0, **more: Any) -> str:
-    """What the command says."""
+    """The output of the command."""
     command = [*more.pop("command", [sys.executable]), "-m", "ttmfs", "fini", *map(str, words)]
     more.setdefault("cwd", REPOSITORY)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **more)

@@ -1,4 +1,4 @@
-"""A backup's descriptor for those whom the mode bits allow, and for nobody else: users who try to cheat."""
+"""A backup's descriptor goes to users whom the mode bits allow, and to nobody else. Some users try to cheat."""
 
 import contextlib
 import errno
@@ -67,7 +67,7 @@ def requests_for(*inodes: int) -> list[str]:
 
 
 def ask(place: Place, actor: str, path: str, requests: list[str]) -> list[int]:
-    """What someone is answered: 0 if he was given a descriptor and stored and read through it, else an errno."""
+    """The answer to a request: 0 if the user got a descriptor, stored and read through it, else an errno."""
     uid, gid, groups = ACTORS[actor]
     who = f"--reuid {uid} --regid {gid} " + (f"--groups {','.join(map(str, groups))}" if groups else "--clear-groups")
     command = [*shlex.split(f"setpriv {who} --"), place.python, "-I", "-c", ASK, path]
@@ -79,7 +79,7 @@ def ask(place: Place, actor: str, path: str, requests: list[str]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def mount(place: Place) -> Iterator[Mount]:
-    """A mount of root's that is open to all."""
+    """A mount of root that is open to all."""
     with (
         place.directory("open") as path,
         Mount(path, "size=16m,backup_size=1m,mode=1777,allow_other", cwd=place.path) as mount,
@@ -94,7 +94,7 @@ def door(mount: Mount) -> str:
 
 
 def made(mount: Mount, name: str, mode: int) -> int:
-    """A backup of Alice's and a group's with a page; its inode."""
+    """A backup of Alice and a group, with a page. Returns its inode number."""
     path = mount.path / name
     path.mkdir()
     (path / "7").write_bytes(b"x")
@@ -185,7 +185,7 @@ def test_permissions_are_checked_at_each_request(place: Place, mount: Mount, doo
 
 
 def test_flags_of_a_passed_descriptor_do_not_affect_the_daemon(mount: Mount) -> None:
-    """Flags and offset are its own: with O_APPEND in force on the daemon's, every page would go to the end."""
+    """With O_APPEND on the daemon's own descriptor, every page would go to the end."""
     with Backup.create(mount.path / "a") as backup:
         assert backup.is_native
         fcntl.fcntl(backup.fileno(), fcntl.F_SETFL, os.O_APPEND)
@@ -227,7 +227,7 @@ def test_a_descriptor_outlives_the_backup_and_holds_its_memory_no_longer_than_it
 
 
 def test_silent_connections_do_not_block_others(place: Place, mount: Mount, door: str) -> None:
-    """Of one user's eight are kept, for a second; others are served beside."""
+    """The daemon keeps eight of each user for a second, and serves others meanwhile."""
     request, before = requests_for(made(mount, "a", 0o777)), len(descriptors(mount.pid))
 
     def seconds_to_ask() -> float:
@@ -261,7 +261,7 @@ def test_a_user_with_many_uids_takes_no_more_than_the_limit_for_all(mount: Mount
 
 
 def test_a_stranger_s_descriptors_never_reach_the_daemon(place: Place) -> None:
-    """The kernel closes what is received, in the thread that receives it. A socket that lingers holds that up."""
+    """The kernel closes received descriptors in the receiving thread. A socket that lingers would delay that thread."""
     options = "size=1m,mode=1777,allow_other,busy_poll=off"
     with place.directory("shared") as path, Mount(path, options, cwd=place.path) as mount:
         door = mount.descriptors_socket()

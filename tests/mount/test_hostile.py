@@ -1,4 +1,4 @@
-"""A user who means harm to the daemon and to whoever shares the mount: real attacks by users without privilege.
+"""A malicious user against the daemon and other users of the mount: real attacks by users without privilege.
 
 While Alice attacks, Bob writes a page and reads it back, and says how long that took. He does the same on another
 mount, so that a delay by the load of the machine does not count. Where a single request is the attack, the best of
@@ -101,7 +101,7 @@ class Victim:
         assert self._process.returncode == 0, "a page of Bob's was not as he had written it"
 
     def worst(self, patience: float = 30.0) -> float:
-        """The longest operation since it was last asked, in seconds."""
+        """The longest operation since the last call, in seconds."""
         assert self._process.stdin
         self._process.stdin.write(b"?")
         return float(self._line(patience).split()[0])
@@ -113,7 +113,7 @@ class Victim:
 
 
 def _as(uid: int) -> list[str]:
-    """What runs a command as a user who may have many files open."""
+    """The words that run a command as a user who can have many files open."""
     return ["prlimit", "--nofile=12000:12000", *shlex.split(f"setpriv --reuid {uid} --regid {uid} --clear-groups --")]
 
 
@@ -125,7 +125,7 @@ def resident(pid: int) -> int:
 
 @dataclass
 class Arena:
-    """A mount of root's that is open to all, and Bob on it."""
+    """A mount of root that is open to all, and Bob on it."""
 
     place: Place
     mount: Mount
@@ -138,14 +138,14 @@ class Arena:
         return self.mount.path
 
     def start(self, script: str, *arguments: object, uid: int = ALICE) -> "subprocess.Popen[str]":
-        """Have a user begin an attack."""
+        """Start an attack by a user."""
         command = [*_as(uid), self.place.python, "-I", "-c", ATTACK + script, str(self.path), *map(str, arguments)]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/", start_new_session=True
         )
 
     def attack(self, script: str, *arguments: object, uid: int = ALICE) -> str:
-        """Have a user attack; what he says."""
+        """Run an attack by a user. Returns what it printed."""
         with self.start(script, *arguments, uid=uid) as process:
             try:
                 said, _ = process.communicate(timeout=60)
@@ -156,7 +156,7 @@ class Arena:
 
     @contextlib.contextmanager
     def unharmed(self, longest: float = LONGEST, growth: int = GROWTH, files: int = 0) -> Iterator[None]:
-        """Hold that Bob is served, and that the daemon gets no larger, holds no more open and says no more."""
+        """Check that Bob is served, and that the daemon needs no more memory, descriptors or log lines."""
         pid = self.mount.pid
         before = resident(pid), len(descriptors(pid)), len(self.mount.log)
         self.delay()
@@ -170,7 +170,7 @@ class Arena:
         assert not said, said
 
     def stall(self, attack: Callable[[], object], rounds: int = 3) -> float:
-        """How long an attack keeps Bob waiting, the machine's own delays left out."""
+        """How long an attack delays Bob, without the machine's own delays."""
         found = []
         with self.unharmed(longest=30.0):
             for _ in range(rounds):
@@ -180,12 +180,12 @@ class Arena:
         return min(found)
 
     def delay(self) -> float:
-        """How much longer than on the calm mount Bob's longest operation took since the last question, in seconds."""
+        """How much longer Bob's longest operation took than on the calm mount since the last call, in seconds."""
         worst, calm = self.victim.worst(), self.calm.worst() if self.calm else 0.0
         return max(0.0, worst - 2 * calm)
 
     def store(self, name: str, pages: int, *, step: int = 1) -> Path:
-        """A backup of Alice's with so many pages, every `step`-th of them."""
+        """A backup of Alice with a number of pages, at every `step`-th index."""
         path = self.path / name
         self.attack("os.mkdir(f'{path}/{sys.argv[2]}', 0o755)", name)
         with opened(path / ".shmem") as fd:
@@ -241,7 +241,7 @@ os.kill(os.getpid(), signal.SIGKILL) if len(sys.argv) > 2 else None
 
 
 def test_half_read_directories_take_little_memory_of_the_daemon(arena: Arena, alices: Path) -> None:
-    """Far more than it keeps listings of; each goes on where it was all the same."""
+    """There are far more than the daemon keeps listings for. Each listing continues correctly all the same."""
     with arena.unharmed():
         arena.attack("for _ in range(15_000): os.close(os.open(path + '/alice', os.O_DIRECTORY))")
         said = arena.attack("""
@@ -268,7 +268,7 @@ files += [os.open(path, os.O_RDONLY) for _ in range(10_000)]
 
 @pytest.mark.usefixtures("alices")
 def test_a_listing_can_continue_from_any_offset(arena: Arena) -> None:
-    """From offsets of 64 random bits, and of every length of them: what is there, in order, or nothing, or EINVAL."""
+    """Offsets of up to 64 random bits give existing entries in order, nothing, or EINVAL."""
     with arena.unharmed():
         arena.attack("""
 random.seed(int(sys.argv[2]))
@@ -291,7 +291,7 @@ for where in path, path + "/alice":
 
 @pytest.mark.usefixtures("alices")
 def test_ten_thousand_errors_leave_few_log_lines_and_no_memory(arena: Arena) -> None:
-    """By names of 255 bytes, with line ends and escape sequences, as many different ones."""
+    """The names differ, have 255 bytes, and contain line ends and escape sequences."""
     began, before = time.monotonic(), len(arena.mount.log)
     with arena.unharmed():
         arena.attack("""
@@ -335,7 +335,7 @@ for value in b"9" * 65536, b"9" * 4300 + b"g", b"-1", b"0", b"\\xff" * 65536, b"
 
 
 def test_many_backups_of_one_user_delay_no_other_user(arena: Arena) -> None:
-    """Each costs the daemon a descriptor, as far as it has them, and some hundred bytes."""
+    """Each takes a descriptor of the daemon, while it has any, and some hundred bytes."""
     arena.attack("os.listdir(path)")
     try:
         with arena.unharmed(files=4000, growth=4 << 20):
@@ -364,7 +364,7 @@ def test_attributes_of_a_fragmented_backup_delay_no_other_user(arena: Arena, nam
 
 @pytest.mark.parametrize("name", ["map", "resident", "swapped"])
 def test_long_requests_delay_others_no_more_than_short_ones(arena: Arena, name: str) -> None:
-    """Four processes, and what a page takes then at the median: beside one another, as machines differ."""
+    """Four processes ask; the median time of a page is compared on one machine, since machines differ."""
     path = arena.store("runs", 20_000, step=2)
     script = """
 while True:
@@ -511,9 +511,9 @@ for child in pids:
 
 @contextlib.contextmanager
 def waiting(place: Place, directory: Path, prepare: str, attack: str) -> Iterator[tuple[Arena, str]]:
-    """While a user's attack waits for a swap device that reads four times a second, for what he stored before.
+    """A user whose attack waits for a swap device that reads four times a second, for pages stored before.
 
-    Gives what he said first, too.
+    Gives also what the attack printed first.
     """
     with (
         place.directory("slow") as path,
@@ -556,7 +556,7 @@ def least_delay(victim: Victim) -> float:
 
 
 def test_thousands_of_waits_for_a_slow_device_delay_no_other_user(place: Place, tmp_path: Path) -> None:
-    """Bob's page is in memory. (Ten thousand is what may wait: docs/security.md.)"""
+    """Bob's page is in memory. (At most ten thousand requests can wait: docs/security.md.)"""
     prepare = """
 os.mkdir(path + "/alice")
 for n in range(2500):
@@ -578,7 +578,7 @@ def say():
 
 
 def test_writes_that_wait_for_a_slow_device_take_little_memory(place: Place, tmp_path: Path) -> None:
-    """A hundred and twenty-eight of 1 MiB wait; more are refused."""
+    """At most 128 writes of 1 MiB wait. More are refused."""
     prepare = """
 for n in range(400):
     os.mkdir(f"{path}/alice{n}")
@@ -683,7 +683,7 @@ time.sleep(10)
 
 
 def answered_in(mount: Mount, page: Path) -> float:
-    """Kill the daemon; how long until the next one answers, in seconds."""
+    """Kill the daemon. Returns the seconds until the next one answers."""
     restarts, start = mount.restarts(), time.monotonic()
     mount.kill()
     client = subprocess.Popen(["head", "-c", "3", page], stdout=subprocess.PIPE)
@@ -699,7 +699,7 @@ def answered_in(mount: Mount, page: Path) -> float:
 
 @pytest.mark.parametrize(("script", "attackers"), [(FLOOD, 2), (LINGER, 1)], ids=["flooded", "lingering"])
 def test_a_stranger_cannot_block_the_keeper(place: Place, script: str, attackers: int) -> None:
-    """Whatever reaches its socket: messages without end, or a descriptor whose closing takes as long as he likes."""
+    """The stranger sends endless messages to its socket, and descriptors that take long to close."""
     with place.directory("kept") as path, Mount(path, "size=1m,mode=1777,allow_other", cwd=place.path) as mount:
         arena = Arena(place, mount, Victim(place, path))
         mount.expect_restarts()
@@ -718,7 +718,7 @@ def test_a_stranger_cannot_block_the_keeper(place: Place, script: str, attackers
 
 
 def test_a_stranger_cannot_make_a_keeper_that_gave_up_release_pages(tmp_path: Path) -> None:
-    """Processes outside of its process namespace, a container's, have number 0 to it, which is no daemon's."""
+    """Processes of a container, outside of the keeper's process namespace, have pid 0 there. No daemon has pid 0."""
     mountpoint, log = tmp_path / "mnt", tmp_path / "log"
     program = tmp_path / "mount.py"
     mountpoint.mkdir()
@@ -811,7 +811,7 @@ print(allowed)
 
 
 def test_a_stranger_cannot_reach_processes_of_a_mount_of_root(arena: Arena, alices: Path) -> None:
-    """Neither looks into them nor sends them signals, nor follows a link of theirs."""
+    """The stranger cannot look into them, send them signals, or follow their links in /proc."""
     daemon, keeper = arena.mount.pid, arena.mount.process.pid
     assert daemon != keeper
     for pid in daemon, keeper:
@@ -825,7 +825,7 @@ def test_a_stranger_cannot_reach_processes_of_a_mount_of_root(arena: Arena, alic
 
 @pytest.mark.parametrize(("uid", "gid"), [(BOB, BOB), (BOB, ALICE), (ALICE, BOB)])
 def test_a_stranger_cannot_reach_processes_of_a_mount_of_a_user(place: Place, uid: int, gid: int) -> None:
-    """Nor the user's own processes in another group: those alone that are wholly his may, as everywhere."""
+    """The user's own processes in another group cannot either, as with any process."""
     with place.directory("home", ALICE) as home, UsersMount(place, home, "size=1m") as mount:
         for pid in mount.pid, mount.process.pid:
             command = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--"]
@@ -841,7 +841,7 @@ def test_a_stranger_cannot_reach_processes_of_a_mount_of_a_user(place: Place, ui
 
 
 def test_the_fallback_directory_is_private_to_its_user(place: Place) -> None:
-    """Also where its name is one that others see; and a decoy there does not make the next mount remove anything."""
+    """Others may see its name. A decoy there does not make the next mount remove anything."""
     shm = Path("/dev/shm")
     become = (place.python, "-I", "-c", WITHOUT_USER_NAMESPACES, UNSHARE, ALICE, place.path)
     environment = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
@@ -887,7 +887,7 @@ SECRET = b"SECRET.." * 512
 
 @pytest.mark.parametrize("page_size", [PAGE, 65536])
 def test_no_byte_of_a_dropped_page_can_be_read(place: Place, page_size: int) -> None:
-    """By whichever way it went and whoever makes it anew: what was not written since are zeros."""
+    """The page is dropped in every way, and anyone creates it again. What was not written since reads as zeros."""
     drops = [
         "for n in 1, 2, 3: os.unlink(f'{a}/{n}')",
         "os.truncate(a + '/.image', 0)",
@@ -948,7 +948,7 @@ for fd in os.open(a + "/1", os.O_RDONLY), os.open(a + "/.image", os.O_RDONLY):
 
 
 def test_a_mapping_of_a_dropped_page_shows_its_bytes_to_no_other_user(arena: Arena, alices: Path) -> None:
-    """Also while Bob keeps his own, whose page the kernel has."""
+    """Bob keeps his own mapping, whose page the kernel has cached."""
     os.chmod(alices, 0o777)
     (alices / "1").write_bytes(SECRET)
     bob = arena.start("""

@@ -1,6 +1,6 @@
-"""Root's own commands, led astray: on a mount that a stranger serves, and on files, links and processes that are his.
+"""Root's commands against traps: a mount that a stranger serves, and files, links and processes of a stranger.
 
-Alice serves the mounts, and owns what lies about. Root looks after them all by `ttmfs`.
+Alice serves the mounts, and owns the files near them. Root runs `ttmfs` on all of them.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ ENOUGH = 20.0
 
 
 def ttmfs(*words: object, code: int | None, **more: Any) -> str:
-    """Run a command; both its streams. It ends in time, with no traceback, and writes nothing that a terminal obeys."""
+    """Run a command. Returns both its streams. It ends in time, without a traceback and without control characters."""
     more = {"cwd": REPOSITORY, "stdin": subprocess.DEVNULL, **more}
     command = [*TTMFS, *map(str, words)]
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
@@ -66,7 +66,7 @@ GOOD = {"page_size": str(PAGE), "pages": "0", "resident": "0", "swapped": "0", "
 
 @pytest.fixture
 def precious(tmp_path: Path) -> Iterator[Path]:
-    """A file of root's, which nothing may change."""
+    """A file of root that nothing may change."""
     path = tmp_path / "precious"
     path.write_text("root's own")
     path.chmod(0o600)
@@ -97,7 +97,7 @@ def test_load_changes_the_mode_only_of_the_new_backup(tmp_path: Path, precious: 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_rescue_changes_the_mode_only_of_files_that_it_opens(tmp_path: Path, precious: Path, times: int) -> None:
-    """Where a file cannot be read, rescue asks for the right to, for a moment."""
+    """Rescue gives itself, for a moment, the right to read a file that it cannot read."""
     plan = {"names": {"a": "file:x", "b": "dir"}, "turns": {"a": [times, str(precious)]}, "refuses": ["open"]}
     with served(tmp_path / "mnt", **plan), opened(tmp_path / "mnt", os.O_RDONLY) as root:
         os.set_inheritable(root, True)
@@ -106,7 +106,7 @@ def test_rescue_changes_the_mode_only_of_files_that_it_opens(tmp_path: Path, pre
 
 @pytest.mark.parametrize("command", ["fini", "writeback", "map", "save", "load", "fd"])
 def test_commands_do_not_follow_a_link_to_a_backup(tmp_path: Path, mountpoint: Path, command: str) -> None:
-    """A stranger's link in a directory of his leads to any backup; as with rm(1), it is not followed."""
+    """A stranger can make a link to any backup. Like rm(1), the commands do not follow it."""
     (tmp_path / "file").write_bytes(b"x" * PAGE)
     with Mount(mountpoint, "size=16m"):
         (mountpoint / "a").mkdir()
@@ -148,7 +148,7 @@ time.sleep(100)
 
 @pytest.mark.parametrize("how", ["alice", "undumpable", "set-user-id", "root"])
 def test_a_process_that_imitates_a_keeper_is_not_listed(tmp_path: Path, mountpoint: Path, how: str) -> None:
-    """Also if it looks like root's, because it is not dumpable or set-user-ID; only one that root started would be."""
+    """It may look like root's, because it is not dumpable or set-user-ID. Only one that root started would be."""
     (tmp_path / "store").mkdir()
     (tmp_path / "store/stolen").write_bytes(b"x" * PAGE)
     with Mount(mountpoint, "size=1m") as mount:
@@ -182,13 +182,13 @@ def device_of(mountpoint: Path) -> str:
 
 
 def checksum(data: bytes) -> str:
-    """That of a file of one page, as ttmfs rescue reckons it."""
+    """The checksum of a file of one page, as ttmfs rescue computes it."""
     part = hashlib.sha256((0).to_bytes(8, "little") + data.ljust(4096, b"\0")).digest()
     return hashlib.sha256((0).to_bytes(8, "little") + part).hexdigest()
 
 
 def test_checksum_files_of_a_stranger_lead_to_no_file_of_others(tmp_path: Path, precious: Path) -> None:
-    """Nor do they make anyone wait, or fail in another way than by a line."""
+    """They cannot block a command either. The only failure is an error of one line."""
     copy = tmp_path / "copy"
     copy.mkdir()
     os.mkfifo(copy / "fifo")
@@ -295,7 +295,7 @@ def test_doctor_reads_little_from_a_mount_of_a_stranger_and_prints_none_of_it(tm
 
 
 def limit_memory() -> None:
-    """Bounds what a command may take: a gibibyte, libraries and all."""
+    """Limit the memory of a command to 1 GiB, libraries included."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
@@ -322,7 +322,7 @@ def test_nonsense_from_a_mount_of_a_stranger_is_reported_in_one_line(tmp_path: P
 
 @contextlib.contextmanager
 def stopped(*pids: int) -> Iterator[None]:
-    """Processes that are stopped for a while."""
+    """Stop processes for the time of a ``with``."""
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
@@ -334,7 +334,7 @@ def stopped(*pids: int) -> Iterator[None]:
 
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[tuple[Mount, Mount]]:
-    """Two mounts, of which the first one is to hang, with a backup each."""
+    """Two mounts with a backup each. Tests make the first one hang."""
     (tmp_path / "hangs").mkdir()
     (tmp_path / "well").mkdir()
     with Mount(tmp_path / "hangs", "size=64m") as hangs, Mount(tmp_path / "well", "size=64m") as well:
@@ -374,7 +374,7 @@ def test_doctor_reports_a_mount_that_does_not_answer_under_any_name(two: tuple[M
 
 @pytest.mark.parametrize("kind", ["daemon", "keeper", "both"])
 def test_the_advice_of_doctor_for_a_stopped_daemon_works(two: tuple[Mount, Mount], kind: str) -> None:
-    """Every command that it names: -CONT, -USR1 and -KILL, each for itself."""
+    """Each command that doctor names is tried by itself: -CONT, -USR1 and -KILL."""
     hangs, _ = two
     daemon, keeper = hangs.pid, hangs.process.pid
     pids = {"daemon": [daemon], "keeper": [keeper], "both": [daemon, keeper]}[kind]
@@ -435,7 +435,7 @@ def test_a_command_says_that_it_waits_for_a_mount_and_can_be_interrupted(
 
 @pytest.mark.parametrize("request_", ["lookup", "getxattr", "statfs", "opendir", "open"])
 def test_a_server_that_never_answers_blocks_no_command(tmp_path: Path, request_: str) -> None:
-    """The kernel lets such a process not go, killed or not: it is left to itself."""
+    """The kernel does not end the process that asks, even if killed. The command leaves it alone."""
     (tmp_path / "file").write_bytes(b"x" * PAGE)
     names = {"a": "dir", ".config": "file:{}", ".stats": "file:", ".image": "file:x"}
     with served(tmp_path / "mnt", hangs=[request_], names=names, values={**GOOD, "pages": "3"}):

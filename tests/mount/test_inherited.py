@@ -1,4 +1,4 @@
-"""What mount.py inherits from its caller: it holds whatever that is, or is refused with the reason."""
+"""What mount.py inherits from its caller: the mount works all the same, or is refused with the reason."""
 
 import fcntl
 import os
@@ -105,7 +105,7 @@ def test_help_works_under_low_limits() -> None:
 
 
 def test_a_daemon_that_takes_over_accepts_low_limits(mountpoint: Path) -> None:
-    """Refusing would make the mount dead."""
+    """If it refused to start, the mount would be dead."""
     with Mount(mountpoint, "size=64m") as mount:
         mount.expect_restarts()
         (mountpoint / "a").mkdir()
@@ -117,7 +117,7 @@ def test_a_daemon_that_takes_over_accepts_low_limits(mountpoint: Path) -> None:
 
 
 def test_a_low_process_limit_lets_a_user_mount_or_is_reported(place: Place) -> None:
-    """How many it takes depends on what else that user runs."""
+    """The number of processes it needs depends on what else the user runs."""
     codes: list[int] = []
     with place.directory("mnt", ALICE) as mnt:
         while 0 not in codes and len(codes) < 500:
@@ -137,7 +137,7 @@ def test_a_low_process_limit_lets_a_user_mount_or_is_reported(place: Place) -> N
 
 
 def living() -> set[int]:
-    """Orphans of ours that live, the others buried."""
+    """Orphans of this process that live. Dead ones are reaped."""
     for pid in children():
         os.waitpid(pid, os.WNOHANG)
     return children()
@@ -157,7 +157,7 @@ EVERY = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 @pytest.mark.parametrize("keeper", ["on", "off"])
 def test_signals_may_be_ignored_and_blocked(mountpoint: Path, keeper: str) -> None:
-    """Each still does what it is for: SIGTERM, sent when the mount ends, above all."""
+    """Each signal still works, above all SIGTERM, which ends the mount."""
     ignored = ignoring((signal.SIGCHLD, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1), EVERY)
     with Mount(mountpoint, f"size=1m,keeper={keeper}", preexec_fn=ignored) as mount:
         for pid in {mount.pid, mount.process.pid}:

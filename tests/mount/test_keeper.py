@@ -1,6 +1,6 @@
-"""The keeper: what becomes of a mount when it, the daemon, or both are killed, stopped, restarted, upgraded or ended.
+"""The keeper: a mount when keeper, daemon, or both are killed, stopped, restarted, upgraded or ended.
 
-Where a version of ttmfs has to be another, it is a copy of the package that is changed while it serves.
+Tests that need another version of ttmfs change a copy of the package while it serves.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ def test_killing_both_leaves_a_dead_mountpoint_that_the_next_mount_removes(mount
 
 
 def test_c22_callers_of_a_stopped_daemon_wait_until_it_continues(mountpoint: Path, package: Path) -> None:
-    """The keeper does not take it for dead as soon as one that was killed."""
+    """The keeper does not take a stopped daemon for dead as soon as a killed one."""
     gives_up_after(package, seconds=3)
     with Kept(mountpoint, "size=16m", command=of_package(package)) as mount, held(mountpoint):
         with Caller(mountpoint / "a/1") as caller:
@@ -188,7 +188,7 @@ def test_c22_a_load_does_not_notice_restarts_on_purpose(mountpoint: Path) -> Non
 def test_c22_a_daemon_that_cannot_start_leaves_a_dead_mountpoint_and_every_page(
     mountpoint: Path, package: Path
 ) -> None:
-    """Those who wait get an error; when the code is mended a signal brings all back."""
+    """Waiting callers get an error. When the code is repaired, a signal brings everything back."""
     broken = package / "ttmfs/daemon/session.py"
     gives_up_after(package, failed=3)
     with Kept(mountpoint, "size=16m", command=of_package(package)) as mount:
@@ -218,7 +218,7 @@ def test_c22_a_daemon_that_cannot_start_leaves_a_dead_mountpoint_and_every_page(
 
 
 def test_c22_a_state_of_another_format_is_refused_and_nothing_is_lost(mountpoint: Path, package: Path) -> None:
-    """A newer version, which knows another format alone: the old one finds all as it was."""
+    """A newer version knows only another format. The old version then finds everything unchanged."""
     gives_up_after(package, failed=2)
     with Kept(mountpoint, "size=16m", command=of_package(package)) as mount:
         (mountpoint / "a").mkdir()
@@ -245,7 +245,7 @@ def test_c22_a_state_of_another_format_is_refused_and_nothing_is_lost(mountpoint
 
 
 def test_the_state_of_a_mount_has_the_entries_that_its_format_names(mountpoint: Path) -> None:
-    """Those of tests/store/test_format.py: another takes the next FORMAT."""
+    """tests/store/test_format.py lists the entries. Any other entry needs the next FORMAT."""
     with Kept(mountpoint, "size=16m") as mount:
         header = json.loads(kept_state(mount.keeper).read_bytes()[:4096].rstrip(b"\0"))
         assert sorted(header) == sorted(["format", *(field.name for field in dataclasses.fields(Record))])
@@ -315,7 +315,7 @@ def test_a_kill_without_a_keeper_leaves_a_dead_mountpoint(mountpoint: Path) -> N
 
 
 def test_without_resend_the_next_daemon_mounts_again_with_every_page(mountpoint: Path, package: Path) -> None:
-    """Which of the two ways it was is in the log."""
+    """The log says which of the two ways it took."""
     with Kept(mountpoint, "size=16m", command=cannot_resend(package)) as mount:
         mount.expect_restarts()
         content = {handle: os.urandom(PAGE) for handle in (1, 7, 4096)}
@@ -346,7 +346,7 @@ def test_without_resend_the_next_daemon_mounts_again_with_every_page(mountpoint:
 @pytest.mark.parametrize("end", ["umount {mnt}", "umount -l {mnt}", "kill {keeper}", "kill -INT {keeper}"])
 @pytest.mark.parametrize("delay", [0.0, 0.2])
 def test_c22_a_mount_can_be_ended_while_the_daemon_is_dead(mountpoint: Path, end: str, delay: float) -> None:
-    """Also while the next one starts, and just when it serves."""
+    """It can also be ended while the next daemon starts, and when it has just started."""
     with Kept(mountpoint, "size=16m") as mount:
         mount.expect_restarts()
         (mountpoint / "a").mkdir()
@@ -486,7 +486,7 @@ def test_the_keeper_is_small_and_holds_connection_store_and_state_but_no_page(mo
 
 
 def test_restarts_leak_nothing(mountpoint: Path) -> None:
-    """Neither what keeper and daemon have open, nor how many processes there are, nor what is stored."""
+    """Keeper and daemon keep the same descriptors, processes and stored bytes."""
     with Kept(mountpoint, "size=64m") as mount, held(mountpoint):
         mount.expect_restarts()
         mount.kill_daemon()
@@ -518,7 +518,7 @@ def test_c22_a_restart_works_with_more_open_files_than_select_allows(mountpoint:
 
 
 def test_without_resend_a_failed_request_starts_from_the_beginning(mountpoint: Path, package: Path) -> None:
-    """Who was told that a truncation failed, and asks for it anew, has it done from the beginning."""
+    """A caller that was told that a truncation failed, and repeats it, has all of it done."""
     far = 16 << 20  # pages so far from each other are dropped one by one
     with Kept(mountpoint, "size=2g", command=cannot_resend(package)) as mount:
         mount.expect_restarts()
@@ -573,7 +573,7 @@ def test_the_next_mount_removes_the_socket_of_a_killed_daemon(mountpoint: Path, 
 
 
 def test_c22_a_signal_to_a_daemon_that_has_just_died_ends_no_keeper(mountpoint: Path) -> None:
-    """A keeper that a daemon made is not its parent: when that is dead no one keeps its number."""
+    """A keeper that a daemon made is not its parent, so a dead daemon's pid can be reused."""
     with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
         mount.expect_restarts()
         mount.kill_keeper()
@@ -588,7 +588,7 @@ def test_c22_a_signal_to_a_daemon_that_has_just_died_ends_no_keeper(mountpoint: 
 
 
 def test_a_keeper_that_cannot_start_is_retried_at_growing_intervals(mountpoint: Path, package: Path) -> None:
-    """A broken upgrade of the keeper itself: the mount goes on, and is kept again when that is mended."""
+    """The upgrade of the keeper is broken. The mount serves, and gets a keeper after the repair."""
     with Kept(mountpoint, "size=16m", command=of_package(package)) as mount, held(mountpoint):
         mount.expect_log("the keeper does not hear")
         mount.expect_log(r"^  |^Traceback|Error: ")  # Python's own words for it

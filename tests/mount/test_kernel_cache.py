@@ -1,4 +1,4 @@
-"""What the kernel has cached of a mount: true after every change, and kept where nothing has changed."""
+"""The kernel's cache of a mount: it is true after every change, and is kept where nothing has changed."""
 
 import contextlib
 import fcntl
@@ -43,7 +43,7 @@ def shut(backup: Path) -> None:
 
 
 def changes_of(backup: Any) -> None:
-    """All that changes many pages at once."""
+    """Make every kind of change that concerns many pages at once."""
     drop(backup)
     store(backup, 1, 2)
     truncate(backup)
@@ -55,7 +55,7 @@ def changes_of(backup: Any) -> None:
 
 
 def restart(mount: Any) -> None:
-    """Have another daemon serve, on purpose."""
+    """Replace the daemon on purpose."""
     before = mount.restarts()
     os.kill(mount.process.pid, signal.SIGUSR1)
     wait_until(lambda: mount.restarts() > before, "another daemon")
@@ -75,7 +75,7 @@ def mount(shared: Mount) -> Mount:
 
 @pytest.fixture
 def living(mount: Mount) -> Mount:
-    """A mount whose daemons may come and go."""
+    """A mount whose daemons can be killed and restarted."""
     mount.expect_restarts()
     return mount
 
@@ -204,7 +204,7 @@ LOOKS: dict[str, Look] = {
 def test_a_page_dropped_in_bulk_is_invisible_at_once(
     living: Mount, a: Path, dropped: Callable[[Path], None], look: str, after: Callable[[Mount], None] | None
 ) -> None:
-    """By path and by descriptor, also if the daemon that told the kernel of it has gone."""
+    """This holds by path and by descriptor, even if the daemon that notified the kernel has died."""
     with opened(a / "2") as page:
         for again in range(5):
             store(a, 2)
@@ -230,7 +230,7 @@ def test_a_page_dropped_in_bulk_is_invisible_at_once(
 
 @pytest.mark.parametrize("dropped", [drop, truncate])
 def test_a_page_dropped_in_bulk_can_be_created_again(a: Path, dropped: Callable[[Path], None]) -> None:
-    """The kernel has the name yet, and asks to open what it knows before it asks for a new one."""
+    """The kernel still has the name, and asks to open the page before it asks to create one."""
     for _ in range(10):
         dropped(a)
         with opened(a / "2", os.O_CREAT | os.O_WRONLY) as page:
@@ -251,7 +251,7 @@ for handle in iter(lambda: 0, 1):
 
 @pytest.mark.parametrize("dropped", [drop, truncate])
 def test_a_page_looked_up_during_its_drop_is_invisible_afterwards(a: Path, dropped: Callable[[Path], None]) -> None:
-    """The kernel may get to know the page only after it was told that it has gone."""
+    """The kernel may learn of the page only after the notification that it is gone."""
     with contextlib.ExitStack() as stack:
         for _ in range(2):
             process = stack.enter_context(subprocess.Popen([sys.executable, "-I", "-c", LOOK_UP, str(a)]))
@@ -266,7 +266,7 @@ def test_a_page_looked_up_during_its_drop_is_invisible_afterwards(a: Path, dropp
 
 
 def test_a_removal_that_waits_for_a_truncation_does_not_block_it(a: Path) -> None:
-    """It has the directory's lock, and waits for the lock of .image, which the truncation has."""
+    """The removal holds the directory's lock and waits for the lock of .image, which the truncation holds."""
     remove = "import os, sys\nwhile True:\n try: os.unlink(sys.argv[1])\n except PermissionError: pass"
     with subprocess.Popen([sys.executable, "-I", "-c", remove, str(a / ".image")]) as process:
         try:
@@ -307,7 +307,7 @@ def test_pages_show_a_new_mode_owner_and_time_of_their_backup_at_once(
 
 
 def test_attributes_stay_true_for_more_pages_than_the_table_holds(mountpoint: Path) -> None:
-    """What the kernel knows of pages far from each other is true nonetheless."""
+    """The pages are far from each other, so each needs an entry of its own."""
     step, count = 64, MOST_BLOCKS + 100
     with Mount(mountpoint, f"size=64m,backup_size={step * count * PAGE}") as mount:
         a = mountpoint / "a"
@@ -429,9 +429,10 @@ COPIES: dict[str, Copy] = {
 def test_b2_copies_include_pages_past_the_old_end(
     grown: Path, copy: str, opened_first: bool, grow: Callable[[Path, int], None]
 ) -> None:
-    """By whoever opens the file anew, and by whoever has it open if the size was changed through the mount.
+    """The copy opens the file anew, or has it open and the size is changed through the mount.
 
-    The daemon does not see what .shmem does. Whoever asks fstat(2) first, as programs do that copy, sees the new end.
+    The daemon does not see what .shmem does. A program that calls fstat(2) first, as programs that copy do, sees the
+    new end.
     """
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(opened(grown / ".image"))
@@ -453,7 +454,7 @@ def test_b2_copies_include_pages_past_the_old_end(
 
 
 def test_resizing_and_reading_the_end_do_not_block_each_other(a: Path) -> None:
-    """Through the page cache, whose pages the kernel locks: neither waits for the other without end."""
+    """The read goes through the page cache, whose pages the kernel locks."""
     reads = "import os, sys\nfd = os.open(sys.argv[1], 0)\nout = os.open('/dev/null', 1)\nprint(flush=True)\n" + (
         "while True: os.sendfile(out, fd, 0, 1 << 20)"
     )

@@ -42,11 +42,12 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def obey(path: str, suspect_seconds: float) -> None:
-    """Have every handler look for an order at a path. The source is run before mount.py, in every daemon.
+    """Make every handler look for an order at a path.
 
-    An order's `handler`, and `holds` if it is one of the handler's arguments, say for which requests it is; `point`
-    when: before it is carried out, after, when it was answered, or before so many of its system calls; `deed` what;
-    `times` how often. What was done is told in a line each in a file beside it.
+    This source runs before mount.py, in every daemon. An order selects requests by `handler`, and by `holds` if that
+    is one of the handler's arguments. `point` is when it is obeyed: before the request is carried out, after, once
+    answered, or before one of its system calls, by number. `deed` is what is done, `times` how often. Each deed is
+    recorded as a line in a file beside the order.
     """
     import ctypes
     import functools
@@ -152,7 +153,7 @@ def obey(path: str, suspect_seconds: float) -> None:
     run_sync = trio.to_thread.run_sync
 
     async def run_sync_watched(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-        """Count the system calls of threads, too."""
+        """Count the system calls of threads as well."""
         profile = sys.getprofile()
 
         def work(*arguments: Any) -> Any:
@@ -172,7 +173,7 @@ def obey(path: str, suspect_seconds: float) -> None:
 
 
 class Sides(NamedTuple):
-    """Mounts whose daemons are killed, and one beside them where the same is done without."""
+    """Mounts whose daemons are killed, and one mount where the same is done without kills."""
 
     calm: Mount
     killed: "dict[tuple[str, str], Killed]"
@@ -207,7 +208,7 @@ class Killed(Mount):
 
     @contextlib.contextmanager
     def once(self, handler: str, point: str | int, deed: str = "kill") -> Iterator[None]:
-        """An order for the time of a ``with``, which must be obeyed in it, exactly once."""
+        """Give an order for the time of a ``with``, in which it must be obeyed exactly once."""
         deeds, restarts = self.deeds(), self.restarts()
         self.give(handler, point, deed)
         try:
@@ -227,7 +228,7 @@ def outcome(do: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
 
 
 def picture(mnt: Path) -> dict[str, Any]:
-    """All that can be seen of a mount that is not a time."""
+    """All that can be seen of a mount, except times."""
     room = os.statvfs(mnt)
     seen: dict[str, Any] = {"df": (room.f_blocks, room.f_bfree, room.f_files, room.f_ffree)}
     seen["root"] = sorted(names(mnt)), mnt.stat().st_nlink, attribute(mnt, "size")
@@ -248,7 +249,7 @@ def picture(mnt: Path) -> dict[str, Any]:
 
 
 def clear(mnt: Path) -> None:
-    """Make a mount empty again."""
+    """Empty a mount."""
     for backup in map(mnt.joinpath, names(mnt)):
         os.truncate(backup / ".image", 0)
         backup.rmdir()
@@ -270,7 +271,7 @@ def renameat2(old: Path, new: Path, flags: int) -> None:
 
 
 def close(fd: Any) -> Any:
-    """A descriptor that was got is closed, and is an outcome like any other."""
+    """Close a descriptor, whose number is then an outcome like any other."""
     if isinstance(fd, int):
         os.close(fd)
         return "opened"
@@ -278,7 +279,7 @@ def close(fd: Any) -> Any:
 
 
 def through(path: Path, go: Go, do: Callable[[int], Any], flags: int = 0) -> Any:
-    """Do something with a descriptor, and see that it goes on working."""
+    """Do something with a descriptor, and check that it works afterwards."""
     with opened(path, os.O_RDWR | flags) as fd:
         told = go(lambda: do(fd))
         told = len(told) if isinstance(told, bytes) and len(told) > PAGE else told
@@ -286,7 +287,7 @@ def through(path: Path, go: Go, do: Callable[[int], Any], flags: int = 0) -> Any
 
 
 def fill(a: Path, pages: int) -> None:
-    """Leave room for so many pages."""
+    """Leave room for a number of pages."""
     other = a.parent / "other"
     other.mkdir()
     set_attribute(other, "size", BUDGET * PAGE)
@@ -318,7 +319,7 @@ def budget(a: Path, go: Go) -> Any:
 
 
 def rename(a: Path, go: Go, *, over: bool = False, flags: int = 0) -> Any:
-    """What is open in the backup stays open."""
+    """Rename a backup. Its open files stay open."""
     new = a.parent / "new"
     if over:
         new.mkdir()
@@ -339,7 +340,7 @@ def remove_backup(a: Path, go: Go) -> Any:
 
 
 def dropped_by_hand(a: Path, go: Go) -> Any:
-    """A descriptor of a page that goes says so, and refers to the next one."""
+    """Drop a page while a descriptor of it is open: it is stale, and then refers to the next page."""
     with opened(a / "2") as fd:
         told = go((a / "2").unlink), outcome(os.fstat, fd), outcome(os.pread, fd, 1, 0)
         (a / "2").touch()
@@ -475,7 +476,7 @@ EACH_HANDLER = (
 
 @pytest.fixture(scope="module")
 def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sides]:
-    """A mount where no one is killed, and one for each kind of store and point of a kill."""
+    """A mount without kills, and one for each kind of store and point of a kill."""
     directory = tmp_path_factory.mktemp("sides")
     options = f"size={BUDGET * PAGE},backup_size={PAGES * PAGE},nr_inodes=20,busy_poll=50"
 
@@ -492,7 +493,7 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def play(mount: Mount, scenario: Scenario, kill: Callable[[], contextlib.AbstractContextManager[None]]) -> Any:
-    """What a scenario's callers are told on a mount, and what is to be seen on it afterwards."""
+    """What a scenario's callers get on a mount, and what is visible on it afterwards."""
 
     def go(do: Callable[[], Any]) -> Any:
         with kill():
@@ -511,7 +512,7 @@ def play(mount: Mount, scenario: Scenario, kill: Callable[[], contextlib.Abstrac
 
 
 def compare(sides: Sides, handler: str, scenario: Scenario) -> Any:
-    """Play a scenario on all mounts, see that nothing differs, and give what the callers were told."""
+    """Play a scenario on all mounts and check that they agree. Returns what the callers got."""
     told, seen = play(sides.calm, scenario, contextlib.nullcontext)
     with ThreadPoolExecutor() as pool:
         plays = {
@@ -541,7 +542,7 @@ def test_c22_a_kill_repeats_no_change_of_contents_or_attributes(sides: Sides, na
 @pytest.mark.parametrize("sides", [(("tmpfs", "before"), ("tmpfs", "answered"))], ids=[""], indirect=True)
 @pytest.mark.parametrize("name", EACH_HANDLER)
 def test_c22_a_kill_outside_a_handler_repeats_no_change_and_loses_none(sides: Sides, name: str) -> None:
-    """Before the handler runs, or after the kernel has the answer: neither depends on the arguments of the request."""
+    """Before the handler runs, and after the kernel has the answer, the arguments do not matter."""
     compare(sides, *(COUNTED | CHANGES)[name])
 
 
@@ -574,7 +575,7 @@ def test_c22_a_kill_between_two_system_calls_of_a_change_alters_no_result(sides:
 
 
 def sweep(mount: Killed, handler: str, scenario: Scenario, expected: Any) -> int:
-    """Kill the daemon at one system call after the other, as long as there are any; how often that was."""
+    """Kill the daemon at one system call after the other until none is left. Returns the number of kills."""
     for call in itertools.count(2, EVERY):
         deeds = mount.deeds()
 
@@ -608,7 +609,7 @@ RACES: dict[str, tuple[str, str, Callable[[Path, int], Any]]] = {
 
 
 def test_c22_one_of_two_callers_that_race_for_a_name_wins(mountpoint: Path) -> None:
-    """Both are there before the daemon is killed, after it has made the first one's change."""
+    """Both requests are there when the daemon, having made the first one's change, is killed."""
     with Killed(mountpoint, "size=1m,busy_poll=50") as mount, ThreadPoolExecutor(2) as pool:
         for name, (handler, loses, act) in RACES.items():
             for backup in "a", "b0", "b1":
@@ -621,7 +622,7 @@ def test_c22_one_of_two_callers_that_race_for_a_name_wins(mountpoint: Path) -> N
 
 
 class Directory:
-    """A directory read piece by piece, as getdents64(2) gives it, and as long as there is any."""
+    """A directory read in pieces, as getdents64(2) returns it, up to its end."""
 
     def __init__(self, path: Path, room: int = 512) -> None:
         self._fd, self._buffer = os.open(path, os.O_RDONLY | os.O_DIRECTORY), ctypes.create_string_buffer(room)
@@ -633,7 +634,7 @@ class Directory:
         os.close(self._fd)
 
     def piece(self) -> list[str]:
-        """The next names; none at the end."""
+        """The next names; an empty list at the end."""
         size = libc.getdents64(self._fd, self._buffer, len(self._buffer))
         assert size >= 0, os.strerror(ctypes.get_errno())
         found, place = [], 0
@@ -646,7 +647,7 @@ class Directory:
 
 @pytest.mark.parametrize("kind", ["tmpfs", "directory"])
 def test_c22_a_listing_across_a_kill_shows_each_name_once(mountpoint: Path, kind: str) -> None:
-    """Of pages with holes between them, and of backups. What went meanwhile is not shown, what came may be."""
+    """It lists pages with holes between them, and backups. Entries made or removed meanwhile may or may not show."""
     store = mountpoint.parent / "store"
     store.mkdir()
     options = "size=32m,backup_size=16m" + (f",store={store}" if kind == "directory" else "")
@@ -693,7 +694,7 @@ DEEDS = {"read address 0": (2, "Segmentation fault"), "abort": (2, "Aborted"), "
 @pytest.mark.serial
 @pytest.mark.parametrize("deed", DEEDS)
 def test_a_request_that_kills_daemons_is_refused_and_allowed_again_later(mountpoint: Path, deed: str) -> None:
-    """A fault is its own, and two are enough; a SIGKILL may come from anyone. Meanwhile others are served."""
+    """Two crashes are enough, since they are its own; anyone may send a SIGKILL. Other requests are served."""
     most, words = DEEDS[deed]
     with Killed(mountpoint, "size=1m,busy_poll=50", suspect_seconds=4.0) as mount, ThreadPoolExecutor(1) as pool:
         mount.expect_log(REFUSES)
@@ -750,14 +751,14 @@ def test_a_request_that_kills_daemons_is_refused_and_allowed_again_later(mountpo
 
 
 def held(mount: Killed) -> Callable[[], bool]:
-    """Whether one more daemon than now holds on to a request."""
+    """Whether one more daemon than at the call holds on to a request."""
     before = mount.deeds()
     return lambda: mount.deeds() > before
 
 
 @pytest.mark.serial
 def test_c22_a_request_in_flight_at_each_of_several_kills_is_carried_out(mountpoint: Path) -> None:
-    """One that meets three daemons and no answer, and one that is asked six times, and answered each time."""
+    """One request meets three daemons without an answer; another is asked six times, and answered each time."""
     with Killed(mountpoint, "size=1m,busy_poll=50") as mount, ThreadPoolExecutor(1) as pool:
         (mountpoint / "a").mkdir()
         with opened(mountpoint / "a" / "1", os.O_RDWR | os.O_CREAT) as fd:
@@ -777,7 +778,7 @@ def test_c22_a_request_in_flight_at_each_of_several_kills_is_carried_out(mountpo
 
 
 def test_c22_a_kill_loses_neither_a_waiting_request_nor_one_in_flight(mountpoint: Path) -> None:
-    """Requests of several clients are noted at once when the daemon is killed: an fsync on a disk, and a write."""
+    """An fsync on a disk and a write of another client are noted at once when the daemon is killed."""
     store = mountpoint.parent / "store"
     store.mkdir()
     with (
@@ -805,7 +806,7 @@ def test_c22_a_kill_loses_neither_a_waiting_request_nor_one_in_flight(mountpoint
 
 @pytest.mark.serial
 def test_a_request_is_refused_after_two_oom_kills_of_the_daemon(mountpoint: Path) -> None:
-    """Killed by the kernel for want of memory, not by just anyone: that counts as a fault does."""
+    """A kill by the kernel for lack of memory counts as a crash, unlike a kill by another process."""
     with (
         ControlGroup(160 << 20, 0) as group,
         Killed(mountpoint, "size=1m,busy_poll=50,reserve=0", preexec_fn=group.join) as mount,

@@ -1,7 +1,7 @@
-"""SIGKILL to the daemon at random instants under mixed load (C22): nothing lost, no error, no one hangs.
+"""SIGKILL to the daemon at random instants under mixed load (C22): nothing is lost, no call fails or hangs.
 
-Each client of the load knows what must be there and what each call must answer (tests/load.py). A kill comes some time
-after the daemon before has answered, or before it does.
+Each client of the load knows the content and the answer to each call (tests/load.py). A kill comes some time after the
+previous daemon has answered, or before that.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Killer:
 
 @contextlib.contextmanager
 def under_load(mountpoint: Path, options: str, seed: int) -> Iterator[tuple[Load, Killer]]:
-    """A mount with eight clients under way, and who kills its daemons."""
+    """A mount under a load of eight clients, and the killer of its daemons."""
     print(f"KILLS_SEED={SEED}")
     with Mount(mountpoint, options) as mount:
         mount.expect_restarts()
@@ -58,7 +58,7 @@ def under_load(mountpoint: Path, options: str, seed: int) -> Iterator[tuple[Load
 
 @pytest.mark.parametrize("part", range(2))
 def test_c22_no_client_notices_a_kill(mountpoint: Path, part: int) -> None:
-    """50 kills in each part, of which a third come before the daemon answers."""
+    """Each part has 50 kills. A third of them come before the daemon answers."""
     chance = random.Random(SEED + part)
     with under_load(mountpoint, OPTIONS, SEED + part) as (load, killer):
         while killer.kills < 50:

@@ -1,9 +1,9 @@
-"""What each user may do to each entry, held against a tmpfs with the same owners and modes.
+"""What each user may do to each entry, compared with a tmpfs that has the same owners and modes.
 
-For every mode of the root and of a backup there are two trees: the mount, and on a tmpfs its *twin*, in which backups
-are directories, and pages and hidden names are files with the backup's owner and its mode but for the x bits. Each
-user, a process of his own, does the same in both. Right is what the tmpfs answers; where ttmfs refuses more, for
-reasons that are no matter of permissions (``docs/semantics.md``), the operation says so with its ``here``. Whether
+For every mode of the root and of a backup there are two trees: the mount, and on a tmpfs its *twin*. In the twin
+backups are directories, and pages and hidden names are files with the backup's owner and its mode without the x bits.
+Each user, a process of its own, does the same in both trees. The answer of the tmpfs is right. Where ttmfs refuses
+more, for reasons other than permissions (``docs/semantics.md``), the operation says so with its ``here``. Whether
 something changed is read from the mount's own tmpfs, below the daemon.
 """
 
@@ -44,7 +44,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Actor(NamedTuple):
-    """Someone who tries it all."""
+    """A user who tries all operations."""
 
     name: str
     uid: int
@@ -74,7 +74,7 @@ MODES = 0o700, 0o750, 0o711, 0o777, 0o007, 0o2770
 
 
 class View:
-    """One of the two trees as an actor sees it: paths in it, and the descriptor that he holds."""
+    """One of the two trees for an actor: paths in it, and the descriptor that the actor holds."""
 
     def __init__(self, top: str, actor: Actor) -> None:
         self.top, self.actor = top, actor
@@ -150,7 +150,7 @@ def opened(path: str, flags: int, dir_fd: int | None = None) -> Iterator[int]:
 
 
 def on(function: Callable[..., object], name: str, *arguments: object, **more: object) -> Call:
-    """Call a function with a path, and with something more."""
+    """Call a function with a path, and with further arguments."""
     return lambda view: function(view(name), *arguments, **more)
 
 
@@ -170,7 +170,7 @@ def open_and(then: Callable[[int], object], name: str, flags: int) -> Call:
 
 
 def given(name: str, pair: Callable[[Actor], tuple[int, int]]) -> Call:
-    """Give something to an owner and a group that depend on who does it."""
+    """Give something to an owner and a group that depend on the actor."""
     return lambda view: os.chown(view(name), *pair(view.actor), follow_symlinks=False)
 
 
@@ -437,7 +437,7 @@ def extended() -> None:
 
 
 def holding() -> None:
-    """What is opened before modes were tightened."""
+    """What is opened before the modes are tightened."""
 
     def held(name: str, what: str, call: Callable[[int], object], **more: Any) -> None:
         of = "backup" if HELD[what][0] else ""
@@ -506,7 +506,7 @@ Tried: TypeAlias = tuple[list[tuple[Result, Result]], Result | None]
 
 
 class Process:
-    """An actor's process: it does what it is told, and says how that went."""
+    """An actor's process. It carries out orders and reports the outcomes."""
 
     def __init__(self, actor: Actor, mount: Path, twin: Path) -> None:
         self.actor = actor
@@ -566,17 +566,17 @@ class Process:
         return partial(self._answer, [number])
 
     def attempt(self, numbers: list[int]) -> Tried:
-        """Do operations in twin and mount, up to one that could change the twin: that one is done there alone."""
+        """Do operations in twin and mount, up to one that could change the twin. That one is done only in the twin."""
         tried: Tried = self._ask("try", numbers)
         return tried
 
     def do(self, number: int) -> Result:
-        """Do that one in the mount, too."""
+        """Do the last operation in the mount, too."""
         result: Result = self._ask("do", [number])
         return result
 
     def end(self) -> None:
-        """Let it end, and see that all went well."""
+        """End the process, and check that all went well."""
         self._end.send(None)
         assert os.waitpid(self._pid, 0)[1] == 0
         self._end.close()
@@ -597,7 +597,7 @@ Wanted = dict[str, tuple[int, int, int]]
 
 
 class Mounted:
-    """The mount: how it is put in order, and what is really stored."""
+    """The mount: how it is put in order, and what it really stores."""
 
     def __init__(self, top: str) -> None:
         self.top = top
@@ -609,7 +609,7 @@ class Mounted:
         os.close(self._below)
 
     def state(self) -> State:
-        """All of it as the mount's own tmpfs has it, without asking the daemon."""
+        """All content, as the mount's own tmpfs has it, without asking the daemon."""
         root = os.fstat(self._below)
         state: State = {"": (*_owned(root), root.st_mtime_ns, os.fstatvfs(self._below).f_blocks)}
         for name in os.listdir(self._below):
@@ -618,11 +618,11 @@ class Mounted:
         return state | {"content": (self._content(),)}
 
     def _inode(self, name: str, found: os.stat_result) -> int:
-        """Its inode number, or 0 as long as that is as it was."""
+        """The inode number, or 0 while it is unchanged."""
         return found.st_ino if self._inodes.get(name) != found.st_ino else 0
 
     def _content(self) -> bytes:
-        """What the backup holds in its first pages."""
+        """The content of the backup's first pages."""
         with contextlib.suppress(FileNotFoundError), opened("a", R, self._below) as fd:
             return os.pread(fd, 3 * PAGE, 0)
         return b""
@@ -662,7 +662,7 @@ class Mounted:
             os.utime(path, ns=(LONG_AGO, LONG_AGO))
 
     def _fill(self) -> None:
-        """Let the backup hold one page."""
+        """Make the backup hold one page."""
         found = os.stat("a", dir_fd=self._below)
         if found.st_size != SIZE:
             os.setxattr(f"{self.top}/a", "user.ttmfs.size", b"%d" % SIZE)
@@ -676,7 +676,7 @@ class Mounted:
 
 
 class Twin:
-    """What the mount would be if it were a tmpfs."""
+    """The tree that the mount would be on a tmpfs."""
 
     def __init__(self, top: str, target: Path) -> None:
         self.top, self._target = top, target
@@ -748,7 +748,7 @@ def _listed(path: str) -> list[str]:
 
 
 def seen(top: str) -> dict[str, tuple[object, ...]]:
-    """What is in the root, as root sees it: names, modes and owners, and the pages of the one backup that has any."""
+    """What root sees in the root: names, modes and owners, and the pages of the one backup that has any."""
     view: dict[str, tuple[object, ...]] = {"": owned(top)}
     names = shown(top)
     for name in names:
@@ -758,7 +758,7 @@ def seen(top: str) -> dict[str, tuple[object, ...]]:
 
 
 class Matrix:
-    """Both trees and everyone who acts in them."""
+    """Both trees and all actors."""
 
     def __init__(self, root: tuple[int, int, int], mount: Path, twin: Path, target: Path) -> None:
         self._root = root
@@ -773,7 +773,7 @@ class Matrix:
             process.end()
 
     def wrong(self, mode: int, inside: bool) -> list[str]:
-        """Try everything, or what concerns the root's mode, with backups of a mode; what is not as it should be."""
+        """Try all operations, or those that concern the root's mode, with backups of a mode. Returns what was wrong."""
         self._wanted = {f"own {actor.name}": (0o700, actor.uid, NOBODYS) for actor in ACTORS}
         self._wanted |= {"e": (mode, ALICE, CREW), "a": (mode, ALICE, CREW), "": self._root}
         self._mount.arrange(self._wanted)
@@ -805,7 +805,7 @@ class Matrix:
             tree.chmod(self._root[0], mode)
 
     def _try(self, process: Process, numbers: list[int]) -> bool:
-        """Let an actor do operations; whether anything was put in order again."""
+        """Let an actor do operations. Returns whether anything was put in order again."""
         rearranged = False
         while numbers:
             results, pending = process.attempt(numbers)
@@ -832,7 +832,7 @@ class Matrix:
             self._complain(who, operation.name, f"{got[1]!r} instead of {on_tmpfs[1]!r}")
 
     def _change(self, process: Process, number: int, on_tmpfs: Result) -> None:
-        """Let an actor do in the mount what may have changed the twin, and see what became of both."""
+        """Let an actor do in the mount what may have changed the twin, and compare the two."""
         who, operation = process.actor, OPERATIONS[number]
         got = process.do(number)
         self._compare(who, operation, got, on_tmpfs)
@@ -872,7 +872,7 @@ def _said(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def matrix(request: pytest.FixtureRequest, place: Place) -> Iterator[Matrix]:
-    """One for each of the ROOTS."""
+    """A matrix for each of the ROOTS."""
     closed = place.path / "closed"
     with contextlib.ExitStack() as stack:
         mountpoint = stack.enter_context(place.directory("mount"))

@@ -20,7 +20,7 @@ HELPERS = "mount.ttmfs", "mount.fuse.ttmfs"
 
 @pytest.fixture(autouse=True)
 def unmounted(machine: Machine) -> Iterator[None]:
-    """Nothing is mounted, runs or stands in fstab once a test is over."""
+    """Check that nothing is mounted, runs or stands in fstab at the end of a test."""
     machine.run(f"mkdir -p {MNT}; cp -n /etc/fstab /etc/fstab.before")
     yield
     machine.call(f"while umount -l {MNT}; do :; done; cp /etc/fstab.before /etc/fstab; systemctl daemon-reload")
@@ -32,13 +32,13 @@ def keepers(machine: Machine) -> str:
 
 
 def config(machine: Machine, path: str = MNT) -> dict[str, Any]:
-    """The options in force, and who serves. Waits for a daemon that answers."""
+    """The options in force and the process ids. Waits for a daemon that answers."""
     found: dict[str, Any] = json.loads(machine.run(f"cat {path}/.config"))
     return found
 
 
 def kill_daemon(machine: Machine) -> None:
-    """And see that a page is there all the same."""
+    """Kill the daemon, and check that a page is still there."""
     before = config(machine)
     machine.run(f"mkdir -p {MNT}/a; echo kept >{MNT}/a/7; kill -KILL {before['daemon_pid']}")
     assert machine.run(f"head -c 4 {MNT}/a/7") == "kept"
@@ -139,7 +139,7 @@ def test_remount_is_refused_with_what_to_do_instead(machine: Machine) -> None:
 
 
 def test_the_helper_runs_no_program_of_another_mount_namespace(machine: Machine) -> None:
-    """Whoever owns the namespace may have put anything where the helper is; mount(8) hands it on with -N."""
+    """The owner of the namespace may have put any program at the helper's path. mount(8) passes the namespace by -N."""
     script = f"""
 helper=$(readlink -f /sbin/mount.ttmfs)
 printf '#!/bin/sh\\ntouch /tmp/was-run\\n' >/tmp/theirs; chmod +x /tmp/theirs
@@ -249,7 +249,7 @@ def test_a_unit_that_cannot_mount_fails_and_says_why(machine: Machine) -> None:
 
 
 def test_an_automount_mounts_at_first_access_and_survives_a_kill(machine: Machine) -> None:
-    """Whoever mounts for it has to stay in its process group, or waits for himself."""
+    """The process that mounts for an automount must stay in its process group, or would wait for itself."""
     add_to_fstab(machine, f"ttm {MNT} ttmfs size=64m,x-systemd.automount,x-systemd.mount-timeout=15 0 0")
     automount = unit(machine, "automount")
     automount("start")

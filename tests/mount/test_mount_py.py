@@ -1,4 +1,4 @@
-"""mount.py as its user meets it: options, exit statuses, messages, and the daemon's life up to its every end."""
+"""mount.py from the command line: options, exit statuses, messages, and each way in which the daemon ends."""
 
 import contextlib
 import errno
@@ -54,7 +54,7 @@ def is_mounted(path: Path) -> bool:
 
 @pytest.fixture(autouse=True)
 def ended(tmp_path: Path) -> Iterator[None]:
-    """Ends, for the sake of the next test, what one that failed has left in the background; and fails for it."""
+    """End what a failed test has left in the background, so that the next test is not affected, and fail for it."""
     before = children()
     yield
     left = sorted(path for path in mounted() if path.is_relative_to(tmp_path))
@@ -82,9 +82,9 @@ def mount_py(*arguments: str | Path, **more: Any) -> subprocess.CompletedProcess
 
 
 class Daemon:
-    """A ttmfs in the background, started by mount.py, for the time of a ``with``. It must end with status 0.
+    """A ttmfs in the background, started by mount.py, for the time of a ``with``.
 
-    `pid` is its keeper, which orphans of ours are, `daemon` the keeper's child.
+    It must end with status 0. `pid` is its keeper, an orphan that this process adopts. `daemon` is the keeper's child.
     """
 
     def __init__(self, path: Path, *arguments: str, says: str = "", **more: Any) -> None:
@@ -112,7 +112,7 @@ class Daemon:
         assert status == 0 or kind
 
     def end(self, command: str) -> None:
-        """End it as a user would."""
+        """End it, as a user would."""
         run(command, env={**os.environ, "PID": str(self.pid), "DAEMON": str(self.daemon), "MNT": str(self.path)})
 
     def ended(self) -> bool:
@@ -150,9 +150,9 @@ except OSError as error:
 
 @contextlib.contextmanager
 def clients(mountpoint: Path, *verbs: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes in the middle of reading, writing and listing a backup, or that only hold it open until they are told.
+    """Processes that read, write and list a backup, or only hold it open until told to end.
 
-    Each exits with the errno that it meets.
+    Each exits with the errno that it gets.
     """
     (mountpoint / "a").mkdir()
     (mountpoint / "a/1").touch()
@@ -180,7 +180,7 @@ def clients(mountpoint: Path, *verbs: str) -> Iterator[list[subprocess.Popen[str
 
 
 def test_exit_status_0_means_that_the_mount_answers(mountpoint: Path) -> None:
-    """Ten times in a row, the very next call finds it; and its every end leaves the directory as it was."""
+    """Ten times in a row, the next call finds the mount, and every end restores the directory."""
     for number in range(10):
         with Daemon(mountpoint, "-o", f"size={number + 1}m") as daemon:
             assert os.statvfs(mountpoint).f_blocks == (number + 1) * 256
@@ -199,7 +199,7 @@ def test_a_command_substitution_does_not_wait_for_the_daemon(mountpoint: Path) -
 
 
 def test_the_daemon_is_detached(mountpoint: Path, tmp_path: Path) -> None:
-    """It and its keeper outlive the terminal they were started from, hold nothing of it, and keep no directory busy."""
+    """Daemon and keeper outlive their terminal, hold nothing of it, and keep no directory busy."""
     before = children()
     command = f"cd {tmp_path} && {COMMAND} mnt && test -e mnt/.stats && tty && echo mounted"
     assert re.fullmatch(r"/dev/pts/\d+\s+mounted\s+", run(f"script -qec {shlex.quote(command)} /dev/null"))
@@ -220,7 +220,7 @@ def test_the_daemon_is_detached(mountpoint: Path, tmp_path: Path) -> None:
 
 
 def test_in_the_background_the_log_goes_to_syslog(mountpoint: Path, tmp_path: Path) -> None:
-    """With a syslog of the test's own, in a private mount namespace."""
+    """The test has its own syslog, in a private mount namespace."""
     script = tmp_path / "with_syslog"
     script.write_text(f"""
 set -e
@@ -246,7 +246,7 @@ mkdir mnt/a; rmdir mnt/a; wait $log; umount mnt
 
 
 def test_mounting_over_a_directory_with_files_prints_a_warning(tmp_path: Path) -> None:
-    """It is no error, as with mount(8): but who mounts over a home directory learns it at once."""
+    """As with mount(8), it is allowed, but a user who mounts over a home directory should learn it at once."""
     (mountpoint := tmp_path / "mnt").mkdir()
     (mountpoint / "file").touch()
     try:
@@ -308,7 +308,7 @@ def test_an_error_is_one_line_on_stderr_and_a_documented_status(
 
 
 def test_a_dead_mount_of_another_filesystem_is_reported_with_how_to_remove_it(mountpoint: Path) -> None:
-    """Following the advice, one can mount."""
+    """After the advice is followed, the mount works."""
     here, there = socket.socketpair()
     with here, there:
         words = ["fusermount3", "-o", "fsname=none,subtype=other", "--", str(mountpoint)]
@@ -329,7 +329,7 @@ def test_a_dead_mount_of_another_filesystem_is_reported_with_how_to_remove_it(mo
 
 @pytest.mark.parametrize("options", ["keeper=on", "keeper=off"])
 def test_the_next_mount_removes_a_dead_mount_of_ttmfs(mountpoint: Path, options: str) -> None:
-    """SIGKILL leaves one, to a daemon without a keeper or to both: never an empty directory."""
+    """SIGKILL to a daemon without a keeper, or to both, leaves a dead mount."""
     with Mount(mountpoint, options) as mount:
         (mountpoint / "a").mkdir()
         mount.kill_both()
@@ -342,7 +342,7 @@ def test_the_next_mount_removes_a_dead_mount_of_ttmfs(mountpoint: Path, options:
 
 
 def killing(tmp_path: Path, mountpoint: Path, command: str) -> dict[str, str]:
-    """An environment whose fusermount3 runs a command between mounting and handing over."""
+    """An environment whose fusermount3 runs a command after it has mounted and before it passes the connection."""
     script = tmp_path / "fusermount3"
     script.write_text(f"""#!/bin/sh
 /usr/bin/env -u PATH /bin/sh -c 'exec fusermount3 "$@"' sh "$@"; code=$?
@@ -383,7 +383,7 @@ def test_missing_packages_are_reported_with_what_to_do(mountpoint: Path) -> None
 def test_an_interruption_between_mounting_and_serving_leaves_nothing(
     tmp_path: Path, mountpoint: Path, number: str, who: str
 ) -> None:
-    """The signal comes at the worst instant, which a fusermount3 of the test's own sees to."""
+    """The test's fusermount3 makes the signal come at the worst instant."""
     keeper = "$(ps -o ppid= -p $PPID)"
     whom = {"the daemon": "$PPID", "the command": f"$(ps -o ppid= -p {keeper})"}.get(who, keeper)
     foreground = ["-f"] * (who == "the foreground")
@@ -457,7 +457,7 @@ def test_a_plain_unmount_is_refused_while_it_is_in_use(mountpoint: Path, command
 
 
 def test_a_second_signal_does_not_disturb_the_end(mountpoint: Path) -> None:
-    """Not even while it waits for the last clients."""
+    """It also comes while the daemon waits for the last clients."""
     with Daemon(mountpoint) as daemon, clients(mountpoint, "hold"):
         daemon.end("kill -TERM $PID")
         wait_until(lambda: not is_mounted(mountpoint), "the unmount")
@@ -514,7 +514,7 @@ def test_the_mountpoint_may_be_the_working_directory(tmp_path: Path, mountpoint:
 
 
 def test_mount_8_can_mount_through_the_fuse_helper(tmp_path: Path, mountpoint: Path) -> None:
-    """mount.fuse3 runs what stands before the "#" of a source, as a line in fstab may have it."""
+    """mount.fuse3 runs the program before the "#" of a source, as a line in fstab may have it."""
     helper = tmp_path / "mount.ttmfs"
     helper.write_text(f'#!/bin/sh\nexec {COMMAND} "$@"\n')
     helper.chmod(0o755)
@@ -701,7 +701,7 @@ def test_config_shows_the_options_in_force(mountpoint: Path) -> None:
 
 
 def metrics(text: str) -> dict[str, float]:
-    """The samples of a text in Prometheus' exposition format, which is read strictly."""
+    """The samples of a text in Prometheus' exposition format, parsed strictly."""
     label = r'[a-z_]+="(?:[^"\\\n]|\\[\\"n])*"'
     kinds: dict[str, str] = {}
     samples: dict[str, float] = {}
@@ -772,7 +772,7 @@ def test_stats_are_prometheus_text_and_count(mnt: Path, backup: Path) -> None:
 
 
 class Altered(Mount):
-    """A mount whose daemon had something done to it, in Python, before it started."""
+    """A mount whose daemon runs a piece of Python before it starts."""
 
     def __init__(self, directory: Path, script: Path, alteration: str) -> None:
         super().__init__(directory, "size=8m")
@@ -810,7 +810,7 @@ def test_a_fault_in_a_handler_is_a_logged_eio_and_the_mount_lives_on(
     tmp_path: Path, mountpoint: Path, module: str, name: str, operation: str, command: str
 ) -> None:
     def filled() -> bool:
-        """Whether there is a backup with a page, made by whichever calls do not meet the fault."""
+        """Whether there is a backup with a page, made by whatever calls avoid the fault."""
         with contextlib.suppress(OSError):
             (mountpoint / "a").mkdir()
         with contextlib.suppress(OSError), (mountpoint / "a/.image").open("r+b", buffering=0) as image:
@@ -840,7 +840,7 @@ def test_a_fault_in_a_handler_is_a_logged_eio_and_the_mount_lives_on(
 
 
 def test_opening_with_truncation_is_two_requests(backup: Path) -> None:
-    """Else the kernel takes the page's size to be 0 until it asks again, and tar beside it stores an empty page."""
+    """Otherwise the kernel takes the page's size for 0 for a while, and a concurrent tar stores an empty page."""
     (backup / "1").write_bytes(b"x" * 4096)
 
     def truncations() -> int:

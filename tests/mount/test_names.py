@@ -1,4 +1,4 @@
-"""What a path answers: of pages that come and go meanwhile, of names that are too long, and of names with a dot."""
+"""What a path answers: pages that are stored and dropped meanwhile, names that are too long, hidden names."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ while True:
     ids="> <> truncating reading truncate chmod touch stat".split(),
 )
 def test_a_call_by_path_never_gives_estale(backup: Path, ask: Callable[[Path], int | None], expected: set[int]) -> None:
-    """Others store and drop the page all the time: it is there or not, at some moment of the call."""
+    """Others store and drop the page all the time. The call finds it or not, as at some moment of the call."""
     page, answers = backup / "1", Counter[int]()
     others = [subprocess.Popen([sys.executable, "-I", "-c", STORE_AND_DROP, str(page)]) for _ in range(2)]
     try:

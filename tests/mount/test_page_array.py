@@ -32,7 +32,7 @@ def backup(shared: Mount) -> Iterator[Backup]:
 
 
 class Faulty:
-    """A backup that fails where it is told to: for the test, the faults of ``backup_fault_inject``."""
+    """A backup that fails on demand, as with ``backup_fault_inject`` in the kernel."""
 
     def __init__(self, backup: Backup) -> None:
         self._backup = backup
@@ -73,7 +73,7 @@ class Faulty:
 
 
 def filled(store: Any, count: int = COUNT, first: int = 0, seed: int = 1) -> tuple[PageArray, NDArray[np.uint8]]:
-    """An array with a page in every slot, and what is in them."""
+    """An array with a page in every slot, and the content of the pages."""
     array, content = (
         PageArray(store, count, first),
         np.random.default_rng(seed).integers(0, 256, (count, PAGE), np.uint8),
@@ -339,7 +339,7 @@ LOST = [4, 100, 101, 256, 257, COUNT]
 
 @pytest.fixture
 def array_with_lost_pages(backup: Backup) -> tuple[PageArray, NDArray[np.uint8], Faulty]:
-    """One that was restored but for some that someone else had dropped, who then stored pages of his own there."""
+    """A restored array. Another client had dropped some of its pages, and stored others there."""
     faulty = Faulty(backup)
     array, content = filled(faulty)
     array.backup()
@@ -457,11 +457,11 @@ def test_c21_a_failing_array_does_not_stop_a_walk_over_others(backup: Backup) ->
 
 
 class Interrupted(Exception):
-    """What a signal handler raises, anywhere."""
+    """The exception that the signal handler raises."""
 
 
 class Interruption:
-    """Raises at one of the lines of the array's own code, or when the backup is just about to answer it."""
+    """Raises at one of the lines of the array's own code, or when the backup is about to return."""
 
     VERBS = ("backup_pages", "copy_pages", "drop_pages")
 
@@ -547,7 +547,7 @@ def destroyed(_: Backup, array: PageArray, _content: NDArray[np.uint8], interrup
 def test_an_exception_at_any_line_loses_no_page(
     backup: Backup, story: Callable[[Backup, PageArray, NDArray[np.uint8], Interruption], None], lines: int
 ) -> None:
-    """As a signal handler's: at each line in turn, until it comes no more."""
+    """The exception comes as from a signal handler, at each line in turn, until no line is left."""
     after, interruption = 0, Interruption(0)
     while interruption.came or not after:
         after += 1
@@ -563,7 +563,7 @@ def test_an_exception_at_any_line_loses_no_page(
 
 
 def locked() -> None:
-    """A process that locks all its memory, and lets some go all the same: run as a program."""
+    """A process that locks all its memory, and releases some of it all the same: run as a program."""
     import ctypes
     import mmap
     import sys
@@ -607,7 +607,7 @@ def test_arrays_work_in_locked_memory(backup: Backup) -> None:
 
 
 def evictor() -> None:
-    """A process that has arrays of twice the memory it may have, and reads all of it back: run as a program."""
+    """A process that evicts arrays of twice its memory limit, and reads all of it back: run as a program."""
     import json
     import random
     import sys
@@ -684,7 +684,7 @@ def evictor() -> None:
 def test_twice_the_available_memory_is_evicted_and_read_back_at_random(
     mountpoint: Path, tmp_path: Path, native: bool
 ) -> None:
-    """xe_bo_shrink in user space: some purgeable, interruptions injected, all verified, nothing leaked."""
+    """xe_bo_shrink in user space: some arrays purgeable, interruptions injected, all verified, nothing leaked."""
     limit, arrays, pages = 96 << 20, 48, 1024
     assert arrays * pages * PAGE == 2 * limit
     options = "size=512m" + ("" if native else ",uid_size=512m")

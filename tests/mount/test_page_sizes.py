@@ -1,7 +1,7 @@
-"""Pages of every size, from the system's own to 2 MiB: whatever holds for one size holds for all.
+"""Pages of every size, from the system's own to 2 MiB: what holds for one size holds for all.
 
-A large page is made of many base pages, any of which the memory or the disk below may have, lack, refuse or give back.
-None of that may show: a page is there or not, and has its size, its room, its bytes and its end as a whole.
+A large page consists of many base pages. The memory or the disk below may have, lack, refuse or free any of them.
+None of that shows: a page exists or not, and has its size, its room, its bytes and its end as a whole.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Path]]:
-    """A mount for each page size. Neither their budget nor their backups' size is given in whole pages."""
+    """A mount for each page size. Its budget and the size of its backups are not whole numbers of pages."""
     with contextlib.ExitStack() as stack:
         found = {}
         for name, size in SIZES.items():
@@ -58,13 +58,13 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Path]]
 
 @pytest.fixture(params=list(SIZES.values()), ids=list(SIZES))
 def size(request: pytest.FixtureRequest) -> int:
-    """Bytes a page."""
+    """Bytes per page."""
     return int(request.param)
 
 
 @pytest.fixture
 def mnt(roots: dict[int, Path], size: int) -> Iterator[Path]:
-    """The mount whose pages have `size`. At the end of the test all backups go, and all room comes back."""
+    """The mount with pages of `size`. The end of the test removes all backups, and checks that all room is free."""
     root = roots[size]
     yield root
     set_attribute(root, "size", BUDGET)
@@ -87,7 +87,7 @@ huge = pytest.mark.parametrize("size", [2 * MIB], ids=["2m"])
 
 @functools.cache
 def page(n: int, size: int) -> bytes:
-    """A page of noise. No two are alike, nor are two base pages of one."""
+    """A page of noise. No two pages, and no two base pages of one, are equal."""
     return random.Random(n).randbytes(size)
 
 
@@ -102,7 +102,7 @@ def create(path: Path) -> None:
 
 
 def put(path: Path, offset: int, data: bytes) -> int:
-    """One pwrite(2); what it says."""
+    """One pwrite(2). Returns its result."""
     with opened(path, os.O_WRONLY) as fd:
         return os.pwrite(fd, data, offset)
 
@@ -119,18 +119,18 @@ def fallocate(path: Path, mode: int, offset: int, length: int) -> None:
 
 
 def stored(root: Path) -> int:
-    """Bytes that are stored, as df counts them."""
+    """Bytes of stored pages, as df counts them."""
     room = os.statvfs(root)
     return (room.f_blocks - room.f_bfree) * room.f_frsize
 
 
 def allocated(backup: Path) -> int:
-    """Bytes that a backup really takes."""
+    """Bytes that a backup takes."""
     return os.stat(backup / ".shmem").st_blocks * 512
 
 
 def residency(backup: Path) -> tuple[int, int, int]:
-    """How many pages are stored, in memory and swapped out; those that the machine swaps out of itself as in memory."""
+    """Pages stored, in memory and swapped out. Pages that the machine swaps out by itself count as in memory."""
     pages, resident, out = (int(attribute(backup, name)) for name in ("pages", "resident", "swapped"))
     if out and meminfo("SwapTotal"):
         return pages, resident + out, 0
@@ -138,7 +138,7 @@ def residency(backup: Path) -> tuple[int, int, int]:
 
 
 def shows(backup: Path, size: int, *handles: int) -> None:
-    """Every way to ask which pages there are has the same answer."""
+    """Check that every way to list the pages gives the same answer."""
     assert names(backup) == [str(handle) for handle in handles]
     absent = next(n for n in itertools.count(1) if n not in handles)
     looked_up = {0, absent, PAGES + 1, *handles[:1], *handles[-1:]}
@@ -151,7 +151,7 @@ def shows(backup: Path, size: int, *handles: int) -> None:
 
 
 def holds(backup: Path, size: int, *handles: int) -> None:
-    """So has every way to ask how much room they take, if there is no other backup."""
+    """Check the list of pages, and that every report of their room agrees. There must be no other backup."""
     shows(backup, size, *handles)
     assert residency(backup) == (len(handles), len(handles), 0)
     assert stored(backup.parent) == allocated(backup) == len(handles) * size
@@ -159,13 +159,13 @@ def holds(backup: Path, size: int, *handles: int) -> None:
 
 
 def metric(root: Path, name: str) -> float:
-    """One of the numbers that .stats tells."""
+    """One of the numbers in .stats."""
     lines = (root / ".stats").read_text().splitlines()
     return float(next(line.rpartition(" ")[2] for line in lines if line.startswith(f"ttmfs_{name} ")))
 
 
 def tells(backup: Path, size: int, pages: int) -> None:
-    """Everything that tells how many pages there are, tells so many. There is no other backup."""
+    """Check that every report of the number of pages gives this number. There must be no other backup."""
     assert len(names(backup)) == pages
     text = attribute(backup, "map")
     assert sum(last - first + 1 for first, last in (parse_ranges(text) if text else [])) == pages
@@ -339,7 +339,7 @@ def test_the_budget_is_rounded_up_to_pages(a: Path, size: int) -> None:
 
 
 def spans(size: int) -> list[tuple[int, int]]:
-    """(offset, length) of parts of a page: at its ends, of and across base pages, of and across requests."""
+    """(offset, length) of parts of a page: at its ends, inside and across base pages, inside and across requests."""
     chosen = {
         (0, 1), (1, 1), (0, BASE - 1), (BASE - 1, 2), (BASE, BASE), (BASE - 7, 2 * BASE + 14), (size // 2 - 3, 7),
         (size - 1, 1), (size - BASE, BASE), (0, size - 1), (1, size - 1), (size // 3, size // 3), (REQUEST - 1, 2),
@@ -425,7 +425,7 @@ def test_reads_and_writes_of_an_image_end_at_the_backup_size(a: Path, size: int)
 
 
 def test_a_page_can_be_mapped_and_copied_within_the_kernel(a: Path, size: int, tmp_path: Path) -> None:
-    """st_blksize is what the kernel takes a block of such a file to be; its page cache has smaller ones."""
+    """The kernel takes st_blksize for the file's block size. Its page cache has smaller pages."""
     fill(a, size, 1, 3)
     with opened(a / "3") as fd, opened(a / ".image") as image:
         with mmap.mmap(fd, size, mmap.MAP_PRIVATE) as mapped:
@@ -503,7 +503,10 @@ def test_truncating_an_image_within_a_page_zeroes_its_rest(a: Path, size: int) -
 
 
 def test_c3_c6_no_page_is_stored_in_part_if_room_runs_out(a: Path, size: int) -> None:
-    """Room for 10 pages, less a base page that another backup has. It ends within a run of pages, and within a page."""
+    """There is room for 10 pages, less one base page of another backup.
+
+    It ends within a run of pages, and within a page.
+    """
     mnt, room_for = a.parent, 9
     (mnt / "odd").mkdir()
     put(mnt / "odd" / ".shmem", 0, b"x")
@@ -782,7 +785,7 @@ def test_a_page_exists_until_all_of_it_is_punched_through_shmem(a: Path, size: i
 
 
 def test_a_size_within_a_page_shows_only_the_whole_pages(a: Path, size: int) -> None:
-    """Only who writes .shmem can make one. The rest past the last whole page is no page, and goes with the backup."""
+    """Only a write to .shmem can make such a size. The bytes past the last whole page go with the backup."""
     for extra in {1, size // 2 + 1, size - 1}:
         end = 3 * size + extra
         fill(a, size, 1, 3)
@@ -808,7 +811,7 @@ def test_a_size_within_a_page_shows_only_the_whole_pages(a: Path, size: int) -> 
 
 
 def test_random_operations_agree_with_a_dict_of_pages(a: Path, size: int) -> None:
-    """Random operations on all parts of a page, by every way; the dict is of bytes by handle."""
+    """They concern all parts of a page, by every way. The dict maps handles to bytes."""
     chance, pages = random.Random(), dict[int, bytearray]()
     steps: list[str] = []
 
@@ -817,7 +820,7 @@ def test_random_operations_agree_with_a_dict_of_pages(a: Path, size: int) -> Non
         return start, chance.choice([1, BASE, size // 2, size, size + 1, chance.randrange(1, 2 * size)])
 
     def change(first: int, data: bytes) -> None:
-        """Store bytes from a place in the backup on."""
+        """Store bytes from an offset in the backup on."""
         while data:
             idx, start = divmod(first, size)
             part = data[: size - start]
@@ -878,7 +881,7 @@ Shell = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """By page size, a directory where `in` holds the pages 1 to 4 as files, and `src` all four and a part of one."""
+    """For each page size, a directory: `in` holds the pages 1 to 4 as files, `src` all four and a part of one more."""
     found = {}
     for name, size in LARGE.items():
         found[size] = tmp_path_factory.mktemp(f"in-{name}")
@@ -890,7 +893,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture
 def sh(mnt: Path, inputs: dict[int, Path], size: int, tmp_path: Path) -> Shell:
-    """Runs a command in the root of the mount. $I has the inputs, $O takes what comes out, $P is the size of a page."""
+    """Runs a command in the root of the mount. $I has the inputs, $O takes outputs, $P is the page size."""
     (tmp_path / "out").mkdir()
 
     def shell(command: str, code: int = 0) -> str:
@@ -916,7 +919,7 @@ rm -r a; cp -a $I/in a
 @large
 @pytest.mark.parametrize("command", PAGES_IN.strip().splitlines())
 def test_c2_tools_store_pages(a: Path, size: int, sh: Shell, command: str) -> None:
-    """And over pages of which one is another, one is gone and one ends in its middle."""
+    """They also overwrite pages: one differs, one is absent and one ends in its middle."""
     for _ in range(2):
         sh(command)
         assert all((a / str(n)).read_bytes() == page(n, size) for n in range(1, 5))
@@ -969,7 +972,7 @@ def test_c2_tools_store_an_image(a: Path, size: int, sh: Shell, command: str) ->
 
 @large
 def test_tools_work_at_the_edges_of_pages(a: Path, size: int, sh: Shell) -> None:
-    """Too much for a page, places to write at, sparse copies, and truncation by hand."""
+    """Data too long for a page, writes at an offset, sparse copies, and truncation."""
     assert "File too large" in sh("cp $I/src a/1", code=1)
     assert (a / "1").read_bytes() == page(1, size), "as much as fits"
     assert "File too large" in sh("printf x >>a/1", code=1)
@@ -986,7 +989,7 @@ def test_tools_work_at_the_edges_of_pages(a: Path, size: int, sh: Shell) -> None
 
 
 def test_copies_between_mounts_of_different_page_sizes_keep_the_bytes(roots: dict[int, Path], tmp_path: Path) -> None:
-    """What was a hole there may be part of a page here, and the other way round: bytes stay, pages are others."""
+    """A hole in one mount may be part of a page in the other. The bytes stay, the pages differ."""
     less, more = SIZES["4k"], SIZES["64k"]
     a, b = roots[less] / "a", roots[more] / "b"
     a.mkdir()
@@ -1136,7 +1139,7 @@ async def test_the_library_refuses_an_invalid_page_size() -> None:
 @huge
 @in_trio
 async def test_c3_more_than_2_gib_at_once_is_stored_whole(size: int) -> None:
-    """More than a write(2) takes: that ends one base page before 2 GiB. Zeros cost the source no memory."""
+    """A write(2) ends one base page before 2 GiB. A source of zeros takes no memory."""
     count = (2 << 30) // size + 2
     pages = np.zeros((count, size), np.uint8)
     pages[-3:, -1] = 7, 8, 9
@@ -1173,7 +1176,7 @@ async def test_copying_scattered_pages_does_not_scan_the_whole_backup() -> None:
 
 @pytest.mark.parametrize(("kind", "size"), [("ext4", 2 * MIB), ("xfs", 64 << 10)])
 def test_c6_no_page_is_stored_in_part_on_a_full_disk(tmp_path: Path, mountpoint: Path, kind: str, size: int) -> None:
-    """Filesystems keep what they allocated before room ended, and some ask for room where all is allocated already."""
+    """Filesystems keep what they allocated before room ended. Some ask for room where all is allocated already."""
     with filesystem(tmp_path / "disk", kind) as disk:
         (disk / "store").mkdir()
         room = os.statvfs(disk)

@@ -1,4 +1,4 @@
-"""Busy polling on real mounts: nothing when idle, the same answers without it, and pyfuse3s that it does not know."""
+"""Busy polling on real mounts: idle mounts, the same answers without polling, and unknown versions of pyfuse3."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ MARGIN = (
 
 
 def processor_time(pid: int) -> float:
-    """Seconds of processor time that a process has taken, all its threads together."""
+    """Seconds of processor time of a process, all its threads together."""
     times = [(task / "schedstat").read_text().split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
     return sum(map(int, times)) / 1e9
 
@@ -40,7 +40,7 @@ def work(backup: Path, pages: int = BURST) -> None:
 
 
 def command_after(script: str) -> tuple[str, ...]:
-    """mount.py, run when a script has changed what it is to find."""
+    """mount.py, run after a script has changed its environment."""
     prelude = f"import runpy, sys\nsys.argv[0] = {str(MOUNT_PY)!r}\nsys.path.insert(0, {str(MOUNT_PY.parent)!r})\n"
     end = f"\nrunpy.run_path({str(MOUNT_PY)!r}, run_name='__main__')\n"
     return sys.executable, "-W", "error", "-c", prelude + textwrap.dedent(script) + end
@@ -58,7 +58,7 @@ def test_an_idle_mount_takes_no_processor_time(mountpoint: Path, option: str) ->
 
 
 def test_the_loop_is_idle_after_requests_that_waited_together(tmp_path: Path, mountpoint: Path) -> None:
-    """Whoever of those that wait for a disk is done last may not come back to the loop."""
+    """The last request that waits for a disk may not come back to the loop."""
     store = tmp_path / "store"
     store.mkdir()
     with Mount(mountpoint, f"store={store},size=1m") as mount, contextlib.ExitStack() as stack:
@@ -90,7 +90,7 @@ def test_polling_stops_within_10_ms_after_a_burst(mountpoint: Path) -> None:
 
 
 def test_polling_finds_requests_and_can_be_switched_off(mountpoint: Path) -> None:
-    """How much quicker it is depends on the machine: make bench measures that."""
+    """The gain in speed depends on the machine: make bench measures it."""
     other = mountpoint.parent / "other"
     other.mkdir()
     with Mount(mountpoint, "size=1m") as polling, Mount(other, "size=1m,busy_poll=off") as asleep:
@@ -102,7 +102,7 @@ def test_polling_finds_requests_and_can_be_switched_off(mountpoint: Path) -> Non
 
 
 def polled(mnt: Path) -> dict[str, int]:
-    """How often polling found a request, and how often none."""
+    """How often polling found a request, and how often it found none."""
     text = (mnt / ".stats").read_text()
     found = re.findall(r"^ttmfs_busy_poll_(hits|misses)_total (\d+)$", text, re.MULTILINE)
     return {name: int(times) for name, times in found}
@@ -110,7 +110,7 @@ def polled(mnt: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("wait", ["trio.to_thread.run_sync(time.sleep, 1.0)", "trio.sleep(1.0)"])
 def test_a_client_killed_between_polling_and_reading_blocks_no_other(mountpoint: Path, wait: str) -> None:
-    """Its request is taken back and nothing is read. What waits, for a thread or not, goes on all the same."""
+    """Its request is withdrawn, and the read finds nothing. Waiting requests continue."""
     flag = mountpoint.parent / "flag"
     script = f"""
         import os, time, trio

@@ -1,7 +1,7 @@
 """Under pressure: a control group with little memory, a swap of the test's own, and eight processes storing at once.
 
-The daemon lives in the group, so that its store is charged to it. Nothing of a page's content is kept: it follows from
-the page's index, and is such that nothing compresses it.
+The daemon lives in the group, so that its store is charged to it. The test keeps no content: it follows from
+the page's index, and cannot be compressed.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ Run = tuple[int, int]
 
 
 def client() -> None:
-    """A process that stores or fetches runs of pages, the source of which is run as a program.
+    """A process that stores or reads runs of pages; its source is run as a program.
 
-    Runs of one page go through page files, longer ones through .image. Reads the runs, and writes what became of each:
-    when storing, how many pages of it were stored and the errno; when fetching, whether they were the right ones.
+    Runs of one page use page files, longer ones use .image. It reads the runs, and writes the outcome of each:
+    when storing, the number of pages stored and the errno; when reading, whether they were right.
     """
     import errno
     import json
@@ -52,7 +52,7 @@ def client() -> None:
     noise, span = random.Random(1).randbytes((1 << 20) + page), (1 << 20) - 3  # span is prime to 4099
 
     def content(first: int, count: int) -> bytes:
-        """A window of the noise for each page, at another place for each index."""
+        """A window of the noise for each page, at a different offset for each index."""
         starts = [idx * 4099 % span for idx in range(first, first + count)]
         return b"".join([noise[start : start + page] for start in starts])
 
@@ -94,7 +94,7 @@ CLIENT = inspect.getsource(client) + "client()\n"
 
 
 def all_at_once(verb: str, backup: Path, runs: list[Run], **popen: Any) -> list[list[tuple[Run, Any]]]:
-    """Deal runs out to eight processes, in order; for each process what became of each of its runs."""
+    """Deal runs out to eight processes, in order. Returns for each process the outcome of each run."""
     hands = [runs[first::PROCESSES] for first in range(PROCESSES)]
     command = [sys.executable, "-c", CLIENT, verb, str(backup)]
     with contextlib.ExitStack() as stack:
@@ -126,7 +126,7 @@ def cut(size: int, singles: int = 0) -> list[Run]:
 
 
 def status(pid: int, name: str) -> int:
-    """A row of a process' status, in bytes."""
+    """A row of a process's status, in bytes."""
     rows = dict(line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(rows[name].split()[0]) * 1024
 
@@ -167,7 +167,7 @@ def test_c8_twice_the_memory_is_stored_and_read_back_bit_for_bit(mountpoint: Pat
 
 
 def test_repeatedly_read_pages_do_not_cause_an_oom_kill(mountpoint: Path, tmp_path: Path) -> None:
-    """What was read twice of late the kernel takes to be needed; in a small group that is soon all there is."""
+    """The kernel takes pages that were read twice recently for needed. In a small group these are soon all pages."""
     with (
         swap(tmp_path, SWAP),
         ControlGroup(LIMIT // 4) as group,
@@ -186,7 +186,7 @@ def test_repeatedly_read_pages_do_not_cause_an_oom_kill(mountpoint: Path, tmp_pa
 
 
 class Bound(NamedTuple):
-    """What ends the room of a control group before its budget does."""
+    """What limits the room of a control group below its budget."""
 
     room: int
     """Bytes that fit into its memory and into what it may swap."""
@@ -196,7 +196,7 @@ class Bound(NamedTuple):
 
 
 def group_of(swap: int) -> ControlGroup:
-    """A group that can swap so much: as much as the test's own swap takes, or, if there is another, by a limit."""
+    """A group that can swap a given amount: all of the test's own swap or, with other swap, up to a limit."""
     return ControlGroup(LIMIT, swap if meminfo("SwapTotal") > SWAP else None)
 
 

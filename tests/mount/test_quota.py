@@ -1,4 +1,4 @@
-"""What one user may store (uid_size): kept under races, over restarts, and on every kind of store."""
+"""How much one user can store (uid_size): it holds under races, over restarts, and on every kind of store."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ LIMIT = 64
 
 @pytest.fixture(params=["in memory", "in a directory"])
 def mnt(request: pytest.FixtureRequest, place: Place, tmp_path: Path) -> Iterator[Path]:
-    """A mount in which everyone makes backups."""
+    """A mount in which everyone can make backups."""
     store = ""
     if request.param == "in a directory":
         (tmp_path / "store").mkdir(mode=0o1777)
@@ -31,7 +31,7 @@ def mnt(request: pytest.FixtureRequest, place: Place, tmp_path: Path) -> Iterato
 
 
 def fill(backup: Path, number: int) -> int:
-    """Store up to so many new pages; how many were."""
+    """Store up to a number of new pages. Returns how many were stored."""
     for handle in range(1, number + 1):
         try:
             (backup / str(handle)).write_bytes(bytes([handle % 256]) * PAGE)
@@ -148,7 +148,7 @@ def test_c22_the_quota_counts_stored_pages_after_a_kill(place: Place) -> None:
 
 
 def test_changing_the_group_needs_no_room(mnt: Path) -> None:
-    """chown(1) gives both ids, of which only one may be new."""
+    """chown(1) passes both ids, even if only one is new."""
     with acting_as(ALICE):
         (mnt / "a").mkdir()
         assert fill(mnt / "a", LIMIT) == LIMIT - 1

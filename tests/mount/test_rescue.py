@@ -1,4 +1,4 @@
-"""Getting pages out of a keeper that gave up after an upgrade that was broken, and out of others, by the command."""
+"""``ttmfs rescue`` copies pages out of a keeper that gave up after a broken upgrade, and out of other keepers."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def content(seed: int, pages: int = 1) -> bytes:
 
 
 def fill(mountpoint: Path) -> None:
-    """Backups of all sorts: sparse, empty, odd of name, another's, and shut."""
+    """Make backups of all sorts: sparse, empty, with odd names, of another user, and without permissions."""
     for name in "sparse", "empty", ODD, "another's", "shut":
         (mountpoint / name).mkdir()
     for handle in 1, 2, 1000, SIZE // PAGE // 2, (1 << 28) - 7:
@@ -40,7 +40,7 @@ def fill(mountpoint: Path) -> None:
 
 
 def verify(copy: Path) -> None:
-    """The copies are the backups of :func:`fill`, and as sparse."""
+    """Check that the copies are the backups of :func:`fill`, and as sparse."""
     assert sorted(os.listdir(copy)) == sorted([".CHECKSUMS", "sparse", "empty", ODD, "another's", "shut"])
     with opened(copy / "sparse", os.O_RDONLY) as fd:
         found = os.fstat(fd)
@@ -60,7 +60,7 @@ def verify(copy: Path) -> None:
 
 @pytest.fixture
 def given_up(tmp_path: Path, mountpoint: Path) -> "Iterator[subprocess.Popen[str]]":
-    """A mount whose keeper gave up, because the package was broken under it."""
+    """A mount whose keeper gave up, because its package was broken."""
     package = tmp_path / "package"
     shutil.copytree(REPOSITORY / "ttmfs", package / "ttmfs")
     shutil.copy(REPOSITORY / "mount.py", package)

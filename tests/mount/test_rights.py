@@ -20,7 +20,7 @@ READING = {"rdonly": os.O_RDONLY, "rdwr": os.O_RDWR}
 
 @pytest.fixture(scope="module")
 def root(place: Place) -> Iterator[Path]:
-    """A mount that everyone may use."""
+    """A mount that everyone can use."""
     with (
         place.directory("rights") as path,
         Mount(path, "size=16m,mode=1777,allow_other", cwd=place.path),
@@ -30,7 +30,7 @@ def root(place: Place) -> Iterator[Path]:
 
 @pytest.fixture
 def alices(root: Path) -> Iterator[Path]:
-    """A backup of Alice's, which tests give a mode."""
+    """A backup of Alice, whose mode the tests set."""
     path = root / "alices"
     with acting_as(ALICE):
         path.mkdir()
@@ -58,7 +58,7 @@ def test_c24_creating_a_page_to_read_needs_the_right_to_read(alices: Path, acces
 
 
 def test_c24_descriptors_kept_by_a_stranger_show_no_page_stored_later(alices: Path) -> None:
-    """The whole attack: create, unlink, keep the descriptors, and wait for the owner."""
+    """The attack: create and unlink pages, keep the descriptors, and wait for the owner."""
     alices.chmod(0o733)
     kept: list[int] = []
     with acting_as(BOB):
@@ -109,7 +109,7 @@ def test_c24_no_way_of_reading_bypasses_the_mode_bits(alices: Path, way: Callabl
 
 
 def reopened(path: Path, flags: int) -> int:
-    """A descriptor by way of /proc/self/fd, which asks for no name."""
+    """A descriptor through /proc/self/fd, which looks no name up."""
     with opened(path, os.O_PATH) as found:
         return os.open(f"/proc/self/fd/{found}", flags)
 
@@ -128,7 +128,7 @@ def test_c24_a_descriptor_link_or_a_rename_gives_no_right_to_read(root: Path, al
 
 @pytest.mark.parametrize("mode", [0o300, 0o733, 0o333])
 def test_c24_the_owner_bits_apply_to_the_owner_who_can_still_store(alices: Path, mode: int) -> None:
-    """As open(2) of the page would have it: a backup that its owner may not read has pages that he may not read."""
+    """As with open(2): an owner who may not read the backup may not read its pages."""
     alices.chmod(mode)
     may_read = bool(mode & 0o400)
     with acting_as(ALICE):

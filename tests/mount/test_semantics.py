@@ -301,7 +301,7 @@ def test_the_size_can_be_changed_through_shmem_and_by_attribute(backup: Path) ->
 
 
 def test_bytes_past_the_last_whole_page_do_not_prevent_removal(backup: Path) -> None:
-    """Whoever writes .shmem may make the size end within a page. Whatever shows, rm -r must find all of it."""
+    """A write to .shmem can make the size end within a page. rm -r must find everything all the same."""
     store(backup, 1)
     os.truncate(backup / ".shmem", 2 * PAGE + 100)
     with opened(backup / ".shmem") as fd:

@@ -1,7 +1,7 @@
-"""store=DIR on a disk that writes slowly: whoever waits for it waits alone.
+"""store=DIR on a disk that writes slowly: only requests that need the disk wait for it.
 
-Alice's operation waits for the disk. What it takes is the measure: whoever does not ask for the disk must be served in
-a fraction of that. So nothing here depends on how fast a machine is.
+Alice's operation waits for the disk. Its time is the measure: requests that do not need the disk must be served in a
+fraction of it. So nothing here depends on the speed of a machine.
 """
 
 import mmap
@@ -54,7 +54,7 @@ def slow(request: pytest.FixtureRequest, mountpoint: Path, tmp_path: Path) -> It
 
 
 def fill(path: Path, mib: int, longest: list[float] | None = None) -> None:
-    """Write to an image by 1 MiB. Appends what each write took, in seconds."""
+    """Write to an image by 1 MiB. Appends the time of each write."""
     data = mmap.mmap(-1, MIB)
     data[:] = os.urandom(MIB)
     with opened(path) as fd:
@@ -66,7 +66,7 @@ def fill(path: Path, mib: int, longest: list[float] | None = None) -> None:
 
 
 def during(slowly: Callable[[], None], others: Callable[[], object]) -> tuple[float, list[float]]:
-    """What an operation takes, and how long each of the others took that were carried out meanwhile. In seconds."""
+    """The time of an operation, and of each other operation that was carried out meanwhile, in seconds."""
     took: list[float] = []
 
     def run() -> None:
@@ -87,7 +87,7 @@ def during(slowly: Callable[[], None], others: Callable[[], object]) -> tuple[fl
 
 
 def bob(slow: Slow) -> None:
-    """What does not ask for the disk."""
+    """Operations that do not need the disk."""
     assert (slow.path / "b/3").read_bytes() == bytes([3]) * PAGE
     assert len(os.listdir(slow.path / "b")) == 8
     assert attribute(slow.path / "b", "pages") == "8"
@@ -127,7 +127,7 @@ print(*(f"{number}:{answers.count(number)}" for number in sorted(set(answers))))
 
 
 def test_many_synchronous_writes_fit_into_the_memory_of_the_control_group(mountpoint: Path, tmp_path: Path) -> None:
-    """Those that would are refused with ENOMEM; all others are stored."""
+    """Writes that would exceed it are refused with ENOMEM. All others are stored."""
     count = 240
     with filesystem(tmp_path / "below", "ext4", 1 << 30) as below, ControlGroup(200 << 20) as group:
         (below / "store").mkdir()
@@ -151,7 +151,7 @@ def test_many_synchronous_writes_fit_into_the_memory_of_the_control_group(mountp
 
 @pytest.mark.parametrize("name", ["a/.image", "a/1", "a", "."])
 def test_a_user_who_can_only_read_cannot_lock_a_file_by_fsync(place: Place, tmp_path: Path, name: str) -> None:
-    """Who may not write it is refused at once, while the owner's fsync takes its time."""
+    """The user is refused at once, while the owner's fsync takes its time."""
     with filesystem(tmp_path / "below", "ext4") as below, place.directory("mount") as mountpoint:
         (below / "store").mkdir()
         with Mount(mountpoint, f"store={below}/store,backup_size=64m,allow_other") as mount:
@@ -177,7 +177,7 @@ def test_a_user_who_can_only_read_cannot_lock_a_file_by_fsync(place: Place, tmp_
 
 
 def test_creating_a_thousand_backups_does_not_wait_for_the_disk(slow: Slow) -> None:
-    """Their ids must be on the disk before they are."""
+    """Their ids must be on the disk before the backups are."""
     fill(slow.path / "a/.image", 3)
     times = []
     for n in range(1100):

@@ -1,8 +1,8 @@
-"""One list of operations drives a dict, the model layer and a real mount; after each, all three must agree.
+"""Random operations on a dict, the model layer and a real mount.
 
-Holds C1 to C3, C6, C8, C10 to C14 and C16 for whatever sequences hypothesis thinks of, with a budget small enough to
-run into, for pages of one base page and of sixteen, on every kind of store. Most examples are tried on the tmpfs; on
-the others, enough to find what is different there.
+After each, all three must agree. Holds C1 to C3, C6, C8, C10 to C14 and C16 for sequences that hypothesis chooses, with
+a small budget, for pages of one base page and of sixteen, on every kind of store. Most examples run on the tmpfs. The
+other stores get enough examples to find what differs there.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ Outcome = Any  # what an operation gave, or a word for why it was refused
 
 
 class Refused(Exception):
-    """An operation that the dict refuses, with the word for why."""
+    """An operation that the dict refuses, with the reason."""
 
     def __init__(self, why: str) -> None:
         super().__init__(why)
@@ -42,7 +42,7 @@ class Refused(Exception):
 
 
 class Dict:
-    """What a filesystem of backups is, in the fewest words."""
+    """A filesystem of backups, as simple as possible."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -234,7 +234,7 @@ class Layer:
 
 
 class Mounted:
-    """The same through a real mount, by system calls of whoever `acting` makes of us."""
+    """The same through a real mount, by system calls of the user that `acting` makes of this thread."""
 
     ERRNO: ClassVar = Layer.ERRNO | {
         "hole": errno.ENOENT,
@@ -304,7 +304,7 @@ class Mounted:
 
 
 class Agreement(RuleBasedStateMachine):
-    """Carries each operation out three times and compares what came of it."""
+    """Carries each operation out three times and compares the outcomes."""
 
     page_size: int
     targets: tuple[Layer | Mounted, ...]

@@ -44,7 +44,7 @@ def push_out(backup: Path) -> None:
 
 @pytest.fixture
 def content(backup: Path) -> bytes:
-    """What was stored in `backup` and swapped out again, at least half of it."""
+    """The content of `backup`, at least half of which is swapped out."""
     data = np.random.default_rng(1).bytes(PAGES * PAGE)
     subprocess.run(["dd", f"of={backup}/.image", "bs=1M", "conv=notrunc", "status=none"], input=data, check=True)
     push_out(backup)
@@ -53,7 +53,7 @@ def content(backup: Path) -> bytes:
 
 
 @pytest.mark.usefixtures("swap", "content")
-def test_residency_matches_the_kernel(backup: Path) -> None:
+def test_resident_and_swapped_pages_add_up_to_all_pages(backup: Path) -> None:
     swapped = count(backup, "swapped")
     assert count(backup, "resident") + swapped == count(backup, "pages") == PAGES
     assert swapped * PAGE <= meminfo("SwapTotal") - meminfo("SwapFree")
@@ -112,7 +112,7 @@ def swap_used() -> int:
 
 
 def fill(backup: Path, pages: int, seed: int = 1) -> bytes:
-    """Store random pages from index 0 on through .image; what was stored."""
+    """Store random pages from index 0 on through .image. Returns what was stored."""
     data = np.random.default_rng(seed).bytes(pages * PAGE)
     with opened(backup / ".image") as fd:
         for offset in range(0, len(data), MIB):
@@ -170,7 +170,7 @@ def test_c5_writeback_pushes_a_page_to_swap_at_once(backup: Path, store: Callabl
 
 @pytest.mark.usefixtures("swap")
 def test_c5_a_synchronous_write_can_begin_and_end_anywhere(backup: Path) -> None:
-    """Beside a page in memory it looked for the end of the range for ever."""
+    """Beside a page in memory, such a write once searched for the end of its range forever."""
     data = bytearray(fill(backup, 3))
     with opened(backup / ".image", os.O_RDWR | os.O_SYNC) as fd:
         for offset, length in (1234, 700), (PAGE - 100, 200), (PAGE + 1, 2 * PAGE - 2):
@@ -244,7 +244,7 @@ def test_c5_the_api_pushes_pages_to_swap() -> None:
 
 @pytest.mark.usefixtures("swap")
 def test_c5_a_page_written_on_any_cpu_is_pushed_out() -> None:
-    """The kernel keeps pages just written in lists a CPU, where paging out on another does not find them."""
+    """The kernel keeps new pages in per-CPU lists, where paging out on another CPU does not find them."""
     cpus = sorted(os.sched_getaffinity(0))
 
     async def main() -> None:
@@ -265,7 +265,7 @@ def test_c5_a_page_written_on_any_cpu_is_pushed_out() -> None:
 
 @pytest.mark.usefixtures("swap")
 def test_a_cancelled_writeback_leaves_nothing_behind() -> None:
-    """No descriptor (the plugin looks) and no mapping, though the thread that was to close them never ran."""
+    """No descriptor (the plugin checks) and no mapping stays, although the thread that should close them never ran."""
 
     async def main() -> None:
         async with ttmfs.open_pool(size=64 * MIB) as pool:
@@ -303,7 +303,7 @@ def test_c5_without_swap_writeback_does_nothing_and_succeeds(backup: Path) -> No
 
 @pytest.mark.usefixtures("swap")
 def test_c12_writeback_does_not_bring_dropped_pages_back(backup: Path) -> None:
-    """One client pushes pages out as fast as it can while another makes and drops them."""
+    """One client pushes pages out as fast as it can while another stores and drops them."""
     stop = threading.Event()
 
     def push_out() -> None:
@@ -336,7 +336,7 @@ def test_c12_writeback_does_not_bring_dropped_pages_back(backup: Path) -> None:
 
 @pytest.mark.usefixtures("swap")
 def test_other_clients_are_served_during_writeback_of_a_backup(backup: Path, mnt: Path) -> None:
-    """A machine that does something else for a while may spoil a try; a loop that waits spoils all."""
+    """A busy machine may spoil one try. A loop that waits spoils all tries."""
     (mnt / "b").mkdir()
     (mnt / "b/1").write_bytes(b"b" * PAGE)
 
@@ -372,7 +372,7 @@ def slow(mount: Mount, tmp_path: Path) -> Iterator[stores.SlowSwap]:
 
 
 def held_up(times: list[float]) -> float:
-    """How many seconds went by in reads that took so long that they waited for something."""
+    """Total seconds of the reads that took so long that they must have waited."""
     return sum(time for time in times if time > 0.05)
 
 
@@ -397,7 +397,7 @@ def _from_image(backup: Path, handle: int) -> bytes:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_swap_in_delays_no_other_client(backup: Path, slow: stores.SlowSwap, way: str) -> None:
-    """One client waits for a slow swap device; another's reads of a resident page take as long as without."""
+    """One client waits for a slow swap device. Another's reads of a resident page take as long as without it."""
     content = fill(backup, 256)
     (backup / "300").write_bytes(b"r" * PAGE)
     slow.push_out()
@@ -437,7 +437,7 @@ def test_a_swap_in_delays_no_other_client(backup: Path, slow: stores.SlowSwap, w
 
 
 def test_a_partial_write_of_a_swapped_out_large_page_delays_no_other_client(mountpoint: Path, tmp_path: Path) -> None:
-    """All of the page is needed in memory for it, and all of it is waited for in a thread."""
+    """The whole page must be in memory for it. A thread waits for all of it."""
     with Mount(mountpoint, "size=64m,page_size=256k") as mount, stores.slow_swap(mount.pid, tmp_path, 10) as slow:
         (mountpoint / "a").mkdir()
         data = np.random.default_rng(1).bytes(256 << 10)
@@ -461,7 +461,7 @@ def test_a_partial_write_of_a_swapped_out_large_page_delays_no_other_client(moun
 
 
 def test_many_waits_for_swap_delay_no_other_client(backup: Path, mount: Mount, tmp_path: Path) -> None:
-    """More than there are threads to wait in, or tasks that pyfuse3 would start by itself (99)."""
+    """There are more waits than threads, or tasks that pyfuse3 would start by itself (99)."""
     waiters, apart = 160, 16
     with stores.slow_swap(mount.pid, tmp_path, reads_a_second=40) as slow:
         fill(backup, waiters * apart)
@@ -487,7 +487,7 @@ def test_many_waits_for_swap_delay_no_other_client(backup: Path, mount: Mount, t
 
 
 def test_a_signal_ends_the_mount_while_clients_wait_for_swap(mountpoint: Path, tmp_path: Path) -> None:
-    """They are cut off, and being locked in memory the daemon does not wait for pages of its own."""
+    """The clients are cut off. The daemon, locked in memory, waits for no page of its own."""
     with Mount(mountpoint, "size=64m") as mount, stores.slow_swap(mount.pid, tmp_path, reads_a_second=5) as slow:
         (mountpoint / "a").mkdir()
         fill(mountpoint / "a", 64 * 60)
@@ -515,7 +515,7 @@ def test_a_signal_ends_the_mount_while_clients_wait_for_swap(mountpoint: Path, t
 
 
 def test_a_page_dropped_during_its_swap_in_stays_dropped(backup: Path, slow: stores.SlowSwap) -> None:
-    """Its reader is told so, and nothing comes back."""
+    """Its reader gets an error, and the page does not come back."""
     apart, readers = 64, 40  # far enough apart that no readahead helps: 10 s of reading
     content = fill(backup, apart * readers)
     slow.push_out()
@@ -551,7 +551,7 @@ def test_a_page_dropped_during_its_swap_in_stays_dropped(backup: Path, slow: sto
 
 
 def test_c9_a_cancelled_copy_leaves_the_page_and_can_be_repeated(tmp_path: Path) -> None:
-    """`intr` lets the wait for swap be ended; without it the copy is carried through."""
+    """`intr` lets a cancellation end the wait for swap. Without it the copy is completed."""
 
     async def main() -> None:
         async with ttmfs.open_pool(size=64 * MIB) as pool:
@@ -579,7 +579,7 @@ def test_c9_a_cancelled_copy_leaves_the_page_and_can_be_repeated(tmp_path: Path)
 
 
 def test_df_follows_swap_being_switched_on_and_off(mountpoint: Path, tmp_path: Path) -> None:
-    """What can be stored is bounded by memory and swap where these are less than the budget."""
+    """Memory and swap limit what can be stored if they are less than the budget."""
     with Mount(mountpoint, "size=100t"):
 
         def available() -> int:

@@ -1,4 +1,4 @@
-"""The units under a real systemd, installed as a user installs them: what restarts keep, what a stop releases."""
+"""The units under a real systemd, installed as a user installs them: restarts, failures and stops."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ ERROR, WARNING = 3, 4
 
 
 class Service:
-    """One instance of the system's unit, started."""
+    """One started instance of the system unit."""
 
     def __init__(self, machine: Machine, name: str) -> None:
         self.machine = machine
@@ -42,14 +42,14 @@ class Service:
         wait_until(lambda: self.unit.state == ("active", "running"), "the unit", 20)
 
     def logged(self, priority: int) -> list[str]:
-        """Its messages of a priority or graver ones."""
+        """Its log messages of a priority or higher."""
         return [str(e["MESSAGE"]) for e in self.unit.journal() if "_CMDLINE" in e and int(e["PRIORITY"]) <= priority
                 and e.get("_PID") != "1"]  # fmt: skip
 
 
 @contextlib.contextmanager
 def served(machine: Machine, name: str, options: str, more: str = "") -> Iterator[Service]:
-    """A mount at /mnt/NAME by the system's unit. `more` are settings of the unit."""
+    """A mount at /mnt/NAME by the system unit. `more` are settings of the unit."""
     machine.run(f"mkdir -p /mnt/{name}")
     machine.write(f"/etc/ttmfs/mnt-{name}.conf", f"OPTIONS={options}\n")
     service = Service(machine, name)
@@ -64,7 +64,7 @@ def served(machine: Machine, name: str, options: str, more: str = "") -> Iterato
 
 
 def holder(service: Service, path: str) -> "subprocess.Popen[str]":
-    """A process inside that has a page open, and stores in it and reads back each line that it is given."""
+    """A process inside that has a page open. It stores each line that it gets, and reads it back."""
     program = (
         f"exec 3<>{path}; while read -r line; do printf '%-4095s\\n' \"$line\" >/proc/self/fd/3 "
         "&& head -c 4096 /proc/self/fd/3; done"
@@ -130,7 +130,7 @@ def test_c23_the_unit_mounts_again_after_a_refused_forced_unmount(machine: Machi
 
 
 def test_swap_and_descriptors_work_in_the_confined_unit(machine: Machine, tmp_path: Path) -> None:
-    """All that the unit's confinement must let through: paging out, asking where pages are, the socket."""
+    """The unit's confinement must allow paging out, cachestat and the socket."""
     with served(machine, "swapped", "size=64m,allow_other,mode=1777"), swap(tmp_path):
         machine.run("mkdir /mnt/swapped/a; head -c 1M /dev/urandom | tee /root/pages >/mnt/swapped/a/.image")
         machine.run("sync /mnt/swapped/a/.image")
@@ -184,7 +184,7 @@ def test_a_failed_first_start_is_not_retried(machine: Machine) -> None:
 
 
 def package(machine: Machine) -> Path:
-    """The directory of the package as it is installed inside."""
+    """The directory of the installed package, inside."""
     (found,) = machine.path("/usr/local/lib/ttmfs/lib").glob("python3.*/site-packages/ttmfs")
     return found
 
@@ -247,7 +247,7 @@ def test_stopping_a_unit_that_gave_up_leaves_nothing_behind(machine: Machine) ->
 
 
 def test_c22_a_daemon_stuck_in_the_kernel_delays_no_restart(machine: Machine) -> None:
-    """One that is frozen is what comes nearest: no signal reaches it, not even SIGKILL."""
+    """A frozen daemon comes closest to that: no signal reaches it, not even SIGKILL."""
     with served(machine, "stuck", "size=64m", "TimeoutStopSec=1") as service:
         machine.run("mkdir /mnt/stuck/a; echo kept >/mnt/stuck/a/7")
         stuck = machine.pid(service.unit.main_pid)
@@ -293,7 +293,7 @@ USER = "setpriv --reuid {uid} --regid {uid} --clear-groups env HOME=/home/alice 
 
 @pytest.fixture
 def user(machine: Machine, place: Place) -> Iterator[str]:
-    """What runs a command as a user who has a manager of her own."""
+    """The words that run a command as a user with a service manager of her own."""
     del place  # she may open /dev/fuse
     machine.run(
         f"mkdir -p /home/alice/.config/ttmfs /run/user/{ALICE}; chown -R {ALICE}:{ALICE} /home/alice /run/user/{ALICE};"

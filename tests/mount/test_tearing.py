@@ -1,4 +1,4 @@
-"""C7: no reader through the mount sees a mix of two pages, and where the kernel's requests set the bounds of that."""
+"""C7: no reader through the mount sees a mix of two pages, within the limits that the kernel's requests set."""
 
 import mmap
 import os
@@ -56,20 +56,20 @@ def backup(mnt: Path) -> Iterator[Backup]:
 
 
 def requests(mnt: Path, operation: str) -> int:
-    """How many of a kind the daemon has answered; to ask takes some reads."""
+    """How many requests of a kind the daemon has answered. The question itself takes some reads."""
     pattern = rf'^ttmfs_operation_duration_seconds_count{{operation="{operation}"}} (\d+)$'
     found = re.search(pattern, (mnt / ".stats").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
 def unaligned(length: int) -> "NDArray[np.uint8]":
-    """Memory that begins 16 bytes behind the beginning of a page, as numpy's large arrays do."""
+    """Memory that begins 16 bytes after a page boundary, as numpy's large arrays do."""
     return np.frombuffer(mmap.mmap(-1, length + BASE), np.uint8)[16 : 16 + length]
 
 
 @pytest.mark.parametrize("reader", ["pread", "client", "save"])
 def test_c7_the_client_tears_no_page_for_any_buffer(mnt: Path, backup: Backup, reader: str) -> None:
-    """Looked for at the pages where a request of 1 MiB, or of as many pages of memory, would end."""
+    """It looks at the pages where a request of 1 MiB, or of the most pages of memory, would end."""
     size = backup.page_size
     suspects = sorted({(REQUEST - 1) // size, REQUEST // size})
     backup.backup_pages(np.ones((2 * max(1, REQUEST // size), size), np.uint8), 0)
@@ -108,7 +108,7 @@ def test_c7_the_client_tears_no_page_for_any_buffer(mnt: Path, backup: Backup, r
 
 @pytest.mark.parametrize("what", ["write", "read"])
 def test_c7_the_kernel_sends_an_aligned_mib_or_256_pieces_as_one_request(mnt: Path, backup: Backup, what: str) -> None:
-    """1 MiB that begins at a page of memory, and 256 pieces of memory. The daemon carries a request out as a whole."""
+    """The daemon carries one request out as a whole."""
     call = os.pwritev if what == "write" else os.preadv
     backup.backup_pages(np.ones((2 * max(1, REQUEST // backup.page_size), backup.page_size), np.uint8), 0)
     whole = memoryview(mmap.mmap(-1, REQUEST))

@@ -1,4 +1,4 @@
-""".stats and .config: one text for each opening, with its size."""
+""".stats and .config: each opening has one text, and its size."""
 
 import concurrent.futures
 import contextlib
@@ -65,7 +65,7 @@ def test_each_reader_in_pieces_gets_one_version_of_a_text(mnt: Path) -> None:
 
 
 def whole(text: bytes) -> bool:
-    """Whether a text's histograms agree with themselves: pieces of two texts would not."""
+    """Whether a text's histograms agree with themselves. Pieces of two texts would not."""
     found = {}
     for line in text.decode().splitlines():
         if not line.startswith("#"):

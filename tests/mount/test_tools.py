@@ -1,4 +1,4 @@
-"""Ordinary tools work on the mount; and what one cannot do, it says, and nothing is lost."""
+"""Ordinary tools work on the mount. What one cannot do gives an error and loses nothing."""
 
 import errno
 import hashlib
@@ -22,19 +22,19 @@ IMAGE = REAL[: 40 * PAGE + 1000]
 
 
 def page(n: int) -> bytes:
-    """A page of real bytes; no two are alike."""
+    """A page of real bytes. No two are equal."""
     return REAL[n * PAGE : (n + 1) * PAGE]
 
 
 class Shell(Protocol):
-    """Runs a command in the root of the mount; gives what it prints, both streams."""
+    """Runs a command in the root of the mount. Returns both output streams."""
 
     def __call__(self, command: str, code: int = 0, **environment: object) -> str: ...
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One mount for this module. Its log, empty but for the lines of a normal life, is looked over at its end."""
+    """One mount for this module. At its end its log must hold only the lines of a normal life."""
     with Mount(tmp_path_factory.mktemp("tools"), f"size=32m,backup_size={PAGES * PAGE}") as mounted:
         yield mounted.path
 
@@ -51,7 +51,7 @@ def a(root: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """A directory outside, $O: `in` holds the pages 1 to 16, `src` what is no whole number of pages."""
+    """A directory outside, $O: `in` holds the pages 1 to 16, and `src` is not a whole number of pages."""
     (tmp_path / "in").mkdir()
     for n in range(1, 17):
         (tmp_path / "in" / str(n)).write_bytes(page(n))
@@ -174,7 +174,7 @@ def test_c12_mv_of_a_page_copies_and_drops(full: Path, root: Path, out: Path, sh
 
 @pytest.mark.parametrize("flags", ["-r", "-rp", "-a", "-r --sparse=always"])
 def test_c8_cp_copies_a_backup_out_and_back(full: Path, root: Path, out: Path, sh: Shell, flags: str) -> None:
-    """And again into what is there, which holds a page that goes and one that stays."""
+    """It is also copied over a backup with one page that must go and one that must stay."""
     sh(f"cp {flags} a $O/copy; cp {flags} $O/copy b; diff -r a b; diff -r a $O/copy")
     assert holds_input(out / "copy")
     assert holds_input(root / "b")
@@ -197,7 +197,7 @@ def test_mv_renames_a_backup(full: Path, root: Path, out: Path, sh: Shell) -> No
 
 @pytest.mark.usefixtures("full")
 def test_a_copy_keeps_the_times_and_the_mode_of_the_backup(sh: Shell) -> None:
-    """A page has none of its own: what cp -p sets on it is accepted and changes nothing."""
+    """A page has no times or mode of its own: cp -p may set them, which changes nothing."""
     sh("chmod 750 a; touch -d '2020-01-01 12:00 UTC' a; cp -a a $O/copy; cp -a $O/copy b; chmod 600 b/1")
     told = sh("cd $O; stat -c '%n %a %Y' copy copy/1; cd -; stat -c '%n %a %Y' b b/1").splitlines()
     assert told[0::3] == ["copy 750 1577880000", "b 750 1577880000"]
@@ -250,7 +250,7 @@ def test_c2_tools_write_an_image(a: Path, out: Path, sh: Shell, command: str) ->
     ],
 )
 def test_c8_tools_copy_an_image_out(a: Path, out: Path, sh: Shell, command: str, sparse: bool) -> None:
-    """Holes read as zeros, and take no room in the copy if the tool is told so."""
+    """Holes read as zeros, and take no room in a sparse copy."""
     (a / "3").write_bytes(page(3))
     (a / "1024").write_bytes(page(9))
     sh(command, S="a/.image", D=out / "copy")
@@ -262,7 +262,7 @@ def test_c8_tools_copy_an_image_out(a: Path, out: Path, sh: Shell, command: str,
 
 
 def test_dd_writes_pages_of_an_image_in_place(full: Path, sh: Shell) -> None:
-    """With conv=notrunc; seek counts pages from 0, names from 1."""
+    """It uses conv=notrunc. seek counts pages from 0, names count from 1."""
     sh("dd if=$O/src of=a/.image bs=$P seek=4 skip=30 count=2 conv=notrunc status=none")
     assert contents(full) == {str(n): IMAGE[(n + 25) * PAGE :][:PAGE] if n in (5, 6) else page(n) for n in range(1, 17)}
     sh("dd if=a/.image of=$O/five bs=$P skip=4 count=1 status=none; cmp $O/five a/5")
@@ -293,7 +293,7 @@ def test_writing_zeros_stores_pages_and_seeking_over_them_does_not(a: Path, sh: 
     ],
 )
 def test_c6_c10_a_write_across_the_end_of_an_image_is_short(full: Path, sh: Shell, command: str, stored: bool) -> None:
-    """It is short, whereupon the tool tries the rest and is told."""
+    """The tool then tries the rest and gets an error."""
     assert os.strerror(errno.EFBIG) in sh(command, code=1)
     if stored:
         assert (full / "1024").read_bytes() == page(0)
@@ -306,7 +306,7 @@ def test_c6_c10_a_write_across_the_end_of_an_image_is_short(full: Path, sh: Shel
 
 @pytest.mark.parametrize("flags", ["", "-p", "--overwrite", "-p --no-same-owner"])
 def test_c2_tar_extracts_into_backups(full: Path, root: Path, sh: Shell, flags: str) -> None:
-    """Into a new backup of that name, over the pages of one that is there, and into another."""
+    """It extracts into a new backup, over the pages of an existing one, and into one of another name."""
     sh("chmod 710 a; touch -d 2020-01-01 a; tar cf $O/a.tar a; tar df $O/a.tar; rm -r a")
     sh(f"tar xf $O/a.tar {flags}; tar df $O/a.tar")
     assert holds_input(full)
@@ -328,7 +328,7 @@ def test_tar_sees_pages_only_and_an_image_if_it_is_named(full: Path, sh: Shell) 
 
 @pytest.mark.usefixtures("full")
 def test_tar_works_straight_after_a_page_was_overwritten(sh: Shell) -> None:
-    """It compares a directory's times before and after reading it: they must not be old ones."""
+    """tar compares a directory's times before and after reading it, so cached times would disturb it."""
     sh("stat a a/1; cp a/2 a/1; tar cf $O/a.tar a; tar df $O/a.tar")
 
 
@@ -340,7 +340,7 @@ def transferred(told: str) -> list[str]:
 
 
 def test_c2_rsync_copies_into_a_backup(a: Path, sh: Shell) -> None:
-    """Times tell nothing about a page of a backup: --checksum does."""
+    """The times of pages do not show changes, so it uses --checksum."""
     rsync = "rsync -a --inplace --checksum --itemize-changes $O/in/ a/"
     assert sorted(transferred(sh(rsync))) == sorted(numbers(16))
     assert holds_input(a)
@@ -351,7 +351,7 @@ def test_c2_rsync_copies_into_a_backup(a: Path, sh: Shell) -> None:
 
 
 def test_c8_rsync_copies_out_of_a_backup(full: Path, out: Path, sh: Shell) -> None:
-    """Fractions of seconds count: -@-1, or a page written in the second of the last run is passed over."""
+    """It compares fractions of seconds (-@-1), or it would skip a page written in the second of the last run."""
     rsync = "rsync -a -@-1 --itemize-changes a/ $O/copy/"
     assert sorted(transferred(sh(rsync))) == sorted(numbers(16))
     assert transferred(sh(rsync)) == []
@@ -363,7 +363,7 @@ def test_c8_rsync_copies_out_of_a_backup(full: Path, out: Path, sh: Shell) -> No
 
 
 def test_rsync_copies_from_backup_to_backup(full: Path, root: Path, sh: Shell) -> None:
-    """Both have one time for all their pages, so the times are enough, and a second run transfers nothing."""
+    """All pages of a backup have the same times, so times are enough, and a second run transfers nothing."""
     rsync = "rsync -a -@-1 --inplace --itemize-changes a/ b/"
     assert sorted(transferred(sh(rsync))) == sorted(numbers(16))
     assert holds_input(root / "b")
@@ -448,7 +448,7 @@ def test_c12_find_delete_drops_every_page(full: Path, sh: Shell) -> None:
 
 @pytest.mark.usefixtures("full")
 def test_c12_du_df_and_ls_agree_at_once(sh: Shell) -> None:
-    """Whatever was looked at a moment ago."""
+    """They agree even if cached attributes were read a moment before."""
 
     def counts() -> set[int]:
         told = """
@@ -528,7 +528,7 @@ def test_c12_truncate_of_an_image_drops_pages(full: Path, sh: Shell) -> None:
 
 
 def test_sync_succeeds(full: Path, sh: Shell) -> None:
-    """C5: it is best effort, and never an error."""
+    """C5: writeback is best effort, and never an error."""
     sh("sync a/1 a/.image a; sync -d a/1; sync -f a")
     assert holds_input(full)
 
@@ -595,7 +595,10 @@ def test_c12_fallocate_punches_pages_out_of_shmem(full: Path, sh: Shell) -> None
 
 @pytest.mark.usefixtures("full")
 def test_dd_and_cp_work_on_shmem(root: Path, out: Path, sh: Shell) -> None:
-    """cp finds the holes by SEEK_HOLE; conv=notrunc, or else truncate afterwards, since the size is the backup's."""
+    """cp finds the holes by SEEK_HOLE.
+
+    Writing needs conv=notrunc, or a truncate afterwards, since the size is the backup's.
+    """
     sh("cp a/.shmem $O/plain; cp --sparse=always a/.shmem $O/sparse; cmp a/.image $O/plain; cmp a/.image $O/sparse")
     for copy in "plain", "sparse":
         assert (out / copy).stat().st_blocks * 512 < 32 * PAGE
@@ -619,7 +622,7 @@ def test_seek_data_and_hole_work_on_shmem(full: Path) -> None:
 
 
 def test_numpy_memmap_of_shmem_shares_the_memory(full: Path) -> None:
-    """The memory itself: what one writes the other reads, at once."""
+    """Each side reads at once what the other writes."""
     pages = np.memmap(full / ".shmem", mode="r+").reshape(-1, PAGE)
     assert pages.shape == (PAGES, PAGE)
     assert pages[4].tobytes() == page(5)
@@ -634,7 +637,7 @@ def test_numpy_memmap_of_shmem_shares_the_memory(full: Path) -> None:
 
 @pytest.mark.parametrize("name", ["3", ".image"])
 def test_numpy_memmap_of_pages_and_images_is_private_only(full: Path, name: str) -> None:
-    """A private mapping works; a shared one is refused, with ENODEV, and .shmem is there for it."""
+    """A shared mapping is refused with ENODEV. .shmem allows one."""
     private = np.memmap(full / name, mode="c")
     expected = (full / name).read_bytes()
     assert private.tobytes() == expected
@@ -675,7 +678,7 @@ def test_c8_fio_verifies_an_image(a: Path, sh: Shell, job: str) -> None:
     ],
 )
 def test_c8_fio_verifies_page_files(a: Path, sh: Shell, job: str) -> None:
-    """One job over many; they are named one by one, since fio's own names are no handles."""
+    """One job has many files, named one by one, since fio's own names are not handles."""
     sh(f"cd a; {FIO} --filename=$(seq -s: 1 64) --filesize=$P --openfiles=8 {job}; grep -q 'err= 0' $O/log")
     assert names(a) == numbers(64)
 
@@ -772,7 +775,7 @@ rsync --inplace $S a/3
 
 @pytest.mark.parametrize("command", TOO_LONG.strip().splitlines())
 def test_c6_a_file_longer_than_a_page_is_cut_off_with_an_error(full: Path, out: Path, sh: Shell, command: str) -> None:
-    """The page that was to be overwritten holds the beginning; its source and the other pages are as they were."""
+    """The overwritten page holds the beginning. The source and the other pages are unchanged."""
     told = sh(command, code=11 if "rsync" in command else 1, S=out / "src")
     assert os.strerror(errno.EFBIG) in told
     assert contents(full) == {str(n): page(n if n != 3 else 0) for n in range(1, 17)}
@@ -805,7 +808,7 @@ def test_tar_of_other_names_extracts_the_pages(full: Path, sh: Shell) -> None:
 def test_root_gets_an_error_for_another_owner_of_a_page(
     a: Path, root: Path, sh: Shell, command: str, code: int, instead: str
 ) -> None:
-    """The bytes are there all the same. A page's owner is its backup's, and that can be changed."""
+    """The bytes are stored all the same. A page has the owner of its backup, which can be changed."""
     theirs = "mkdir -p $O/theirs; cp $O/in/1 $O/theirs; chown -R 1:1 $O/theirs; "
     assert os.strerror(errno.EPERM) in sh(theirs + command, code)
     assert contents(root / "b") == {"1": page(1)}

@@ -1,4 +1,4 @@
-"""Who may do what: a user who mounts for himself, and a mount that is shared by several."""
+"""Permissions: a user who mounts for himself, and a mount that several users share."""
 
 import json
 import os
@@ -32,7 +32,7 @@ AS_ALICE, AS_BOB = (f"setpriv --reuid {uid} --regid {uid} --clear-groups" for ui
 
 
 def refused(uid: int, command: str, reason: str, **more: Any) -> None:
-    """Hold that a user's command fails for a reason."""
+    """Check that a user's command fails with a reason."""
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False, **as_user(uid, **more)
     )
@@ -42,14 +42,14 @@ def refused(uid: int, command: str, reason: str, **more: Any) -> None:
 
 @pytest.fixture
 def home(place: Place) -> Iterator[Path]:
-    """An empty directory of Alice's."""
+    """An empty directory of Alice."""
     with place.directory("home", ALICE) as path:
         yield path
 
 
 @pytest.fixture
 def shared(place: Place) -> Iterator[Path]:
-    """An empty directory of root's that everyone reaches."""
+    """An empty directory of root that everyone can reach."""
     with place.directory("shared") as path:
         yield path
 
@@ -144,7 +144,7 @@ def test_the_shmem_link_works_for_the_user_of_the_mount(place: Place, home: Path
 def test_options_that_need_privilege_are_refused_with_the_reason(
     place: Place, home: Path, prepare: str, options: str, code: int, reason: str
 ) -> None:
-    """What the machine must look like for it is made in a private mount namespace."""
+    """A private mount namespace prepares the machine for each case."""
     script = f"{prepare}; {AS_ALICE} {place.command} home -o {options}"
     try:
         done = subprocess.run(
@@ -171,7 +171,7 @@ def test_a_user_without_namespaces_and_memory_files_gets_the_reason(place: Place
 
 @pytest.mark.usefixtures("home")
 def test_a_user_can_let_others_in_if_fuse_conf_allows_it(place: Place) -> None:
-    """With a fuse.conf of the test's own, in a private mount namespace. Others cannot be given backups of their own."""
+    """The test has its own fuse.conf, in a private mount namespace. Others cannot own backups there."""
     before = children()
     script = f"""
 mount --bind {place.path}/fuse.conf /etc/fuse.conf
@@ -200,7 +200,7 @@ stat -c %u home home/a home/a/1 home/a/2
 def test_a_backup_that_its_owner_can_only_read_stays_and_blocks_no_other(
     place: Place, tmp_path: Path, kind: str
 ) -> None:
-    """The daemon has no more rights than its user, and must open the file again: it keeps few open."""
+    """The daemon keeps few files open, and has only its user's rights to open this one again."""
     with site_of(kind, place, tmp_path) as site, site.mount("size=16m") as mount, site.acting():
         kept = mount.path / "kept"
         kept.mkdir(0o700)
@@ -308,7 +308,7 @@ def test_a_setgid_root_passes_its_group_on(place: Place, shared: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "reason"), [("755", "Permission denied"), ("777", "Operation not permitted")])
 def test_only_root_can_change_the_budget(place: Place, shared: Path, mode: str, reason: str) -> None:
-    """Also where everyone may write to the root, and so may set what other attributes there are."""
+    """This holds even if everyone may write to the root, and so may set its other attributes."""
     with Mount(shared, f"size=1m,mode={mode},allow_other", cwd=place.path):
         for uid in ALICE, BOB:
             refused(uid, f"setfattr -n user.ttmfs.size -v 2m {shared}", reason)
@@ -320,7 +320,7 @@ def test_only_root_can_change_the_budget(place: Place, shared: Path, mode: str, 
 
 
 def test_only_root_can_follow_the_shmem_link(open_to_all: Path) -> None:
-    """Others use .image, and what they store there is what root finds."""
+    """Others use .image, and root finds what they store there."""
     run("mkdir -m 777 a; echo x > a/3", **as_user(ALICE, cwd=open_to_all))
     for uid in ALICE, BOB:
         run("readlink a/.shmem", **as_user(uid, cwd=open_to_all))
@@ -344,7 +344,7 @@ def test_everyone_can_read_the_statistics_but_not_write_them(open_to_all: Path) 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["", "and the daemon is killed"])
 def test_a_new_mode_takes_effect_at_once_if_set_by_descriptor(place: Place, *, killed: bool) -> None:
-    """The kernel may know a page's mode for another second; the next daemon does not know that it has changed."""
+    """The kernel may cache a page's mode for a second, and the next daemon does not know that it changed."""
     with place.directory("shared") as path, Mount(path, "size=4m,allow_other,mode=1777", cwd=place.path) as mount:
         mount.expect_restarts()
         (path / "a").mkdir()

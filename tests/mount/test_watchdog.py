@@ -1,4 +1,4 @@
-"""A daemon that is stopped or hangs is killed by the keeper, whose patience is shortened here."""
+"""The keeper kills a daemon that is stopped or hangs. Here it waits for a shorter time than usual."""
 
 import os
 import re
@@ -76,7 +76,7 @@ def test_sigterm_ends_the_mount_even_if_the_daemon_is_stopped(mountpoint: Path, 
 
 
 def test_a_slow_daemon_that_serves_is_not_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
-    """Stopped again and again for a while, for longer in all than the keeper waits for a sign of life."""
+    """The daemon is stopped repeatedly, in total for longer than the keeper waits for a sign of life."""
     with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
         daemon, end = mount.daemon, time.monotonic() + 4
         while time.monotonic() < end:
@@ -88,7 +88,7 @@ def test_a_slow_daemon_that_serves_is_not_killed(mountpoint: Path, impatient: tu
 
 
 def test_a_paused_machine_does_not_get_its_daemon_killed(mountpoint: Path, impatient: tuple[str, ...]) -> None:
-    """Daemon and keeper are stopped for longer than the keeper waits, and go on at once."""
+    """Daemon and keeper are stopped for longer than the keeper waits, and continue at the same time."""
     with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
         daemon, keeper = mount.daemon, mount.keeper
         for process in daemon, keeper:
@@ -101,7 +101,7 @@ def test_a_paused_machine_does_not_get_its_daemon_killed(mountpoint: Path, impat
 
 
 def test_a_stopped_keeper_delays_no_request(mountpoint: Path, impatient: tuple[str, ...]) -> None:
-    """Its channel fills up with signs of life that it does not take."""
+    """Signs of life fill up its channel, since it does not read them."""
     with Kept(mountpoint, "size=16m", command=impatient) as mount, held(mountpoint):
         keeper = mount.keeper
         os.kill(keeper, signal.SIGSTOP)
@@ -118,7 +118,7 @@ def test_a_stopped_keeper_delays_no_request(mountpoint: Path, impatient: tuple[s
 
 
 def test_the_watchdog_timeout_equals_that_of_the_units() -> None:
-    """30 s, of which a sign of life comes several times."""
+    """The timeout is 30 s, and the daemon gives several signs of life in that time."""
     root = Path(__file__).resolve().parents[2]
     keeper, daemon = ((root / f"ttmfs/{name}.py").read_text() for name in ("recovery/keeper", "daemon/keeping"))
     found = re.search(r"^LOOK_SECONDS, MOST_SILENT = ([\d.]+), (\d+)$", keeper, re.MULTILINE)

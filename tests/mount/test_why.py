@@ -1,4 +1,4 @@
-"""Why something was refused: in the log, and by ``ttmfs why``."""
+"""The reasons of refusals: in the log, and by ``ttmfs why``."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A directory that is a store: its lock, ids and counts, which the kernel keeps for a private tmpfs."""
+"""A directory as a store: its lock, ids and counts, which the kernel keeps for a private tmpfs."""
 
 import itertools
 import json
@@ -37,13 +37,13 @@ def opened(directory: Path, **options: object) -> Pool:
 
 
 def recount(pool: Pool) -> None:
-    """Have the pages counted anew at the next look."""
+    """Make the next question count the pages again."""
     assert isinstance(pool.store, Directory)
     pool.store._recounts.reset()
 
 
 def do(result: object) -> None:
-    """Wait for what a method gave, if it is to be waited for."""
+    """Run the coroutine that a method returned, if it returned one."""
     trio.run(finished, result)
 
 
@@ -55,7 +55,7 @@ def create(pool: Pool, name: str) -> ttmfs.Backup:
 
 
 def test_a_write_reaches_its_backup_among_many(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting anew opens every file, and closes those used longest ago: the one written to may be among them."""
+    """Counting opens every file and closes the least recently used ones, perhaps the one that is written to."""
     monkeypatch.setattr(backup_files, "OPEN_FILES", 256)
     pool = opened(directory, size=64 << 20)
     try:
@@ -142,7 +142,7 @@ def test_the_next_mount_reuses_no_id(directory: Path) -> None:
 
 
 def test_an_old_record_gives_each_backup_its_own_id(directory: Path) -> None:
-    """As after a loss of power: the marks of files are on the disk, and what counts them is not."""
+    """After a loss of power the marks of files can be on the disk while the record of ids is old."""
     pool = opened(directory)
     old = (directory / FILE).read_bytes()
     for number in range(6):
@@ -306,7 +306,7 @@ def test_a_file_with_more_pages_than_handles_is_not_a_backup(tmp_path: Path) -> 
 
 
 def test_a_forged_mark_is_ignored(directory: Path) -> None:
-    """Whoever may write a file may write its mark, but not so that it becomes another's."""
+    """A user who can write a file can write its mark, but cannot make it that of another file."""
     pool = opened(directory)
     try:
         create(pool, "a")

@@ -1,9 +1,8 @@
-"""What daemons of different versions hand over is frozen: a change that keeps the number of its format fails here.
+"""What daemons of different versions pass on is frozen: a change that keeps the number of its format fails here.
 
 If a test here fails because you changed the layout of the state, or what is in it, give
-``ttmfs.recovery.state.FORMAT`` the next number. Then run
-``PYTHONPATH=. python tests/store/test_format.py``, and add what it prints to FROZEN. A daemon of
-another version refuses to take over then, in place of reading wrong numbers.
+``ttmfs.recovery.state.FORMAT`` the next number. Then run ``PYTHONPATH=. python tests/store/test_format.py``, and add
+what it prints to FROZEN. A daemon of another version then refuses to take over, and does not read wrong numbers.
 """
 
 import hashlib
@@ -58,7 +57,7 @@ def made() -> bytes:
 
 
 def pieces(content: bytes) -> dict[int, str]:
-    """The bytes that are not 0, in runs that end where 16 zeros follow."""
+    """The bytes that are not 0, as runs that end before 16 zeros."""
     found, at = {}, 0
     for run in content.split(bytes(16)):
         if text := run.strip(b"\0"):

@@ -1,4 +1,4 @@
-"""A full disk: however few of its blocks are left, and however scattered, a page is stored whole or not at all."""
+"""A full disk: with few free blocks, and scattered ones, a page is stored whole or not at all."""
 
 import contextlib
 import ctypes
@@ -38,7 +38,7 @@ def opened(directory: Path, page_size: int) -> Pool:
 
 @contextlib.contextmanager
 def full_disk(path: Path, kind: str) -> "Iterator[tuple[Path, Filler]]":
-    """A disk with a directory for a store, and what fills the rest of it."""
+    """A disk with a directory for a store, and a file that fills the rest of it."""
     with filesystem(
         path, kind, SIZES[kind], options="-m 0" if kind == "ext4" else ""
     ) as disk:  # nothing for root alone
@@ -48,14 +48,14 @@ def full_disk(path: Path, kind: str) -> "Iterator[tuple[Path, Filler]]":
 
 
 class Filler:
-    """A file that takes all the room of a disk but for some blocks."""
+    """A file that takes all the room of a disk except some blocks."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._end = 0
 
     def fill(self) -> None:
-        """Take all that is left: of a large disk all but 64 MiB without writing, the rest by writing."""
+        """Take all free space: of a large disk all but 64 MiB without writing, the rest by writing."""
         room = os.fstatvfs(self._fd)
         if (allocated := room.f_bavail * room.f_frsize - (64 << 20)) > 0:
             os.posix_fallocate(self._fd, 0, allocated)
@@ -69,7 +69,7 @@ class Filler:
                 step //= 2
 
     def leave(self, blocks: int, chosen: random.Random) -> None:
-        """Have about as many blocks free as are asked for, one here and one there."""
+        """Leave about a number of blocks free, scattered."""
         libc.syncfs(self._fd)
         for _ in range(100):
             room = os.fstatvfs(self._fd)
@@ -95,7 +95,7 @@ class Model:
         self._backup, self._size = backup, backup.page_size
 
     async def do(self, chosen: random.Random) -> str:
-        """One operation at random, which may find no room; what it was."""
+        """Do one random operation, which may find no room. Returns what it was."""
         idx, verb = chosen.randrange(PAGES), chosen.choice(["page", "page", "pages", "bytes", "create", "drop"])
         offset, data = idx * self._size, b""
         if verb == "page":
@@ -129,7 +129,7 @@ class Model:
             offset += len(part)
 
     def check(self, what: str) -> None:
-        """Hold that the backup is as it must be."""
+        """Check that the backup holds what it must."""
         found = [idx for first, past in self._backup.file.extents() for idx in range(first, past)]
         assert found == sorted(self.pages), what
         for idx, page in self.pages.items():
@@ -140,7 +140,7 @@ class Model:
 @pytest.mark.parametrize("page_size", [4 << 10, 16 << 10, 64 << 10])
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_c6_a_page_is_stored_whole_or_not_at_all_for_any_free_space(tmp_path: Path, kind: str, page_size: int) -> None:
-    """(Not btrfs: it stores anew what is stored over, and may find room for half of that.)"""
+    """(Not on btrfs: an overwrite there takes new blocks, and may find room for only half of it.)"""
 
     async def main(pool: Pool, filler: Filler) -> None:
         backup = await pool.create("a")
@@ -161,7 +161,7 @@ def test_c6_a_page_is_stored_whole_or_not_at_all_for_any_free_space(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_c6_an_absent_page_that_was_read_stays_absent(tmp_path: Path, kind: str) -> None:
-    """What is read of a hole lies in the page cache, and looks like a page once the disk has allocated some of it."""
+    """A read of a hole fills the page cache, which looks like a page once the disk has allocated some of it."""
 
     async def main(pool: Pool, filler: Filler) -> None:
         backup = await pool.create("a")

@@ -11,7 +11,7 @@ def effective(status: str) -> int:
 
 
 def test_only_the_named_capability_is_dropped() -> None:
-    """In a user namespace of its own, where there are all of them."""
+    """It runs in a user namespace of its own, where it has all capabilities."""
     script = """
         from pathlib import Path
         from ttmfs.linux import system_calls as linux

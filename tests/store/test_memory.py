@@ -1,4 +1,4 @@
-"""How much memory the machine and the control groups can still give."""
+"""How much memory the machine and the control groups can still provide."""
 
 import shutil
 import subprocess
@@ -52,7 +52,7 @@ assert Reserve(2 * free).headroom() == 0
 
 
 def test_a_reserve_measures_again_before_the_seen_memory_is_used_up() -> None:
-    """A reserve admits at most a quarter of the room that it last saw. So it asks again before that room is used up."""
+    """A reserve admits at most a quarter of the memory that it last measured, and then measures again."""
     in_group("""
 from ttmfs.linux import memory
 from ttmfs.linux.memory import Reserve
@@ -64,7 +64,7 @@ while admitted < 2 * free:
 
 
 def test_the_limits_of_version_2_control_groups_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic, on files as Linux 6 writes them; no such hierarchy need be mounted here."""
+    """The files are as Linux 6 writes them. No such hierarchy has to be mounted."""
     parent, child = tmp_path / "slice", tmp_path / "slice" / "unit"
     child.mkdir(parents=True)
     stat = "anon 1\ninactive_file 2000\nactive_file 1000\nshmem 5"

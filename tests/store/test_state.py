@@ -1,4 +1,4 @@
-"""What outlasts the daemon: a memfd with a layout that a later daemon, and a later version, reads as it was written."""
+"""The state, which outlasts the daemon: a memfd with a layout that later daemons and later versions can read."""
 
 import contextlib
 import json
@@ -32,12 +32,12 @@ def state() -> Iterator[State]:
 
 
 def again(state: State) -> State:
-    """Of the next daemon, who starts now."""
+    """The state as the next daemon opens it."""
     return State(os.dup(state.fd))
 
 
 def python(script: str, **environment: str) -> "subprocess.Popen[str]":
-    """Another process that knows ttmfs. It gets every descriptor that can be inherited."""
+    """Another process that can import ttmfs. It gets every inheritable descriptor."""
     return subprocess.Popen(
         [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n{script}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, close_fds=False, env={**os.environ, **environment},
@@ -219,7 +219,7 @@ def oom_kills() -> int:
 
 @pytest.fixture
 def quiet(state: State) -> int:
-    """The state once it knows how many processes the machine has killed for want of memory."""
+    """The state after it has read how many OOM kills the machine has counted."""
     state.suspects()
     return oom_kills()
 
@@ -233,7 +233,7 @@ def note(state: State, *points: int) -> None:
 
 
 def test_a_kill_adds_one_point_to_the_request_that_was_running(state: State, quiet: int) -> None:
-    """And none against those that waited; what speaks against them already stays."""
+    """Waiting requests get no point. Earlier points stay."""
     note(state, 1, 0, 3)
     assert state.suspects() == {REQUESTS[0]: KILL + 1, REQUESTS[2]: 3}
     assert state.suspects() == {}, "they are forgotten"
@@ -265,7 +265,7 @@ def test_the_higher_points_of_a_repeated_request_count(state: State) -> None:
 def test_a_crash_adds_two_points_and_leaves_one_log_line(
     state: State, fault: str, says: str, said_before: bool
 ) -> None:
-    """Whichever of the two the next daemon asks for first."""
+    """The next daemon may ask for either first."""
     os.set_inheritable(state.fd, True)
     script = f"""
 from ttmfs.recovery.state import LATEST, State
@@ -416,11 +416,11 @@ def test_progress_of_a_request_that_is_not_repeated_is_forgotten(state: State, m
 
 
 class Ended(BaseException):
-    """As trio.Cancelled is one."""
+    """An exception that is not an Exception, like trio.Cancelled."""
 
 
 def test_a_cancelled_request_continues_but_an_answered_one_restarts(state: State) -> None:
-    """A daemon that leaves its mount to another cancels what waits; the kernel asks the next one for it again."""
+    """A daemon that leaves its mount to another cancels waiting requests. The kernel sends them to the next one."""
     with contextlib.suppress(Ended), state.progress("write", 1) as progress:
         progress.reach(4096)
         raise Ended
@@ -439,7 +439,7 @@ def test_a_cancelled_request_continues_but_an_answered_one_restarts(state: State
 
 
 def test_a_request_answered_with_an_error_restarts(state: State) -> None:
-    """A mount made anew: whoever waited was told, and asks anew if at all."""
+    """After a new mount, callers got an error, and may repeat the request."""
     with contextlib.suppress(Ended), state.progress("truncate", 1) as progress:
         progress.reach(7)
         raise Ended

@@ -1,4 +1,4 @@
-"""The store: a private tmpfs, and the directory of files that backups are."""
+"""The store: a private tmpfs with a file for each backup."""
 
 import os
 import subprocess
@@ -90,7 +90,10 @@ def test_the_kernel_limits_the_number_of_backups() -> None:
 
 
 def test_the_default_number_of_inodes_is_the_pages_of_the_budget() -> None:
-    """The kernel takes 1 KiB for each, for attributes too: tmpfs' own default allows half of the RAM's pages."""
+    """Each takes 1 KiB in the kernel, also for attributes.
+
+    tmpfs by default allows half as many as the RAM has pages.
+    """
     made = PrivateTmpfs.make(Options.parse("size=1m"))
     try:
         assert made.room().f_files == 4096
@@ -137,7 +140,7 @@ def test_no_name_leads_out_of_the_store(store: Store, tmp_path: Path) -> None:
 
 
 def test_a_failed_creation_leaks_no_descriptor(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A daemon without privilege cannot give files away; asked for it often, it must not run out of anything."""
+    """A daemon without privilege cannot change owners. Repeated attempts must not exhaust anything."""
     before, free = descriptors(os.getpid()), store.room().f_ffree
     monkeypatch.setattr(os, "geteuid", lambda: 1234)
 
@@ -152,7 +155,7 @@ def test_a_failed_creation_leaks_no_descriptor(store: Store, monkeypatch: pytest
 
 
 def test_a_low_descriptor_limit_keeps_fewer_files_open() -> None:
-    """With `ulimit -n 60` a store keeps 30 of 100 files open, and every one can be had."""
+    """With `ulimit -n 60` a store keeps 30 of 100 files open, and every file can be used."""
     code = """if True:
         from ttmfs.options import Options
         from ttmfs.stores.private_tmpfs import PrivateTmpfs
@@ -197,7 +200,7 @@ def test_a_rename_keeps_the_id(store: Store) -> None:
 
 @pytest.fixture
 def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stores made from here on keep few files open."""
+    """Make new stores keep few files open."""
     monkeypatch.setattr(backup_files, "OPEN_FILES", 64)
 
 
@@ -244,7 +247,7 @@ def test_the_budget_can_change_but_not_below_the_stored_pages(store: Store) -> N
 
 
 def test_a_filesystem_with_huge_folios_is_refused() -> None:
-    """Huge folios make up to 2 MiB look like data after one page was written."""
+    """With huge folios up to 2 MiB look like data after one page is written."""
     directory, _ = new_tmpfs(size="16m", huge="always")
     try:
         with pytest.raises(NotSupported, match="cannot tell pages of 4k apart"):
