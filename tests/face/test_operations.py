@@ -31,8 +31,7 @@ from ttmfs.fuse.tree import Tree
 from ttmfs.model.pool import Pool
 from ttmfs.options import Options
 from ttmfs.recovery.state import Record, State
-from ttmfs.stores import blocking_io as waiting
-from ttmfs.stores import make_store
+from ttmfs.stores import blocking_io, make_store
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -508,7 +507,7 @@ def test_a_write_that_waits_for_writeback_counts_for_its_owner(
     """It is refused before anything is stored."""
     fh = face.open(a | IMAGE, os.O_RDWR | os.O_SYNC, CTX).fh
     assert face.write(fh, 0, b"old") == 3
-    monkeypatch.setattr(waiting, "HELD", 4)
+    monkeypatch.setattr(blocking_io, "MAX_PENDING", 4)
     assert refusal(face.write, fh, 0, b"new") == "ENOMEM"
     assert face.read(fh & ~SYNC, 0, 3) == b"old"
     assert face.write(fh, 0, b"ne") == 2
@@ -516,10 +515,10 @@ def test_a_write_that_waits_for_writeback_counts_for_its_owner(
 
 def test_no_owner_can_occupy_all_threads_of_a_kind() -> None:
     async def first_to_work() -> list[int]:
-        threads, order = waiting.Threads(3, 10), list[int]()
+        limit, order = blocking_io.LimitPerOwner(3, 10), list[int]()
 
         async def work(owner: int) -> None:
-            async with threads.turn(owner):
+            async with limit.turn(owner):
                 order.append(owner)
                 await trio.sleep(0.05)
 

@@ -209,13 +209,13 @@ def enormous(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (fifo, "its .ttmfs is no regular file: move .ttmfs away"),
-        (linked, "its .ttmfs is no regular file: move .ttmfs away"),
-        (device, "its .ttmfs is no regular file: move .ttmfs away"),
-        (Path.mkdir, "its .ttmfs is no regular file: move .ttmfs away"),
-        (with_another_name, "its .ttmfs has another name"),
+        (fifo, "its .ttmfs is not a regular file: move .ttmfs away"),
+        (linked, "its .ttmfs is not a regular file: move .ttmfs away"),
+        (device, "its .ttmfs is not a regular file: move .ttmfs away"),
+        (Path.mkdir, "its .ttmfs is not a regular file: move .ttmfs away"),
+        (with_another_name, "its .ttmfs has a second name"),
         (of_a_stranger, f"its .ttmfs belongs to user {stores.BOB}"),
-        (enormous, "none that this version of ttmfs understands (it is no JSON)"),
+        (enormous, "this version of ttmfs cannot read its .ttmfs (it is not JSON)"),
     ],
 )
 def test_a_foreign_record_file_is_refused_with_the_reason(

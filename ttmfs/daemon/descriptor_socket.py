@@ -151,7 +151,7 @@ class DescriptorSocket:
             raise OSError(errno.EACCES, "the mount is not shown to this user")
         if not allows(self._pool.file(backup_of(ino)).stat(), peer, _READ_WRITE_REACH):
             raise OSError(errno.EACCES, "the backup's mode bits do not allow it")
-        return self._pool.files.opened_anew(backup_of(ino))
+        return self._pool.files.open_again(backup_of(ino))
 
     def _reaches(self, peer: Someone) -> bool:
         """Whether a program may enter the mount, by fuse_allow_current_process() and the root's mode bits."""

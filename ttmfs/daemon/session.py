@@ -140,12 +140,12 @@ class _Session:
         self._session_fd = -1
         self._longest_poll = options.busy_poll * 1000
         self._metrics = Metrics(mount.state.record.restarts)
-        mount.pool.blocking_io.done = self._metrics.count_page_in
+        mount.pool.blocking_io.on_page_in = self._metrics.count_page_in
         self._socket = self._offer_descriptors(options)
         self._operations = self._make_operations(options)
         mount.pool.store.remember = mount.state.update
         if process.held and process.keeper and process.keeper.pid:
-            mount.pool.files.lead_paths_through(process.keeper.pid)
+            mount.pool.files.use_paths_of(process.keeper.pid)
 
     def _make_operations(self, options: Options) -> Operations:
         pool, state, taken_over = self._mount.pool, self._mount.state, self._mount.taken_over
@@ -161,7 +161,7 @@ class _Session:
         tree = Tree(pool, {STATS: stats, CONFIG: config}, cache, state.progress)
         if taken_over:
             tree.shared.mode_changes.note()  # only the previous daemon knew of which backups
-        locks = None if pool.in_memory else pool.blocking_io.files
+        locks = None if pool.in_memory else pool.blocking_io.file_locks
         self._requests = Requests(state, self._metrics, tree.shared.refusals, locks, debug=options.debug)
         return Operations(tree, self._requests, init=self._connect)
 

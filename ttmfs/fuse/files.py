@@ -90,7 +90,7 @@ class _BackupFile(Node):
         return self.backup.write(start, data)
 
     async def _write_later(self, fh: int, start: int, data: bytes) -> int:
-        with self.pool.blocking_io.holding(self.backup.stat().st_uid, len(data)):
+        with self.pool.blocking_io.pending_write(self.backup.stat().st_uid, len(data)):
             return await self._bring_in_and_store(fh, start, data)
 
     async def _bring_in_and_store(self, fh: int, start: int, data: bytes) -> int:
@@ -103,7 +103,7 @@ class _BackupFile(Node):
 
     async def _write_and_sync(self, fh: int, start: int, data: bytes, request: tuple[Any, ...]) -> int:
         """A write opened O_SYNC: stored, and pushed out of memory."""
-        held = self.pool.blocking_io.holding(self.backup.stat().st_uid, len(data))
+        held = self.pool.blocking_io.pending_write(self.backup.stat().st_uid, len(data))
         with held, self.shared.progress(*request) as progress:
             if not progress.done:
                 progress.reach(await self._bring_in_and_store(fh, start, data))

@@ -123,7 +123,7 @@ class KernelCache:
                 self._blocks_before.discard(block)
             for ino in range(max(low, start), min(high + 1, past)):
                 self.expire(ino)
-            if work.is_due():
+            if work.slice_is_over():
                 await work.rest()
 
     async def _settle(self, backup: int) -> None:

@@ -79,7 +79,7 @@ class Metrics:
             samples = [(_labels(state=state), count * factor) for state, count in where.items()]
             family(name, "gauge", f"{meaning} stored, by where they are.", samples)
         for name, value, meaning in (
-            ("page_ins_waiting", pool.blocking_io.count, "Requests that wait for swap or a disk."),
+            ("page_ins_waiting", pool.blocking_io.waiting, "Requests that wait for swap or a disk."),
             ("backups", room.backups, "Backups there are."),
             ("size_bytes", room.size, "The budget."),
             ("available_bytes", room.available, "What can be stored before budget or reserve end."),
@@ -115,7 +115,7 @@ async def _swapped(pool: Pool) -> int | None:
             swapped += await pool.file(id).count_swapped()
         except TtmfsError:  # it was removed meanwhile
             continue
-        if work.is_due():
+        if work.slice_is_over():
             await work.rest()
     return swapped
 

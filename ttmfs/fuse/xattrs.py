@@ -47,8 +47,8 @@ async def get_xattr(node: Node, name: bytes, caller: Caller) -> bytes:
         raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
     if attribute.private:
         _check_is_mounter(caller, f"read {os.fsdecode(name)}")
-    looks = node.pool.blocking_io.looks
-    async with looks.turn(caller.uid), looks.limiter:
+    limit = node.pool.blocking_io.xattrs
+    async with limit.turn(caller.uid), limit.limiter:
         value = attribute.get(node)
         return str(await value if inspect.isawaitable(value) else value).encode()
 
@@ -116,7 +116,7 @@ async def _map(directory: BackupDirectory) -> str:
                     raise TooLong(
                         f"the map has more than {XATTR_SIZE_MAX} bytes; use SEEK_DATA and SEEK_HOLE on .shmem"
                     )
-                if work.is_due():
+                if work.slice_is_over():
                     break
             else:
                 return text[:-1].decode()
@@ -130,12 +130,12 @@ async def _drop(directory: BackupDirectory, value: str, caller: Caller) -> None:
     work, parts, ranges = waiting.slices.begin(), value.split(","), list[tuple[int, int]]()
     for n in range(0, len(parts), RANGES_AT_ONCE):
         ranges += parse_ranges(",".join(parts[n : n + RANGES_AT_ONCE]))
-        if work.is_due():
+        if work.slice_is_over():
             await work.rest()
     lowest, highest = min(ranges)[0], max(last for _, last in ranges)
     if highest > (limit := backup.size // shared.pool.page_size):
         raise InvalidArgument(f"the backup's last handle is {limit}")
-    held = waiting.holding(backup.stat().st_uid, RANGE_BYTES * len(value))
+    held = waiting.pending_write(backup.stat().st_uid, RANGE_BYTES * len(value))
     with held, shared.progress("drop", inode(id, 0), value, caller.pid) as progress:
         begun, index = divmod(progress.done, 1 << HANDLE_BITS)  # where an earlier daemon was: the range, and the index
 
@@ -147,7 +147,7 @@ async def _drop(directory: BackupDirectory, value: str, caller: Caller) -> None:
             index = 0
             shared.runs.forget_dropped(id, first - 1, last)
             progress.reach(number << HANDLE_BITS)
-            if work.is_due():
+            if work.slice_is_over():
                 await work.rest()
         await shared.expire_dropped(id, lowest, highest, directory_locked=True)
 

@@ -18,12 +18,12 @@ _NO_LIMIT = 1 << 60  # cgroup v1 writes "none" as the largest number of pages
 
 
 def bytes_avail() -> int:
-    """Free swap in bytes, 0 without swap: ``ttm_backup_bytes_avail()``. A hint: backing up works at 0 too."""
+    """Return the free swap in bytes. ``ttm_backup_bytes_avail()``. A hint: backing up works without swap, too."""
     return system_calls.swap_space()[1]
 
 
 def available() -> int:
-    """What can be stored before the kernel kills a process: MemAvailable and swap, or what a control group leaves."""
+    """Return the bytes that can be stored before an OOM kill: MemAvailable and swap, or less in a control group."""
     meminfo = _meminfo()
     swap, taken = _usable_swap() if meminfo["SwapFree"] else (0, 0)
     swap = min(swap, meminfo["SwapFree"])  # a container can be shown less than there is
@@ -47,7 +47,7 @@ class Reserve:
         self._expires = 0
 
     def headroom(self) -> int:
-        """Bytes that may be stored before the reserve is touched, as of now."""
+        """Return the bytes that can be stored now without touching the reserve."""
         return max(0, available() - self.size)
 
     def admits(self, size: int) -> bool:
@@ -106,7 +106,7 @@ def _meminfo() -> dict[str, int]:
 
 
 def _usable_swap() -> tuple[int, int]:
-    """How much more can be swapped out, and how much memory that takes: zram keeps swapped pages in memory."""
+    """Return the bytes that can be swapped out, and the memory that zram would need to hold them."""
     usable = taken = 0
     with open("/proc/swaps", encoding="utf-8", errors="surrogateescape") as file:
         next(file)
@@ -160,7 +160,7 @@ def control_groups() -> list[Path]:
 
 
 def _headroom(group: Path, swap_free: int) -> int:
-    """What the members of a control group can still be charged, including what can be reclaimed and swapped out."""
+    """Return the bytes that a group's members can still charge, with what can be reclaimed and swapped out."""
     if (usage := read_number(group / "memory.current")) is not None:  # v2
         limit, swap_limit = read_number(group / "memory.max"), read_number(group / "memory.swap.max")
         swap = swap_free

@@ -1,4 +1,4 @@
-"""Which kind of store a mount has."""
+"""Makes the store of a mount, of the kind that its options ask for."""
 
 import errno
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ __all__ = ["make_store", "make_temporary_store", "resume_store"]
 
 
 def make_store(options: Options) -> Store:
-    """The store that the options ask for. Raises InvalidArgument, NotSupported and StoreBusy."""
+    """Make the store that the options ask for. Raises InvalidArgument, NotSupported and StoreBusy."""
     if options.store is not None:
         return Directory.open(options.store, options)
     try:
@@ -27,7 +27,7 @@ def make_store(options: Options) -> Store:
 
 
 def make_temporary_store(options: Options, why: NotSupported) -> Directory:
-    """A store in memory for a user who may make no tmpfs. Raises `why` if no place for one is suitable."""
+    """Make a store in memory for a user who cannot make a tmpfs. Raises `why` if no place is suitable."""
     for temporary in temporary_directory.candidates(options):
         try:
             store = Directory.open(temporary_directory.store_in(temporary), options, temporary=temporary)
@@ -43,7 +43,7 @@ def make_temporary_store(options: Options, why: NotSupported) -> Directory:
 def resume_store(
     descriptors: dict[str, int], options: Options, *, temporary: str | None = None, failed: Iterable[int] = ()
 ) -> Store:
-    """The store of the daemon before, from its :meth:`Store.descriptors`. It is not probed again: it may be full."""
+    """Open the store of the previous daemon by its :meth:`Store.descriptors`. Does not probe it, as it may be full."""
     directory = descriptors[STORE]
     if RECORD not in descriptors:
         return PrivateTmpfs(directory, options, descriptors.get(NAMESPACE), failed=failed)

@@ -1,9 +1,9 @@
 """The files of the backups in a store's directory: names, ids, open descriptors. Names with a dot first are hidden.
 
-The store gives a backup its id. What this module remembers (which id has which name, and the
-descriptors used last) can be read from the directory again at any time.
+The store gives a backup its id. This module caches the names by id, and the descriptors used last. It can read them
+from the directory again at any time.
 
-Concurrency: used from one thread; no method waits for anything but the filesystem below.
+Concurrency: one thread. Methods wait only for the filesystem below.
 """
 
 import contextlib
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 __all__ = ["BackupFiles", "Throttle"]
 
 OPEN_FILES = 16384
-"""Largest number of files kept open; at most half of RLIMIT_NOFILE. Opening a file takes 20 us: reading a page by path
-takes half as long again."""
+"""Largest number of files kept open; at most half of RLIMIT_NOFILE. Opening a file takes 20 us and makes
+reading a page by path half as long again."""
 
 SHORT_SCAN_SECONDS = 0.002
 """A directory that is scanned within this time is scanned at every listing."""
 
 
 class Throttle:
-    """Limits how often something is done: not within `least` seconds, nor for more than a fiftieth of the time."""
+    """Limits how often work is done: not within `least` seconds, and for at most a fiftieth of the time."""
 
     def __init__(self, least: float = 0.0, free: float = 0.0) -> None:
-        """What takes less than `free` seconds is not limited by the time that it takes."""
+        """The limit of a fiftieth does not apply to work of less than `free` seconds."""
         self._least, self._free = least, free
         self._next = self._start = 0.0
 
     def reset(self) -> None:
-        """Let it be done at once."""
+        """Make the work due now."""
         self._next = 0.0
 
     def is_due(self) -> bool:
@@ -51,7 +51,7 @@ class Throttle:
         return self._start >= self._next
 
     def done(self) -> None:
-        """The work is done: see how long it took."""
+        """Note that the work is done, and how long it took."""
         end = time.monotonic()
         took = end - self._start
         self._next = end + max(self._least, 50 * took if took > self._free else 0.0)
@@ -61,18 +61,18 @@ class BackupFiles:
     """The backups' files by name and by id."""
 
     def __init__(self, directory: int, store: "Store") -> None:
-        """`directory` is a descriptor that stays its owner's."""
+        """`directory` is a descriptor. The caller closes it."""
         self.directory = directory
         self._store = store
         self._open: OrderedDict[int, int] = OrderedDict()  # id: descriptor; the one used last at the end
         self._most_open = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._names: dict[int, str] = {}
         self._ids: list[int] = []  # the keys of _names, sorted
-        self._place: str | None = None  # a path of the directory that outlasts this process
+        self._other_path: str | None = None  # a path of the directory through another process, see use_paths_of()
         self._scans = Throttle(free=SHORT_SCAN_SECONDS)
 
     def close(self) -> None:
-        """Close every file, and know no backup any more."""
+        """Close every file, and forget all backups."""
         while self._open:
             os.close(self._open.popitem()[1])
         self.directory, self._names, self._ids = -1, {}, []
@@ -80,7 +80,7 @@ class BackupFiles:
     # --- names and ids ---
 
     def scan(self) -> list[int]:
-        """Read the directory anew. Gives the ids of all backups, ascending, which is the order of their making."""
+        """Read the directory again. Returns the ids of all backups, ascending: the oldest first."""
         with translated("reading the store"), self._entries() as entries:
             names = self._store.ids_of(e for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
         for id in self._names.keys() - names.keys():
@@ -89,14 +89,14 @@ class BackupFiles:
         return self._ids
 
     def scan_if_shared(self) -> None:
-        """See what others did to the directory. (50,000 files of a tmpfs take 60 ms, so this is throttled.)"""
+        """Notice the changes of other programs to the directory. Throttled: 50,000 files of a tmpfs take 60 ms."""
         if not self._store.is_private and self._scans.is_due():
             self.scan()
             self._scans.done()
 
     @contextlib.contextmanager
     def _entries(self) -> "Iterator[Iterator[os.DirEntry[str]]]":
-        """What is in the directory. It is opened anew: btrfs shows an open one as it was when it was opened."""
+        """The entries of the directory. It is opened again, as btrfs shows an open one as it was at its opening."""
         fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.directory)
         try:
             with os.scandir(fd) as entries:
@@ -106,22 +106,22 @@ class BackupFiles:
 
     @property
     def count(self) -> int:
-        """How many backups there are."""
+        """The number of backups."""
         return len(self._ids)
 
     def ids_after(self, id: int) -> list[int]:
-        """The ids of the backups made after the one of `id`, ascending. `id` itself need not exist."""
+        """Return the ids greater than `id`, ascending. `id` itself need not exist."""
         return self._ids[bisect_right(self._ids, id) :]
 
     def name_of(self, id: int) -> str:
-        """The name of a backup. Raises BackupEnded if there is none with that id any more."""
+        """Return the name of a backup. Raises BackupEnded if it no longer exists."""
         try:
             return self._names[id]
         except KeyError:
             raise BackupEnded("the backup was ended") from None
 
     def find(self, name: str) -> int:
-        """The id of a backup by name. Raises BackupAbsent if there is none."""
+        """Return the id of a backup by name. Raises BackupAbsent."""
         absent = BackupAbsent(f"there is no backup {name!r}")
         if not name or name[0] == "." or "/" in name:  # a path could lead out of the store
             raise absent
@@ -142,16 +142,16 @@ class BackupFiles:
     # --- making and removing ---
 
     def create(self, name: str, size: int, mode: int, uid: int, gid: int) -> int:
-        """Make the file of a new backup, whole or not at all. Gives its id. BackupExists if the name is taken."""
+        """Make the file of a new backup, whole or not at all. Returns its id. BackupExists if the name is taken."""
         with translated(f"creating {name!r}"):
             fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.directory)
             try:
                 made = os.fstat(fd)
                 if (made.st_uid, made.st_gid) != (uid, gid):
-                    _give(fd, uid, gid)
+                    _set_owner(fd, uid, gid)
                 os.ftruncate(fd, size)
                 id = self._store.new_id(fd, made)
-                os.fchmod(fd, self._store.file_mode(mode))  # last: an id may be set while its owner may write it
+                os.fchmod(fd, self._store.file_mode(mode))  # last: setting an id needs a file that its owner may write
                 try:
                     os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=self.directory, follow_symlinks=True)
                 except BaseException:
@@ -165,11 +165,11 @@ class BackupFiles:
         return id
 
     def remove(self, id: int) -> None:
-        """Remove a backup's file. Its memory is the system's again at once, unless another process has it open."""
+        """Remove a backup's file. That frees its memory, unless another process has the file open."""
         name = self.name_of(id)
         try:
             if self.find(name) != id:
-                raise BackupAbsent("its name is another's now")
+                raise BackupAbsent("another backup has its name now")
         except BackupAbsent:
             raise BackupEnded("the backup was ended") from None
         with translated(f"removing {name!r}"):
@@ -177,12 +177,12 @@ class BackupFiles:
         self._forget(id)
 
     def rename(self, id: int, new: str, *, replace: bool) -> None:
-        """Give a backup another name. A backup that has it is ended if `replace`; otherwise BackupExists is raised."""
+        """Rename a backup. If another has the new name, end that one (`replace`), or raise BackupExists."""
         old = self.name_of(id)
         replaced = None
         with contextlib.suppress(BackupAbsent):
             replaced = self.find(new)
-        with translated(f"renaming {old!r} to {new!r}"):  # never over a file that is no backup
+        with translated(f"renaming {old!r} to {new!r}"):  # never over a file that is not a backup
             system_calls.rename(self.directory, old, new, replace=replace and replaced is not None)
         if replaced is not None and replaced != id:
             self._forget(replaced)
@@ -203,7 +203,7 @@ class BackupFiles:
     # --- descriptors, stat and paths ---
 
     def descriptor(self, id: int) -> int:
-        """An open descriptor of a backup's file. It stays this object's, and is valid until the next method call."""
+        """Return an open descriptor of a backup's file. It is valid until the next method call: do not close it."""
         try:
             self._open.move_to_end(id)
             return self._open[id]
@@ -213,13 +213,13 @@ class BackupFiles:
     def _reopen(self, id: int) -> int:
         name = self.name_of(id)
         try:
-            fd = _opened(name, self.directory)
-        except FileNotFoundError:  # someone removed it without asking us
+            fd = _open_file(name, self.directory)
+        except FileNotFoundError:  # another program removed it
             self._forget(id)
             raise BackupEnded("the backup was ended") from None
         except OSError as error:
             raise from_os_error(error, f"opening {name!r}") from error
-        if not self._store.is_backup(fd, id):  # another file was put in its place
+        if not self._store.is_backup(fd, id):  # another file has its name
             os.close(fd)
             self._forget(id)
             raise BackupEnded("the backup was ended")
@@ -231,14 +231,14 @@ class BackupFiles:
         if len(self._open) > self._most_open:
             os.close(self._open.popitem(last=False)[1])
 
-    def opened_anew(self, id: int) -> int:
-        """A descriptor of a backup's file for another process, with an offset and flags of its own."""
+    def open_again(self, id: int) -> int:
+        """Open a backup's file for another process: a descriptor with its own offset and flags."""
         self.descriptor(id)  # raises if another file has its name now
         with translated("opening a backup"):
-            return _opened(self.name_of(id), self.directory)
+            return _open_file(self.name_of(id), self.directory)
 
     def stat(self, id: int | None = None) -> os.stat_result:
-        """The stat of the directory, or of a backup's file, which need not be opened for it."""
+        """Return the stat of the directory, or of a backup's file, without opening it."""
         with translated("looking at the store"):
             if id is None:
                 return os.fstat(self.directory)
@@ -249,36 +249,36 @@ class BackupFiles:
 
     def change(self, id: int | None, *, mode: int | None = None, uid: int = -1, gid: int = -1,
                times: tuple[int, int] | None = None) -> None:  # fmt: skip
-        """Change mode, owner or (access, modification) times in ns, of a backup's file or (None) of the directory."""
+        """Change mode, owner or times (access, modification; ns) of a backup's file, or (None) of the directory."""
         fd = self.directory if id is None else self.descriptor(id)
         with translated("changing attributes"):
             if (uid, gid) != (-1, -1):
                 if mode is None and id is not None:
                     mode = stat.S_IMODE(os.fstat(fd).st_mode)
-                os.fchown(fd, uid, gid)  # first: on a file, though not on a directory, it clears the set-id bits
+                os.fchown(fd, uid, gid)  # first, because it clears the set-id bits of a file (not of a directory)
             if mode is not None:
                 os.fchmod(fd, mode if id is None else self._store.file_mode(mode))
             if times is not None:
                 os.utime(fd, ns=times)
 
     def path(self, name: str) -> str:
-        """Where another process of root or of this user finds a backup's file as long as the store exists."""
-        if self._place and not os.path.exists(self._place):  # the process that held it was killed just now
-            self._place = None
-        return f"{self._place or f'/proc/{os.getpid()}/fd/{self.directory}'}/{name}"
+        """Return a path by which other processes, of root or this user, reach a backup's file."""
+        if self._other_path and not os.path.exists(self._other_path):  # the other process was killed just now
+            self._other_path = None
+        return f"{self._other_path or f'/proc/{os.getpid()}/fd/{self.directory}'}/{name}"
 
-    def lead_paths_through(self, pid: int) -> None:
-        """Make :meth:`path` lead through a process that has the directory open too, and may outlive this one."""
-        ours, self._place = os.fstat(self.directory), None
-        with contextlib.suppress(OSError):  # the process has just died, or may not be looked into
+    def use_paths_of(self, pid: int) -> None:
+        """Make :meth:`path` go through the /proc entry of a process that has the directory open and may outlive us."""
+        ours, self._other_path = os.fstat(self.directory), None
+        with contextlib.suppress(OSError):  # the process has just died, or /proc denies access
             for fd in sorted(os.listdir(f"/proc/{pid}/fd"), key=int):
                 if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), ours):
-                    self._place = f"/proc/{pid}/fd/{fd}"
+                    self._other_path = f"/proc/{pid}/fd/{fd}"
                     return
 
 
-def _give(fd: int, uid: int, gid: int) -> None:
-    """Change a file's owner. A daemon without privilege cannot; a file of its own user keeps its group then."""
+def _set_owner(fd: int, uid: int, gid: int) -> None:
+    """Change a file's owner. A daemon without privilege cannot; then a file of the daemon's user keeps its group."""
     try:
         os.fchown(fd, uid, gid)
     except OSError as error:
@@ -286,8 +286,8 @@ def _give(fd: int, uid: int, gid: int) -> None:
             raise NotPermitted("this mount's daemon is not root: it makes backups for its own user only") from error
 
 
-def _opened(name: str, directory: int) -> int:
-    """Open a backup's file to read and write, even if its mode shuts out its owner, which a user's daemon is."""
+def _open_file(name: str, directory: int) -> int:
+    """Open a backup's file to read and write, even if its mode denies that to its owner, the daemon's user."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: do not wait for a lease
     try:
         return os.open(name, flags, dir_fd=directory)

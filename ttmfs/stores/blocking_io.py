@@ -1,10 +1,10 @@
 """Limits on blocking I/O per backup owner: threads, and bytes of pending writes. Locks of files that threads change.
 
-FUSE does not tell who reads or writes, so the owner of the backup counts. Each owner has a limited number of threads,
-so that nobody queues behind another's requests.
+FUSE does not tell who reads or writes, so a request counts for the owner of the backup. Each owner has a limited number
+of threads, so that no owner's requests wait for all those of another.
 
-A thread that changes a file on a disk holds the kernel's lock of that file for as long as the disk takes. Everyone else
-who looks at the backup waits for a lock of ours (:class:`FileLocks`): the event loop must never wait in the kernel.
+A thread that changes a file on a disk holds the kernel's lock of that file as long as the disk takes. The event loop
+must never wait in the kernel, so other tasks that need the file wait for a lock of :class:`FileLocks` first.
 
 Concurrency: one thread.
 """
@@ -24,45 +24,45 @@ from .time_slices import TimeSlices
 __all__ = ["SHARE", "BlockingIO", "FileLocks"]
 
 PAGE_INS, PAGE_INS_IN_ALL = 20, 200
-"""Threads that bring pages in, for one owner and for all."""
+"""Limits on threads that bring pages in: for one owner, and for all."""
 
 SYNCS, SYNCS_IN_ALL = 10, 100
-"""The same of threads that push pages out, to swap or a disk. No reader waits behind these."""
+"""Limits on threads that push pages out, to swap or a disk. Reads do not wait for them."""
 
-LOOKS, LOOKS_IN_ALL = 4, 64
-"""Long answers, of 64 KiB at most, that are made for one caller at a time, and for all."""
+XATTRS, XATTRS_IN_ALL = 4, 64
+"""Limits on extended attributes in the making, of up to 64 KiB each: for one caller, and for all."""
 
 CHANGES, CHANGES_IN_ALL = 10, 100
-"""The same of threads that change files on a disk. An fsync(2) that takes long takes none of these."""
+"""Limits on threads that change files on a disk. fsync(2) runs in the threads of SYNCS."""
 
-HELD = 256 << 20
+MAX_PENDING = 256 << 20
 """Largest sum of pending writes, in bytes. One owner may have half of what the others leave."""
 
-LEAST_HELD = 8 << 20
-"""The same when memory is scarce: some writes must go on."""
+MAX_PENDING_SCARCE = 8 << 20
+"""The smallest value of this limit. It applies when memory is scarce, so that some writes continue."""
 
 COPIES = 2
-"""How many copies of a pending write the daemon has: libfuse and pyfuse3 hold one each."""
+"""Copies of a pending write in the daemon: libfuse and pyfuse3 hold one each."""
 
 SHARE = 4
-"""Pending writes may take one part in SHARE of what the machine and the control group can still give."""
+"""Pending writes may take 1/SHARE of the available memory of the machine and the control group."""
 
-ROOM_SECONDS = 0.1
-"""How long an answer to what they can give is used. Asking takes as long as several writes."""
+AVAILABLE_SECONDS = 0.1
+"""How long a figure of available memory is used. Reading it takes as long as several writes."""
 
 
-class Threads:
-    """Threads for one kind of work, shared among owners."""
+class LimitPerOwner:
+    """A limit on one kind of work that runs at the same time: for each owner, and for all together."""
 
     def __init__(self, each: int, in_all: int) -> None:
         self._each = each
         self.limiter = trio.CapacityLimiter(in_all)
-        """For :func:`trio.to_thread.run_sync`."""
+        """The limit for all together, for :func:`trio.to_thread.run_sync`."""
         self._of_owners: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
 
     @contextlib.asynccontextmanager
     async def turn(self, uid: int) -> AsyncIterator[None]:
-        """Wait until a thread may work for an owner."""
+        """Wait until the limit of an owner admits one more."""
         if (limiter := self._of_owners.get(uid)) is None:
             limiter = self._of_owners[uid] = trio.CapacityLimiter(self._each)
         async with limiter:
@@ -70,7 +70,7 @@ class Threads:
 
 
 class FileLocks:
-    """Locks of backups whose files threads change. One thread works on a backup at a time, first come first served."""
+    """Locks of backups whose files threads change. One thread works on a backup at a time, in order of arrival."""
 
     def __init__(self) -> None:
         self._locks: dict[int, trio.Lock] = {}
@@ -81,7 +81,7 @@ class FileLocks:
 
     @contextlib.asynccontextmanager
     async def locked(self, id: int) -> AsyncIterator[None]:
-        """Wait until no one else works on a backup, and keep others from it."""
+        """Wait until no other task works on a backup, and lock it."""
         lock = self._locks.setdefault(id, trio.Lock())
         try:
             async with lock:
@@ -92,51 +92,52 @@ class FileLocks:
 
 
 class BlockingIO:
-    """The requests of one store that wait for swap or a disk."""
+    """The limits and locks of one store, and the number of requests that wait for swap or a disk."""
 
     def __init__(self) -> None:
-        self.files = FileLocks()
-        self.changes = Threads(CHANGES, CHANGES_IN_ALL)
-        self.page_ins = Threads(PAGE_INS, PAGE_INS_IN_ALL)
-        self.syncs = Threads(SYNCS, SYNCS_IN_ALL)
-        self.looks = Threads(LOOKS, LOOKS_IN_ALL)  # these are no threads: the loop does them, in time slices
+        self.file_locks = FileLocks()
+        self.changes = LimitPerOwner(CHANGES, CHANGES_IN_ALL)
+        self.page_ins = LimitPerOwner(PAGE_INS, PAGE_INS_IN_ALL)
+        self.syncs = LimitPerOwner(SYNCS, SYNCS_IN_ALL)
+        self.xattrs = LimitPerOwner(XATTRS, XATTRS_IN_ALL)  # without threads: the loop makes them in time slices
         self.slices = TimeSlices()
-        self._held: Counter[int] = Counter()
-        self._largest = 0  # bytes that were ever held
-        self._room, self._room_until = 0, 0.0
-        self.count = 0
-        self.done: Callable[[int], object] = lambda _: None
-        """Called for each request that has waited, with the ns that it took."""
+        self._pending: Counter[int] = Counter()  # bytes by owner
+        self._largest_pending = 0  # the largest sum so far
+        self._available, self._available_until = 0, 0.0
+        self.waiting = 0
+        self.on_page_in: Callable[[int], object] = lambda _: None
+        """Called for each request that has waited, with the time in ns."""
 
     @contextlib.asynccontextmanager
     async def page_in(self, uid: int) -> AsyncIterator[None]:
-        """Wait until a thread may bring in pages for an owner, and count that."""
+        """Wait until a thread may bring in pages for an owner, and count the request while it waits or works."""
         start = time.perf_counter_ns()
-        self.count += 1
+        self.waiting += 1
         try:
             async with self.page_ins.turn(uid):
                 yield
         finally:
-            self.count -= 1
-            self.done(time.perf_counter_ns() - start)
+            self.waiting -= 1
+            self.on_page_in(time.perf_counter_ns() - start)
 
-    def _most_held(self) -> int:
-        """Largest sum of pending writes now. What the daemon has once taken for them, it still has."""
-        if (now := time.monotonic()) > self._room_until:
-            self._room, self._room_until = available() + COPIES * self._largest, now + ROOM_SECONDS
-        return min(HELD, max(LEAST_HELD, self._room // SHARE // COPIES))
+    def _max_pending(self) -> int:
+        """Return the largest sum of pending writes that is allowed now."""
+        if (now := time.monotonic()) > self._available_until:
+            self._available = available() + COPIES * self._largest_pending  # the heap of the daemon does not shrink
+            self._available_until = now + AVAILABLE_SECONDS
+        return min(MAX_PENDING, max(MAX_PENDING_SCARCE, self._available // SHARE // COPIES))
 
     @contextlib.contextmanager
-    def holding(self, uid: int, size: int) -> Iterator[None]:
-        """While data for an owner's backup waits to be written. Raises TooMuchHeld."""
-        own, total = self._held[uid], self._held.total()
-        if 2 * (own + size) > self._most_held() - (total - own):
+    def pending_write(self, uid: int, size: int) -> Iterator[None]:
+        """Count the bytes of a write to an owner's backup while it waits. Raises TooMuchHeld."""
+        own, total = self._pending[uid], self._pending.total()
+        if 2 * (own + size) > self._max_pending() - (total - own):
             raise TooMuchHeld("too many writes wait for swap or a disk")
-        self._held[uid] += size
-        self._largest = max(self._largest, total + size)
+        self._pending[uid] += size
+        self._largest_pending = max(self._largest_pending, total + size)
         try:
             yield
         finally:
-            self._held[uid] -= size
-            if not self._held[uid]:
-                del self._held[uid]
+            self._pending[uid] -= size
+            if not self._pending[uid]:
+                del self._pending[uid]

@@ -1,6 +1,6 @@
-"""The other kind of store: a directory of the user's, on any filesystem that tells holes (`store=DIR`).
+"""A store in a directory of the user, on any filesystem that reports holes (`store=DIR`).
 
-Its :class:`DirectoryRecord` keeps the lock and the ids; pages are counted here, against the budget.
+Its :class:`DirectoryRecord` keeps the lock and the ids. This module counts pages against the budget.
 
 Concurrency: see :mod:`.store`.
 """
@@ -36,7 +36,7 @@ _SUITED = "use a directory on tmpfs, ext4, xfs or btrfs"
 
 
 class _Counted(NamedTuple):
-    """How many pages a file held, and its change time then."""
+    """The number of pages of a file, and its change time when they were counted."""
 
     pages: int
     ctime_ns: int
@@ -51,7 +51,7 @@ class _PageCounts:
         self.total = 0  # pages
 
     def __contains__(self, id: int) -> bool:
-        """Whether the pages of a backup were counted by this process."""
+        """Whether this process has counted the pages of a backup."""
         return id in self._counted
 
     def forget(self, id: int) -> None:
@@ -59,12 +59,12 @@ class _PageCounts:
         self.total -= self._counted.pop(id, _Counted(0, 0)).pages
 
     def pages(self, id: int, fd: int) -> int:
-        """How many pages of room an open file takes. They are counted anew if anyone else changed the file.
+        """Return the room that an open file takes, in pages. Counts again if another program changed the file.
 
-        In memory the count is that of the blocks: a page stored in part takes a part. On a disk it is that of pages.
+        In memory this counts blocks, so a page stored in part takes a part. On a disk it counts pages.
         """
         found = os.fstat(fd)
-        if self._in_memory:  # nothing but pages takes blocks there, and a mapping changes no times
+        if self._in_memory:  # only pages take blocks there, and a write by mmap(2) changes no times
             pages = -(-found.st_blocks * 512 // self._page_size)
         elif (known := self._counted.get(id)) and known.ctime_ns == found.st_ctime_ns:
             return known.pages
@@ -75,7 +75,7 @@ class _PageCounts:
 
     @contextlib.contextmanager
     def changing(self, id: int, fd: int, first: int, past: int, adding: bool) -> Iterator[None]:
-        """Around a change of pages between two indices of an open file. With `adding` all of them count meanwhile."""
+        """Wrap a change of pages between two indices of an open file. With `adding` they all count during it."""
         if self._in_memory:
             try:
                 yield
@@ -88,7 +88,7 @@ class _PageCounts:
         try:
             yield
         finally:
-            if id in self._counted:  # otherwise someone removed the file without asking us
+            if id in self._counted:  # otherwise another program removed the file
                 self._set(id, others + self._between(fd, first, past), os.fstat(fd).st_ctime_ns)
 
     def _between(self, fd: int, first: int, past: int) -> int:
@@ -100,7 +100,7 @@ class _PageCounts:
 
 
 class Directory(Store):
-    """A store in a directory that exists. No other mount may use the directory; other programs may."""
+    """A store in an existing directory. No other mount may use the directory, but other programs may."""
 
     is_private = False
     counts_changes = True
@@ -121,7 +121,7 @@ class Directory(Store):
         super().__init__(directory, options, failed)
         self.page_file = TmpfsFile if self.in_memory else DiskFile
         self._counts = _PageCounts(options.page_size, in_memory=self.in_memory)
-        self._begin()
+        self._first_scan()
         record.settle()
 
     @classmethod
@@ -149,7 +149,7 @@ class Directory(Store):
     def ids_of(self, entries: "Iterator[os.DirEntry[str]]") -> dict[int, str]:
         names = {}
         for entry in entries:
-            with contextlib.suppress(OSError):  # it went meanwhile, or the disk fails just there
+            with contextlib.suppress(OSError):  # the file was removed just now, or the disk fails there
                 found = os.stat(entry.name, dir_fd=self.files.directory, follow_symlinks=False)
                 if id := self._record.identify(entry.name, found):
                     names[id] = entry.name
@@ -165,7 +165,9 @@ class Directory(Store):
         return self._record.is_marked(fd, id)
 
     def file_mode(self, mode: int) -> int:
-        return mode & ~(stat.S_ISUID | stat.S_ISGID)  # others can reach the file: it must not be a set-id program
+        return mode & ~(
+            stat.S_ISUID | stat.S_ISGID
+        )  # other users can reach the file, so it must not be a set-id program
 
     def forget(self, id: int) -> None:
         super().forget(id)
@@ -173,7 +175,7 @@ class Directory(Store):
         self._counts.forget(id)
 
     async def prepare_to_create(self) -> None:
-        """Take more ids from the record before none is left: that waits for the disk, in a thread."""
+        """If no ids are left, take more from the record in a thread, as that waits for the disk."""
         if not self.in_memory and not self._record.ids_left:
             with translated("writing to the store"):
                 await trio.to_thread.run_sync(self._record.take_ids, limiter=self.blocking_io.changes.limiter)
@@ -202,18 +204,21 @@ class Directory(Store):
         return super().admit(id, pages)
 
     def _recount(self) -> None:
-        """See what others did to the files."""
+        """Count the pages of files that other programs changed."""
         if not self._recounts.is_due():
             return
         for id in list(self.files.scan()):
-            if id in self.blocking_io.files and id in self._counts:  # the count is right, and the file is locked
+            if id in self.blocking_io.file_locks and id in self._counts:  # we are changing it: the count is right
                 continue
-            with contextlib.suppress(TtmfsError), translated("counting pages"):  # one that fails stops no other
+            with (
+                contextlib.suppress(TtmfsError),
+                translated("counting pages"),
+            ):  # an error of one file must not stop the rest
                 self._counts.pages(id, self.files.descriptor(id))
         self._recounts.done()
 
     def room(self) -> os.statvfs_result:
-        """As the kernel has it of a filesystem. Without a budget all that the filesystem has left is free."""
+        """As statvfs(3). Without a budget, everything that the filesystem has free counts as free."""
         with translated("asking for room"):
             below = os.fstatvfs(self.files.directory)
             self._recount()
@@ -268,8 +273,8 @@ def _opened_record(path: str, directory: int, options: Options, *, read_only: bo
         if error.errno == errno.EOPNOTSUPP:
             raise NotSupported(f"store={path}: its filesystem has no O_TMPFILE; {_SUITED}") from error
         hint = {
-            errno.EROFS: "; if backups are there, mount it with ro",
-            errno.EACCES: "; mount as root, or as the user to whom it belongs",
+            errno.EROFS: "; if it has backups, mount it with ro",
+            errno.EACCES: "; mount as root, or as the owner of the directory",
         }.get(error.errno or 0, "")
         raise InvalidArgument(f"store={path}: {FILE} cannot be written there: {error.strerror}{hint}") from error
     except (InvalidArgument, NotSupported, StoreBusy) as error:
@@ -277,8 +282,8 @@ def _opened_record(path: str, directory: int, options: Options, *, read_only: bo
 
 
 def _probe(path: str, directory: int, record: DirectoryRecord) -> None:
-    """Refuse a filesystem that cannot tell pages apart. A full one cannot be probed: it is taken if it was before."""
-    if record.read_only:  # nothing of it is changed, not even for a moment
+    """Refuse a filesystem that cannot tell pages apart. A full one cannot be probed: accept it if it passed before."""
+    if record.read_only:  # a read-only mount must change nothing
         return
     try:
         check_filesystem(directory, record.page_size)

@@ -3,18 +3,16 @@
 ::
 
     DIR/.ttmfs    JSON: format, page_size, grain (the filesystem's block size, once it was probed), tag, next_id.
-                  A mount that uses DIR has it locked (flock). Its mode is 0600, so that no one who may only read DIR
-                  can lock it. DIR itself is locked, too, if no one else holds its lock: that counts if .ttmfs was
-                  removed.
+                  A mount that uses DIR locks it (flock). Its mode is 0600, so that users who can only read DIR
+                  cannot lock it. The mount also tries to lock DIR itself, in case someone removes .ttmfs.
     DIR/a         a backup. Its extended attribute user.ttmfs.id is "TAG ID INODE".
 
-An id must not be given out twice, but most filesystems reuse an inode number at once. So .ttmfs counts ids, and each
-file carries its own. A mark counts only with the tag of this store and the inode number of the file itself: the copy of
-a backup's file, or one moved here from another store, is marked anew.
+Two backups must never have the same id, but most filesystems reuse inode numbers at once. So .ttmfs counts ids, and
+each file has a mark with its own. A mark is valid only with the tag of this store and the inode number of its file. So
+the copy of a backup's file, or a file from another store, gets a new mark.
 
-A file made by another program is a backup if it could be one: a regular file of whole pages with one name, not empty,
-of no more pages than there are handles, that may be read and written. All other files in DIR are hidden and never
-changed.
+A file of another program counts as a backup if it is a regular file with one name, readable and writable, and holds
+whole pages: at least one, at most as many as there are handles. All other files in DIR are hidden and never changed.
 
 Concurrency: one thread; :meth:`DirectoryRecord.take_ids` may run in another.
 """
@@ -40,12 +38,12 @@ FILE = ".ttmfs"
 FORMAT = 1
 MARK = "user.ttmfs.id"
 FIRST_ID = 2
-MAX_ID = 2**32 - 1  # an inode number has 32 bits for it
+MAX_ID = 2**32 - 1  # an inode number of the mount has 32 bits for the id
 MAX_PAGES = 2**30 - 3
 IDS_AT_ONCE = 1024
-"""How many ids are taken from the file at a time. Those that a daemon did not use are lost."""
+"""Number of ids taken from the file at a time. Ids that a daemon takes but does not use are lost."""
 LENGTH = 256
-"""Bytes of the file, always: it is overwritten in place."""
+"""Bytes of the file. The size never changes, because the file is overwritten in place."""
 _TAG = re.compile("[0-9a-f]{16}")
 
 _AWAY = f"move {FILE} away: every backup stays, and the next mount makes another"
@@ -53,7 +51,7 @@ _AWAY = f"move {FILE} away: every backup stays, and the next mount makes another
 
 def _refused(reason: str) -> NotSupported:
     return NotSupported(
-        f"its {FILE} is none that this version of ttmfs understands ({reason}); if no other version made it, {_AWAY}"
+        f"this version of ttmfs cannot read its {FILE} ({reason}); if no other version made it, {_AWAY}"
     )
 
 
@@ -68,11 +66,11 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
     "tag": lambda value: isinstance(value, str) and _TAG.fullmatch(value) is not None,
     "next_id": lambda value: _is_number(value, FIRST_ID, MAX_ID + IDS_AT_ONCE),
 }
-"""Checks each value of the file."""
+"""Maps each key of the file to the check of its value."""
 
 
 def _is_locked(fd: int) -> bool:
-    """Lock an open file for this process and all that share its descriptor. Gives whether that was possible."""
+    """Try to lock an open file, for all processes that share its descriptor. Returns whether that succeeded."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -86,17 +84,17 @@ class DirectoryRecord:
     def __init__(self, directory: int, page_size: int, *, read_only: bool = False, fd: int | None = None) -> None:
         """Raises StoreBusy if another mount uses the directory, InvalidArgument if its pages have another size.
 
-        `fd` is the descriptor of .ttmfs that a daemon before has locked.
+        `fd` is the descriptor of .ttmfs that the previous daemon locked.
         """
         self._directory = directory
         self.page_size = page_size
         self.read_only = read_only
-        self._holders: dict[int, int] = {}  # inode numbers by id: a mark can be forged, or doubled by a loss of power
+        self._holders: dict[int, int] = {}  # inode numbers by id. A mark can be forged, or doubled by a power failure
         self._settled = False
         self._taking = threading.Lock()
-        self._unmarked: dict[int, int] = {}  # ids by inode number, of files that take no mark: valid for this mount
+        self._unmarked: dict[int, int] = {}  # ids by inode number, of files without a mark: valid for this mount
         self.fd = self._open() if fd is None else fd
-        """The descriptor of .ttmfs. As long as it is open somewhere, the store is locked."""
+        """The descriptor of .ttmfs. The store is locked as long as any process has it open."""
         try:
             kept = self._read()
             if kept["page_size"] != page_size:
@@ -109,10 +107,10 @@ class DirectoryRecord:
         self._next_id: int = kept["next_id"]
         self._last_id = self._next_id
         self.block_size: int | None = kept["grain"]
-        """The block size of the filesystem; None if it was never found fit."""
+        """The block size of the filesystem; None if it never passed the probe."""
 
     def close(self) -> None:
-        """Release the directory."""
+        """Close the file, which unlocks the directory."""
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
@@ -120,7 +118,7 @@ class DirectoryRecord:
     # --- the file ---
 
     def _open(self) -> int:
-        """Open and lock the file. If there is none, make it, locked from the beginning."""
+        """Open and lock the file. If there is none, make it, already locked."""
         for _ in range(3):
             fd = -1
             try:
@@ -137,25 +135,25 @@ class DirectoryRecord:
                 raise
             if fd >= 0:
                 os.close(fd)
-        raise StoreBusy("the store comes and goes; is another mount just ending?")
+        raise StoreBusy("the store keeps changing; is another mount just ending?")
 
     def _open_existing(self) -> int:
-        """Open the file, if only a user who may write the directory can have made it.
+        """Open the file, unless a user who may not write the directory could have made it.
 
-        It is examined before it is opened: opening a FIFO waits, and opening a device can do anything.
+        Checks the file before it opens it: opening a FIFO blocks, and opening a device can do anything.
         """
         file = os.open(FILE, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         try:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode):
-                raise NotSupported(f"its {FILE} is no regular file: {_AWAY}")
+                raise NotSupported(f"its {FILE} is not a regular file: {_AWAY}")
             if found.st_uid not in (0, os.geteuid(), os.fstat(self._directory).st_uid):
                 raise NotSupported(
                     f"its {FILE} belongs to user {found.st_uid}, who is neither you, nor root, nor the owner of the "
                     f"directory: if you trust it, make it yours with chown(1); else {_AWAY}"
                 )
             if found.st_nlink > 1:
-                raise NotSupported(f"its {FILE} has another name, by which another store may use it: {_AWAY}")
+                raise NotSupported(f"its {FILE} has a second name (hard link), so another store may use it: {_AWAY}")
             fd = os.open(f"/proc/self/fd/{file}", (os.O_RDONLY if self.read_only else os.O_RDWR) | os.O_CLOEXEC)
         finally:
             os.close(file)
@@ -165,13 +163,13 @@ class DirectoryRecord:
         return fd
 
     def _make(self) -> int:
-        """Make the file, locked and complete before it has its name. Gives -1 if another mount was faster."""
+        """Make the file, locked and complete before it gets its name. Returns -1 if another mount was faster."""
         if self.read_only:
-            raise InvalidArgument("there is no store in it that could be mounted read-only")
+            raise InvalidArgument("it contains no store, so it cannot be mounted read-only")
         if not _is_locked(self._directory) and self._holds_marked_files():
             raise StoreBusy(
-                f"its {FILE} was removed, and the directory is locked, so it may be in use by another mount: lslocks "
-                "tells by which process. (Anyone who may read the directory can lock it.)"
+                f"its {FILE} was removed, and the directory is locked, so another mount may use it: lslocks shows "
+                "the process. (Every user who can read the directory can lock it.)"
             )
         fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
         try:
@@ -193,7 +191,7 @@ class DirectoryRecord:
                 "the store is in use by another mount, or one that was unmounted with files open; "
                 "findmnt -t fuse.ttmfs lists mounts, and the .config of each tells its store"
             )
-        _is_locked(self._directory)  # it alone keeps no one out: all who may read the directory can hold that lock
+        _is_locked(self._directory)  # not checked: any user who can read the directory can hold this lock
 
     def _holds_marked_files(self) -> bool:
         with os.scandir(self._directory) as entries:
@@ -206,13 +204,13 @@ class DirectoryRecord:
         return False
 
     def _read(self) -> dict[str, Any]:
-        """What the file holds. Raises NotSupported, with the reason, if this version cannot have written it."""
+        """Read the file. Raises NotSupported, with the reason, if this version cannot have written it."""
         try:
             kept = json.loads(os.pread(self.fd, LENGTH, 0))
         except (ValueError, RecursionError):
-            raise _refused("it is no JSON") from None
+            raise _refused("it is not JSON") from None
         if not isinstance(kept, dict):
-            raise _refused("it is no JSON object")
+            raise _refused("it is not a JSON object")
         for key, is_valid in _IS_VALID.items():
             if not is_valid(kept.get(key)):
                 raise _refused(f"{key} is {reprlib.repr(kept.get(key))}")
@@ -223,10 +221,10 @@ class DirectoryRecord:
     def _write(self, fd: int, *, next_id: int, tag: str, grain: int | None) -> None:
         kept = {"format": FORMAT, "page_size": self.page_size, "grain": grain, "tag": tag, "next_id": next_id}
         os.pwrite(fd, json.dumps(kept).ljust(LENGTH - 1).encode() + b"\n", 0)
-        os.fsync(fd)  # it is on the disk before the file has its name, and before a backup has one of the new ids
+        os.fsync(fd)  # on the disk before the file gets its name, and before a backup gets a new id
 
     def keep_block_size(self, size: int) -> None:
-        """Note that the filesystem was probed. While it is full it cannot be probed again."""
+        """Note that the filesystem passed the probe. While it is full, it cannot be probed again."""
         size = min(size, self.page_size)
         if size != self.block_size:
             self._write(self.fd, next_id=self._last_id, tag=self._tag, grain=size)
@@ -235,7 +233,7 @@ class DirectoryRecord:
     # --- ids ---
 
     def identify(self, name: str, found: os.stat_result) -> int | None:
-        """The id of a file of the directory by its name and stat; None if it cannot be a backup."""
+        """Return the id of a file in the directory by its name and stat; None if it cannot be a backup."""
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
             return None
         path = self._path(name)
@@ -253,11 +251,11 @@ class DirectoryRecord:
         return f"/proc/self/fd/{self._directory}/{name}"  # there is no getxattrat(2) before Linux 6.13
 
     def settle(self) -> None:
-        """Note that every backup was seen: from now on no mark counts but those of files that were seen."""
+        """Note that all files were seen. From now on, marks of other files are invalid."""
         self._settled = True
 
     def _held(self, path: str, ino: int) -> int | None:
-        """The id that a file is marked with, if no other file has it."""
+        """Return the id in the mark of a file, unless another file has it."""
         if (id := self._marked(path, ino)) and not self._settled:
             self._holders.setdefault(id, ino)
         return id if id and self._holders.get(id) == ino else None
@@ -272,7 +270,7 @@ class DirectoryRecord:
         return None
 
     def mark(self, where: str | int, ino: int) -> int:
-        """Give a file, by path or descriptor, an id. If the file takes no mark, the id is valid for this mount."""
+        """Give a file (a path or descriptor) an id. If the file cannot be marked, the id is valid for this mount."""
         if self._next_id > MAX_ID:
             raise NoRoom(f"all {MAX_ID} numbers for backups in this store are used up: unmount it, and {_AWAY}")
         if not self.ids_left:
@@ -289,7 +287,7 @@ class DirectoryRecord:
 
     @property
     def ids_left(self) -> int:
-        """How many ids can be given out without waiting for the disk."""
+        """The number of ids that are available without waiting for the disk."""
         return IDS_AT_ONCE if self.read_only else self._last_id - self._next_id
 
     def take_ids(self) -> None:

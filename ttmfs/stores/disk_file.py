@@ -1,8 +1,7 @@
-"""A backup's file on a disk: a thread changes it, since the kernel makes writers wait for the disk.
+"""A backup's file on a disk. Threads change it, because the kernel makes writers wait for the disk.
 
-Concurrency: the kernel locks the file while it is changed. So :meth:`DiskFile.locked` is taken around each change, and
-around each look at the file. The loop decides and counts; the thread has a descriptor of its own, and touches nothing
-else.
+Concurrency: the kernel locks the file during a change. So each change, and each check of the file, holds
+:meth:`DiskFile.locked`. The loop decides and counts. The thread has a descriptor of its own, and touches nothing else.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class DiskFile(PageFile):
     __slots__ = ()
 
     def locked(self) -> AbstractAsyncContextManager[None]:
-        return self._store.blocking_io.files.locked(self.id)
+        return self._store.blocking_io.file_locks.locked(self.id)
 
     # --- storing and dropping ---
 
@@ -57,7 +56,7 @@ class DiskFile(PageFile):
 
     @contextlib.contextmanager
     def _changing(self, what: str, first: int, past: int, *, adding: bool = False) -> Iterator[system_calls.Duplicate]:
-        """Around a change of the pages between two indices. Gives a descriptor for the thread."""
+        """Wrap a change of the pages between two indices. Yields a descriptor for the thread."""
         with (
             translated(what),
             contextlib.closing(system_calls.Duplicate(self._files.descriptor(self.id))) as file,
@@ -66,7 +65,7 @@ class DiskFile(PageFile):
             yield file
 
     async def _in_thread(self, file: system_calls.Duplicate, change: Callable[..., T], *arguments: Any) -> T:
-        """The result of a function that changes the file, called with the descriptor and the arguments."""
+        """Call `change` with the descriptor and the arguments in a thread. Returns its result."""
         changes = self._store.blocking_io.changes
         async with changes.turn(os.fstat(file.fd).st_uid):
             return await trio.to_thread.run_sync(_changed, change, file, arguments, limiter=changes.limiter)
@@ -87,10 +86,12 @@ class DiskFile(PageFile):
             raise from_os_error(error, "asking what is in memory") from error
 
     def _needed_to_write(self, offset: int, length: int) -> tuple[int, int]:
-        return (offset, length) if (offset | length) % BASE_PAGE_SIZE else (offset, 0)  # whole base pages: none is read
+        return (
+            (offset, length) if (offset | length) % BASE_PAGE_SIZE else (offset, 0)
+        )  # a write of whole base pages reads nothing
 
-    def _out(self) -> Iterator[int]:
-        for first, past in self.extents():  # by runs of pages: holes that were read lie in the page cache, too
+    def _base_pages_out(self) -> Iterator[int]:
+        for first, past in self.extents():  # only the pages, as holes that were read are in the page cache, too
             start, length = first * self.page_size, (past - first) * self.page_size
             yield max(
                 0, length // BASE_PAGE_SIZE - system_calls.resident(self._files.descriptor(self.id), start, length)
@@ -107,14 +108,14 @@ class DiskFile(PageFile):
 
 
 def _changed(change: Callable[..., T], file: system_calls.Duplicate, arguments: tuple[Any, ...]) -> T:
-    return change(file.fd, *arguments)  # the descriptor is open until then
+    return change(file.fd, *arguments)  # `file` stays open during the call
 
 
 def _write_whole_pages(fd: int, page_size: int, block_size: int, offset: int, data: bytes | memoryview) -> int:
-    """As pwrite(2), but an absent page is stored with all the data that is given for it, or stays absent.
+    """As pwrite(2), but an absent page gets all its data, or stays absent.
 
-    A tmpfs sees to that itself. On a full disk ext4 leaves pages of zeros where it refuses to write, and other
-    filesystems may stop in the middle of a page.
+    A tmpfs does that by itself. On a full disk ext4 leaves a page of zeros where a write fails, and other filesystems
+    may stop in the middle of a page.
     """
     start, end = offset, offset + len(data)
     first, past = offset // page_size, -(-end // page_size)
@@ -124,13 +125,13 @@ def _write_whole_pages(fd: int, page_size: int, block_size: int, offset: int, da
         data, absent = memoryview(data)[: end - offset], [idx for idx in absent if idx * page_size < end]
         before = offset % page_size if first in absent else 0
         behind = -end % page_size if end // page_size in absent else 0
-        if before or behind:  # a part that is never written would take room later, in the disk's own map
+        if before or behind:  # parts left unwritten would need room later, for the filesystem's extents
             data, offset = b"".join((bytes(before), data, bytes(behind))), offset - before
     return min(_write_absent(fd, page_size, offset, data, absent), end) - start
 
 
 def _write_absent(fd: int, page_size: int, offset: int, data: bytes | memoryview, absent: list[int]) -> int:
-    """Write as much as there is room for, and free what absent pages got of it in part. Gives where it ended."""
+    """Write as much as there is room for, and free absent pages that were written in part. Returns the end."""
     position, stop, at_once = offset, offset + len(data), True
     while position < stop:
         past = stop if at_once else min(stop, (position // page_size + 1) * page_size)
@@ -140,7 +141,7 @@ def _write_absent(fd: int, page_size: int, offset: int, data: bytes | memoryview
             free_pages(fd, page_size, (idx for idx in absent if (idx + 1) * page_size > position))
             if position // page_size in absent:
                 position = max(offset, position // page_size * page_size)
-            if at_once:  # some of its pages may find room, one by one
+            if at_once:  # retry page by page: some may find room
                 at_once = False
             elif position > offset:
                 break

@@ -22,12 +22,12 @@ NAMESPACE = "namespace"
 """The name under which a keeper holds the user namespace of a tmpfs, if there is one."""
 
 FEWEST_INODES = 4096
-"""Smallest default of nr_inodes. The kernel takes 1 KiB of memory for an inode, for a backup or for the extended
-attributes that a user sets on its file. The default of tmpfs itself follows from the RAM alone."""
+"""Smallest default of nr_inodes. The kernel needs 1 KiB of memory for each inode: for a backup, and for extended
+attributes that users set on its file. The default of tmpfs depends only on the RAM."""
 
 
 class PrivateTmpfs(Store):
-    """A store in a tmpfs of its own."""
+    """A store in a private tmpfs."""
 
     page_file = TmpfsFile
     is_private = True
@@ -39,11 +39,11 @@ class PrivateTmpfs(Store):
         self._sets_inodes = options.nr_inodes is None
         super().__init__(directory, options, failed)
         self.counts_changes = self._quota.is_set
-        self._begin()
+        self._first_scan()
 
     @classmethod
     def make(cls, options: Options) -> Self:
-        """A new one. Raises NotSupported; its cause is NeedsUserNamespace if the caller may make no tmpfs."""
+        """Make a new one. Raises NotSupported. Its cause is NeedsUserNamespace if the caller cannot make a tmpfs."""
         nr_inodes = options.nr_inodes
         if nr_inodes is None:
             nr_inodes = _default_inodes(options.size, options.page_size)
@@ -59,9 +59,9 @@ class PrivateTmpfs(Store):
             )
         except NeedsUserNamespace as error:
             raise NotSupported(
-                f"cannot make a private tmpfs: {error.strerror}. A user needs user namespaces for it (see the sysctls "
-                "kernel.unprivileged_userns_clone and kernel.apparmor_restrict_unprivileged_userns), and uid= and gid= "
-                "can be no one else's; root needs neither"
+                f"cannot make a private tmpfs: {error.strerror}. Users other than root need user namespaces (see the "
+                "sysctls kernel.unprivileged_userns_clone and kernel.apparmor_restrict_unprivileged_userns), and can "
+                "give only their own uid= and gid="
             ) from error
         except OSError as error:
             raise NotSupported(f"cannot make a private tmpfs: {error.strerror}") from error
@@ -116,5 +116,5 @@ class PrivateTmpfs(Store):
 
 
 def _default_inodes(size: int, page_size: int) -> int:
-    """How many inodes a tmpfs gets by default: as many as pages, or FEWEST_INODES."""
+    """Return the default number of inodes of a tmpfs: one for each page, but at least FEWEST_INODES."""
     return max(FEWEST_INODES, size // page_size)

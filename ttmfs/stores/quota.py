@@ -1,7 +1,7 @@
-"""What each user may store (`uid_size=`). Units are pages.
+"""The limit on what each user may store (`uid_size=`). Units are pages.
 
 A backup counts towards its owner, not towards the user who writes to it. It counts the room that it takes, and one page
-for itself, so that empty backups are not free. Root has no limit. The counts are not kept: they can be taken again.
+for itself, so that empty backups are not free. Root has no limit. The next daemon counts again.
 
 Concurrency: one thread.
 """
@@ -18,13 +18,13 @@ UNBOUND = 2**63 - 1
 
 
 class Quota:
-    """Counts what each user's backups take, and bounds it."""
+    """Counts the room of each user's backups, and limits it."""
 
     def __init__(self, pages: int, measure: Callable[[int], tuple[os.stat_result, int]]) -> None:
-        """`pages` is the limit; 0: none. `measure` gives the stat of a backup's file, and the pages that it takes."""
+        """`pages` is the limit; 0: none. `measure` returns the stat of a backup's file and its room in pages."""
         self.is_set = pages > 0
         self._limit, self._measure = pages or UNBOUND, measure
-        self._counted: dict[int, tuple[int, int]] = {}  # id: owner and pages, with one for the backup itself
+        self._counted: dict[int, tuple[int, int]] = {}  # id: owner and pages, including one for the backup itself
         self._taken: Counter[int] = Counter()
 
     def count(self, id: int) -> None:
@@ -36,26 +36,26 @@ class Quota:
             self._taken[found.st_uid] += pages + 1
 
     def forget(self, id: int) -> None:
-        """Leave out a backup that was ended."""
+        """Stop counting a backup that was ended."""
         uid, pages = self._counted.pop(id, (0, 0))
         self._taken[uid] -= pages
         if not self._taken[uid]:
             del self._taken[uid]
 
     def left(self, uid: int) -> int:
-        """How many more pages a user may store."""
+        """Return how many more pages a user may store."""
         return max(0, self._limit - self._taken[uid]) if uid else UNBOUND
 
     def admit(self, id: int, pages: int) -> int:
-        """As many as the owner of the backup may store."""
+        """Return how many of `pages` more pages the owner of the backup may store."""
         return min(pages, self.left(self._owner(id)))
 
     def refusal(self, id: int) -> OverQuota | None:
-        """The error for a backup that may not store another page; None if it may."""
+        """Return the error for a backup whose owner may not store another page; None if they may."""
         return None if self.admit(id, 1) else self._exceeded(self._owner(id))
 
     def check_owner(self, uid: int, id: int | None = None) -> None:
-        """Raise OverQuota if a user may not own another backup: that of `id`, or a new one."""
+        """Raise OverQuota if a user may not own one more backup: the backup of `id`, or (None) a new one."""
         if self.left(uid) < (self._counted.get(id, (0, 0))[1] if id is not None else 1):
             raise self._exceeded(uid)
 

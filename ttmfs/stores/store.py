@@ -1,13 +1,13 @@
-"""The base of every kind of store: what they share, and the interface that Pool, Backup and PageFile use.
+"""The base class of stores, and the interface that Pool, Backup and PageFile use.
 
-A store is a directory in which each backup is a file. Kinds differ in where ids and the budget are kept (the methods of
-Store without a body), and in how pages are read and written (their :class:`PageFile`). docs/architecture.md has a
+A store is a directory in which each backup is a file. The kinds of stores differ in where they keep ids and the budget
+(the abstract methods), and in how they read and write pages (their :class:`PageFile`). docs/architecture.md has a
 table of both.
 
 A *page* exists if any of its range is data; :meth:`PageFile.count_pages` tells how many do. *Room* is what the budget,
 the quotas, df and du count, in bytes or rounded up to pages.
 
-Concurrency: used from one thread; no method waits for anything but the filesystem below, unless it is async.
+Concurrency: one thread. Methods that are not async wait only for the filesystem below.
 """
 
 import contextlib
@@ -43,48 +43,47 @@ class Store(ABC):
     is_private: bool
     """Whether nobody else makes or removes files in the directory."""
     counts_changes: bool
-    """Whether each change of pages is counted here, beside the kernel. Then a backup's file is given to no one else."""
+    """Whether ttmfs counts each change of pages itself. Then it gives backups' files to no other process."""
 
     def __init__(self, directory: int, options: Options, failed: Iterable[int] = ()) -> None:
         """`failed` are the ids of backups with a failed fsync(2)."""
         self.page_size = options.page_size
         self.block_size = os.fstatvfs(directory).f_bsize
-        """Bytes, the least that the filesystem tells as data. Larger pages are allocated before they are written."""
+        """The smallest unit of data, in bytes. Pages that are larger are allocated before they are written."""
         self.in_memory = system_calls.is_tmpfs(directory)
         """Whether pages are swapped out, rather than written to a disk."""
         self.blocking_io = BlockingIO()
         self.swap = Swap()
         self.files = BackupFiles(directory, self)
         self.remember: Callable[..., object] = lambda **_: None
-        """Called with a key and a number that the next daemon must know."""
+        """Saves values, by name, for the next daemon."""
         self._failed = set(failed)
         self._reserve = Reserve(options.reserve) if self.in_memory else None
         self._quota = Quota(options.uid_size // options.page_size, self._measure)
-        self._limits: list[Callable[[int, int], int]] = [self._quota.admit] if self._quota.is_set else []
 
-    def _begin(self) -> None:
+    def _first_scan(self) -> None:
         """Read the directory for the first time."""
         try:
             for id in list(self.files.scan()):
-                with contextlib.suppress(TtmfsError):  # a backup that cannot be opened can store nothing more
+                with contextlib.suppress(TtmfsError):  # a backup that cannot be opened cannot grow
                     self._quota.count(id)
         except BaseException:
             self.files.close()
             raise
 
-    # --- what a kind has of its own ---
+    # --- the part that each kind of store implements ---
 
     @abstractmethod
     def ids_of(self, entries: "Iterator[os.DirEntry[str]]") -> dict[int, str]:
-        """The names of the backups among the regular files of the directory, by id."""
+        """Return the names, by id, of the backups among regular files of the directory."""
 
     @abstractmethod
     def id_of(self, name: str, found: os.stat_result) -> int | None:
-        """The id of a regular file, by name and stat; None if it cannot be a backup."""
+        """Return the id of a regular file by its name and stat; None if it cannot be a backup."""
 
     @abstractmethod
     def new_id(self, fd: int, found: os.stat_result) -> int:
-        """The id of a file just made, by descriptor and stat."""
+        """Return the id for a new file, given its descriptor and stat."""
 
     @abstractmethod
     def is_backup(self, fd: int, id: int) -> bool:
@@ -92,11 +91,11 @@ class Store(ABC):
 
     @abstractmethod
     def taken(self, id: int) -> int:
-        """How many bytes of room a backup takes: what df and du show."""
+        """Return the bytes of room that a backup takes, as df and du show them."""
 
     @abstractmethod
     def room(self) -> os.statvfs_result:
-        """Size, free blocks and free inodes, within the budget."""
+        """Return size, free blocks and free inodes, within the budget."""
 
     @abstractmethod
     def resize(self, size: int) -> None:
@@ -104,24 +103,24 @@ class Store(ABC):
 
     @abstractmethod
     def descriptors(self) -> dict[str, int]:
-        """The descriptors from which the next daemon makes the store, by the names that a keeper knows."""
+        """Return the descriptors that the next daemon needs for the store, by the names that a keeper knows."""
 
     def file_mode(self, mode: int) -> int:
-        """The mode that a backup's file gets for the mode of the backup."""
+        """Return the mode of the file for the mode of a backup."""
         return mode
 
     def forget(self, id: int) -> None:
-        """Leave out a backup that was ended."""
+        """Forget a backup that was ended."""
         self._failed.discard(id)
         self._quota.forget(id)
 
-    async def prepare_to_create(self) -> None:  # noqa: B027 # a kind may need nothing
-        """Wait for what :meth:`create` would wait for on the event loop."""
+    async def prepare_to_create(self) -> None:  # noqa: B027 # some kinds need nothing
+        """Do the work of the next :meth:`create` that could block the event loop."""
 
     def counting(
         self, id: int, fd: int, first: int, past: int, adding: bool
     ) -> contextlib.AbstractContextManager[None]:
-        """Around a change of pages: see :meth:`changing`."""
+        """Count a change of pages: the part of :meth:`changing` that depends on the kind."""
         return contextlib.nullcontext()
 
     # --- the directory and its files ---
@@ -133,7 +132,7 @@ class Store(ABC):
 
     @property
     def shares_files(self) -> bool:
-        """Whether other processes may get a backup's file to write to: what they do need not be counted here."""
+        """Whether other processes may get a backup's file to write to: ttmfs does not have to count their changes."""
         return self.in_memory and not self.counts_changes
 
     @property
@@ -142,7 +141,7 @@ class Store(ABC):
         return None
 
     def create(self, name: str, size: int, mode: int, uid: int, gid: int) -> int:
-        """Make the file of a new backup. Gives its id. Raises BackupExists, NoRoom and OverQuota."""
+        """Make the file of a new backup. Returns its id. Raises BackupExists, NoRoom and OverQuota."""
         self._quota.check_owner(uid)
         id = self.files.create(name, size, mode, uid, gid)
         self._quota.count(id)
@@ -150,7 +149,7 @@ class Store(ABC):
 
     def change(self, id: int | None, *, mode: int | None = None, uid: int = -1, gid: int = -1,
                times: tuple[int, int] | None = None) -> None:  # fmt: skip
-        """As :meth:`BackupFiles.change`. OverQuota if the new owner may not own so much."""
+        """As :meth:`BackupFiles.change`. Raises OverQuota if the quota of the new owner is too small."""
         owner_changes = id is not None and uid != -1
         if owner_changes:
             self._quota.check_owner(uid, id)
@@ -159,7 +158,7 @@ class Store(ABC):
             self._quota.count(id)
 
     def close(self, *, leave: bool = False) -> None:
-        """Give up every descriptor, and remove what is temporary, unless it is to be left for the next daemon."""
+        """Close every descriptor. Remove a temporary directory, unless (`leave`) the next daemon uses it."""
         fd = self.files.directory
         self.files.close()
         if fd >= 0:
@@ -168,23 +167,23 @@ class Store(ABC):
     # --- limits ---
 
     def admit(self, id: int, pages: int) -> int:
-        """How many of `pages` more pages a backup may store. Storing may still find that there is less room."""
-        for limit in self._limits:
-            pages = limit(id, pages)
+        """Return how many of `pages` more pages a backup may store. The filesystem may have less room."""
+        if self._quota.is_set:
+            pages = self._quota.admit(id, pages)
         return pages if not self._reserve or self._reserve.admits(pages * self.page_size) else 0
 
     def refusal(self, id: int) -> NoRoom:
-        """Why a backup was not admitted another page."""
+        """Return the error for a backup that was refused another page."""
         return self._quota.refusal(id) or NoRoom(
             "the budget (size), or the memory that must stay free (reserve), is used up"
         )
 
     @contextlib.contextmanager
     def changing(self, id: int, first: int, past: int, fd: int = -1, *, adding: bool = False) -> Iterator[None]:
-        """Around a change of pages between two indices of a backup, where the store `counts_changes`.
+        """Wrap a change of pages between two indices of a backup, if the store `counts_changes`.
 
-        If something is awaited within it, `fd` is a descriptor of the backup's file that stays open, and with `adding`
-        all these pages count from the beginning, so that no one else is admitted to the same room.
+        A caller that awaits within it gives an `fd` of the backup's file that stays open. With `adding`, all these
+        pages count from the beginning, so that no other request gets the same room.
         """
         fd = self.files.descriptor(id) if fd < 0 else fd
         try:
@@ -193,26 +192,26 @@ class Store(ABC):
                     self._quota.count(id)
                 yield
         finally:
-            with contextlib.suppress(TtmfsError):  # someone removed the file without asking us
+            with contextlib.suppress(TtmfsError):  # another program removed the file
                 self._quota.count(id)
 
     def _measure(self, id: int) -> tuple[os.stat_result, int]:
         return self.files.stat(id), -(-self.taken(id) // self.page_size)
 
     def left_for(self, uid: int) -> int:
-        """How many more bytes a user may store, as far as the quota goes."""
+        """Return how many more bytes the quota allows a user to store."""
         return min(UNBOUND, self._quota.left(uid) * self.page_size)
 
     @property
     def counts_pages_by_room(self) -> bool:
-        """Whether each page takes the room of one, so that pages need not be looked for to be counted.
+        """Whether the number of pages follows from the room that they take, so that no search is needed.
 
-        In memory a page of several blocks can exist in part: a program that has the file can store that.
+        It does not in memory if a page has several blocks: a program that has the file can store a part of a page.
         """
         return not self.in_memory or self.page_size <= self.block_size
 
     def headroom(self) -> int:
-        """Bytes that may be stored before the memory reserve is touched."""
+        """Return the bytes that can be stored without touching the memory reserve."""
         return self._reserve.headroom() if self._reserve else UNBOUND
 
     # --- durability ---
@@ -220,15 +219,15 @@ class Store(ABC):
     async def sync(self, id: int | None) -> None:
         """fsync(2) of a backup and of its name, or (None) of all names, in a thread.
 
-        After one failure every later one of that backup fails too: the kernel reports lost pages only once, but several
-        callers may rely on theirs.
+        After a failure every later call for that backup fails, too: the kernel reports lost pages only once, but
+        several callers may rely on the result.
         """
         if id in self._failed:
             raise StoreFailed("syncing a backup: it failed before, so pages may be lost; copy out what is there")
         directory = self.files.directory
         try:
             owner = os.fstat(directory if id is None else self.files.descriptor(id)).st_uid
-            async with self.blocking_io.syncs.turn(owner):  # no descriptor is duplicated for those who wait here
+            async with self.blocking_io.syncs.turn(owner):  # duplicate descriptors only after the wait
                 fds = [directory if id is None else self.files.descriptor(id), directory]
                 await trio.to_thread.run_sync(
                     _sync, [system_calls.Duplicate(fd) for fd in fds], limiter=self.blocking_io.syncs.limiter

@@ -1,7 +1,7 @@
 """Directories in memory that replace the private tmpfs of a user who may not create user namespaces.
 
-They lie in ``$XDG_RUNTIME_DIR`` or ``/dev/shm``, and only their user can enter them. A daemon removes its own when the
-mount ends. The next mount of the same user removes those of daemons that were killed.
+They lie in ``$XDG_RUNTIME_DIR`` or ``/dev/shm``, and only their user can enter them. A daemon removes its directory
+when the mount ends. The next mount of the same user removes the directories of killed daemons.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ __all__ = ["candidates", "remove", "store_in"]
 
 PREFIX = "ttmfs-"
 MARK = "removed-by-the-next-mount"
-"""A file in each of them. A user's own store=DIR may have such a name too, but not this file."""
+"""A file in each of these directories. A store=DIR of the user may have the prefix, but not this file."""
 
 
 def candidates(options: Options) -> Iterator[str]:
-    """Create one in each suitable place, the place with the most room first. The caller removes those not wanted."""
+    """Yield a new directory in each suitable place, most room first. The caller removes those it does not use."""
     for place in sorted({os.environ.get("XDG_RUNTIME_DIR") or "/dev/shm", "/dev/shm"}, key=_room, reverse=True):
         with contextlib.suppress(OSError):
             _remove_abandoned(place)
@@ -40,12 +40,12 @@ def candidates(options: Options) -> Iterator[str]:
 
 
 def store_in(path: str) -> str:
-    """The directory for the backups. The mount's root has its mode and owner."""
+    """Return the directory for the backups. The root of the mount has its mode and owner."""
     return os.path.join(path, "store")
 
 
 def remove(path: str) -> None:
-    """Remove it with its backups. The mount's root may have a mode that shuts out its owner."""
+    """Remove the directory with its backups, even if the mode of `store` denies access to the owner."""
     with contextlib.suppress(OSError):
         os.chmod(store_in(path), 0o700)
     shutil.rmtree(path, ignore_errors=True)
@@ -60,7 +60,7 @@ def _room(place: str) -> int:
 
 
 def _remove_abandoned(place: str) -> None:
-    """Remove those that no daemon has locked."""
+    """Remove the directories that no daemon has locked."""
     for path in Path(place).glob(PREFIX + "*"):
         with contextlib.suppress(OSError):
             if path.stat(follow_symlinks=False).st_uid == os.geteuid() and (path / MARK).exists():

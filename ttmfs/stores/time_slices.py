@@ -1,7 +1,7 @@
-"""Long work on the event loop, done in time slices. Between two slices other requests are served.
+"""Long work on the event loop, in time slices. The loop serves other requests between two slices.
 
-All long work of a mount shares one lock, so only one slice runs at a time. A request waits for one slice at most,
-however many pieces of long work are in progress.
+All long work of a mount shares one lock, so a request waits for at most one slice, even with many pieces of long work
+in progress.
 
 Concurrency: one thread.
 """
@@ -15,20 +15,20 @@ import trio
 __all__ = ["SLICE_SECONDS", "TimeSlices", "Work"]
 
 SLICE_SECONDS = 0.0005
-"""Length of a slice. 25 page requests take as long."""
+"""Length of a slice: the time of 25 page requests."""
 
 PASSES = 2
-"""How often the loop looks for requests between two slices. It reads one at a time."""
+"""Passes of the event loop between two slices. In each it reads at most one request."""
 
 
 class TimeSlices:
     """Shares the event loop of one mount between its long work and its requests."""
 
     def __init__(self) -> None:
-        self._lock = trio.Lock()  # first come, first served
+        self._lock = trio.Lock()  # in order of arrival
 
     async def rest(self) -> None:
-        """Let requests be served, and other long work have its slice. Not cancellable: a change may be half done."""
+        """Let requests and other long work run. Not cancellable, because a change may be half done."""
         with trio.CancelScope(shield=True):
             async with self._lock:
                 for _ in range(PASSES):
@@ -39,13 +39,13 @@ class TimeSlices:
         return Work(self)
 
     async def total(self, parts: Iterator[int], locked: Callable[[], AbstractAsyncContextManager[None]]) -> int:
-        """The sum of numbers that take long to compute. Each slice runs within `locked`."""
+        """Return the sum of numbers that take long to compute. Each slice runs within `locked`."""
         work, total = self.begin(), 0
         while True:
             async with locked():
                 for part in parts:
                     total += part
-                    if work.is_due():
+                    if work.slice_is_over():
                         break
                 else:
                     return total
@@ -53,13 +53,13 @@ class TimeSlices:
 
 
 class Work:
-    """A piece of long work. After each :meth:`rest` its state must be read anew."""
+    """A piece of long work. After each :meth:`rest` it must read the state again."""
 
     def __init__(self, slices: TimeSlices) -> None:
         self._slices = slices
         self._until = time.monotonic() + SLICE_SECONDS
 
-    def is_due(self) -> bool:
+    def slice_is_over(self) -> bool:
         """Whether the slice is over."""
         return time.monotonic() > self._until
 

@@ -1,4 +1,4 @@
-"""A backup's file on a tmpfs: everything is done on the event loop, and pages leave memory by swap.
+"""A backup's file on a tmpfs. The event loop does all work on it, and its pages can be swapped out.
 
 Concurrency: see :mod:`.page_file`. No thread changes the file.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["TmpfsFile"]
 
 WINDOW = 1 << 20
-"""Bytes that are pushed out of memory at a time, in between which others are served."""
+"""Bytes pushed out of memory at a time. Other requests are served in between."""
 
 _UNLOCKED = contextlib.nullcontext()
 
@@ -40,7 +40,9 @@ class TmpfsFile(PageFile):
     # --- storing and dropping ---
 
     def overwrite(self, offset: int, data: bytes) -> int:
-        return self._write(offset, data[: self._end_of(offset, len(data)) - offset])  # .shmem can have cut the page
+        return self._write(
+            offset, data[: self._end_of(offset, len(data)) - offset]
+        )  # a user of .shmem may have cut the page
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
         return self._write(offset, self._admitted(offset, data))
@@ -64,11 +66,11 @@ class TmpfsFile(PageFile):
             raise from_os_error(error, "dropping pages") from error
 
     def _write(self, offset: int, data: bytes | memoryview) -> int:
-        """Store bytes as far as the tmpfs has room."""
+        """Store as many bytes as the tmpfs has room for."""
         fd, end = self._files.descriptor(self.id), offset + len(data)
         try:
             if not self._store.counts_changes:
-                if len(data) <= STEP and self.page_size <= self._store.block_size:  # nearly always: a call less
+                if len(data) <= STEP and self.page_size <= self._store.block_size:  # the usual case, one call less
                     return os.pwrite(fd, data, offset)
                 return self._put(fd, offset, data)
             with self._store.changing(self.id, offset // self.page_size, -(-end // self.page_size)):
@@ -77,8 +79,8 @@ class TmpfsFile(PageFile):
             raise from_os_error(error, "storing pages") from error
 
     def _put(self, fd: int, offset: int, data: bytes | memoryview) -> int:
-        """Store bytes by STEPs. Pages that fallocate(2) is working on cannot be swapped out: a long run at once would
-        end in the OOM killer where memory is short.
+        """Store bytes in STEPs. Pages cannot be swapped out during their fallocate(2), so a long run could end in the
+        OOM killer.
         """
         view, position, end = memoryview(data), offset, offset + len(data)
         while position < end:
@@ -95,11 +97,11 @@ class TmpfsFile(PageFile):
         return position - offset
 
     def _allocate(self, fd: int, offset: int, end: int) -> int:
-        """Allocate whole pages, so that none is stored in part. Gives where room ends."""
+        """Allocate whole pages, so that none is stored in part. Returns the offset where room ends."""
         page_size = self.page_size
         first, past = offset // page_size * page_size, -(-end // page_size) * page_size
         if sum(system_calls.residency(fd, first, past - first)) * BASE_PAGE_SIZE == past - first:
-            return end  # all is allocated: fallocate(2) looks at every base page, 95 us for 2 MiB
+            return end  # already allocated. fallocate(2) would check every base page, 95 us for 2 MiB
         return min(end, allocated_until(fd, page_size, first // page_size, past // page_size) * page_size)
 
     # --- memory and swap ---
@@ -120,8 +122,8 @@ class TmpfsFile(PageFile):
         first, past = offset // self.page_size, -(-(offset + length) // self.page_size)
         return first * self.page_size, (past - first) * self.page_size  # allocating a page brings all of it in
 
-    def _out(self) -> Iterator[int]:
-        position = 0  # by STEPs from data to data, which takes no longer if there are many runs
+    def _base_pages_out(self) -> Iterator[int]:
+        position = 0  # in STEPs from data to data, so that the time does not depend on the number of runs
         while (start := self._next_data(position)) is not None:
             yield system_calls.residency(self._files.descriptor(self.id), start, STEP)[1]
             position = start + STEP
@@ -142,7 +144,7 @@ class TmpfsFile(PageFile):
                         await trio.lowlevel.checkpoint()
 
     async def _push_out_run(self, fd: int, start: int, size: int) -> None:
-        address = system_calls.map_resident(fd, start, size)  # on the loop: no page was dropped since it was found
+        address = system_calls.map_resident(fd, start, size)  # on the loop, so that no page is dropped in between
         run_sync = partial(trio.to_thread.run_sync, limiter=self._store.blocking_io.syncs.limiter)
         self._store.swap.page_out_begins()
         try:
@@ -157,15 +159,17 @@ class TmpfsFile(PageFile):
 
 
 def _resident_run(fd: int, offset: int, end: int, page_size: int) -> tuple[int, int] | None:
-    """The next run of base pages in memory that belong to pages, as (start, end); None if there are no more.
+    """Return the next run of base pages in memory that belong to pages, as (start, end), or None.
 
-    An empty run means: continue at its end. Pages are looked for one by one, a window at a time: finding the end of a
-    run of data takes time in proportion to the whole run.
+    After an empty run the caller continues at its end. This probes page by page within one window, because finding the
+    end of a run of data takes time in proportion to the whole run.
     """
     found = system_calls.next_data_start(fd, offset)
     if found is None or found >= end:
         return None
-    start = past = max(offset, found // page_size * page_size)  # the beginning of a large page may only be allocated
+    start = past = max(
+        offset, found // page_size * page_size
+    )  # a large page can begin with allocated blocks without data
     limit = min(end, start + WINDOW)
     while past < limit and system_calls.is_data(fd, past // page_size * page_size, page_size):
         past = min(limit, (past // page_size + 1) * page_size)
