@@ -318,3 +318,15 @@ def run(command: str, *, cwd: Path | None = None, code: int = 0, **more: Any) ->
     )
     assert done.returncode == code, f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Stop processes for the time of a ``with``."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)

@@ -276,9 +276,9 @@ def test_create_and_open_refuse_existing_and_absent_backups(mnt: Path, tmp_path:
         Backup.create(mnt / "a")
     with pytest.raises(BackupAbsent):
         Backup.open(mnt / "b")
-    with pytest.raises(InvalidArgument, match="no backup"):
+    with pytest.raises(InvalidArgument, match="is not a backup"):
         Backup.open(tmp_path)
-    with pytest.raises(InvalidArgument, match="no backup"):
+    with pytest.raises(InvalidArgument, match="is not a backup"):
         Backup.open(mnt)
     (tmp_path / "file").touch()
     with pytest.raises(InvalidArgument):
@@ -536,7 +536,7 @@ def test_a_directory_that_imitates_a_backup_is_refused(mnt: Path, tmp_path: Path
 
 
 def test_a_failed_create_leaves_no_directory(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="no mount of ttmfs"):
+    with pytest.raises(InvalidArgument, match="is not a mount of ttmfs"):
         Backup.create(tmp_path / "a")
     assert not names(tmp_path)
 

@@ -1092,7 +1092,7 @@ def test_a_file_of_another_user_is_loaded_into_a_private_backup(mnt: Path, tmp_p
         assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o700)
         assert content(mnt / name) == content(mnt / "a")
     os.mkfifo(tmp_path / "fifo")
-    assert "is no file" in ttmfs("load", tmp_path / "fifo", mnt / "d", code=2)
+    assert "is not a regular file" in ttmfs("load", tmp_path / "fifo", mnt / "d", code=2)
     os.mkfifo(tmp_path / "f.ttmfs")
     assert "f.ttmfs is damaged" in ttmfs("load", tmp_path / "f", mnt / "d", code=2)
 
@@ -1295,7 +1295,7 @@ def test_doctor_tells_dead_mounts_from_live_ones_and_says_what_to_do(
         assert f"fusermount3 -u {mountpoint}" in found["do"]
         text = ttmfs("ls", mountpoint, mnt, code=1)
         assert "ttmfs doctor says what to do" in text
-    assert "is no mount" in ttmfs("doctor", tmp_path, code=2)
+    assert "is not a mount" in ttmfs("doctor", tmp_path, code=2)
     assert "\x1b[" in seen("doctor", mnt)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from harness import REPOSITORY, Mount, children, opened, run
+from harness import REPOSITORY, Mount, children, opened, run, stopped
 from stores import ALICE
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -320,18 +320,6 @@ def test_nonsense_from_a_mount_of_a_stranger_is_reported_in_one_line(tmp_path: P
 # --- mounts that do not answer ---
 
 
-@contextlib.contextmanager
-def stopped(*pids: int) -> Iterator[None]:
-    """Stop processes for the time of a ``with``."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
-
-
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[tuple[Mount, Mount]]:
     """Two mounts with a backup each. Tests make the first one hang."""
@@ -369,7 +357,7 @@ def test_doctor_reports_a_mount_that_does_not_answer_under_any_name(two: tuple[M
         assert checks[str(hangs.path)]["state"] == "problem"
         for path in str(hangs.path), f"{hangs.path}/", os.path.relpath(hangs.path, REPOSITORY):
             assert "has not answered" in ttmfs("doctor", path, code=1)
-        assert "is no mount" in ttmfs("doctor", hangs.path / "a", code=2)
+        assert "is not a mount" in ttmfs("doctor", hangs.path / "a", code=2)
 
 
 @pytest.mark.parametrize("kind", ["daemon", "keeper", "both"])

@@ -85,7 +85,7 @@ def test_umount_of_a_mount_in_use_is_busy_and_a_lazy_one_works(machine: Machine)
         (f"ttm {MNT} -o siez=64m", 1, "unknown option 'siez=64m', perhaps 'size'"),
         (f"ttm {MNT} -o size=lots", 1, "size: 'lots' is not a size"),
         ("ttm /mnt/missing", 32, "/mnt/missing does not exist; make it first: mkdir /mnt/missing"),
-        ("ttm /etc/passwd", 32, "/etc/passwd is no directory"),
+        ("ttm /etc/passwd", 32, "/etc/passwd is not a directory"),
         (f"ttm {MNT} -o store=/missing", 32, "/missing does not exist"),
     ],
 )

@@ -276,7 +276,7 @@ def test_mounting_over_a_directory_with_files_prints_a_warning(tmp_path: Path) -
         ("mount.py -f mnt -o ro=1", 1, "ro is a flag and takes no value"),
         ("mount.py missing", 32, "missing does not exist; make it first: mkdir missing"),
         ("mount.py -f missing", 32, "missing does not exist"),
-        ("mount.py file", 32, "file is no directory"),
+        ("mount.py file", 32, "file is not a directory"),
         ("mount.py /", 32, "a mount on / would hide /.*, which it needs"),
         ("mount.py -f /usr", 32, "a mount on /usr would hide /usr/.*; give an empty directory"),
         ("mount.py file/x", 32, "file/x: Not a directory"),

@@ -191,7 +191,7 @@ def test_c5_fsync_of_the_image_swaps_out_the_whole_backup(backup: Path) -> None:
         os.fsync(fd)
         assert count(backup, "pages") == pages, "it made none"
         assert count(backup, "swapped") >= pages - 2  # one that was just being looked at may stay
-        assert swap_used() - used >= (pages - 2) * PAGE
+        assert swap_used() - used >= pages * PAGE * 9 // 10, "others may bring pages in meanwhile"
         (backup / "2").read_bytes()
         os.fsync(fd)  # of what is partly out already
         assert count(backup, "swapped") >= pages - 2

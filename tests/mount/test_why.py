@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import Mount, raises_errno, run
+from harness import Mount, raises_errno, run, stopped
 from stores import ALICE, Place, acting_as
 from ttmfs import errors
 from ttmfs.fuse import refusals

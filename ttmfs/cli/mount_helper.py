@@ -126,7 +126,7 @@ def _check(directory: str, options: Options, program: str) -> None:
 def _check_directory(path: str) -> None:
     try:
         if not stat.S_ISDIR(os.stat(path).st_mode):
-            raise _Error(f"{path} is no directory", ExitCode.FAILED)
+            raise _Error(f"{path} is not a directory", ExitCode.FAILED)
     except FileNotFoundError:
         raise _Error(f"{path} does not exist; make it first: mkdir {path}", ExitCode.FAILED) from None
     except OSError as error:

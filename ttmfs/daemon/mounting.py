@@ -48,7 +48,7 @@ def checked_mountpoint(path: str) -> str:
     try:
         os.statvfs(path)  # unlike stat(2) it asks the filesystem that is mounted there, so it finds a dead mount
         if not stat.S_ISDIR(os.stat(path).st_mode):
-            raise MountError(f"{path} is no directory; give an empty one")
+            raise MountError(f"{path} is not a directory; give an empty one")
         real = os.path.realpath(path)
         if hidden := next((place for place in NEEDED if Path(place).is_relative_to(real)), None):
             raise MountError(f"a mount on {path} would hide {hidden}, which it needs; give an empty directory")
