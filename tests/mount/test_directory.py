@@ -172,7 +172,7 @@ def test_two_mounts_of_one_directory_are_refused(directory: Path, mountpoint: Pa
             assert "in use by another mount" in refused(32, other, f"store={path}")
         (mountpoint / "a/1").write_bytes(content(1))
         (directory / ".ttmfs").unlink()  # as one who tidies up might
-        assert "in use by another mount" in refused(32, other, f"store={directory}")
+        assert "another mount may use it" in refused(32, other, f"store={directory}")
     with Mount(other, f"store={link}"):
         assert (other / "a/1").read_bytes() == content(1)
 
@@ -323,7 +323,7 @@ def test_a_path_that_is_not_a_writable_directory_is_refused(mountpoint: Path, tm
     store = tmp_path / "store"
     store.mkdir()
     (store / ".ttmfs").write_text("{}")
-    assert "none that this version of ttmfs understands" in refused(2, mountpoint, f"store={store}")
+    assert "this version of ttmfs cannot read its .ttmfs" in refused(2, mountpoint, f"store={store}")
 
 
 def test_a_store_can_be_mounted_over_itself(directory: Path) -> None:
@@ -339,7 +339,7 @@ def test_a_store_can_be_mounted_over_itself(directory: Path) -> None:
 
 def test_a_store_mounted_read_only_is_not_changed(directory: Path, below: Path, mountpoint: Path) -> None:
     """This holds, too, if its filesystem is read-only."""
-    assert "no store in it that could be mounted read-only" in refused(32, mountpoint, f"store={directory},ro")
+    assert "it contains no store, so it cannot be mounted read-only" in refused(32, mountpoint, f"store={directory},ro")
     with Mount(mountpoint, f"store={directory}"):
         (mountpoint / "a").mkdir()
         (mountpoint / "a/3").write_bytes(content(3))
