@@ -245,7 +245,7 @@ TEXTS = (
 def test_an_unknown_record_file_is_refused_and_left_unchanged(tmp_path: Path, text: bytes) -> None:
     before = descriptors(os.getpid())
     (tmp_path / FILE).write_bytes(text)
-    with pytest.raises(NotSupported, match=r"none that this version of ttmfs understands \(.*move .ttmfs away"):
+    with pytest.raises(NotSupported, match=r"this version of ttmfs cannot read its .ttmfs \(.*move .ttmfs away"):
         DirectoryRecord(at := os.open(tmp_path, os.O_RDONLY), PAGE)
     os.close(at)
     assert (tmp_path / FILE).read_bytes() == text
