@@ -47,6 +47,8 @@ class Tree:
     def node(self, ino: int) -> Node:
         """The node of an inode number."""
         id, handle = split(ino)
+        if id and 0 < handle <= MAX_HANDLE:
+            return self._directory(id).pages
         if not id:
             if ino != ROOT and ino not in self.texts:
                 raise NoSuchName(f"there is no inode {ino}")
@@ -54,8 +56,6 @@ class Tree:
         directory = self._directory(id)
         if not handle:
             return directory
-        if handle <= MAX_HANDLE:
-            return directory.pages
         return directory.image if handle == IMAGE else directory.link
 
     def directory(self, number: int) -> Directory:
