@@ -116,7 +116,8 @@ class _Child:
             found[kind].append(value)
         error = "".join(found["error"])
         if self.is_silent:
-            error = f"{quoted(self.path)} has not answered for {PATIENCE:g} s"
+            name = quoted(self.path)
+            error = f"{name} has not answered for {PATIENCE:g} s; ttmfs doctor {name} says what to do"
         return Answer(found["item"], error, self.is_silent)
 
 

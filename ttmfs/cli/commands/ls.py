@@ -5,7 +5,6 @@ A child process lists each mount. So a mount that does not answer in time delays
 
 import argparse
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -20,8 +19,8 @@ from ...linux.mountinfo import ttmfs_mounts
 from ...quoting import plain, quoted
 from ..exit_status import ExitStatus
 from .child_process import ask, ask_all
-from .command import Command, CommandError, complain, reason
-from .mounts import Place, located, opened
+from .command import Command, CommandError, complain
+from .mounts import Place, failure, located, opened
 from .terminal import age, columns, has_colours, is_terminal, painted, size, table, user_name
 
 __all__ = ["COMMANDS"]
@@ -148,8 +147,7 @@ def _list(paths: list[str]) -> tuple[list[Row], dict[str, str], ExitStatus]:
     for (path, _), answer in zip(works, ask_all(works), strict=True):
         rows.extend(Row(*item) for item in answer.items)
         if answer.error:
-            hint = f"; ttmfs doctor {quoted(path)} says what to do" if answer.is_silent else ""
-            failed[path] = answer.error + hint
+            failed[path] = answer.error
     return rows, failed, ExitStatus.of(len(failed), len(works))
 
 
@@ -173,8 +171,7 @@ def _rows_at(path: str) -> Iterator[Row]:
             else:
                 raise CommandError(f"{quoted(path)} is not a mount of ttmfs, nor a backup")
     except OSError as error:
-        hint = "; ttmfs doctor says what to do" if error.errno == errno.ENOTCONN else ""
-        raise CommandError(reason(error, path) + hint) from None
+        raise failure(error, path) from None
 
 
 def _rows(path: str, mount: Place, page_size: int) -> Iterator[Row]:

@@ -21,7 +21,7 @@ from .command import CommandError, reason
 if TYPE_CHECKING:
     from ...client.backup import Backup
 
-__all__ = ["NoSuchBackup", "Place", "backup_at", "config", "config_of", "located", "new_backup", "opened"]
+__all__ = ["NoSuchBackup", "Place", "backup_at", "config", "config_of", "failure", "located", "new_backup", "opened"]
 
 PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 LONGEST_NUMBER = 18  # digits
@@ -141,10 +141,15 @@ def new_backup(path: str) -> Iterator[tuple[Place, str]]:
                         )
                 raise CommandError(f"{quoted(above)} is not a mount of ttmfs; name a backup in the root of one: MNT/a")
         except OSError as error:
-            hint = "; ttmfs doctor says what to do" if error.errno == errno.ENOTCONN else ""
-            raise CommandError(reason(error, above) + hint) from None
+            raise failure(error, above) from None
         assert place
         yield place, name
+
+
+def failure(error: OSError, path: str) -> CommandError:
+    """The error for a path in a mount that failed. A dead mount is ENOTCONN."""
+    hint = "; ttmfs doctor says what to do" if error.errno == errno.ENOTCONN else ""
+    return CommandError(reason(error, path) + hint)
 
 
 def config(mount: int) -> dict[str, Any]:

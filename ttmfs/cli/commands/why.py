@@ -31,8 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
     path: str = arguments.mount
     answer = ask(path, lambda: _refusals(path))
     if answer.error:
-        hint = f"; ttmfs doctor {quoted(path)} says what to do" if answer.is_silent else ""
-        raise CommandError(answer.error + hint)
+        raise CommandError(answer.error)
     found: list[dict[str, Any]] = answer.items[0]
     if arguments.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
