@@ -325,8 +325,7 @@ class BackupDirectory(Directory):
         handle = parse_page_name(name) or 0
         if not 0 < handle <= MAX_HANDLE:
             raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
-        drops = self.shared.bulk_drops
-        if drops and self.id in drops and not self.backup.holds(handle - 1):
+        if self.id in self.shared.bulk_drops and not self.backup.holds(handle - 1):
             ino = inode(self.id, handle)
             if not self.shared.retries.forgives(ino, pid, OPEN):
                 raise page_dropped(ino)

@@ -60,8 +60,7 @@ class _BackupFile(Node):
         The kernel checks too, but for a while after a change it may use the old mode. While it truncates the page, this
         happens even after the notification.
         """
-        changes = self.shared.mode_changes
-        if self.id in changes and not may(self.backup.stat(), caller, wanted):
+        if self.id in self.shared.mode_changes and not may(self.backup.stat(), caller, wanted):
             raise AccessDenied("the present mode and owner of the backup do not allow it")
 
     def _place(self, fh: int, offset: int, data: bytes) -> tuple[int, bytes]:

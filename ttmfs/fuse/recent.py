@@ -68,7 +68,7 @@ class RecentBackups:
         self._until[backup] = time.monotonic() + self._seconds
 
     def __contains__(self, backup: int) -> bool:
-        return time.monotonic() <= self.until(backup)
+        return bool(self._until) and time.monotonic() <= self.until(backup)  # mostly empty, and asked on hot paths
 
     def until(self, backup: int) -> float:
         """The time.monotonic() at which the note expires; 0 if there is none."""
