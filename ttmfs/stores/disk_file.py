@@ -86,16 +86,14 @@ class DiskFile(PageFile):
             raise from_os_error(error, "asking what is in memory") from error
 
     def _needed_to_write(self, offset: int, length: int) -> tuple[int, int]:
-        return (
-            (offset, length) if (offset | length) % BASE_PAGE_SIZE else (offset, 0)
-        )  # a write of whole base pages reads nothing
+        reads = (offset | length) % BASE_PAGE_SIZE  # a write of whole base pages reads nothing
+        return offset, length if reads else 0
 
     def _base_pages_out(self) -> Iterator[int]:
         for first, past in self.extents():  # only the pages, as holes that were read are in the page cache, too
             start, length = first * self.page_size, (past - first) * self.page_size
-            yield max(
-                0, length // BASE_PAGE_SIZE - system_calls.resident(self._files.descriptor(self.id), start, length)
-            )
+            resident = system_calls.resident(self._files.descriptor(self.id), start, length)
+            yield max(0, length // BASE_PAGE_SIZE - resident)
 
     async def push_out(self, offset: int, length: int) -> None:
         with contextlib.suppress(TtmfsError, OSError):

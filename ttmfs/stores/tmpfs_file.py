@@ -40,9 +40,8 @@ class TmpfsFile(PageFile):
     # --- storing and dropping ---
 
     def overwrite(self, offset: int, data: bytes) -> int:
-        return self._write(
-            offset, data[: self._end_of(offset, len(data)) - offset]
-        )  # a user of .shmem may have cut the page
+        end = self._end_of(offset, len(data))  # a user of .shmem may have cut the page
+        return self._write(offset, data[: end - offset])
 
     def write(self, offset: int, data: bytes | memoryview) -> int:
         return self._write(offset, self._admitted(offset, data))
@@ -167,9 +166,8 @@ def _resident_run(fd: int, offset: int, end: int, page_size: int) -> tuple[int, 
     found = system_calls.next_data_start(fd, offset)
     if found is None or found >= end:
         return None
-    start = past = max(
-        offset, found // page_size * page_size
-    )  # a large page can begin with allocated blocks without data
+    # A large page can begin with allocated blocks without data.
+    start = past = max(offset, found // page_size * page_size)
     limit = min(end, start + WINDOW)
     while past < limit and system_calls.is_data(fd, past // page_size * page_size, page_size):
         past = min(limit, (past // page_size + 1) * page_size)
