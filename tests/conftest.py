@@ -15,7 +15,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from harness import Mount, children, descriptors, mounts_below, set_attribute
+import stores
+from harness import Mount, children, descriptors, mounts_below, remaining, set_attribute
 from stores import KINDS, Place, Site, site_of
 from systemd_machine import Machine
 
@@ -81,9 +82,7 @@ def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Records]:
     assert not unexpected, f"logged: {unexpected}"
     assert mounts_below(base) == before[0], "a mount was left or taken away"
     end = time.monotonic() + 5
-    while (left := children() - before[1]) and time.monotonic() < end:
-        for pid in left:  # it may be a zombie
-            os.waitpid(pid, os.WNOHANG)
+    while (left := remaining(before[1])) and time.monotonic() < end:
         time.sleep(0.01)
     assert not left, f"left processes {[Path(f'/proc/{pid}/cmdline').read_bytes() for pid in left]}"
     leaked = [d for d in descriptors(os.getpid()) if d not in before[2]]
@@ -122,6 +121,13 @@ def backup(mnt: Path) -> Path:
     path = mnt / "a"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def swap(tmp_path: Path) -> Iterator[None]:
+    """The machine has swap during the test, which must be marked serial."""
+    with stores.swap(tmp_path):
+        yield
 
 
 SHARED = 512 << 20

@@ -107,6 +107,13 @@ def children(pid: int | None = None) -> set[int]:
     return found
 
 
+def remaining(before: set[int]) -> set[int]:
+    """The children of this process that it did not have before. Those that have ended are reaped."""
+    for pid in children() - before:
+        os.waitpid(pid, os.WNOHANG)
+    return children() - before
+
+
 def descriptors(pid: int) -> list[str]:
     """What the descriptors of a process refer to, sorted."""
     found = []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import REPOSITORY, children, mounts_below, run, wait_until
+from harness import REPOSITORY, children, mounts_below, remaining, run, wait_until
 
 VERSION = "98.7.6"
 """Written where the version stands, and nowhere else; it must then show everywhere."""
@@ -126,13 +126,7 @@ def test_python_m_ttmfs_is_the_command(installed: Path) -> None:
 def no_one_left() -> Iterator[None]:
     before = children()
     yield
-
-    def gone() -> bool:
-        for pid in children() - before:
-            os.waitpid(pid, os.WNOHANG)
-        return not children() - before
-
-    wait_until(gone, "the daemon's end")
+    wait_until(lambda: not remaining(before), "the daemon's end")
 
 
 @pytest.mark.usefixtures("no_one_left")

@@ -380,12 +380,6 @@ def test_fini_ends_only_the_named_backups(mnt: Path) -> None:
     assert len(text.splitlines()) == 5
 
 
-@pytest.fixture
-def swap(tmp_path: Path) -> Iterator[None]:
-    with stores.swap(tmp_path):
-        yield
-
-
 @pytest.mark.serial
 @pytest.mark.usefixtures("swap")
 def test_map_shows_pages_swapped_out_by_writeback(mnt: Path, tmp_path: Path) -> None:

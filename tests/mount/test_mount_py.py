@@ -29,6 +29,7 @@ from harness import (
     descriptors,
     mounts_below,
     raises_errno,
+    remaining,
     run,
     wait_until,
 )
@@ -61,13 +62,8 @@ def ended(tmp_path: Path) -> Iterator[None]:
     for path in left:
         subprocess.run(["fusermount3", "-u", "-z", "--", path], check=False)
 
-    def gone() -> bool:
-        for pid in children() - before:
-            os.waitpid(pid, os.WNOHANG)
-        return not children() - before
-
     try:
-        wait_until(gone, "every process to end", 5)
+        wait_until(lambda: not remaining(before), "every process to end", 5)
     except AssertionError:
         for pid in children() - before:
             os.kill(pid, signal.SIGKILL)
@@ -246,7 +242,7 @@ mkdir mnt/a; rmdir mnt/a; wait $log; umount mnt
 
 
 def test_mounting_over_a_directory_with_files_prints_a_warning(tmp_path: Path) -> None:
-    """As with mount(8), it is allowed, but a user who mounts over a home directory should learn it at once."""
+    """The daemon mounts over a home directory, as mount(8) does, and warns the user at once."""
     (mountpoint := tmp_path / "mnt").mkdir()
     (mountpoint / "file").touch()
     try:

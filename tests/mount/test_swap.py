@@ -28,12 +28,6 @@ MADV_PAGEOUT = 21
 MIB = 1 << 20
 
 
-@pytest.fixture
-def swap(tmp_path: Path) -> Iterator[None]:
-    with stores.swap(tmp_path):
-        yield
-
-
 def push_out(backup: Path) -> None:
     """Make the kernel swap a backup's pages out, through a mapping of .shmem."""
     with opened(backup / ".shmem") as fd, mmap.mmap(fd, PAGES * PAGE) as memory:
@@ -44,7 +38,7 @@ def push_out(backup: Path) -> None:
 
 @pytest.fixture
 def content(backup: Path) -> bytes:
-    """The content of `backup`, at least half of which is swapped out."""
+    """The content of `backup`. The kernel has swapped out at least half of it."""
     data = np.random.default_rng(1).bytes(PAGES * PAGE)
     subprocess.run(["dd", f"of={backup}/.image", "bs=1M", "conv=notrunc", "status=none"], input=data, check=True)
     push_out(backup)
@@ -211,7 +205,7 @@ def test_large_pages_are_swapped_out_whole(mountpoint: Path, size: str) -> None:
             os.fsync(fd)
         assert (count(backup, "resident"), count(backup, "swapped")) == (2, 1)
         assert (backup / "2").read_bytes() == data
-        (backup / "5").touch()  # of which a base page is data, and all others only allocated
+        (backup / "5").touch()  # one of its base pages is data; the others are only allocated
         with opened(backup / ".image") as fd:
             os.pwrite(fd, b"x", 6 * page_size - 10000)
             os.fsync(fd)

@@ -31,9 +31,11 @@ PAGES = 48  # that the tests use
 SIZES = {"ext4": 32 << 20, "xfs": 320 << 20, "btrfs": 128 << 20}
 
 
-def opened(directory: Path, page_size: int) -> Pool:
+@contextlib.contextmanager
+def opened(directory: Path, page_size: int) -> "Iterator[Pool]":
     options = Options(store=str(directory), page_size=page_size, backup_size=2 * PAGES * page_size)
-    return Pool(make_store(options), options)
+    with contextlib.closing(Pool(make_store(options), options)) as pool:
+        yield pool
 
 
 @contextlib.contextmanager
@@ -151,12 +153,8 @@ def test_c6_a_page_is_stored_whole_or_not_at_all_for_any_free_space(tmp_path: Pa
             for _ in range(6):
                 model.check(await model.do(chosen))
 
-    with full_disk(tmp_path / "disk", kind) as (directory, filler):
-        pool = opened(directory, page_size)
-        try:
-            trio.run(main, pool, filler)
-        finally:
-            pool.close()
+    with full_disk(tmp_path / "disk", kind) as (directory, filler), opened(directory, page_size) as pool:
+        trio.run(main, pool, filler)
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -181,12 +179,8 @@ def test_c6_an_absent_page_that_was_read_stays_absent(tmp_path: Path, kind: str)
         assert backup.file.read(0, 4 * page_size) == b"1" * page_size + bytes(3 * page_size)
 
     page_size = 64 << 10
-    with full_disk(tmp_path / "disk", kind) as (directory, filler):
-        pool = opened(directory, page_size)
-        try:
-            trio.run(main, pool, filler)
-        finally:
-            pool.close()
+    with full_disk(tmp_path / "disk", kind) as (directory, filler), opened(directory, page_size) as pool:
+        trio.run(main, pool, filler)
 
 
 KILLED = """
@@ -231,17 +225,11 @@ def test_c6_a_daemon_killed_between_allocation_and_write_leaves_no_page(tmp_path
         assert backup.pages == 1
 
     with full_disk(tmp_path / "disk", kind) as (directory, filler):
-        pool = opened(directory, 64 << 10)
-        try:
+        with opened(directory, 64 << 10) as pool:
             trio.run(make)
-        finally:
-            pool.close()
         filler.fill()
         filler.leave(blocks, random.Random(2))
         done = subprocess.run([sys.executable, "-c", KILLED, directory], check=False, timeout=60)
         assert done.returncode == -signal.SIGKILL
-        pool = opened(directory, 64 << 10)
-        try:
+        with opened(directory, 64 << 10) as pool:
             trio.run(look)
-        finally:
-            pool.close()
