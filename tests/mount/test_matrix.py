@@ -445,7 +445,7 @@ def holding() -> None:
 
     for what in ("root", "backup", "page", ".image"):
         directory, drops = what in ("root", "backup"), what == ".image"
-        if what != "page":  # of which the kernel trusts what it knew, for a second
+        if what != "page":  # the kernel trusts what it knew of a page for a second
             held("fstat", what, owned)
             held("touch", what, os.utime, changes=directory, marks=True)
         held("fsync", what, os.fsync)

@@ -1,4 +1,4 @@
-"""Permissions: a user who mounts for himself, and a mount that several users share."""
+"""Permissions: a user's private mount, and a mount that several users share."""
 
 import json
 import os

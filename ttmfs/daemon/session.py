@@ -160,7 +160,7 @@ class _Session:
         cache = KernelCache(self._mount.connection, version, pool.blocking_io.slices, resumed=taken_over)
         tree = Tree(pool, {STATS: stats, CONFIG: config}, cache, state.progress)
         if taken_over:
-            tree.shared.mode_changes.note()  # only the previous daemon knew of which backups
+            tree.shared.mode_changes.note()  # the previous daemon did not record which backups changed
         locks = None if pool.in_memory else pool.blocking_io.file_locks
         self._requests = Requests(state, self._metrics, tree.shared.refusals, locks, debug=options.debug)
         return Operations(tree, self._requests, init=self._connect)

@@ -165,7 +165,7 @@ class Backup:
         return stored // self.page_size
 
     async def _copy(self, dst: memoryview, first: int, past: int, intr: bool) -> None:
-        """Copy a run of pages, all of which must exist."""
+        """Copy a run of pages. Raises PageAbsent unless every page of it exists."""
         file, offset = self.file, first * self.page_size
         if intr:
             await trio.lowlevel.checkpoint_if_cancelled()

@@ -127,7 +127,7 @@ class State:
 
     @contextlib.contextmanager
     def progress(self, *request: object) -> "Iterator[Progress]":
-        """Note how far a change gets in the middle of which other requests are served.
+        """Note how far a change has got. The daemon serves other requests while it makes the change.
 
         `request` are numbers and texts that identify it among all requests in flight. A daemon that repeats the request
         continues where the previous one stopped. A request for which there is no free row begins at the start.

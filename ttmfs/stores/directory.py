@@ -262,7 +262,7 @@ def _opened_directory(path: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         absent = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        hint = "give an existing directory" if absent else "the user who mounts must be able to read and write it"
+        hint = "give an existing directory" if absent else "the mounting user must be able to read and write it"
         raise InvalidArgument(f"store={path}: {error.strerror}; {hint}") from None
 
 

@@ -1,4 +1,4 @@
-"""``map``: a picture of which pages of a backup are absent, in memory, and swapped out.
+"""``map``: draws a backup, and shows where its pages are absent, in memory or swapped out.
 
 A cell represents a few consecutive pages. Its character shows how many of them exist, and its colour shows where they
 are. Cells with swapped-out pages have other characters, so that the picture can be read without colours.
