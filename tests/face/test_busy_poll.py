@@ -24,6 +24,7 @@ class Loop:
     def __init__(self) -> None:
         self.reads, self.writes = os.pipe()
         self.sleeps = 0
+        self.wakes = False  # whether a request comes as soon as the loop sleeps
         self.ends = False
         self.counts = [0, 0, 0, 0]  # hits, ns of hits, misses, ns of misses
 
@@ -31,6 +32,8 @@ class Loop:
         if not hasattr(self, "lock"):
             self.lock = trio.Lock()
         self.sleeps += 1
+        if self.wakes:
+            self.request()
         async with self.lock:
             await trio.lowlevel.wait_readable(self.reads)
         return not self.ends
@@ -104,7 +107,7 @@ def test_a_request_that_is_there_is_found_without_sleeping(loop: Loop) -> None:
 
 def test_the_loop_sleeps_before_the_first_request(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
-        loop.request_in(0.01)
+        loop.wakes = True
         assert await poll.wait()
         assert loop.sleeps == 1
         assert list(loop.counts) == [0, 0, 0, 0], "nothing was polled for"
@@ -134,7 +137,7 @@ def test_the_polling_window_shrinks_to_zero_without_requests(loop: Loop) -> None
         loop.read()
         assert time.thread_time() - before < 2 * LONGEST / 1e9, "it was polled for no longer than the longest window"
         assert poll._window == 0
-        loop.request_in(0.05)
+        loop.wakes = True
         counts = list(loop.counts)
         assert await poll.wait()
         assert list(loop.counts) == counts, "and not at all after that"
@@ -235,11 +238,12 @@ def test_polling_does_not_delay_threads(loop: Loop) -> None:
             nursery.start_soon(work)
             await thread_at_work()
             counts, sleeps = list(loop.counts), loop.sleeps
-            loop.request_in(0.02)
+            loop.wakes = True
             assert await poll.wait()
             loop.read()
             assert loop.sleeps == sleeps + 1
             assert list(loop.counts) == counts
+            loop.wakes = False
             start = time.perf_counter()
             while not ended:
                 loop.request()
@@ -279,8 +283,7 @@ def test_a_read_of_a_withdrawn_request_ends_while_a_thread_works(loop: Loop) -> 
 
 def test_the_end_of_the_connection_ends_the_wait(loop: Loop) -> None:
     async def main(poll: BusyPoll) -> None:
-        loop.ends = True
-        loop.request_in(0.005)
+        loop.ends = loop.wakes = True
         assert not await poll.wait()
 
     loop.run(main)
