@@ -17,10 +17,10 @@ from harness import (
     MOUNT_COMMAND,
     MOUNT_PY,
     Mount,
-    children,
     count,
     descriptors,
     mounts,
+    remaining,
     run,
     set_attribute,
     wait_until,
@@ -131,16 +131,9 @@ def test_a_low_process_limit_lets_a_user_mount_or_is_reported(place: Place) -> N
             else:
                 assert re.fullmatch(r"((mount\.py|setpriv): .*\n)+", done.stderr), "and no traceback"
                 assert re.search("temporarily unavailable|thread", done.stderr)
-            wait_until(lambda: not living(), "every process to end")
+            wait_until(lambda: not remaining(set()), "every process to end")
     assert codes[-1] == 0
     assert ExitCode.SYSTEM in codes
-
-
-def living() -> set[int]:
-    """Orphans of this process that live. Dead ones are reaped."""
-    for pid in children():
-        os.waitpid(pid, os.WNOHANG)
-    return children()
 
 
 def ignoring(numbers: Iterable[int], blocking: Iterable[int] = ()) -> Callable[[], None]:
