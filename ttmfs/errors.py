@@ -32,6 +32,14 @@ class NoSuchAttribute(TtmfsError, LookupError):
     """The file has no extended attribute of that name."""
 
 
+class AttributeExists(TtmfsError):
+    """The file already has an extended attribute of that name."""
+
+
+class NoData(TtmfsError, LookupError):
+    """There is no data at or after the offset."""
+
+
 class BackupExists(TtmfsError):
     """Another backup has that name."""
 
@@ -100,6 +108,10 @@ class TooLong(TtmfsError):
     """The answer does not fit into an extended attribute."""
 
 
+class XattrBufferTooSmall(TtmfsError):
+    """The caller has less room than the extended attribute has bytes."""
+
+
 class NotSupported(TtmfsError):
     """This system, kernel or daemon cannot do it."""
 
@@ -118,6 +130,8 @@ ERRNO: dict[type[TtmfsError], int] = {
     BackupAbsent: errno.ENOENT,
     NoSuchName: errno.ENOENT,
     NoSuchAttribute: errno.ENODATA,
+    AttributeExists: errno.EEXIST,
+    NoData: errno.ENXIO,
     BackupExists: errno.EEXIST,
     BackupNotEmpty: errno.ENOTEMPTY,
     BackupBusy: errno.EBUSY,
@@ -135,6 +149,7 @@ ERRNO: dict[type[TtmfsError], int] = {
     WrongParent: errno.EXDEV,  # mv(1) then copies and removes
     NameTooLong: errno.ENAMETOOLONG,
     TooLong: errno.E2BIG,
+    XattrBufferTooSmall: errno.ERANGE,
     NotSupported: errno.EOPNOTSUPP,
     StoreBusy: errno.EBUSY,  # raised while a store is opened, so no caller at a mount sees it
     StoreFailed: errno.EIO,

@@ -1,8 +1,9 @@
 """One mount from its start to its end: the kernel's first message, the loop that serves, signals, and the end.
 
-libfuse does not mount. fusermount3 does, for root and users alike, and passes the connection to us. libfuse is given
-one end of a socket pair that holds the kernel's first message, FUSE_INIT. Once it has read that, the connection takes
-the socket's place. So the same code serves a connection whose FUSE_INIT another process read.
+libfuse does not mount. fusermount3 does, for root and users alike, and passes the connection to us. The daemon reads it
+itself (ttmfs.fuse.reading_loop). libfuse is given one end of a socket pair, which holds the kernel's first message,
+FUSE_INIT, and later the few requests that are left to pyfuse3. So the same code serves a connection whose FUSE_INIT
+another process read.
 
 That is how a daemon takes over: the keeper has the connection, the store and the state of the previous one. Before the
 daemon reads, it has the kernel send all unanswered requests again (FUSE_NOTIFY_RESEND, Linux 6.9). Where the kernel
@@ -18,22 +19,24 @@ import logging
 import os
 import resource
 import signal
-import socket
-import struct
 import subprocess
-from collections.abc import Iterator
 
-import pyfuse3
 import trio
 
 from ..fuse.busy_poll import BusyPoll
+from ..fuse.in_flight import InFlight
 from ..fuse.inodes import CONFIG, STATS
 from ..fuse.kernel_cache import KernelCache
 from ..fuse.metrics import Metrics
 from ..fuse.operations import Operations
-from ..fuse.requests import Requests
+from ..fuse.page_cache import PageCache
+from ..fuse.page_requests import PageRequests
+from ..fuse.reading_loop import ReadingLoop
+from ..fuse.requests import Failures, Requests
+from ..fuse.through_pyfuse3 import ThroughPyfuse3
 from ..fuse.tree import Tree
 from ..linux import system_calls
+from ..linux.fuse_protocol import NOTIFY_RESEND
 from ..linux.memory import available
 from ..options import ExitCode, Options
 from ..recovery.keeper_protocol import ENDING, STATE
@@ -49,14 +52,6 @@ from .start import Mount, start
 __all__ = ["serve"]
 
 log = logging.getLogger(__name__)
-
-INIT_FLAGS_OFFSET, ATOMIC_O_TRUNC = 40 + 12, 1 << 3
-NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)
-"""fuse_out_header of the notification that makes the kernel send every unanswered request again (Linux 6.9)."""
-
-WAIT = "_wait_fuse_readable"
-"""The function in which pyfuse3's loop waits for the next request. It is the one private thing that we replace, as
-pyfuse3's own asyncio support replaces others."""
 
 MOST_WAITING = 10_000
 """The most requests that may wait for swap or a disk at once before the loop reads no more."""
@@ -135,20 +130,20 @@ class _Session:
         self.served = self.leaving = False  # whether requests were answered; whether another daemon is to continue
         self.failure: MountError | None = None
         self.signal = 0  # that asked for the end
-        self._initialized, self._stopped = trio.Event(), trio.Event()  # the loop may read; it reads no more
+        self._stopped = trio.Event()  # the loop reads no more
         self._cut_off = False  # the connection is of no use any more
-        self._session_fd = -1
-        self._longest_poll = options.busy_poll * 1000
         self._metrics = Metrics(mount.state.record.restarts)
         mount.pool.blocking_io.on_page_in = self._metrics.count_page_in
         self._socket = self._offer_descriptors(options)
-        self._operations = self._make_operations(options)
+        self._make_loop(options)
         mount.pool.store.remember = mount.state.update
         if process.held and process.keeper and process.keeper.pid:
             mount.pool.files.use_paths_of(process.keeper.pid)
 
-    def _make_operations(self, options: Options) -> Operations:
+    def _make_loop(self, options: Options) -> None:
+        """The parts that read and answer requests."""
         pool, state, taken_over = self._mount.pool, self._mount.state, self._mount.taken_over
+        connection, metrics, init = self._mount.connection, self._metrics, bytes.fromhex(state.record.init)
 
         async def stats() -> bytes:
             return await self._metrics.text(pool)
@@ -156,14 +151,18 @@ class _Session:
         async def config() -> bytes:
             return self._config(options)
 
-        version = INIT_VERSION.unpack_from(bytes.fromhex(state.record.init))
-        cache = KernelCache(self._mount.connection, version, pool.blocking_io.slices, resumed=taken_over)
+        cache = KernelCache(connection, INIT_VERSION.unpack_from(init), pool.blocking_io.slices, resumed=taken_over)
         tree = Tree(pool, {STATS: stats, CONFIG: config}, cache, state.progress)
         if taken_over:
             tree.shared.mode_changes.note()  # the previous daemon did not record which backups changed
+        in_flight, failures = InFlight(state), Failures(metrics, tree.shared.refusals, debug=options.debug)
         locks = None if pool.in_memory else pool.blocking_io.file_locks
-        self._requests = Requests(state, self._metrics, tree.shared.refusals, locks, debug=options.debug)
-        return Operations(tree, self._requests, init=self._connect)
+        handlers = PageRequests(tree, PageCache(connection, state.cached))
+        requests = Requests(connection, handlers, in_flight, metrics, failures, locks)
+        self._others = ThroughPyfuse3(connection, in_flight, init, taken_over=taken_over)
+        self._others.begin(Operations(tree, metrics, failures))
+        busy_poll = BusyPoll(options.busy_poll * 1000, metrics.busy_poll)
+        self._loop = ReadingLoop(connection, requests, self._others, busy_poll, _most_waiting())
 
     def _config(self, options: Options) -> bytes:
         """The options in force, the processes that serve, and the descriptor socket, as JSON."""
@@ -198,26 +197,14 @@ class _Session:
         if self._mount.taken_over:  # before anything is read: else two could carry out the same request
             with contextlib.suppress(OSError):  # it was unmounted, which the first read finds out as well
                 os.write(self._mount.connection, NOTIFY_RESEND)
-        feeder, session_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._session_fd = session_end.detach()
-        with feeder:
-            feeder.send(_without_atomic_o_trunc(bytes.fromhex(self._mount.state.record.init)))
-            pyfuse3.init(self._operations, f"/dev/fd/{self._session_fd}", set())
-            try:
-                trio.run(self._main)
-            finally:
-                for number in ENDING:
-                    signal.signal(number, signal.SIG_IGN)  # else the end of the interpreter restores the defaults
-                pyfuse3.close(unmount=False)
-                if self._socket and (self._cut_off or not self.leaving):
-                    self._socket.close()
-
-    def _connect(self) -> None:
-        """Called by libfuse when it has read FUSE_INIT, before it answers: from here on it talks to the kernel."""
-        os.dup2(self._mount.connection, self._session_fd, inheritable=False)
-        self._initialized.set()
-        if self._mount.taken_over:  # before a request is carried out again: to die of that is no failure to start
-            self._begin_serving()
+        try:
+            trio.run(self._main)
+        finally:
+            for number in ENDING:
+                signal.signal(number, signal.SIG_IGN)  # else the end of the interpreter restores the defaults
+            self._others.close()
+            if self._socket and (self._cut_off or not self.leaving):
+                self._socket.close()
 
     async def _main(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -226,16 +213,14 @@ class _Session:
             nursery.start_soon(self._begin, nursery)
             if self._socket:
                 nursery.start_soon(self._socket.serve)
-            try:
-                with self._busy_polling():
-                    await pyfuse3.main(max_tasks=_most_waiting())
-            except* ConnectionAbortedError:  # it ended just as a request was being read: fuse_dev_do_read()
-                log.debug("the connection ended while a request was read")
+            if self._mount.taken_over:  # before a request is carried out again: to die of that is no failure to start
+                self._begin_serving()
+            await self._loop.serve()
             self._stopped.set()
 
     async def _begin(self, nursery: trio.Nursery) -> None:
         """Say that the mount answers, once it does; then keep a keeper."""
-        await self._initialized.wait()
+        await self._others.initialized.wait()
         _lock_memory()
         if not self._mount.taken_over:
             failure = await self._unanswered()
@@ -276,26 +261,6 @@ class _Session:
             why = done.stderr.decode(errors="replace").strip().rpartition(": ")[2]
         return MountError(f"{self._mount.mountpoint} was mounted, but cannot be used: {why}")
 
-    @contextlib.contextmanager
-    def _busy_polling(self) -> Iterator[None]:
-        """Have pyfuse3's loop poll for requests, if the options say so."""
-        if not self._longest_poll:
-            yield
-            return
-        asleep = getattr(pyfuse3, WAIT)
-        busy_poll = BusyPoll(
-            self._session_fd, asleep, self._longest_poll, lambda: self._requests.waiting,
-            self._metrics.busy_poll,
-        )  # fmt: skip
-        before = signal.signal(signal.SIGALRM, busy_poll.alarm)
-        setattr(pyfuse3, WAIT, busy_poll.wait)
-        try:
-            yield
-        finally:
-            setattr(pyfuse3, WAIT, asleep)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
     async def _end_with_connection(self, serving: trio.CancelScope) -> None:
         """End when the loop does. Leave the pages to another daemon if the connection was cut and not unmounted.
 
@@ -315,7 +280,7 @@ class _Session:
             )  # fmt: skip
             await self.keeping.drop_connection()
             self.leaving = True
-            pyfuse3.terminate()
+            self._loop.end()
         else:
             await self._stopped.wait()
         serving.cancel()
@@ -329,7 +294,7 @@ class _Session:
         if self._mount.is_visible:
             await trio.to_thread.run_sync(mounting.unmount, self._mount.mountpoint, limiter=trio.CapacityLimiter(1))
         await trio.sleep(LINGER_SECONDS)  # the loop ends by itself unless a client still has files open
-        pyfuse3.terminate()
+        self._loop.end()
         serving.cancel()  # requests that wait for swap or a disk
 
 
@@ -346,15 +311,3 @@ def _lock_memory() -> None:
         system_calls.lock_memory(most)
     except OSError as error:
         log.debug("this process may be swapped out under pressure (RLIMIT_MEMLOCK is %d): %s", most, error.strerror)
-
-
-def _without_atomic_o_trunc(init: bytes) -> bytes:
-    """The kernel's FUSE_INIT, changed so that open and truncation are two requests (FUSE_ATOMIC_O_TRUNC).
-
-    If they are one, the kernel takes the file's size to be 0 until it asks again. For a page that is never true, and
-    tar would store an empty page. As two requests, the second is answered with the size.
-    """
-    message = bytearray(init)
-    (flags,) = struct.unpack_from("<I", message, INIT_FLAGS_OFFSET)
-    struct.pack_into("<I", message, INIT_FLAGS_OFFSET, flags & ~ATOMIC_O_TRUNC)
-    return bytes(message)

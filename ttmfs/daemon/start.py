@@ -86,7 +86,6 @@ def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, i
     if CONNECTION in held:
         log.info("taking over %s: no page and no open file is lost", mountpoint)
         return Mount(mountpoint, held[CONNECTION], pool, state, taken_over=True)
-    state.forget_unfinished()
     _clear_the_way(mountpoint, record.device)
     connection = _connect(source, mountpoint, options, state)
     log.warning("mounted %s anew over the pages that were kept: none is lost, files that were open are", mountpoint)
@@ -106,6 +105,7 @@ def _connect(source: str, mountpoint: str, options: Options, state: State) -> in
     connection = mounting.mount(source, mountpoint, options)
     try:
         first = os.read(connection, FUSE_MIN_READ_BUFFER)
+        state.begin_connection()
         state.update(init=first.hex(), device=device_at(mountpoint))
     except BaseException as error:
         mounting.unmount(mountpoint)

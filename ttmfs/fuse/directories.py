@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..handles import parse_page_name
 from ..stores.page_file import finished
-from .files import Image, Link, Pages, file_handle, page_dropped
+from .files import Image, Link, Pages, page_dropped
 from .inodes import (
     CONFIG,
     HANDLE_BITS,
@@ -303,19 +303,19 @@ class BackupDirectory(Directory):
         if caller and caller.uid and not may(self.backup.stat(), caller, OPENED_FOR[flags & os.O_ACCMODE]):
             raise AccessDenied("the backup's mode does not allow its pages to be opened like this")
         if not self.pool.in_memory:
-            return self._create_on_disk(handle, flags)
+            return self._create_on_disk(handle)
         self.backup.create_page(handle - 1)
-        return self._created(handle, flags)
+        return self._created(handle)
 
-    async def _create_on_disk(self, handle: int, flags: int) -> Created:
+    async def _create_on_disk(self, handle: int) -> Created:
         async with self.backup.locked():
             await finished(self.backup.create_page(handle - 1))
-            return self._created(handle, flags)
+            return self._created(handle)
 
-    def _created(self, handle: int, flags: int) -> Created:
+    def _created(self, handle: int) -> Created:
         ino = inode(self.id, handle)
         self.shared.cache.note_page(ino)
-        return file_handle(ino, flags), ino, self.pages.attributes_of(self.backup.stat())
+        return ino, ino, self.pages.attributes_of(self.backup.stat())
 
     def drop_page(self, name: bytes, pid: int) -> Answer[None]:
         """A missing page is a success, unless a bulk drop removed it while the kernel may still have its name.

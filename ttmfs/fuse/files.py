@@ -1,6 +1,6 @@
 """The files of a backup: its pages, ``.image``, and the link to the backup's file in the store.
 
-A write opened O_SYNC waits after it has changed the pages, and a truncation of the image drops pages step by step.
+A durable write waits after it has changed the pages, and a truncation of the image drops pages step by step.
 Meanwhile others may store those pages again. So the state notes the progress, and no part is done twice if another
 daemon repeats the request.
 
@@ -9,22 +9,19 @@ Concurrency: one thread. State is read anew after every `await`.
 
 import os
 import stat
-import zlib
-from typing import Any
 
-from ..errors import AccessDenied, NotPermitted, OutOfBounds, PageDropped
+from ..errors import AccessDenied, NoData, NotPermitted, NotSupported, OutOfBounds, PageDropped
+from ..linux.system_calls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from ..stores import page_ranges
 from ..stores.page_file import finished
-from .inodes import APPENDED, HANDLE_MASK, MAX_HANDLE, SYNC, handle_of, inode
+from .inodes import HANDLE_MASK, MAX_HANDLE, handle_of
 from .node import Answer, Attributes, Changes, Node, Shared, check_syncs
 from .path_retries import CHANGE, OPEN
 from .permissions import OPENED_FOR, Caller, may
 
-__all__ = ["Image", "Link", "Pages", "file_handle", "page_dropped"]
+__all__ = ["Image", "Link", "Pages", "page_dropped"]
 
-
-def file_handle(ino: int, flags: int) -> int:
-    """The file handle of a file opened with these flags."""
-    return ino | SYNC if flags & os.O_DSYNC else ino  # O_SYNC includes O_DSYNC
+Data = bytes | memoryview
 
 
 class _BackupFile(Node):
@@ -43,15 +40,15 @@ class _BackupFile(Node):
         if wanted.size is not None:
             if by_path:
                 self._check_access(os.W_OK, caller)
-            await self.truncate(ino, wanted.size, caller.pid)
+            await self.truncate(ino, wanted.size, caller)
         async with self.backup.locked():
             now = self.attributes(ino)
         if wanted.owner_differs(now):
             raise NotPermitted("a page's owner is its backup's")
         return now
 
-    async def truncate(self, ino: int, size: int, pid: int) -> None:
-        """truncate(2) by a thread."""
+    async def truncate(self, ino: int, size: int, caller: Caller) -> None:
+        """truncate(2)."""
         raise NotPermitted("this has no size to change")
 
     def _check_access(self, wanted: int, caller: Caller) -> None:
@@ -63,7 +60,7 @@ class _BackupFile(Node):
         if self.id in self.shared.mode_changes and not may(self.backup.stat(), caller, wanted):
             raise AccessDenied("the present mode and owner of the backup do not allow it")
 
-    def _place(self, fh: int, offset: int, data: bytes) -> tuple[int, bytes]:
+    def _place(self, fh: int, offset: int, data: Data, flags: int) -> tuple[int, Data]:
         """The position in the backup at which data is written, and the part of the data that fits into this file."""
         raise NotImplementedError
 
@@ -76,15 +73,15 @@ class _BackupFile(Node):
         async with self.backup.locked():
             return self._copy(fh, start, size)
 
-    def write(self, fh: int, offset: int, data: bytes) -> Answer[int]:
-        start, placed = self._place(fh, offset, data)
-        if fh & SYNC:
-            return self._write_and_sync(fh, start, placed, ("write", fh, offset, zlib.crc32(data)))
+    def write(self, fh: int, offset: int, data: Data, flags: int, caller: Caller) -> Answer[int]:
+        start, placed = self._place(fh, offset, data, flags)
+        if flags & os.O_DSYNC:  # O_SYNC includes it
+            return self._write_and_sync(fh, start, bytes(placed), caller)
         if not self._in_memory or self.backup.is_out(start, len(placed), to_write=True):
-            return self._write_later(fh, start, placed)
+            return self._write_later(fh, start, bytes(placed))
         return self._store(fh, start, placed)
 
-    def _store(self, fh: int, start: int, data: bytes) -> Answer[int]:
+    def _store(self, fh: int, start: int, data: Data) -> Answer[int]:
         """Store bytes whose pages are in memory."""
         return self.backup.write(start, data)
 
@@ -100,10 +97,10 @@ class _BackupFile(Node):
     def _check_exists(self, ino: int) -> None:
         """Raise PageDropped if this is a page that does not exist."""
 
-    async def _write_and_sync(self, fh: int, start: int, data: bytes, request: tuple[Any, ...]) -> int:
-        """A write opened O_SYNC: stored, and pushed out of memory."""
+    async def _write_and_sync(self, fh: int, start: int, data: bytes, caller: Caller) -> int:
+        """A write that is to be durable: stored, and pushed out of memory."""
         held = self.pool.blocking_io.pending_write(self.backup.stat().st_uid, len(data))
-        with held, self.shared.progress(*request) as progress:
+        with held, self.shared.progress(caller.unique) as progress:
             if not progress.done:
                 progress.reach(await self._bring_in_and_store(fh, start, data))
             await self.backup.sync(start, progress.done)
@@ -133,7 +130,7 @@ class Pages(_BackupFile):
                 raise
         return self.attributes_of(self.backup.stat())._replace(cacheable=False)
 
-    async def truncate(self, ino: int, size: int, pid: int) -> None:
+    async def truncate(self, ino: int, size: int, caller: Caller) -> None:
         """The bytes of the page past `size` become zeros; the page keeps its size."""
         if size > self._page_size:
             raise OutOfBounds(f"a page ends at byte {self._page_size}")
@@ -149,8 +146,8 @@ class Pages(_BackupFile):
         if not self.backup.holds((ino & HANDLE_MASK) - 1) and not self.shared.retries.forgives(ino, caller.pid, OPEN):
             raise page_dropped(ino)
         if self._in_memory or flags & os.O_ACCMODE:
-            return file_handle(ino, flags)
-        return self.marked_if_reader(file_handle(ino, flags), caller)
+            return ino
+        return self.marked_if_reader(ino, caller)
 
     def read(self, fh: int, offset: int, size: int) -> Answer[bytes]:
         page_size = self._page_size
@@ -165,19 +162,26 @@ class Pages(_BackupFile):
             self._check_exists(fh)  # an absent page has no other bytes than zeros
         return data
 
-    def _place(self, fh: int, offset: int, data: bytes) -> tuple[int, bytes]:
+    def _place(self, fh: int, offset: int, data: Data, flags: int) -> tuple[int, Data]:
         page_size = self._page_size
         if offset >= page_size:
             raise OutOfBounds(f"a page ends at byte {page_size}")
         return ((fh & HANDLE_MASK) - 1) * page_size + offset, data[: page_size - offset]
 
-    def _store(self, fh: int, start: int, data: bytes) -> Answer[int]:
+    def _store(self, fh: int, start: int, data: Data) -> Answer[int]:
         self._check_exists(fh)
         return self.backup.overwrite(start, data)
 
     def _check_exists(self, ino: int) -> None:
         if not self.backup.holds((ino & HANDLE_MASK) - 1):
             raise page_dropped(ino)
+
+    def seek(self, ino: int, offset: int, whence: int) -> int:
+        """A page is data from its first byte to its last."""
+        self._check_exists(ino)
+        if offset >= self._page_size:
+            raise NoData(f"a page ends at byte {self._page_size}")
+        return offset if whence == os.SEEK_DATA else self._page_size
 
     async def sync(self, fh: int) -> None:
         check_syncs(fh)
@@ -194,10 +198,10 @@ class Image(_BackupFile):
         found = self.backup.stat()
         return Attributes.of_file(found, found.st_size, self.backup.taken // 512)._replace(cacheable=False)
 
-    async def truncate(self, ino: int, size: int, pid: int) -> None:
+    async def truncate(self, ino: int, size: int, caller: Caller) -> None:
         """Pages past `size` are dropped; the image keeps its size."""
         await self.backup.bring_in(size, -size % self._page_size, to_write=True)  # zeroed, not dropped
-        with self.shared.progress("truncate", ino, size, pid) as progress:
+        with self.shared.progress(caller.unique) as progress:
             await self.backup.truncate(size, progress.done, progress.reach)
             idx = size // self._page_size
             self.shared.runs.forget_dropped(self.id, idx, MAX_HANDLE)
@@ -205,18 +209,37 @@ class Image(_BackupFile):
 
     def open(self, ino: int, flags: int, caller: Caller) -> int:
         self._check_access(OPENED_FOR[flags & os.O_ACCMODE], caller)
-        fh = file_handle(inode(self.id, APPENDED) if flags & os.O_APPEND else ino, flags)
-        return fh if flags & os.O_ACCMODE else self.marked_if_reader(fh, caller)
+        return ino if flags & os.O_ACCMODE else self.marked_if_reader(ino, caller)
 
     def read(self, fh: int, offset: int, size: int) -> Answer[bytes]:
         if self.backup.is_out(offset, size):
             return self._read_later(fh, offset, size)
         return self.backup.read(offset, size)
 
-    def _place(self, fh: int, offset: int, data: bytes) -> tuple[int, bytes]:
-        if fh & HANDLE_MASK == APPENDED:  # the end that the kernel knows may be wrong after a truncation through .shmem
+    def _place(self, fh: int, offset: int, data: Data, flags: int) -> tuple[int, Data]:
+        if flags & os.O_APPEND:  # the end that the kernel knows may be wrong after a truncation through .shmem
             raise OutOfBounds("nothing can be appended to .image, which spans the whole backup")
         return offset, data
+
+    def seek(self, ino: int, offset: int, whence: int) -> int:
+        """Pages are data, absent pages are holes. The end of the image counts as a hole."""
+        return page_ranges.seek(self.backup, offset, whence)
+
+    async def allocate(self, ino: int, mode: int, offset: int, length: int, caller: Caller) -> None:
+        """Store pages of zeros where there are none, or with FALLOC_FL_PUNCH_HOLE drop pages. The image keeps its size.
+
+        Punching drops whole pages, and fills parts of pages with zeros. Other modes are refused, as by tmpfs.
+        """
+        if mode not in (0, FALLOC_FL_KEEP_SIZE, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
+            raise NotSupported("fallocate(2) of .image knows FALLOC_FL_KEEP_SIZE and FALLOC_FL_PUNCH_HOLE alone")
+        if not mode & FALLOC_FL_PUNCH_HOLE:
+            await page_ranges.fill(self.backup, offset, length)
+            return
+        end = min(offset + length, self.backup.size)
+        with self.shared.progress(caller.unique) as progress:
+            first, past = await page_ranges.punch(self.backup, offset, end, progress.done, progress.reach)
+            self.shared.runs.forget_dropped(self.id, first, past)
+            await self.shared.expire_dropped(self.id, first + 1, past, directory_locked=False)
 
     async def sync(self, fh: int) -> None:
         check_syncs(fh)

@@ -4,23 +4,21 @@
 
      63  62  61 ............. 30   29 ............. 0
     +---+---+---------------------+--------------------+
-    | S | R |      backup id      |       handle       |
+    | 0 | R |      backup id      |       handle       |
     +---+---+---------------------+--------------------+
 
 A backup's id is the inode number of its file in the store, 2 or more. Handle 0 is the backup's directory, the two
 highest handles are its ``.image`` and ``.shmem``, and all between are pages: 2**30 - 3 of them, 4 TiB of 4 KiB pages.
 The backup id 0 belongs to the mount itself, whose inodes are the small numbers below.
 
-The file handle of a file of a backup is its inode number with three changes. S is set if it was opened O_SYNC or
-O_DSYNC: direct I/O sends no fsync for those. R is set if the caller may not write the backup. An ``.image`` that was
-opened O_APPEND has APPENDED in place of IMAGE. The file handles of open directories, and of the mount's own files, have
-a serial number in place of a page's handle. So no two of them are the same.
+The file handle of a file of a backup is its inode number. R is set in it if the caller may not write the backup. The
+file handles of open directories, and of the mount's own files, have a serial number in place of a page's handle. So no
+two of them are the same.
 
 Ids are never used twice. 2**32 of them last for 49 days at 1,000 new backups a second.
 """
 
 __all__ = [
-    "APPENDED",
     "CONFIG",
     "FIRST_BACKUP",
     "HANDLE_BITS",
@@ -32,7 +30,6 @@ __all__ = [
     "ROOT",
     "SHMEM",
     "STATS",
-    "SYNC",
     "backup_of",
     "handle_of",
     "inode",
@@ -44,7 +41,7 @@ __all__ = [
 HANDLE_BITS = 30
 ID_BITS = 32
 
-SYNC, READER = 1 << 63, 1 << 62
+READER = 1 << 62
 
 ROOT, STATS, CONFIG = 1, 2, 3  # FUSE_ROOT_ID is 1
 
@@ -52,7 +49,6 @@ MAX_BACKUP_ID = (1 << ID_BITS) - 1
 SHMEM = (1 << HANDLE_BITS) - 1
 IMAGE = SHMEM - 1
 MAX_HANDLE = IMAGE - 1
-APPENDED = SHMEM  # in file handles only: no link is ever opened
 
 FIRST_BACKUP = 1 << HANDLE_BITS
 """All inodes of backups are larger, all of the mount's own are smaller."""

@@ -14,7 +14,7 @@ from ..errors import TtmfsError
 from ..model.pool import Pool, bytes_avail
 from ..version import __version__
 
-__all__ = ["BUCKET_OF_LENGTH", "TOTAL_NS", "Metrics"]
+__all__ = ["Metrics"]
 
 BOUNDS = (12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32)
 """Upper bounds of the buckets of durations, as exponents of 2, in ns: 4 us to 4.3 s, each four times the one before."""
@@ -40,6 +40,12 @@ class Metrics:
         self.errors: Counter[tuple[str, int]] = Counter()  # by operation and errno
         self.busy_poll = [0, 0, 0, 0]  # hits, ns of hits, misses, ns of misses
         self._page_ins = self._page_in_ns = self._handovers = 0
+
+    def count(self, operation: str, ns: int) -> None:
+        """Count a request that was answered, and how long that took."""
+        counts = self.durations[operation]
+        counts[BUCKET_OF_LENGTH[ns.bit_length()]] += 1
+        counts[TOTAL_NS] += ns
 
     def count_page_in(self, ns: int) -> None:
         """Count a request that waited for pages to be brought in, and how long."""

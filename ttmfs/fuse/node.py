@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from ..errors import AccessDenied, InvalidArgument, NameTooLong, NotPermitted, ReadOnlyEntry
+from ..errors import AccessDenied, InvalidArgument, NameTooLong, NotPermitted, NotSupported, ReadOnlyEntry
 from ..model.pool import NAME_MAX, Pool
 from ..recovery.progress import Progress
 from .inodes import READER
@@ -149,9 +149,21 @@ class Node:
         """pread(2)."""
         raise NotPermitted("only files can be read")
 
-    def write(self, fh: int, offset: int, data: bytes) -> Answer[int]:
-        """pwrite(2): the bytes stored, fewer than given where the page, the backup or the room ends."""
+    def write(self, fh: int, offset: int, data: "bytes | memoryview", flags: int, caller: Caller) -> Answer[int]:
+        """pwrite(2): the bytes stored, fewer than given where the page, the backup or the room ends.
+
+        `flags` are those of open(2), and O_DSYNC for pwritev2(2) with RWF_DSYNC or RWF_SYNC. `data` is overwritten by
+        the next request, so a write that waits copies it first.
+        """
         raise ReadOnlyEntry("this file can only be read")
+
+    def seek(self, ino: int, offset: int, whence: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE."""
+        raise InvalidArgument("this file has no holes to look for")
+
+    async def allocate(self, ino: int, mode: int, offset: int, length: int, caller: Caller) -> None:
+        """fallocate(2)."""
+        raise NotSupported("only the space of .image can be allocated or freed")
 
     async def sync(self, fh: int) -> None:
         """fsync(2)."""

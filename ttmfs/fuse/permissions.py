@@ -30,6 +30,9 @@ class Caller(Protocol):
     def gid(self) -> int: ...  # noqa: D102
     @property
     def pid(self) -> int: ...  # noqa: D102
+    @property
+    def unique(self) -> int:
+        """The request's number in the kernel."""
 
 
 class Someone(NamedTuple):

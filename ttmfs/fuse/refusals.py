@@ -20,6 +20,7 @@ from ..errors import (
     BackupAbsent,
     BackupEnded,
     BackupExists,
+    NoData,
     NoSuchAttribute,
     NoSuchName,
     PageAbsent,
@@ -28,6 +29,7 @@ from ..errors import (
     TextForgotten,
     TtmfsError,
     WrongParent,
+    XattrBufferTooSmall,
 )
 from ..linux.system_calls import XATTR_SIZE_MAX
 
@@ -49,6 +51,8 @@ ORDINARY = (
     BackupAbsent,
     NoSuchName,
     NoSuchAttribute,
+    NoData,
+    XattrBufferTooSmall,
     BackupExists,
     BackupEnded,
     PageDropped,

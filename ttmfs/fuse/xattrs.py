@@ -10,13 +10,13 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
-from ..errors import InvalidArgument, NoSuchAttribute, NotPermitted, NotSupported, TooLong
+from ..errors import AttributeExists, InvalidArgument, NoSuchAttribute, NotPermitted, NotSupported, TooLong
 from ..handles import format_ranges, parse_ranges
 from ..linux.system_calls import XATTR_SIZE_MAX
 from ..model.pool import bytes_avail
 from ..options import parse_size
 from .directories import BackupDirectory, Root
-from .inodes import HANDLE_BITS, MAX_HANDLE, inode
+from .inodes import HANDLE_BITS, MAX_HANDLE
 from .node import Node
 from .permissions import Caller
 
@@ -53,10 +53,14 @@ async def get_xattr(node: Node, name: bytes, caller: Caller) -> bytes:
         return str(await value if inspect.isawaitable(value) else value).encode()
 
 
-async def set_xattr(node: Node, name: bytes, value: bytes, caller: Caller) -> None:
+async def set_xattr(node: Node, name: bytes, value: bytes, flags: int, caller: Caller) -> None:
     """setxattr(2), of the few attributes that can be set."""
     if not (attribute := _table(node).get(name)):
+        if flags & os.XATTR_REPLACE:
+            raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
         raise NotSupported(f"there is no attribute {os.fsdecode(name)!r} here, and none can be added")
+    if flags & os.XATTR_CREATE:
+        raise AttributeExists(f"{os.fsdecode(name)} exists already")
     if not attribute.set:
         raise NotPermitted(f"{os.fsdecode(name)} can only be read")
     try:
@@ -136,7 +140,7 @@ async def _drop(directory: BackupDirectory, value: str, caller: Caller) -> None:
     if highest > (limit := backup.size // shared.pool.page_size):
         raise InvalidArgument(f"the backup's last handle is {limit}")
     held = waiting.pending_write(backup.stat().st_uid, RANGE_BYTES * len(value))
-    with held, shared.progress("drop", inode(id, 0), value, caller.pid) as progress:
+    with held, shared.progress(caller.unique) as progress:
         begun, index = divmod(progress.done, 1 << HANDLE_BITS)  # where an earlier daemon was: the range, and the index
 
         def reached(end: int) -> None:

@@ -54,7 +54,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _CACHESTAT = 451
 _MOVE_PAGES = 279 if platform.machine() == "x86_64" else 239  # the only number here that differs by architecture
-_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 _RENAME_NOREPLACE = 1
 _AT_FDCWD, _AT_STATX_DONT_SYNC, _STATX_INO = -100, 0x4000, 0x100
 _PR_SET_PDEATHSIG = 1
@@ -100,12 +100,12 @@ class Duplicate:
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Free a range of a file. It then reads as zeros, and SEEK_DATA skips it."""
-    _checked(_libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length), "fallocate punch")
+    _checked(_libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length), "fallocate punch")
 
 
 def allocate_range(fd: int, offset: int, length: int) -> None:
     """Allocate all holes in a range of a file, or (ENOSPC) none. SEEK_DATA skips them until they are written."""
-    while _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length) < 0:
+    while _libc.fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length) < 0:
         if ctypes.get_errno() != errno.EINTR:  # a signal interrupts shmem_fallocate() of older kernels
             _checked(-1, "fallocate")
 

@@ -5,7 +5,11 @@
     RECORD      4 KiB               a Record and its format, as JSON, written whole
     NOTES       16,384 numbers      one request in flight each; 0: none
     PROGRESS    1024 rows of 2      a request that is carried out in steps, and how far it got
+    CACHED      256 numbers         the inodes of which the kernel may have bytes in its page cache
+    ANSWER      512 bytes           the answer to the change that was carried out last, behind its request's number
     LAST WORDS  to the end          what the interpreter wrote when the daemon died of a fault
+
+A request is known by the number that the kernel gave it, which is the same when the kernel sends it again.
 
 The memfd is mapped: a note is one write to memory, and a SIGKILL between two of them loses nothing. Any change of the
 layout, of the record's fields or of what a field means takes the next FORMAT, or tests/store/test_format.py fails.
@@ -20,32 +24,38 @@ import faulthandler
 import json
 import mmap
 import os
+import struct
 import time
-import zlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import NotSupported
+from ..linux.fuse_protocol import RESENT
 from .progress import Progress
 
-__all__ = ["LATEST", "POINTS", "Record", "State", "identity"]
+__all__ = ["LATEST", "POINTS", "POINT_BITS", "Record", "State"]
 
-FORMAT = 4
-"""Formats 1 to 3 belong to versions before the first release. They are refused."""
+FORMAT = 5
+"""Formats 1 to 4 belong to versions before the first release. They are refused."""
 
 RECORD = 4096  # one page: a SIGKILL leaves the old record or the new one
-NOTES, STEPPED = 16384, 1024
+NOTES, STEPPED, CACHED, ANSWER = 16384, 1024, 256, 512
 _NOTES_AT = RECORD
 _PROGRESS_AT = _NOTES_AT + NOTES * 8
-_LAST_WORDS_AT = _PROGRESS_AT + STEPPED * 16
+_CACHED_AT = _PROGRESS_AT + STEPPED * 16
+_ANSWER_AT = _CACHED_AT + CACHED * 8
+_LAST_WORDS_AT = _ANSWER_AT + ANSWER
+
+_ANSWERED = struct.Struct("=QQ")
+"""What stands before the noted answer: its request's number, and its length in bytes."""
 
 UNFINISHED_SECONDS = 10.0
 """How long after its start a daemon expects the kernel to repeat what the previous daemon left unfinished."""
 
-POINTS = 0xF
-"""The bits of a note that hold the request's score. The other bits are its identity."""
+POINT_BITS = 4
+POINTS = (1 << POINT_BITS) - 1
+"""The bits of a note that hold the request's score. The request's number stands above them."""
 
 FAULT, KILL = 2, 1
 """Points that a death adds to a request's score. A fault of the daemon or an OOM kill adds FAULT to the request that
@@ -84,7 +94,9 @@ class State:
         self._map = mmap.mmap(fd, _LAST_WORDS_AT)
         whole = memoryview(self._map)
         self.notes = whole[_NOTES_AT:_PROGRESS_AT].cast("Q")
-        self._progress = whole[_PROGRESS_AT:_LAST_WORDS_AT].cast("Q")
+        self._progress = whole[_PROGRESS_AT:_CACHED_AT].cast("Q")
+        self.cached = whole[_CACHED_AT:_ANSWER_AT].cast("Q")
+        self._answer = whole[_ANSWER_AT:_LAST_WORDS_AT]
         rows = [(self._progress[2 * row], row) for row in range(STEPPED)]
         self._unfinished = {request: row for request, row in rows if request}  # of the previous daemon
         self._unfinished_until = time.monotonic() + UNFINISHED_SECONDS
@@ -111,8 +123,8 @@ class State:
                 faulthandler.disable()
                 os.close(self._last_words)
                 self._last_words = None
-            self.notes.release()
-            self._progress.release()
+            for view in self.notes, self._progress, self.cached, self._answer:
+                view.release()
             self._map.close()  # it has a descriptor of its own
             os.close(self.fd)
         self.fd = -1
@@ -123,18 +135,38 @@ class State:
         _write_record(self.fd, changed)
         self.record = changed
 
+    def begin_connection(self) -> None:
+        """Forget every request of an earlier connection: on a new one the kernel's numbers begin anew."""
+        self.forget_unfinished()
+        self.notes[:] = memoryview(bytes(NOTES * 8)).cast("Q")
+        self.cached[:] = memoryview(bytes(CACHED * 8)).cast("Q")
+        self._answer[:] = bytes(ANSWER)
+
+    # --- answers ---
+
+    def note_answer(self, request: int, answer: bytes) -> None:
+        """Note what a change is answered, before the answer is sent. At most ANSWER - 16 bytes."""
+        _ANSWERED.pack_into(self._answer, 0, 0, 0)  # while the bytes are of neither answer
+        self._answer[_ANSWERED.size : _ANSWERED.size + len(answer)] = answer
+        _ANSWERED.pack_into(self._answer, 0, request, len(answer))
+
+    def noted_answer(self) -> dict[int, bytes]:
+        """The answer that was noted last, by its request's number. Its sender may have died before it sent it."""
+        request, length = _ANSWERED.unpack_from(self._answer)
+        return {request: bytes(self._answer[_ANSWERED.size : _ANSWERED.size + length])} if request else {}
+
     # --- requests that are carried out in steps ---
 
     @contextlib.contextmanager
-    def progress(self, *request: object) -> "Iterator[Progress]":
+    def progress(self, unique: int) -> "Iterator[Progress]":
         """Note how far a change has got. The daemon serves other requests while it makes the change.
 
-        `request` are numbers and texts that identify it among all requests in flight. A daemon that repeats the request
-        continues where the previous one stopped. A request for which there is no free row begins at the start.
+        `unique` is the request's number. A daemon that repeats the request continues where the previous one stopped. A
+        request for which there is no free row begins at the start.
         """
         if self._unfinished and time.monotonic() > self._unfinished_until:  # nobody waits for them any more
             self.forget_unfinished()
-        key = zlib.crc32(repr(request).encode()) | 1 << 32
+        key = unique & ~RESENT
         if key in self._unfinished:
             row = self._unfinished.pop(key)
         elif self._free:
@@ -152,7 +184,7 @@ class State:
         self._release(row)  # but not after a cancellation: the next daemon carries the request out
 
     def forget_unfinished(self) -> None:
-        """Forget what the previous daemon left unfinished: its callers got errors, and a like request is a new one."""
+        """Forget what the previous daemon left unfinished: its callers got errors."""
         for row in self._unfinished.values():
             self._release(row)
         self._unfinished.clear()
@@ -164,19 +196,19 @@ class State:
     # --- what a daemon died of ---
 
     def suspects(self) -> dict[int, int]:
-        """The scores of the requests that were in flight when the previous daemon died, by identity.
+        """The scores of the requests that were in flight when the previous daemon died, by their numbers.
 
         This clears the notes: a daemon that is killed while it starts has carried out none of them.
         """
         oom_kills = _oom_kills()
         guilty = self._faulted or oom_kills > self.record.oom_kills
         self.update(oom_kills=oom_kills)
-        found: Counter[int] = Counter()
+        found = dict[int, int]()
         latest = 0 if self.notes[0] else self.notes[LATEST]
         for slot, note in enumerate(self.notes[:LATEST]):
             if note:
                 more = (FAULT if slot == latest else KILL) if guilty else KILL if slot == 0 else 0
-                found[note & ~POINTS] = max(found[note & ~POINTS], min(POINTS, (note & POINTS) + more))
+                found[note >> POINT_BITS] = min(POINTS, (note & POINTS) + more)
                 self.notes[slot] = 0
         return {request: points for request, points in found.items() if points}
 
@@ -193,17 +225,6 @@ class State:
         """Let the interpreter write here if this daemon dies of a fault."""
         self._last_words = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         faulthandler.enable(self._last_words)
-
-
-def identity(operation: int, first: object, second: object) -> int:
-    """A number that is the same for the same request in every daemon. Its lowest bits are free for the score.
-
-    `first` and `second` are the request's first arguments. They count if they are numbers or bytes. (Python's hash of
-    bytes differs from one process to the next, its hash of numbers does not.)
-    """
-    if not isinstance(second, int):
-        second = zlib.crc32(second) if isinstance(second, bytes) else 0
-    return hash((operation, first, second)) & 0xFFFFFFFFFFFFFFF0 or POINTS + 1
 
 
 def _read_record(fd: int) -> Record:

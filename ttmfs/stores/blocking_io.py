@@ -41,8 +41,8 @@ MAX_PENDING = 256 << 20
 MAX_PENDING_SCARCE = 8 << 20
 """The smallest value of this limit. It applies when memory is scarce, so that some writes continue."""
 
-COPIES = 2
-"""Copies of a pending write in the daemon: libfuse and pyfuse3 hold one each."""
+COPIES = 1
+"""Copies of a pending write in the daemon."""
 
 SHARE = 4
 """Pending writes may take 1/SHARE of the available memory of the machine and the control group."""

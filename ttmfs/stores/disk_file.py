@@ -36,7 +36,7 @@ class DiskFile(PageFile):
 
     # --- storing and dropping ---
 
-    async def overwrite(self, offset: int, data: bytes) -> int:
+    async def overwrite(self, offset: int, data: bytes | memoryview) -> int:
         return await self.write(offset, data)
 
     async def write(self, offset: int, data: bytes | memoryview) -> int:

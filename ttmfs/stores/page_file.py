@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from .store import Store
+    from .time_slices import TimeSlices
 
 __all__ = ["STEP", "PageFile", "allocated_until", "finished", "free_pages"]
 
@@ -66,7 +67,7 @@ class PageFile(ABC):
         """Wait until no thread changes the file, and lock it. To be held around each check and each change."""
 
     @abstractmethod
-    def overwrite(self, offset: int, data: bytes) -> int | Coroutine[Any, Any, int]:
+    def overwrite(self, offset: int, data: bytes | memoryview) -> int | Coroutine[Any, Any, int]:
         """As :meth:`write`, within one existing page, which takes no more room."""
 
     @abstractmethod
@@ -106,6 +107,16 @@ class PageFile(ABC):
         """Yield, for one part of the file after another, the number of base pages that are not in memory."""
 
     # --- size and pages ---
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor of the file, until the next request. The store may close it then."""
+        return self._files.descriptor(self.id)
+
+    @property
+    def slices(self) -> TimeSlices:
+        """For work in steps, between which other requests are served."""
+        return self._store.blocking_io.slices
 
     @property
     def size(self) -> int:

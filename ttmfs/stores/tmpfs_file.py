@@ -39,7 +39,7 @@ class TmpfsFile(PageFile):
 
     # --- storing and dropping ---
 
-    def overwrite(self, offset: int, data: bytes) -> int:
+    def overwrite(self, offset: int, data: bytes | memoryview) -> int:
         end = self._end_of(offset, len(data))  # a user of .shmem may have cut the page
         return self._write(offset, data[: end - offset])
 

@@ -1,0 +1,107 @@
+"""pyfuse3 as the server of what the daemon does not answer itself, behind a socket pair.
+
+libfuse takes one end for its connection to the kernel. Requests are passed to it as they came, and its answers are
+passed on to the kernel. These requests change nothing, and their answers are small.
+
+Concurrency: one thread. libfuse writes its answers in this thread, so it must never find the socket full. MOST_PASSED
+answers of LONGEST_ANSWER bytes fit into the smallest buffer that an ordinary user gets.
+"""
+
+import errno
+import os
+import socket
+from collections import deque
+
+import pyfuse3
+import trio
+
+from ..linux.fuse_protocol import ANSWER, ATOMIC_O_TRUNC, INIT_OUT_FLAGS, INIT_OUT_FLAGS_AT, RESENT, SETXATTR_EXT
+from .in_flight import InFlight
+
+__all__ = ["ThroughPyfuse3"]
+
+MOST_PASSED, LONGEST_ANSWER = 24, 4096 + ANSWER.size
+"""Requests that pyfuse3 may have at once; others wait. The longest answer is a link's target."""
+
+
+class ThroughPyfuse3:
+    """The requests that pyfuse3 has. A process has one of these: pyfuse3 keeps its session in globals.
+
+    `init` is the kernel's first message. Its answer goes to the kernel unless another daemon has answered it
+    (`taken_over`).
+    """
+
+    def __init__(self, connection: int, in_flight: InFlight, init: bytes, *, taken_over: bool) -> None:
+        self._connection = connection
+        self._in_flight = in_flight
+        self._taken_over = taken_over
+        self.initialized = trio.Event()
+        """FUSE_INIT is answered: the kernel may send other requests."""
+        self._slots: dict[int, int] = {}  # of the requests that pyfuse3 has, by number
+        self._waiting: deque[tuple[int, bytes]] = deque()
+        self.socket, self._libfuse_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.send(init)
+
+    def begin(self, operations: pyfuse3.Operations) -> None:
+        """Start pyfuse3's session. libfuse owns its end of the socket pair from here on."""
+        pyfuse3.init(operations, f"/dev/fd/{self._libfuse_end.detach()}", set())
+
+    def close(self) -> None:
+        """End the session. Nothing is unmounted."""
+        pyfuse3.close(unmount=False)
+        self.socket.close()
+
+    async def serve(self) -> None:
+        """Serve until :func:`pyfuse3.terminate` is called."""
+        await pyfuse3.main(max_tasks=MOST_PASSED)
+
+    def pass_request(self, unique: int, message: memoryview) -> None:
+        """Have pyfuse3 answer a request."""
+        number = unique & ~RESENT
+        self._in_flight.begin(number)
+        self._slots[number] = self._in_flight.wait()
+        if len(self._slots) <= MOST_PASSED:
+            self.socket.send(message)
+        else:
+            self._waiting.append((number, bytes(message)))
+
+    def pass_answers(self) -> None:
+        """Send the answers that there are to the kernel."""
+        while True:
+            try:
+                answer = self.socket.recv(1 << 17, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            if not answer:
+                return
+            if not self.initialized.is_set():
+                self.initialized.set()
+                if self._taken_over:
+                    continue
+                answer = _without_unwanted(answer)
+            self._send(answer)
+            _, _, unique = ANSWER.unpack_from(answer)
+            if (slot := self._slots.pop(unique & ~RESENT, None)) is not None:
+                self._in_flight.answered(slot)
+            if self._waiting:
+                self.socket.send(self._waiting.popleft()[1])
+
+    def _send(self, answer: bytes) -> None:
+        try:
+            os.write(self._connection, answer)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):  # nobody waits for it any more
+                raise
+
+
+def _without_unwanted(answer: bytes) -> bytes:
+    """libfuse's answer to FUSE_INIT without what changes the meaning of later requests.
+
+    ATOMIC_O_TRUNC: open and truncation would be one request, after which the kernel takes the file's size to be 0 until
+    it asks again. For a page that is never true, and tar would store an empty page. As two requests, the second is
+    answered with the size. SETXATTR_EXT: another layout of one request.
+    """
+    edited = bytearray(answer)
+    (flags,) = INIT_OUT_FLAGS.unpack_from(edited, INIT_OUT_FLAGS_AT)
+    INIT_OUT_FLAGS.pack_into(edited, INIT_OUT_FLAGS_AT, flags & ~(ATOMIC_O_TRUNC | SETXATTR_EXT))
+    return bytes(edited)
