@@ -101,7 +101,7 @@ def report(found: dict[str, Any]) -> str:
         ]
 
     parts = [
-        "null.py is pyfuse3 with the polling of ttmfs and prepared answers: all time that is not the filesystem's.\n"
+        "null.py is pyfuse3 with prepared answers: all time that is not the filesystem's.\n"
         "Microseconds an operation. In brackets: the ratio to null.py.",
         table(("operation", *names), rows(latency, 1)),
         "Requests of 1 MiB over existing pages, MiB/s. null.py copies written data twice and read data once.",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A filesystem with nothing behind it: pyfuse3, the polling of ttmfs, and prepared answers.
+"""A filesystem with nothing behind it: pyfuse3 and prepared answers.
 
 ``null.py MOUNTPOINT``. No filesystem on pyfuse3 can be faster. Every file has the same bytes, and written data is
 discarded.
@@ -10,21 +10,14 @@ import os
 import stat
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from ttmfs.daemon.session import WAIT
-from ttmfs.fuse.busy_poll import BusyPoll
-
 ROOT, DIRECTORY, FILE = pyfuse3.ROOT_INODE, 2, 3
 REQUEST = bytes(range(256)) * 4096
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
-LONGEST_POLL = 200_000  # ns, as in ttmfs
 
 
 def entry(inode: int, mode: int) -> EntryAttributes:
@@ -92,11 +85,6 @@ class Null(pyfuse3.Operations):
 
 def main() -> None:
     pyfuse3.init(Null(), sys.argv[1], {*pyfuse3.default_options, "fsname=null"})
-    # libfuse does not say which descriptor it opened.
-    places = {fd: Path(f"/proc/self/fd/{fd}") for fd in map(int, os.listdir("/proc/self/fd"))}
-    (connection,) = (fd for fd, place in places.items() if place.exists() and os.readlink(place) == "/dev/fuse")
-    poll = BusyPoll(connection, getattr(pyfuse3, WAIT), LONGEST_POLL, bool, [0, 0, 0, 0])
-    setattr(pyfuse3, WAIT, poll.wait)
     trio.run(pyfuse3.main)
     pyfuse3.close()
 
