@@ -14,12 +14,12 @@ serials = st.integers(0, 2**70)
 def test_an_inode_number_gives_back_its_backup_and_handle(backup: int, handle: int) -> None:
     ino = inodes.inode(backup, handle)
     assert (inodes.backup_of(ino), inodes.handle_of(ino)) == (backup, handle)
-    assert inodes.CONFIG < ino < inodes.SYNC, "neither one of the mount's own nor in the way of the sync bit"
+    assert inodes.CONFIG < ino < inodes.READER, "neither one of the mount's own nor in the way of the reader's bit"
 
 
 @given(backups, handles)
-def test_the_sync_bit_of_a_file_handle_leaves_backup_and_handle_readable(backup: int, handle: int) -> None:
-    fh = inodes.inode(backup, handle) | inodes.SYNC
+def test_the_bit_of_readers_in_a_file_handle_leaves_backup_and_handle_readable(backup: int, handle: int) -> None:
+    fh = inodes.inode(backup, handle) | inodes.READER
     assert fh < 2**64
     assert (inodes.backup_of(fh), inodes.handle_of(fh)) == (backup, handle)
 

@@ -1,33 +1,34 @@
-"""The pyfuse3 handlers without a kernel: how they translate the model's answers and errors.
+"""All handlers without a kernel: how they translate the model's answers and errors.
 
-The handlers are called as pyfuse3 calls them, on a real pool. Only the request's context is made up.
+Requests are sent as the kernel packs them, to handlers on a real pool. pyfuse3's handlers are called as it calls them.
 """
 
-import contextlib
 import errno
 import inspect
 import itertools
 import logging
 import os
 import stat
-import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pyfuse3
 import pytest
 import trio
+from kernel import Caller, Kernel, Refused, invalidated
 
 from ttmfs import errors
 from ttmfs.fuse import texts
-from ttmfs.fuse.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, SYNC, handle_of, inode
+from ttmfs.fuse.in_flight import InFlight
+from ttmfs.fuse.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, handle_of, inode
 from ttmfs.fuse.kernel_cache import BLOCK_BITS, NOTIFY_INVAL_INODE, KernelCache
 from ttmfs.fuse.metrics import Metrics
-from ttmfs.fuse.node import Changes
 from ttmfs.fuse.operations import Operations
-from ttmfs.fuse.requests import Requests
+from ttmfs.fuse.page_cache import PageCache
+from ttmfs.fuse.page_requests import PageRequests
+from ttmfs.fuse.requests import Failures, Requests
 from ttmfs.fuse.tree import Tree
+from ttmfs.linux.fuse_protocol import ENTRY, FOPEN_DIRECT_IO
 from ttmfs.model.pool import Pool
 from ttmfs.options import Options
 from ttmfs.recovery.state import Record, State
@@ -36,39 +37,31 @@ from ttmfs.stores import blocking_io, make_store
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclass(frozen=True)
-class Context:
-    uid: int = os.geteuid()
-    gid: int = os.getegid()
-    pid: int = 1
-    umask: int = 0o022
-
-
-CTX: Any = Context()
-
-HEADER = struct.Struct("<IiQ")  # fuse_out_header
-
+CTX = Caller()
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes backups for other users")
 
 
-class Face:
+class Face(Kernel):
     """The handlers, called and waited for."""
 
     def __init__(self, pool: Pool) -> None:
-        self._notified, self._connection = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        super().__init__()
         self.state = State.new(Record("1", 4096, 4096))
         self.metrics = Metrics()
-        self.cache = KernelCache(self._connection, (7, 38), pool.blocking_io.slices)
+        self.cache = KernelCache(self.connection, (7, 38), pool.blocking_io.slices)
         self.tree = Tree(
             pool,
             {STATS: self.stats, CONFIG: self.config},
             self.cache,
             self.state.progress,
         )
-        self.operations = Operations(
-            self.tree, Requests(self.state, self.metrics, self.tree.shared.refusals, None), init=lambda: None
-        )
+        failures = Failures(self.metrics, self.tree.shared.refusals)
+        self.operations = Operations(self.tree, self.metrics, failures)
+        self.handlers = PageRequests(self.tree, PageCache(self.connection, self.state.cached))
+        self.requests = Requests(
+            self.connection, self.handlers, InFlight(self.state), self.metrics, failures, None
+        )  # fmt: skip
 
     async def stats(self) -> bytes:
         return await self.metrics.text(self.operations.pool)
@@ -76,28 +69,11 @@ class Face:
     async def config(self) -> bytes:
         return b"{}"
 
-    def change(self, ino: int, **wanted: int) -> None:
-        """What setattr does with the changes that it is given."""
-
-        async def change() -> None:
-            await self.tree.node(ino).change(ino, Changes(**wanted), CTX, by_path=True)
-
-        trio.run(change)
-
     def forgotten(self) -> list[int]:
         """The inodes whose attributes the kernel was told to forget since it was last asked."""
-        found = []
-        with contextlib.suppress(BlockingIOError):
-            while header := os.read(self._notified, HEADER.size):
-                length, code, _ = HEADER.unpack(header)
-                body = os.read(self._notified, length - HEADER.size)
-                if code == NOTIFY_INVAL_INODE:
-                    found.append(int.from_bytes(body[:8], "little"))
-        return found
-
-    def close(self) -> None:
-        os.close(self._notified)
-        os.close(self._connection)
+        self.said()
+        found, self.notified = invalidated(self.notified, NOTIFY_INVAL_INODE), []
+        return [ino for ino, _ in found]
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         handler = getattr(self.operations, name)
@@ -129,32 +105,33 @@ def a(face: Face) -> int:
 
 def refusal(call: Callable[..., Any], *arguments: Any) -> str:
     """The name of the errno that a handler answers."""
-    with pytest.raises(pyfuse3.FUSEError) as caught:
+    with pytest.raises((pyfuse3.FUSEError, Refused)) as caught:
         call(*arguments)
-    return errno.errorcode[caught.value.errno]
+    return errno.errorcode[caught.value.errno]  # type: ignore[attr-defined]
 
 
-def handlers() -> list[str]:
-    own = vars(Operations)
-    return [name for name, f in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(f) and name in own]
+LEFT_TO_PYFUSE3 = ["access", "readlink", "symlink", "link", "flush", "statfs", "listxattr", "removexattr"]
 
 
-@pytest.mark.parametrize("name", [name for name in handlers() if name != "forget"])
-def test_every_handler_goes_through_the_wrapper(name: str) -> None:
+@pytest.mark.parametrize("name", LEFT_TO_PYFUSE3)
+def test_every_handler_of_pyfuse3_goes_through_the_wrapper(name: str) -> None:
     assert hasattr(vars(Operations)[name], "__wrapped__")
 
 
-def test_every_possible_request_has_a_handler() -> None:
+def test_every_possible_request_has_a_handler(face: Face) -> None:
     """For other requests pyfuse3 answers ENOSYS, and the kernel then handles them itself."""
     asked = {name for name, f in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(f)}
-    assert asked - set(handlers()) == {"poll"}
+    own = {kind.name for kind in face.handlers.kinds.values()}
+    assert asked - own - set(LEFT_TO_PYFUSE3) == {"poll", "forget"}
+    assert not own & set(LEFT_TO_PYFUSE3)
 
 
-UNASKED = {"symlink", "link", "fsync", "fsyncdir", "listxattr"}
-"""These answer without asking the model."""
-
-
-ASKING = [name for name in handlers() if name not in UNASKED | {"forget", "flush"}]
+ASKING = [
+    "lookup", "getattr", "setattr", "mkdir", "rmdir", "unlink", "mknod", "create", "rename", "open", "read", "write",
+    "lseek", "fallocate", "fsync", "release", "opendir", "readdir", "releasedir", "fsyncdir", "getxattr", "setxattr",
+    "access", "readlink", "statfs", "removexattr",
+]  # fmt: skip
+"""The handlers that ask the model."""
 
 
 @pytest.mark.parametrize("name", ASKING)
@@ -174,28 +151,28 @@ def run_with_broken_model(face: Face, a: int, name: str, broken: Callable[..., A
     for finder in "node", "directory", "file":
         setattr(face.tree, finder, broken)
     face.operations.pool = BrokenPool(broken)  # type: ignore[assignment]
-    arguments = {
-        "lookup": (a, b"1", CTX),
+    arguments: dict[str, tuple[Any, ...]] = {
+        "lookup": (a, b"1"),
         "access": (a, os.X_OK, CTX),
-        "mkdir": (ROOT, b"b", 0o755, CTX),
-        "rmdir": (ROOT, b"a", CTX),
-        "unlink": (a, b"1", CTX),
-        "mknod": (a, b"2", stat.S_IFREG, 0, CTX),
-        "create": (a, b"2", 0o644, 0, CTX),
-        "rename": (ROOT, b"a", ROOT, b"b", 0, CTX),
-        "setattr": (a, pyfuse3.EntryAttributes(), pyfuse3.SetattrFields(), None, CTX),
+        "mkdir": (ROOT, b"b", 0o755),
+        "rmdir": (ROOT, b"a"),
+        "unlink": (a, b"1"),
+        "mknod": (a, b"2", stat.S_IFREG, 0),
+        "create": (a, b"2", 0o644, 0),
+        "rename": (ROOT, b"a", ROOT, b"b", 0),
         "read": (a + 1, 0, 10),
         "write": (a + 1, 0, b"x"),
-        "open": (a + 1, 0, CTX),
-        "readdir": (a, 0, None),
-        "release": (a + 1,),
-        "releasedir": (a,),
+        "open": (a + 1, 0),
+        "lseek": (a + 1, 0, os.SEEK_DATA),
+        "fallocate": (a + 1, 0, 0, 10),
+        "readdir": (a, 0),
         "statfs": (CTX,),
-        "getxattr": (a, b"user.x", CTX),
-        "setxattr": (a, b"user.x", b"1", CTX),
+        "readlink": (a, CTX),
+        "getxattr": (a, b"user.x"),
+        "setxattr": (a, b"user.x", b"1"),
         "removexattr": (a, b"user.x", CTX),
     }
-    return refusal(getattr(face, name), *arguments.get(name, (a, CTX)))
+    return refusal(getattr(face, name), *arguments.get(name, (a,)))
 
 
 class BrokenPool:
@@ -267,12 +244,12 @@ def test_only_existing_names_and_attributes_have_a_cache_lifetime(face: Face, a:
 def test_every_open_file_has_direct_io(face: Face, a: int) -> None:
     for ino in a + 1, inode(a >> 30, IMAGE), STATS, CONFIG:
         info = face.open(ino, os.O_RDONLY, CTX)
-        assert (info.direct_io, info.keep_cache) == (True, False)
+        assert info.flags == FOPEN_DIRECT_IO
 
 
 @needs_root
 def test_attributes_of_every_kind_of_entry(face: Face) -> None:
-    b = face.mkdir(ROOT, b"b", 0o2750, Context(uid=12, gid=34)).st_ino
+    b = face.mkdir(ROOT, b"b", 0o2750, Caller(uid=12, gid=34)).st_ino
     face.mknod(b, b"1", stat.S_IFREG | 0o777, 0, CTX)
     link = len(face.readlink(b + SHMEM, CTX))
     for ino, mode, owner, size, blocks in (
@@ -289,63 +266,42 @@ def test_attributes_of_every_kind_of_entry(face: Face) -> None:
         assert entry.st_blksize == PAGE
 
 
-def test_a_listing_continues_where_the_kernel_stopped(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plus", [False, True])
+def test_a_listing_continues_where_the_kernel_stopped(face: Face, a: int, plus: bool) -> None:
     """The kernel asks again with the offset of the last entry that fitted.
 
     Pages may be stored and dropped in between.
     """
     for handle in range(2, 11):
-        face.create(a, b"%d" % handle, 0o644, 0, CTX)
+        face.create(a, b"%d" % handle, 0o644, 0)
     seen: list[bytes] = []
-    offset, room = 0, 0
-
-    def reply(_: Any, name: bytes, entry: pyfuse3.EntryAttributes, next_id: int) -> bool:
-        nonlocal offset, room
-        if not room:
-            return False
-        seen.append(name)
-        offset, room = next_id, room - 1
-        assert entry.st_ino == {b".": a, b"..": ROOT}.get(name, a + int(name.strip(b".") or 0))
-        return True
-
-    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
-    fh = face.opendir(a, CTX)
+    found: list[tuple[bytes, int, int]] = []
+    fh, offset, room = face.opendir(a), 0, 3 * (ENTRY.size * plus + 32)
     for call in range(8):
-        room = 3
-        face.readdir(fh, offset, None)
+        found = face.readdir(fh, offset, room, plus=plus)
+        for name, ino, offset in found:  # noqa: B007 # the last one is needed
+            assert ino == {b".": a, b"..": ROOT}.get(name, a + int(name.strip(b".") or 0))
+            seen.append(name)
         if call == 1:  # it has come to 4
-            face.unlink(a, b"2", CTX)
-            face.unlink(a, b"8", CTX)
-            face.create(a, b"12", 0o644, 0, CTX)
-            face.setxattr(a, b"user.ttmfs.drop", b"6-7", CTX)
-    assert room == 3, "the last calls find nothing more"
+            face.unlink(a, b"2")
+            face.unlink(a, b"8")
+            face.create(a, b"12", 0o644, 0)
+            face.setxattr(a, b"user.ttmfs.drop", b"6-7")
+    assert not found, "the last calls find nothing more"
     face.releasedir(fh)
     assert seen == [b".", b"..", b"1", b"2", b"3", b"4", b"5", b"9", b"10", b"12"]
 
 
-def test_a_listing_is_complete_for_any_reply_size(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ttmfs.fuse.operations.MOST_ENTRIES", 3)
-    for handle in range(2, 9):
-        face.create(a, b"%d" % handle, 0o644, os.O_RDWR, CTX)
-    taken: list[bytes] = []
-    position = 0
-
-    def reply(_: object, name: bytes, __: object, next_id: int) -> bool:
-        nonlocal position
-        taken.append(name)
-        position = next_id
-        return True
-
-    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
-    fh, calls = face.opendir(a, CTX), 0
-    while (count := len(taken)) or not calls:
-        face.readdir(fh, position, None)
-        calls += 1
-        assert len(taken) - count <= 3
-        if len(taken) == count:
-            break
-    assert taken == [b".", b"..", *(b"%d" % handle for handle in range(1, 9))]
-    face.releasedir(fh)
+def test_a_listing_is_complete_for_any_reply_size(face: Face, a: int) -> None:
+    for handle in range(2, 17):
+        face.create(a, b"%d" % handle, 0o644, os.O_RDWR)
+    for room in 32, 64, 1000, 1 << 16:
+        fh, offset, taken = face.opendir(a), 0, []
+        while found := face.readdir(fh, offset, room):
+            taken += [name for name, _, _ in found]
+            offset = found[-1][2]
+        assert taken == [b".", b"..", *(b"%d" % handle for handle in range(1, 17))]
+        face.releasedir(fh)
 
 
 def test_a_map_is_made_in_slices_and_continues_after_each(face: Face, a: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,8 +316,8 @@ def test_a_map_is_made_in_slices_and_continues_after_each(face: Face, a: int, mo
 @needs_root
 def test_a_repeated_request_succeeds_like_the_first(face: Face, a: int) -> None:
     """A request that is carried out a second time succeeds: its first answer may have died with a daemon."""
-    again = face.mkdir(ROOT, b"a", 0o700, Context(uid=5))
-    assert (again.st_ino, again.st_mode & 0o7777, again.st_uid) == (a, 0o755, 0)
+    again = face.mkdir(ROOT, b"a", 0o700, Caller(uid=5))
+    assert (again.st_ino, again.attr.st_mode & 0o7777, again.attr.st_uid) == (a, 0o755, 0)
     face.write(a + 1, 0, b"written")
     info, entry = face.create(a, b"1", 0o644, os.O_RDWR | os.O_TRUNC, CTX)
     assert entry.st_ino == a + 1
@@ -401,15 +357,15 @@ def test_the_kernel_is_notified_only_of_pages_that_it_knows(face: Face, a: int) 
         trio.run(face.cache.expire_pages, a >> 30)  # what it knew before
         face.forgotten()
         tell()
-        face.change(a, mode=0o755)
+        face.setattr(a, mode=0o755)
         trio.run(face.cache.expire_pages, a >> 30)
         told(1)
     tell()
-    face.change(inode(a >> 30, IMAGE), size=0)
+    face.setattr(inode(a >> 30, IMAGE), size=0)
     told(1)
-    face.change(inode(a >> 30, IMAGE), size=0)
+    face.setattr(inode(a >> 30, IMAGE), size=0)
     assert face.forgotten() == [a], "the directory's times; of the pages it was told already"
-    face.change(ROOT, mode=0o700)
+    face.setattr(ROOT, mode=0o700)
     assert set(face.forgotten()) == {STATS, CONFIG}, "which belong to whom the root belongs to"
 
 
@@ -457,14 +413,14 @@ def test_reading_on_in_a_lost_text_is_refused(face: Face) -> None:
     face.release(fh)
     assert refusal(face.read, fh, 100, 100) == "ESTALE"
     assert refusal(face.read, fh, len(text), 100) == "ESTALE"
-    again = face.read(fh, 0, 100)
-    assert face.read(fh, 100, 100_000).startswith(face.read(again and fh, 100, 10))
+    assert face.read(fh, 0, 100)
+    assert face.read(fh, 100, 100_000).startswith(face.read(fh, 100, 10))
     assert face.read(fh, 0, 100_000).endswith(b"\n")
     face.release(fh)
 
 
 def test_open_texts_of_one_user_do_not_evict_those_of_another(face: Face) -> None:
-    other: Any = Context(uid=1)
+    other: Any = Caller(uid=1)
     kept = face.open(CONFIG, os.O_RDONLY, other).fh
     opened = [face.open(STATS, os.O_RDONLY, CTX).fh for _ in range(texts.MOST_TEXTS + 10)]
     assert len(face.tree.texts._open) == texts.MOST_TEXTS
@@ -505,12 +461,12 @@ def test_a_write_that_waits_for_writeback_counts_for_its_owner(
     face: Face, a: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused before anything is stored."""
-    fh = face.open(a | IMAGE, os.O_RDWR | os.O_SYNC, CTX).fh
-    assert face.write(fh, 0, b"old") == 3
+    fh = face.open(a | IMAGE, os.O_RDWR | os.O_SYNC).fh
+    assert face.write(fh, 0, b"old", os.O_SYNC) == 3
     monkeypatch.setattr(blocking_io, "MAX_PENDING", 4)
-    assert refusal(face.write, fh, 0, b"new") == "ENOMEM"
-    assert face.read(fh & ~SYNC, 0, 3) == b"old"
-    assert face.write(fh, 0, b"ne") == 2
+    assert refusal(face.write, fh, 0, b"new", os.O_SYNC) == "ENOMEM"
+    assert face.read(fh, 0, 3) == b"old"
+    assert face.write(fh, 0, b"ne", os.O_SYNC) == 2
 
 
 def test_no_owner_can_occupy_all_threads_of_a_kind() -> None:

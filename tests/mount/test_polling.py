@@ -1,4 +1,4 @@
-"""Busy polling on real mounts: idle mounts, the same answers without polling, and unknown versions of pyfuse3."""
+"""The reading loop on real mounts: polling, idle mounts, and requests beside what else the daemon does."""
 
 import contextlib
 import os
@@ -109,20 +109,20 @@ def polled(mnt: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("wait", ["trio.to_thread.run_sync(time.sleep, 1.0)", "trio.sleep(1.0)"])
-def test_a_client_killed_between_polling_and_reading_blocks_no_other(mountpoint: Path, wait: str) -> None:
+def test_a_client_killed_before_its_request_is_read_blocks_no_other(mountpoint: Path, wait: str) -> None:
     """Its request is withdrawn, and the read finds nothing. Waiting requests continue."""
     flag = mountpoint.parent / "flag"
     script = f"""
         import os, time, trio
-        from ttmfs.fuse import busy_poll
-        from ttmfs.fuse import files
-        found = busy_poll.BusyPoll._found
-        def slowly(self):
-            if (there := found(self)) and os.path.exists({str(flag)!r}):
+        from ttmfs.fuse import files, reading_loop
+        look = reading_loop.ReadingLoop._look
+        def slowly(self, seconds):
+            found = self._epoll.poll(seconds)
+            if any(fd == self._connection for fd, _ in found) and os.path.exists({str(flag)!r}):
                 os.rename({str(flag)!r}, {str(flag) + ".found"!r})
                 time.sleep(0.5)
-            return there
-        busy_poll.BusyPoll._found = slowly
+            return look(self, 0 if found else seconds)
+        reading_loop.ReadingLoop._look = slowly
         async def sync(self, fh):
             await {wait}
         files.Pages.sync = sync
@@ -132,7 +132,7 @@ def test_a_client_killed_between_polling_and_reading_blocks_no_other(mountpoint:
         backup.mkdir()
         (backup / "1").write_bytes(b"x")
         with _client(f"import os; fd = os.open({str(backup / '1')!r}, os.O_RDWR); os.fsync(fd); print()") as slow:
-            time.sleep(0.3)  # it waits in a thread
+            time.sleep(0.3)  # it waits
             flag.touch()
             with _client(f"import os; os.stat({str(backup / '2')!r})") as killed:
                 wait_until(lambda: Path(f"{flag}.found").exists(), "the request to be seen")
@@ -140,6 +140,32 @@ def test_a_client_killed_between_polling_and_reading_blocks_no_other(mountpoint:
                 killed.wait(5)
             assert slow.wait(5) == 0
         assert count(backup, "pages") == 1
+
+
+def test_trio_is_woken_at_its_deadlines_while_requests_go_on(mountpoint: Path) -> None:
+    """A sleep of 0.1 s lasts no longer beside requests that never end, and none longer after the last one."""
+    told = mountpoint.parent / "told"
+    script = f"""
+        import os, time, trio
+        from ttmfs.daemon import keeping
+        async def report(self):
+            while True:
+                before = time.monotonic()
+                await trio.sleep(0.1)
+                with open({str(told)!r}, "a") as file:
+                    file.write(f"{{time.monotonic() - before}}\\n")
+        keeping.Keeping.report = report
+    """.replace("\\\\", "\\")
+    with Mount(mountpoint, "size=1m", command=command_after(script)):
+        (mountpoint / "a").mkdir()
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            work(mountpoint / "a", 50)
+        time.sleep(1)
+        lasted = [float(line) for line in told.read_text().splitlines()]
+        assert len(lasted) > 10, lasted
+        assert sorted(lasted)[len(lasted) // 2] < 0.15, lasted
+        assert max(lasted) < 1, lasted
 
 
 @contextlib.contextmanager

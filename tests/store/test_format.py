@@ -14,7 +14,19 @@ from pathlib import Path
 from ttmfs.options import ExitCode
 from ttmfs.recovery import keeper, keeper_client
 from ttmfs.recovery import keeper_protocol as protocol
-from ttmfs.recovery.state import FORMAT, LATEST, NOTES, POINTS, RECORD, STEPPED, Record, State
+from ttmfs.recovery.state import (
+    ANSWER,
+    CACHED,
+    FORMAT,
+    LATEST,
+    NOTES,
+    POINT_BITS,
+    POINTS,
+    RECORD,
+    STEPPED,
+    Record,
+    State,
+)
 from ttmfs.stores.directory import RECORD as DIRECTORY_RECORD
 from ttmfs.stores.private_tmpfs import NAMESPACE
 from ttmfs.stores.store import STORE
@@ -31,11 +43,11 @@ RECORD_FIELDS = Record(
     restarts=3,
     oom_kills=17,
 )
-REQUEST, DONE = ("drop", 1 << 31 | 5, b"1-1000", 4711), 16 << 20
+REQUEST, DONE = 4712, 16 << 20
 NOTED = {0: 0x123456789ABCDEF2, 7: 0xFEDCBA9876543210, NOTES - 2: 0x10}
 WORDS = 'Fatal Python error: Aborted\n\nCurrent thread 0x1 (most recent call first):\n  File "a.py", line 1 in f\n'
 
-FROZEN = {4: "a6e96694872fbf55fd2b74fde4fe129bbe5267f6d2711faffb7e1f7aaca92200"}
+FROZEN = {5: "5c55451ca00b1ac767520c0117ef1ac76a11b1a9253ab19525817cb2a15d38f5"}
 """The SHA-256 of what is handed over, by format: of every byte of a state with known content, and of `interface`."""
 
 FIXTURE = Path(__file__).with_name(f"state_format_{FORMAT}.hex")
@@ -48,7 +60,9 @@ def made() -> bytes:
     try:
         for slot, note in NOTED.items():
             state.notes[slot] = note
-        with state.progress(*REQUEST) as progress:
+        state.cached[2] = 1 << 30 | 7
+        state.note_answer(4714, b"answered")
+        with state.progress(REQUEST) as progress:
             progress.reach(DONE)
             os.pwrite(state.fd, WORDS.encode(), os.fstat(state.fd).st_size)
             return os.pread(state.fd, 1 << 20, 0)
@@ -69,7 +83,7 @@ def pieces(content: bytes) -> dict[int, str]:
 def interface() -> str:
     """What else daemon, keeper and the next daemon agree on."""
     agreed = {
-        "sections": [RECORD, NOTES, 8, STEPPED, 16, LATEST, POINTS],
+        "sections": [RECORD, NOTES, 8, STEPPED, 16, CACHED, 8, ANSWER, LATEST, POINTS],
         "descriptors": [protocol.CONNECTION, protocol.STATE, STORE, NAMESPACE, DIRECTORY_RECORD],
         "descriptors besides": [protocol.KEEPER, protocol.STARTS],
         "keeper's arguments": keeper_client._words(5, "syslog", ["python", "mount.py"])[4:],
@@ -89,7 +103,7 @@ def test_a_changed_layout_has_a_new_format() -> None:
 
 
 def test_a_frozen_state_is_read_correctly_field_by_field() -> None:
-    length = RECORD + NOTES * 8 + STEPPED * 16
+    length = RECORD + NOTES * 8 + STEPPED * 16 + CACHED * 8 + ANSWER
     fd = os.memfd_create("frozen")
     os.ftruncate(fd, length)
     for line in FIXTURE.read_text().splitlines():
@@ -98,10 +112,12 @@ def test_a_frozen_state_is_read_correctly_field_by_field() -> None:
     state = State(fd)
     assert state.record == RECORD_FIELDS
     assert {slot: note for slot, note in enumerate(state.notes) if note} == NOTED
-    with state.progress(*REQUEST) as progress:
+    assert state.cached[2] == 1 << 30 | 7
+    assert state.noted_answer() == {4714: b"answered"}
+    with state.progress(REQUEST) as progress:
         assert progress.done == DONE
     assert state.take_last_words() == 'Fatal Python error: Aborted < File "a.py", line 1 in f'
-    assert state.suspects()[NOTED[0] & ~POINTS] > 2
+    assert state.suspects()[NOTED[0] >> POINT_BITS] > 2
     state.close()
 
 

@@ -1,7 +1,6 @@
 """The state, which outlasts the daemon: a memfd with a layout that later daemons and later versions can read."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -15,12 +14,26 @@ import pytest
 from harness import REPOSITORY, wait_until
 from stores import ControlGroup
 from ttmfs.errors import NotSupported
-from ttmfs.recovery.state import FAULT, FORMAT, KILL, NOTES, POINTS, RECORD, STEPPED, Record, State, identity
+from ttmfs.linux.fuse_protocol import RESENT
+from ttmfs.recovery.state import (
+    ANSWER,
+    CACHED,
+    FAULT,
+    FORMAT,
+    KILL,
+    NOTES,
+    POINT_BITS,
+    POINTS,
+    RECORD,
+    STEPPED,
+    Record,
+    State,
+)
 from ttmfs.stores.store import MOST_UNSYNCED
 
 pytestmark = pytest.mark.serial  # the kernel counts processes killed for want of memory on the whole machine
 
-WHOLE = RECORD + NOTES * 8 + STEPPED * 16
+WHOLE = RECORD + NOTES * 8 + STEPPED * 16 + CACHED * 8 + ANSWER
 PLAIN = Record("1", 4096, 1 << 20)
 
 
@@ -224,12 +237,13 @@ def quiet(state: State) -> int:
     return oom_kills()
 
 
-REQUESTS = [identity(1, 2, 3), identity(1, 2, 4), identity(9, 2, b"a")]
+REQUESTS = [2, 4711 << 1, 1 << 58]
+"""The kernel's numbers of requests."""
 
 
 def note(state: State, *points: int) -> None:
     for slot, (request, known) in enumerate(zip(REQUESTS, points, strict=False)):
-        state.notes[slot * 700] = request | known
+        state.notes[slot * 700] = request << POINT_BITS | known
 
 
 def test_a_kill_adds_one_point_to_the_request_that_was_running(state: State, quiet: int) -> None:
@@ -244,12 +258,6 @@ def test_a_kill_adds_one_point_to_the_request_that_was_running(state: State, qui
 def test_points_do_not_overflow_into_the_request(state: State) -> None:
     note(state, POINTS, POINTS - 1)
     assert state.suspects() == {REQUESTS[0]: POINTS, REQUESTS[1]: POINTS - 1}
-
-
-@pytest.mark.usefixtures("quiet")
-def test_the_higher_points_of_a_repeated_request_count(state: State) -> None:
-    state.notes[0], state.notes[2000] = REQUESTS[0], REQUESTS[0] | 2
-    assert state.suspects() == {REQUESTS[0]: 2}
 
 
 @pytest.mark.usefixtures("quiet")
@@ -274,7 +282,8 @@ threading.Thread(target=threading.Event().wait, daemon=True).start()
 def main():
     state = State({state.fd})
     state.keep_last_words()
-    state.notes[4], state.notes[5], state.notes[LATEST] = {REQUESTS[1]}, {REQUESTS[0] | 1}, 5
+    state.notes[4], state.notes[5] = {REQUESTS[1] << POINT_BITS}, {REQUESTS[0] << POINT_BITS | 1}
+    state.notes[LATEST] = 5
     {fault}
 main()
 """
@@ -326,36 +335,65 @@ def test_a_daemon_killed_while_starting_adds_no_points(state: State) -> None:
     second.close()
 
 
-# --- identity ---
-
-ASKED = [(1, 1, b"a"), (1, 1, b"\xff" * 255), (2**32 - 1, 2**64 - 1, 2**63), (0, 0, 0), (7, 2**60, None), (7, 5, -1)]
+# --- answers ---
 
 
-def test_a_request_has_the_same_identity_in_every_process() -> None:
-    script = f"from ttmfs.recovery.state import identity\nprint([identity(*asked) for asked in {ASKED!r}])"
-    here = [identity(*asked) for asked in ASKED]
-    for seed in "0", "1", "4294967295", "random":
-        assert json.loads(output(script, PYTHONHASHSEED=seed)) == here
+def test_the_next_daemon_finds_the_answer_that_was_noted_last(state: State) -> None:
+    assert state.noted_answer() == {}
+    state.note_answer(4, b"a longer answer to the first")
+    state.note_answer(6, b"the second")
+    later = again(state)
+    assert later.noted_answer() == {6: b"the second"}
+    state.note_answer(8, bytes(range(256)) + bytes(240))
+    assert later.noted_answer() == {8: bytes(range(256)) + bytes(240)}, "as long as there is room for"
+    later.close()
 
 
-def test_an_identity_leaves_the_points_free_and_fits_into_a_note(state: State) -> None:
-    identities = [identity(*asked) for asked in ASKED]
-    assert len(set(identities)) == len(ASKED)
-    for found in identities:
-        assert found & POINTS == 0
-        assert found > POINTS, "0 would be no note"
-        state.notes[0] = found | POINTS
-        assert state.notes[0] == found + POINTS
+def test_an_answer_that_was_being_noted_at_a_death_is_none(state: State) -> None:
+    """Neither the one before, nor a mixture of both."""
+    os.set_inheritable(state.fd, True)
+    script = f"""
+from ttmfs.recovery.state import State
+state = State({state.fd})
+number = 0
+while True:
+    number += 2
+    state.note_answer(number, number.to_bytes(8, "little") * 60)
+"""
+    for _ in range(10):
+        with python(script) as process:
+            wait_until(lambda: again_once(state), "answers", 20)
+            process.kill()
+            process.communicate(timeout=10)
+        for number, answer in again_once(state).items():
+            assert answer == number.to_bytes(8, "little") * 60
 
 
-def test_different_requests_are_told_apart() -> None:
-    identities = {
-        identity(operation, first, second)
-        for operation in range(4)
-        for first in range(1, 40)
-        for second in (*range(0, 40 * 4096, 4096), *(b"%d" % handle for handle in range(40)))
-    }
-    assert len(identities) == 4 * 39 * 80
+def again_once(state: State) -> dict[int, bytes]:
+    """The noted answer as the next daemon finds it."""
+    found = again(state)
+    try:
+        return found.noted_answer()
+    finally:
+        found.close()
+
+
+def test_a_new_connection_begins_without_requests_of_the_one_before(state: State) -> None:
+    """The kernel's numbers begin anew, and mean other requests."""
+    note(state, 0, 0, 0)
+    state.note_answer(2, b"made")
+    state.cached[3] = 5
+    with contextlib.ExitStack() as killed:
+        killed.enter_context(state.progress(6)).reach(100)
+        later = again(state)
+        killed.pop_all()
+    later.begin_connection()
+    assert later.suspects() == {}
+    assert later.noted_answer() == {}
+    assert not any(later.cached)
+    with later.progress(6) as progress:
+        assert progress.done == 0
+    later.close()
 
 
 # --- its end ---
@@ -376,29 +414,29 @@ def test_a_state_can_be_closed_twice_and_frees_its_memory() -> None:
 
 def test_c22_a_request_continues_where_the_previous_daemon_stopped(state: State) -> None:
     with contextlib.ExitStack() as killed:
-        killed.enter_context(state.progress("truncate", 7, 0, 4711)).reach(100)
-        killed.enter_context(state.progress("truncate", 7, 0, 4712))
+        killed.enter_context(state.progress(4710)).reach(100)
+        killed.enter_context(state.progress(4712))
         second = again(state)
         third = again(state)  # the second was killed at once
         killed.pop_all()
     second.close()
-    with third.progress("truncate", 7, 0, 4711) as progress, third.progress("truncate", 8, 0, 4711) as other:
+    with third.progress(RESENT | 4710) as progress, third.progress(4714) as other:
         assert (progress.done, other.done) == (100, 0)
         progress.reach(200)
-    with third.progress("truncate", 7, 0, 4712) as progress:
+    with third.progress(RESENT | 4712) as progress:
         assert progress.done == 0
-    with third.progress("truncate", 7, 0, 4711) as progress:
+    with third.progress(4710) as progress:
         assert progress.done == 0, "it was finished: this is another"
     third.close()
 
 
 def test_requests_past_the_progress_table_start_from_the_beginning(state: State) -> None:
     with contextlib.ExitStack() as under_way:
-        many = [under_way.enter_context(state.progress("drop", number)) for number in range(STEPPED + 10)]
+        many = [under_way.enter_context(state.progress(number + 1)) for number in range(STEPPED + 10)]
         for number, progress in enumerate(many, 1):
             progress.reach(number)
         assert [progress.done for progress in many] == list(range(1, STEPPED + 11))
-    with state.progress("drop", 5) as progress:
+    with state.progress(1 << 40) as progress:
         assert progress.done == 0
 
 
@@ -406,12 +444,12 @@ def test_progress_of_a_request_that_is_not_repeated_is_forgotten(state: State, m
     monkeypatch.setattr("ttmfs.recovery.state.UNFINISHED_SECONDS", 0.0)
     with contextlib.ExitStack() as killed:
         for number in range(STEPPED):
-            killed.enter_context(state.progress("drop", number)).reach(1)
+            killed.enter_context(state.progress(number + 1)).reach(1)
         later = again(state)
         killed.pop_all()
     with contextlib.ExitStack() as under_way:
         for number in range(STEPPED):
-            assert under_way.enter_context(later.progress("drop", number)).done == 0
+            assert under_way.enter_context(later.progress(number + 1)).done == 0
     later.close()
 
 
@@ -421,18 +459,18 @@ class Ended(BaseException):
 
 def test_a_cancelled_request_continues_but_an_answered_one_restarts(state: State) -> None:
     """A daemon that leaves its mount to another cancels waiting requests. The kernel sends them to the next one."""
-    with contextlib.suppress(Ended), state.progress("write", 1) as progress:
+    with contextlib.suppress(Ended), state.progress(1) as progress:
         progress.reach(4096)
         raise Ended
-    with contextlib.suppress(ValueError), state.progress("write", 2) as progress:
+    with contextlib.suppress(ValueError), state.progress(2) as progress:
         progress.reach(4096)
         raise ValueError
-    with state.progress("write", 3) as progress:
+    with state.progress(3) as progress:
         progress.reach(4096)
     following = again(state)
     done = []
     for number in 1, 2, 3:
-        with following.progress("write", number) as progress:
+        with following.progress(number) as progress:
             done.append(progress.done)
     assert done == [4096, 0, 0]
     following.close()
@@ -440,12 +478,12 @@ def test_a_cancelled_request_continues_but_an_answered_one_restarts(state: State
 
 def test_a_request_answered_with_an_error_restarts(state: State) -> None:
     """After a new mount, callers got an error, and may repeat the request."""
-    with contextlib.suppress(Ended), state.progress("truncate", 1) as progress:
+    with contextlib.suppress(Ended), state.progress(1) as progress:
         progress.reach(7)
         raise Ended
     following = again(state)
     following.forget_unfinished()
     for later in following, again(state):
-        with later.progress("truncate", 1) as progress:
+        with later.progress(1) as progress:
             assert progress.done == 0
         later.close()
