@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import pyfuse3
 import trio
 
 from ..linux.fuse_protocol import BATCH_FORGET, FORGET, HEADER, INTERRUPT, LARGEST_REQUEST, Request
@@ -63,7 +62,7 @@ class ReadingLoop(trio.abc.Instrument):
                     await self._ended.wait()
                 finally:
                     trio.lowlevel.remove_instrument(self)
-                    pyfuse3.terminate()
+                    self._others.end()
                 if self._error:
                     raise self._error
 

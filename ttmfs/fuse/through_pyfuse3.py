@@ -52,8 +52,12 @@ class ThroughPyfuse3:
         self.socket.close()
 
     async def serve(self) -> None:
-        """Serve until :func:`pyfuse3.terminate` is called."""
+        """Serve until :meth:`end` is called."""
         await pyfuse3.main(max_tasks=MOST_PASSED)
+
+    def end(self) -> None:
+        """Serve no more."""
+        pyfuse3.terminate()
 
     def pass_request(self, unique: int, message: memoryview) -> None:
         """Have pyfuse3 answer a request."""
