@@ -235,9 +235,7 @@ until grep -q bound syslog; do kill -0 $log; sleep 0.01; done
 mkdir mnt/a; rmdir mnt/a; wait $log; umount mnt
 """)
     run(f"unshare -m --propagation private bash {script}", cwd=tmp_path)
-    assert re.search(
-        r"^<31>ttmfs\[\d+\]: mkdir\(1, b'a', \d+, pid=\d+\)", (tmp_path / "syslog").read_text(), re.MULTILINE
-    )
+    assert re.search(r"^<31>ttmfs\[\d+\]: mkdir\(1, b'a', pid=\d+\)", (tmp_path / "syslog").read_text(), re.MULTILINE)
     assert not is_mounted(mountpoint)
 
 
@@ -798,8 +796,8 @@ def fault(*arguments, **more):
         ("files", "Pages.truncate", "setattr", "truncate -s 5 a/1"),
         ("directories", "BackupDirectory.listing", "readdir", "ls a"),
         ("files", "Link.target", "lookup", "readlink -v a/.shmem"),
-        ("operations", "get_xattr", "getxattr", "getfattr -n user.ttmfs.pages a"),
-        ("operations", "set_xattr", "setxattr", "setfattr -n user.ttmfs.size -v 1m a"),
+        ("page_requests", "get_xattr", "getxattr", "getfattr -n user.ttmfs.pages a"),
+        ("page_requests", "set_xattr", "setxattr", "setfattr -n user.ttmfs.size -v 1m a"),
     ],
 )
 def test_a_fault_in_a_handler_is_a_logged_eio_and_the_mount_lives_on(

@@ -4,6 +4,7 @@ They change nothing, and wait for nothing. Their answers are small (see :mod:`tt
 """
 
 import errno
+import logging
 import os
 import stat
 import time
@@ -23,6 +24,8 @@ from .xattrs import remove_xattr
 
 __all__ = ["Operations"]
 
+log = logging.getLogger(__name__)
+
 
 def handles_request(handler: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
     """Wrap a handler: map its errors to errno, and count, time and log it.
@@ -34,6 +37,8 @@ def handles_request(handler: Callable[..., Any]) -> Callable[..., Coroutine[Any,
     @wraps(handler)
     async def operation(self: "Operations", *arguments: Any) -> Any:
         start = time.perf_counter_ns()
+        if self._failures.debug:
+            log.debug("%s(%s)", name, arguments[0] if isinstance(arguments[0], int) else "")
         try:
             return handler(self, *arguments)
         except FUSEError:

@@ -44,6 +44,8 @@ class Kind(NamedTuple):
     """It changes something, so it is carried out once: its answer is noted before it is sent."""
     may_be_interrupted: bool = False
     """It changes nothing while it waits, so a signal to its caller may end it."""
+    name_at: int = 0
+    """Where the message has a name, for the log."""
 
 
 class PageRequests:
@@ -55,28 +57,30 @@ class PageRequests:
         self._page_size = tree.shared.pool.page_size
         self._retries = tree.shared.retries
         self.kinds = {
-            fuse.LOOKUP: Kind("lookup", self.lookup),
+            fuse.LOOKUP: Kind("lookup", self.lookup, name_at=HEADER),
             fuse.GETATTR: Kind("getattr", self.getattr),
             fuse.SETATTR: Kind("setattr", self.setattr, changes=True),
-            fuse.MKNOD: Kind("mknod", self.mknod, changes=True),
-            fuse.MKDIR: Kind("mkdir", self.mkdir, changes=True),
-            fuse.UNLINK: Kind("unlink", self.unlink, changes=True),
-            fuse.RMDIR: Kind("rmdir", self.rmdir, changes=True),
-            fuse.RENAME: Kind("rename", self.rename, changes=True),
-            fuse.RENAME2: Kind("rename", self.rename, changes=True),
+            fuse.MKNOD: Kind("mknod", self.mknod, changes=True, name_at=HEADER + fuse.MKNOD_IN.size),
+            fuse.MKDIR: Kind("mkdir", self.mkdir, changes=True, name_at=HEADER + fuse.MKDIR_IN.size),
+            fuse.UNLINK: Kind("unlink", self.unlink, changes=True, name_at=HEADER),
+            fuse.RMDIR: Kind("rmdir", self.rmdir, changes=True, name_at=HEADER),
+            fuse.RENAME: Kind("rename", self.rename, changes=True, name_at=HEADER + fuse.RENAME_IN.size),
+            fuse.RENAME2: Kind("rename", self.rename, changes=True, name_at=HEADER + fuse.RENAME2_IN.size),
             fuse.OPEN: Kind("open", self.open, may_be_interrupted=True),
             fuse.READ: Kind("read", self.read, may_be_interrupted=True),
             fuse.WRITE: Kind("write", self.write, changes=True),
             fuse.RELEASE: Kind("release", self.release),
             fuse.FSYNC: Kind("fsync", self.fsync, may_be_interrupted=True),
-            fuse.SETXATTR: Kind("setxattr", self.setxattr, changes=True),
-            fuse.GETXATTR: Kind("getxattr", self.getxattr, may_be_interrupted=True),
+            fuse.SETXATTR: Kind("setxattr", self.setxattr, changes=True, name_at=HEADER + fuse.SETXATTR_IN.size),
+            fuse.GETXATTR: Kind(
+                "getxattr", self.getxattr, may_be_interrupted=True, name_at=HEADER + fuse.GETXATTR_IN.size
+            ),
             fuse.OPENDIR: Kind("opendir", self.opendir),
             fuse.READDIR: Kind("readdir", self.readdir),
             fuse.READDIRPLUS: Kind("readdir", self.readdir),
             fuse.RELEASEDIR: Kind("releasedir", self.releasedir),
             fuse.FSYNCDIR: Kind("fsyncdir", self.fsyncdir, may_be_interrupted=True),
-            fuse.CREATE: Kind("create", self.create, changes=True),
+            fuse.CREATE: Kind("create", self.create, changes=True, name_at=CREATE_NAME),
             fuse.FALLOCATE: Kind("fallocate", self.fallocate, changes=True),
             fuse.LSEEK: Kind("lseek", self.lseek),
         }

@@ -105,6 +105,9 @@ class Requests:
         start, in_flight, number = time.perf_counter_ns(), self.in_flight, request.unique & ~RESENT
         if in_flight.may_be_repeated and self._was_settled(kind, request, number):
             return
+        if self._failures.debug:
+            name = f"{bytes(message[kind.name_at :]).partition(bytes(1))[0]!r}, " if kind.name_at else ""
+            log.debug("%s(%d, %spid=%d)", kind.name, request.node, name, request.pid)
         in_flight.begin(number)
         try:
             if self._locks is not None and not kind.changes and backup_of(request.node) in self._locks:
@@ -123,7 +126,7 @@ class Requests:
         except Exception as error:
             self._send_error(kind, request, error)
         in_flight.end()
-        self._count(kind, request, start)
+        self._count(kind, start)
 
     def _was_settled(self, kind: Kind, request: Request, number: int) -> bool:
         """Answer a request that the previous daemon carried out, or that daemons have died of."""
@@ -167,7 +170,7 @@ class Requests:
         finally:
             self._interruptible.pop(number, None)
             self.in_flight.answered(slot)
-            self._count(kind, request, start)
+            self._count(kind, start)
 
     def interrupt(self, message: memoryview) -> None:
         """FUSE_INTERRUPT: the caller of a request has got a signal. It ends a wait that has changed nothing yet."""
@@ -187,10 +190,8 @@ class Requests:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):  # nobody waits for it any more
                 raise
 
-    def _count(self, kind: Kind, request: Request, start: int) -> None:
+    def _count(self, kind: Kind, start: int) -> None:
         self._metrics.count(kind.name, time.perf_counter_ns() - start)
-        if self._failures.debug:
-            log.debug("%s(node=%d, pid=%d)", kind.name, request.node, request.pid)
 
 
 async def _known(answer: bytes) -> bytes:

@@ -55,11 +55,12 @@ async def get_xattr(node: Node, name: bytes, caller: Caller) -> bytes:
 
 async def set_xattr(node: Node, name: bytes, value: bytes, flags: int, caller: Caller) -> None:
     """setxattr(2), of the few attributes that can be set."""
-    if not (attribute := _table(node).get(name)):
-        if flags & os.XATTR_REPLACE:
-            raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
+    attribute = _table(node).get(name)
+    if flags & os.XATTR_REPLACE and not (attribute and attribute.get):
+        raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
+    if not attribute:
         raise NotSupported(f"there is no attribute {os.fsdecode(name)!r} here, and none can be added")
-    if flags & os.XATTR_CREATE:
+    if flags & os.XATTR_CREATE and attribute.get:
         raise AttributeExists(f"{os.fsdecode(name)} exists already")
     if not attribute.set:
         raise NotPermitted(f"{os.fsdecode(name)} can only be read")
