@@ -3,6 +3,7 @@
 import contextlib
 import mmap
 import os
+import signal
 import statistics
 import subprocess
 import threading
@@ -129,6 +130,11 @@ def fdatasync_page(backup: Path, handle: int, data: bytes) -> None:
         os.fdatasync(fd)
 
 
+def rwf_dsync_page(backup: Path, handle: int, data: bytes) -> None:
+    with opened(backup / str(handle), os.O_RDWR | os.O_CREAT) as fd:
+        os.pwritev(fd, [data], 0, os.RWF_DSYNC)
+
+
 def dd(flags: str) -> Callable[[Path, int, bytes], None]:
     def store(backup: Path, handle: int, data: bytes) -> None:
         command = ["dd", f"of={backup / str(handle)}", f"bs={PAGE}", "status=none", *flags.split()]
@@ -144,8 +150,8 @@ def dd_image(backup: Path, handle: int, data: bytes) -> None:
 
 @pytest.mark.parametrize(
     "store",
-    [fsync_page, fdatasync_page, dd("oflag=sync"), dd("oflag=dsync"), dd("conv=fsync"), dd_image],
-    ids=["fsync", "fdatasync", "oflag=sync", "oflag=dsync", "conv=fsync", "image oflag=sync"],
+    [fsync_page, fdatasync_page, rwf_dsync_page, dd("oflag=sync"), dd("oflag=dsync"), dd("conv=fsync"), dd_image],
+    ids=["fsync", "fdatasync", "RWF_DSYNC", "oflag=sync", "oflag=dsync", "conv=fsync", "image oflag=sync"],
 )
 @pytest.mark.usefixtures("swap")
 def test_c5_writeback_pushes_a_page_to_swap_at_once(backup: Path, store: Callable[[Path, int, bytes], None]) -> None:
@@ -452,6 +458,27 @@ def test_a_partial_write_of_a_swapped_out_large_page_delays_no_other_client(moun
         assert took > 0.5
         assert held_up(times) < took / 3
         assert (mountpoint / "a/1").read_bytes() == data[:99999] + b"x" + data[100000:]
+
+
+def test_c9_a_signal_ends_a_wait_for_swap(backup: Path, mount: Mount, tmp_path: Path) -> None:
+    """Ctrl-C of a program that reads a page from a slow disk."""
+    with stores.slow_swap(mount.pid, tmp_path, reads_a_second=1) as slow:
+        pages = fill(backup, 64 * 8)
+        slow.push_out()
+        others = [
+            subprocess.Popen(["cat", backup / str(1 + number * 64)], stdout=subprocess.DEVNULL) for number in range(5)
+        ]
+        time.sleep(0.3)  # the disk has enough to do
+        page = backup / str(1 + 64 * 7)
+        with subprocess.Popen(["cat", page], stdout=subprocess.DEVNULL) as reader:
+            time.sleep(0.5)
+            assert reader.poll() is None, "it did not wait"
+            began = time.monotonic()
+            reader.send_signal(signal.SIGINT)
+            assert reader.wait(10) == -signal.SIGINT
+            assert time.monotonic() - began < 0.5, "it waited for the disk"
+        assert [other.wait(30) for other in others] == [0] * 5
+    assert page.read_bytes() == pages[64 * 7 * PAGE : (64 * 7 + 1) * PAGE]
 
 
 def test_many_waits_for_swap_delay_no_other_client(backup: Path, mount: Mount, tmp_path: Path) -> None:
