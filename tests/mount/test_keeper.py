@@ -196,7 +196,7 @@ def test_c22_a_daemon_that_cannot_start_leaves_a_dead_mountpoint_and_every_page(
         a.mkdir()
         content = os.urandom(1 << 20)
         (a / ".image").write_bytes(content)
-        with changed(broken, "import pyfuse3", "import pyfuse3 pyfuse3"), Caller(a / "1") as caller:
+        with changed(broken, "import trio", "import trio trio"), Caller(a / "1") as caller:
             keeper, daemon = mount.keeper, mount.daemon
             mount.expect_restarts()
             mount.expect_log(FAILED)
