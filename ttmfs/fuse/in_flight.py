@@ -26,8 +26,6 @@ class InFlight:
         self._answers = state.noted_answer()
         self._slots = list(range(1, LATEST))
         self.waiting = 0
-        self.may_be_repeated = bool(self._scores or self._answers)
-        """Whether a request may be one of the previous daemon's."""
 
     def begin(self, number: int) -> None:
         """A handler is called, which runs alone until :meth:`end` or :meth:`wait`."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from ..linux.fuse_protocol import BATCH_FORGET, FORGET, HEADER, INTERRUPT, LARGEST_REQUEST, Request
+from ..linux.fuse_protocol import BATCH_FORGET, FORGET, HEADER, INTERRUPT, LARGEST_REQUEST, RESENT, Request
 from .busy_poll import BusyPoll
 from .requests import Requests
 from .through_pyfuse3 import ThroughPyfuse3
@@ -145,6 +145,8 @@ class ReadingLoop(trio.abc.Instrument):
         """Answer the request in the buffer, or have it answered."""
         message = self._buffer[:length]
         request = Request._make(HEADER.unpack_from(message))
+        if request.unique & RESENT and self._requests.was_settled(request):
+            return
         if kind := self._requests.kinds.get(request.opcode):
             self._requests.carry_out(message, kind, request, self._spawn)
         elif request.opcode == INTERRUPT:

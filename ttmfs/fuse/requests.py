@@ -103,8 +103,6 @@ class Requests:
     def carry_out(self, message: memoryview, kind: Kind, request: Request, spawn: Spawn) -> None:
         """Answer a request, or start a task that will."""
         start, in_flight, number = time.perf_counter_ns(), self.in_flight, request.unique & ~RESENT
-        if in_flight.may_be_repeated and self._was_settled(kind, request, number):
-            return
         if self._failures.debug:
             name = f"{bytes(message[kind.name_at :]).partition(bytes(1))[0]!r}, " if kind.name_at else ""
             log.debug("%s(%d, %spid=%d)", kind.name, request.node, name, request.pid)
@@ -128,12 +126,14 @@ class Requests:
         in_flight.end()
         self._count(kind, start)
 
-    def _was_settled(self, kind: Kind, request: Request, number: int) -> bool:
-        """Answer a request that the previous daemon carried out, or that daemons have died of."""
+    def was_settled(self, request: Request) -> bool:
+        """Answer a request that is sent again if the previous daemon carried it out, or if daemons have died of it."""
+        number = request.number
         if (answer := self.in_flight.earlier_answer(number)) is not None:
             self._send(ANSWER.pack(DONE + len(answer), 0, request.unique), answer)
         elif self.in_flight.is_refused(number):
-            self._failures.refused(kind.name, number)
+            kind = self.kinds.get(request.opcode)
+            self._failures.refused(kind.name if kind else f"opcode {request.opcode}", number)
             self._send(ANSWER.pack(DONE, -errno.EIO, request.unique))
         else:
             return False
