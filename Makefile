@@ -64,4 +64,4 @@ setup: .venv/ready
 	scripts/setup.sh
 
 clean:
-	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info ttmfs/fuse/*.c ttmfs/fuse/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

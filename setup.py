@@ -1,9 +1,14 @@
-"""Builds from a checkout without what an earlier build left in build/. All else is in pyproject.toml."""
+"""Builds from a checkout without what an earlier build left in build/, and with the compiled requests if that works.
+
+All else is in pyproject.toml.
+"""
 
 import shutil
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build import build
+
+COMPILED = "ttmfs/fuse/compiled_requests"
 
 
 class CleanBuild(build):
@@ -19,4 +24,18 @@ class CleanBuild(build):
         super().run()
 
 
-setup(cmdclass={"build": CleanBuild})
+def compiled() -> list[Extension]:
+    """The extension module. Optional: without a C compiler ttmfs is installed without it, and is slower."""
+
+    def extension(suffix: str) -> Extension:
+        return Extension("ttmfs.fuse.compiled_requests", [f"{COMPILED}.{suffix}"], optional=True)
+
+    try:
+        from Cython.Build import cythonize
+    except ImportError:  # the sdist has the C that was made from it
+        return [extension("c")]
+    made: list[Extension] = cythonize([extension("pyx")], language_level=3)
+    return made
+
+
+setup(cmdclass={"build": CleanBuild}, ext_modules=compiled())

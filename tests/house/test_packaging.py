@@ -15,6 +15,8 @@ import pytest
 
 from harness import REPOSITORY, children, mounts_below, remaining, run, wait_until
 
+COMPILED = "ttmfs/fuse/compiled_requests"
+
 VERSION = "98.7.6"
 """Written where the version stands, and nowhere else; it must then show everywhere."""
 
@@ -61,7 +63,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     assert lines[-1].startswith("__version__ = ")
     version.write_text("\n".join([*lines[:-1], f'__version__ = "{VERSION}"', ""]))
     python = environment(directory / "clean")
-    pip(python, "install 'setuptools>=77'")
+    pip(python, "install 'setuptools>=77' 'cython>=3.1,<4'")
     build = "import sys, setuptools.build_meta as backend; getattr(backend, 'build_' + sys.argv[1])(sys.argv[2])"
     run(f'{python} -c "{build}" sdist {out}', cwd=source)
     run(f"tar -xzf {out}/ttmfs-{VERSION}.tar.gz", cwd=directory)
@@ -70,7 +72,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         (checkout / "build" / stale).parent.mkdir(parents=True, exist_ok=True)
         (checkout / "build" / stale).write_text("#!/usr/bin/env python3\n")
     run(f'{python} -c "{build}" wheel {out}', cwd=checkout)
-    return out / f"ttmfs-{VERSION}.tar.gz", out / f"ttmfs-{VERSION}-py3-none-any.whl"
+    (wheel,) = out.glob(f"ttmfs-{VERSION}-*.whl")
+    return out / f"ttmfs-{VERSION}.tar.gz", wheel
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +90,29 @@ def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 def test_the_sdist_holds_every_file_of_the_repository(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
-    assert set(versioned()) <= held
+    assert {*versioned(), f"{COMPILED}.c"} <= held
 
 
 def test_the_wheel_holds_the_typed_package_without_tests(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as wheel:
         top = {name for name in wheel.namelist() if not name.startswith(f"ttmfs-{VERSION}.")}
-    assert top == {name for name in versioned() if name.startswith("ttmfs/")}
+    (compiled,) = (name for name in top if name.startswith(COMPILED) and name.endswith(".so"))
+    source = {name for name in versioned() if name.startswith("ttmfs/") and not name.endswith((".pyx", ".pxd"))}
+    assert top == source | {compiled}
+
+
+@pytest.mark.parametrize("lacking", ["Cython", "a C compiler"])
+def test_ttmfs_installs_without(built: tuple[Path, Path], tmp_path: Path, lacking: str) -> None:
+    """Without Cython, the C of the sdist is compiled. Without a compiler there is no compiled module."""
+    run(f"tar -xzf {built[0]}", cwd=tmp_path)
+    python = environment(tmp_path / "clean")
+    pip(python, "install 'setuptools>=77'")
+    build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    compiler = {"CC": "/bin/false"} if lacking == "a C compiler" else {}
+    run(f'{python} -c "{build}" out', cwd=tmp_path / f"ttmfs-{VERSION}", env={**os.environ, **compiler})
+    (wheel,) = (tmp_path / f"ttmfs-{VERSION}/out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        assert any(name.endswith(".so") for name in files.namelist()) == (not compiler)
 
 
 def test_the_wheel_holds_nothing_of_an_earlier_build(built: tuple[Path, Path]) -> None:

@@ -1317,6 +1317,14 @@ def test_doctor_works_for_users_without_privilege(place: Place) -> None:
     with place.directory("shared") as path, Mount(path, "allow_other"):
         found = checks(path, code=0, **alice)
         assert found["/dev/fuse"]["state"] == found[str(path)]["state"] == "ok"
-        assert {"kernel", "swap", "user namespaces", "RLIMIT_MEMLOCK", "pyfuse3", "allow_other"} <= set(found)
+        assert {
+            "kernel",
+            "swap",
+            "user namespaces",
+            "RLIMIT_MEMLOCK",
+            "pyfuse3",
+            "compiled requests",
+            "allow_other",
+        } <= set(found)
     with place.directory("shared") as path, Mount(path):
         assert "not shown to you" in checks(path, code=0, **alice)[str(path)]["found"]

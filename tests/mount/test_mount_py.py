@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import itertools
 import json
 import os
@@ -35,6 +36,10 @@ from harness import (
 )
 from stores import ControlGroup
 from ttmfs.options import TABLE, ExitCode, Options
+
+HAS_COMPILED = importlib.util.find_spec("ttmfs.fuse.compiled_requests") is not None
+LOOP = "compiled" if HAS_COMPILED and os.environ.get("TTMFS_LOOP") != "python" else "python"
+"""What answers the plain requests of a mount in memory."""
 
 COMMAND = shlex.join([sys.executable, "-W", "error", str(MOUNT_PY)])
 ENDS_BY_SIGNAL = ["kill -TERM $PID", "kill -INT $PID", "kill -HUP $PID", "kill -TERM $DAEMON"]
@@ -684,7 +689,7 @@ def test_config_shows_the_options_in_force(mountpoint: Path) -> None:
     options = "size=16m,nr_inodes=100,mode=1777,backup_size=1m,page_size=64k,reserve=1m,allow_other,noexec"
     with Mount(mountpoint, options) as mount:
         socket = f"/run/ttmfs/0:{os.minor(mountpoint.stat().st_dev)}.socket"
-        who = {"daemon_pid": mount.pid, "keeper_pid": mount.process.pid, "descriptors": socket}
+        who = {"daemon_pid": mount.pid, "keeper_pid": mount.process.pid, "descriptors": socket, "loop": "python"}
         assert json.loads((mountpoint / ".config").read_text()) == Options.parse(options).as_dict() | who
         run(f"setfattr -n user.ttmfs.size -v 32m {mountpoint}")
         now = Options.parse(options, "size=32m").as_dict() | {"backup_size": 1 << 20}
@@ -692,6 +697,7 @@ def test_config_shows_the_options_in_force(mountpoint: Path) -> None:
     with Mount(mountpoint, "keeper=off") as mount:
         config = json.loads((mountpoint / ".config").read_text())
         assert (config["keeper"], config["daemon_pid"], config["keeper_pid"]) == ("off", mount.process.pid, None)
+        assert config["loop"] == LOOP
 
 
 def metrics(text: str) -> dict[str, float]:
@@ -759,7 +765,7 @@ def test_stats_are_prometheus_text_and_count(mnt: Path, backup: Path) -> None:
     assert after["ttmfs_available_bytes"] == (64 << 20) - 40960
     assert after["ttmfs_page_size_bytes"] == 4096
     assert (after["ttmfs_page_ins_total"], after["ttmfs_page_ins_waiting"], after["ttmfs_handovers_total"]) == (0, 0, 0)
-    assert after[f'ttmfs_build_info{{version="{ttmfs.__version__}"}}'] == 1
+    assert after[f'ttmfs_build_info{{version="{ttmfs.__version__}",loop="{LOOP}"}}'] == 1
 
 
 # --- a long life ---
@@ -770,8 +776,9 @@ class Altered(Mount):
 
     def __init__(self, directory: Path, script: Path, alteration: str) -> None:
         super().__init__(directory, "size=8m")
-        before = f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport mount\n"
-        script.write_text(f"{before}{alteration}\nsys.exit(mount.main())\n")
+        before = f"import os, sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport mount\n"
+        in_python = "os.environ['TTMFS_LOOP'] = 'python'\n"  # compiled code calls nothing that was altered
+        script.write_text(f"{before}{in_python}{alteration}\nsys.exit(mount.main())\n")
         self._command[self._command.index(str(MOUNT_PY))] = str(script)
 
 

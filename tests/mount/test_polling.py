@@ -42,6 +42,7 @@ def work(backup: Path, pages: int = BURST) -> None:
 def command_after(script: str) -> tuple[str, ...]:
     """mount.py, run after a script has changed its environment."""
     prelude = f"import runpy, sys\nsys.argv[0] = {str(MOUNT_PY)!r}\nsys.path.insert(0, {str(MOUNT_PY.parent)!r})\n"
+    prelude += "import os\nos.environ['TTMFS_LOOP'] = 'python'\n"  # compiled code calls nothing that is replaced
     end = f"\nrunpy.run_path({str(MOUNT_PY)!r}, run_name='__main__')\n"
     return sys.executable, "-W", "error", "-c", prelude + textwrap.dedent(script) + end
 

@@ -20,10 +20,12 @@ import os
 import resource
 import signal
 import subprocess
+from functools import partial
 
 import trio
 
 from ..fuse.busy_poll import BusyPoll
+from ..fuse.compiled import COMPILED, PYTHON, compiled_requests, loop_of
 from ..fuse.in_flight import InFlight
 from ..fuse.inodes import CONFIG, STATS
 from ..fuse.kernel_cache import KernelCache
@@ -132,7 +134,8 @@ class _Session:
         self.signal = 0  # that asked for the end
         self._stopped = trio.Event()  # the loop reads no more
         self._cut_off = False  # the connection is of no use any more
-        self._metrics = Metrics(mount.state.record.restarts)
+        loop = PYTHON if options.debug else loop_of(mount.pool)  # Python logs each request
+        self._metrics = Metrics(mount.state.record.restarts, loop)
         mount.pool.blocking_io.on_page_in = self._metrics.count_page_in
         self._socket = self._offer_descriptors(options)
         self._make_loop(options)
@@ -161,8 +164,10 @@ class _Session:
         requests = Requests(connection, handlers, in_flight, metrics, failures, locks)
         self._others = ThroughPyfuse3(connection, in_flight, init, taken_over=taken_over)
         self._others.begin(Operations(tree, metrics, failures))
-        busy_poll = BusyPoll(options.busy_poll * 1000, metrics.busy_poll)
-        self._loop = ReadingLoop(connection, requests, self._others, busy_poll, _most_waiting())
+        busy_poll, compiled = BusyPoll(options.busy_poll * 1000, metrics.busy_poll), None
+        if metrics.loop == COMPILED:
+            compiled = partial(compiled_requests, connection, state, handlers, metrics)
+        self._loop = ReadingLoop(connection, requests, self._others, busy_poll, _most_waiting(), compiled)
 
     def _config(self, options: Options) -> bytes:
         """The options in force, the processes that serve, and the descriptor socket, as JSON."""
@@ -170,8 +175,8 @@ class _Session:
         room = pool.room()  # the budget may have changed since the start
         sizes = {"size": room.size, "backup_size": pool.backup_size, "nr_inodes": room.files}
         where = {"store": pool.store.directory, "descriptors": self._socket.path if self._socket else None}
-        processes = {"daemon_pid": os.getpid(), "keeper_pid": keeper.pid if keeper else None}
-        return json.dumps(options.as_dict() | sizes | where | processes, indent=2).encode() + b"\n"
+        who = {"daemon_pid": os.getpid(), "keeper_pid": keeper.pid if keeper else None, "loop": self._metrics.loop}
+        return json.dumps(options.as_dict() | sizes | where | who, indent=2).encode() + b"\n"
 
     def _offer_descriptors(self, options: Options) -> DescriptorSocket | None:
         """The socket that gives out backups' descriptors, if there can be one and the store is fit for it."""

@@ -36,15 +36,16 @@ class PathRetries:
     """The threads that got an ESTALE and may retry."""
 
     def __init__(self) -> None:
-        self._refused: RecentlyUsed[Refused] = RecentlyUsed()
+        self.refused: RecentlyUsed[Refused] = RecentlyUsed()
+        """By thread. The requests of all others are answered as if there were no retries."""
 
     def forgives(self, ino: int, pid: int, step: int) -> bool:
         """Whether a thread's request for a page that does not exist is answered as if it did. Else it gets ESTALE."""
-        last = self._refused.get(pid)
+        last = self.refused.get(pid)
         if pid and last and last.ino == ino and step >= last.next_step and time.monotonic() <= last.at + RETRY_SECONDS:
-            self._refused[pid] = last._replace(next_step=step + 1)
+            self.refused[pid] = last._replace(next_step=step + 1)
             return True
-        self._refused[pid] = Refused(ino, time.monotonic())
+        self.refused[pid] = Refused(ino, time.monotonic())
         return False
 
     def looked_up(self, pid: int, *, found: bool) -> None:
@@ -52,15 +53,15 @@ class PathRetries:
 
         The VFS looks up a name that it knows, and if that is gone looks it up once more. The second miss ends the call.
         """
-        if not self._refused or not (last := self._refused.get(pid)):
+        if not self.refused or not (last := self.refused.get(pid)):
             return
         if found:
-            self._refused[pid] = last._replace(next_step=OPEN)
+            self.refused[pid] = last._replace(next_step=OPEN)
         elif not last.misses:
-            self._refused[pid] = last._replace(next_step=NO_STEP, misses=1)
+            self.refused[pid] = last._replace(next_step=NO_STEP, misses=1)
         else:
             self.end_call(pid)
 
     def end_call(self, pid: int) -> None:
         """A thread's call has come to its last request."""
-        self._refused.pop(pid, None)
+        self.refused.pop(pid, None)

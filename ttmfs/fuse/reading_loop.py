@@ -8,13 +8,14 @@ So a request that waits for nothing is read, answered and forgotten without a ta
 Concurrency: one thread. Handlers that wait become tasks of the nursery.
 """
 
+import contextlib
 import errno
 import io
 import os
 import select
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -23,6 +24,9 @@ from .busy_poll import BusyPoll
 from .requests import Requests
 from .through_pyfuse3 import ThroughPyfuse3
 
+if TYPE_CHECKING:
+    from .compiled_requests import CompiledRequests
+
 __all__ = ["ReadingLoop"]
 
 TURN, SHORT_TURN = 10_000_000, 500_000
@@ -30,11 +34,15 @@ TURN, SHORT_TURN = 10_000_000, 500_000
 
 
 class ReadingLoop(trio.abc.Instrument):
-    """Serves one connection. `most_waiting` bounds the requests that wait at once; then no more are read."""
+    """Serves one connection. `most_waiting` bounds the requests that wait at once; then no more are read.
+
+    `compiled` makes what answers the plain requests, given the buffer for requests. None: Python answers them.
+    """
 
     def __init__(
-        self, connection: int, requests: Requests, others: ThroughPyfuse3, busy_poll: BusyPoll, most_waiting: int
-    ) -> None:
+        self, connection: int, requests: Requests, others: ThroughPyfuse3, busy_poll: BusyPoll, most_waiting: int,
+        compiled: "Callable[[memoryview], CompiledRequests] | None" = None,
+    ) -> None:  # fmt: skip
         self._connection = connection
         self._requests = requests
         self._in_flight = requests.in_flight
@@ -44,6 +52,8 @@ class ReadingLoop(trio.abc.Instrument):
         os.set_blocking(connection, False)
         self._file = io.FileIO(connection, "r+b", closefd=False)  # it reads into a buffer, which os.read does not
         self._buffer = memoryview(bytearray(LARGEST_REQUEST))
+        self._make_compiled = compiled
+        self._compiled: CompiledRequests | None = None
         self._registered = False  # whether the epoll waits for requests
         self._ended = trio.Event()
         self._error: BaseException | None = None
@@ -52,7 +62,10 @@ class ReadingLoop(trio.abc.Instrument):
         """Serve until the connection ends, or :meth:`end` is called. Then wait for the requests that wait."""
         self._token = trio.lowlevel.current_trio_token()
         (trios,) = _epolls()
-        with select.epoll() as self._epoll:
+        with select.epoll() as self._epoll, contextlib.ExitStack() as at_the_end:
+            if self._make_compiled:
+                self._compiled = self._make_compiled(self._buffer)
+                at_the_end.callback(self._compiled.close)
             for fd in self._others.socket.fileno(), trios:
                 self._epoll.register(fd, select.EPOLLIN)
             async with trio.open_nursery() as self._nursery:
@@ -75,7 +88,7 @@ class ReadingLoop(trio.abc.Instrument):
         try:
             if timeout:
                 self._serve_until(time.perf_counter_ns() + int(timeout * 1e9))
-            elif (length := self._look(0)[0]) is not None:  # tasks can run: one request in between
+            elif length := self._look(0)[0]:  # tasks can run: few requests in between
                 self._answer(length)
         except BaseException as error:  # trio would only log it
             self._error = error
@@ -87,10 +100,11 @@ class ReadingLoop(trio.abc.Instrument):
         trio then still sleeps as long as it said, unless one of its files is ready. So it is woken.
         """
         clock, in_flight = time.perf_counter_ns, self._in_flight
-        looked_at = clock()
+        looked_at, length = clock(), None
         while True:
-            length = self._read()
-            if length is None and not in_flight.waiting:
+            if length != 0:  # then none is left
+                length = self._read()
+            if not length and not in_flight.waiting:
                 length = self._busy_poll.poll(self._read)
             if length is None:
                 length, trio_is_due = self._look(max(0.0, (deadline - clock()) / 1e9))
@@ -98,12 +112,12 @@ class ReadingLoop(trio.abc.Instrument):
                 looked_at = clock()
             else:
                 trio_is_due = False
-            if length is not None:
+            if length:
                 self._answer(length)
             now = clock()
             if not trio_is_due and now > looked_at + (SHORT_TURN if in_flight.waiting else TURN):
                 length, trio_is_due = self._look(0)
-                if length is not None:
+                if length:
                     self._answer(length)
                 looked_at = now
             if trio_is_due or now >= deadline:
@@ -111,7 +125,7 @@ class ReadingLoop(trio.abc.Instrument):
                 return
 
     def _look(self, seconds: float) -> tuple[int | None, bool]:
-        """Wait for anything. Returns a request's length if there is one, and whether a file of trio's is ready."""
+        """Wait for anything. Returns what :meth:`_read` does, and whether a file of trio's is ready."""
         if (self._in_flight.waiting < self._most_waiting) != self._registered:
             self._registered = not self._registered
             if self._registered:
@@ -129,10 +143,15 @@ class ReadingLoop(trio.abc.Instrument):
         return length, trio_is_due
 
     def _read(self) -> int | None:
-        """Read the next request into the buffer. Returns its length; None if there is none, or if too many wait."""
+        """Read the next request into the buffer. Returns its length; None if there is none, or if too many wait.
+
+        0: there were some, and the compiled code has answered them all.
+        """
         if self._in_flight.waiting >= self._most_waiting:
             return None
         try:
+            if self._compiled:
+                return self._compiled.answer_plain()
             return self._file.readinto(self._buffer)
         except OSError as error:
             if error.errno in (errno.ENODEV, errno.ECONNABORTED):  # it was unmounted, or cut off

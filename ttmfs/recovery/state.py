@@ -96,7 +96,7 @@ class State:
         self.notes = whole[_NOTES_AT:_PROGRESS_AT].cast("Q")
         self._progress = whole[_PROGRESS_AT:_CACHED_AT].cast("Q")
         self.cached = whole[_CACHED_AT:_ANSWER_AT].cast("Q")
-        self._answer = whole[_ANSWER_AT:_LAST_WORDS_AT]
+        self.answer = whole[_ANSWER_AT:_LAST_WORDS_AT]
         rows = [(self._progress[2 * row], row) for row in range(STEPPED)]
         self._unfinished = {request: row for request, row in rows if request}  # of the previous daemon
         self._unfinished_until = time.monotonic() + UNFINISHED_SECONDS
@@ -123,7 +123,7 @@ class State:
                 faulthandler.disable()
                 os.close(self._last_words)
                 self._last_words = None
-            for view in self.notes, self._progress, self.cached, self._answer:
+            for view in self.notes, self._progress, self.cached, self.answer:
                 view.release()
             self._map.close()  # it has a descriptor of its own
             os.close(self.fd)
@@ -140,20 +140,20 @@ class State:
         self.forget_unfinished()
         self.notes[:] = memoryview(bytes(NOTES * 8)).cast("Q")
         self.cached[:] = memoryview(bytes(CACHED * 8)).cast("Q")
-        self._answer[:] = bytes(ANSWER)
+        self.answer[:] = bytes(ANSWER)
 
     # --- answers ---
 
     def note_answer(self, request: int, answer: bytes) -> None:
         """Note what a change is answered, before the answer is sent. At most ANSWER - 16 bytes."""
-        _ANSWERED.pack_into(self._answer, 0, 0, 0)  # while the bytes are of neither answer
-        self._answer[_ANSWERED.size : _ANSWERED.size + len(answer)] = answer
-        _ANSWERED.pack_into(self._answer, 0, request, len(answer))
+        _ANSWERED.pack_into(self.answer, 0, 0, 0)  # while the bytes are of neither answer
+        self.answer[_ANSWERED.size : _ANSWERED.size + len(answer)] = answer
+        _ANSWERED.pack_into(self.answer, 0, request, len(answer))
 
     def noted_answer(self) -> dict[int, bytes]:
         """The answer that was noted last, by its request's number. Its sender may have died before it sent it."""
-        request, length = _ANSWERED.unpack_from(self._answer)
-        return {request: bytes(self._answer[_ANSWERED.size : _ANSWERED.size + length])} if request else {}
+        request, length = _ANSWERED.unpack_from(self.answer)
+        return {request: bytes(self.answer[_ANSWERED.size : _ANSWERED.size + length])} if request else {}
 
     # --- requests that are carried out in steps ---
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -198,6 +199,15 @@ def _pyfuse3() -> Check:
     )  # fmt: skip
 
 
+def _compiled() -> Check:
+    found = importlib.util.find_spec("ttmfs.fuse.compiled_requests")
+    return _either(
+        "compiled requests", found, "are installed: C code answers the plain requests for pages in memory",
+        "are not installed: Python answers all requests, which takes longer",
+        "install a C compiler and Python's headers (Debian: gcc, python3-dev), then ttmfs again",
+    )  # fmt: skip
+
+
 def _allow_other() -> Check:
     allowed = re.search(r"^\s*user_allow_other\b", _read("/etc/fuse.conf"), re.MULTILINE)
     return _either(
@@ -217,7 +227,7 @@ def _user_namespaces() -> Check:
     )  # fmt: skip
 
 
-MACHINE = (_fuse_device, _fusermount, _kernel, _swap, _control_group, _syslog, _version, _pyfuse3)
+MACHINE = (_fuse_device, _fusermount, _kernel, _swap, _control_group, _syslog, _version, _pyfuse3, _compiled)
 FOR_USERS = (_allow_other, _user_namespaces, _locked_memory)
 
 
@@ -322,7 +332,8 @@ def _alive(what: str, mount: Mounted, keeper: Keeper | None, found: dict[str, An
         bad = f"answers, but its keeper {keeper.pid} is stopped, and would not replace a daemon that dies"
         return Check(what, WARNING, bad, f"kill -CONT {keeper.pid}")
     native = "programs get descriptors" if found.get("descriptors") else "programs use .image"
-    return Check(what, OK, f"answers; daemon {found.get('daemon_pid')}, keeper {kept_by}; {native}")
+    serves = "compiled" if found.get("loop") == "compiled" else "Python"
+    return Check(what, OK, f"answers; daemon {found.get('daemon_pid')} ({serves}), keeper {kept_by}; {native}")
 
 
 COMMANDS = (
