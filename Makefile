@@ -3,7 +3,7 @@
 # make check    lint, and tests that mount nothing, also of the documents: half a minute, without root
 # make lint     linter, formatter, types
 # make format   fix what the formatter and the linter can
-# make bench    compare with tmpfs, bindfs and pyfuse3's example: tables, JSON and plots (bench-quick: in a minute)
+# make bench    compare with tmpfs and other FUSE filesystems: tables, JSON and plots (bench-quick: in a few minutes)
 # make soak     mixed load with kills, swap and budget changes, for SECONDS (600)
 # make install  install commands, systemd units and manual pages below PREFIX (/usr/local); make uninstall removes them
 # make lock     write the versions in .venv to requirements-dev.lock
@@ -12,7 +12,7 @@
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test check check-tests lint format bench bench-quick soak setup lock install uninstall clean
+.PHONY: demo test check check-tests lint format bench bench-quick libfuse-examples soak setup lock install uninstall clean
 
 CHECKED := tests/arithmetic tests/model tests/face $(addprefix tests/house/test_,imports.py docs.py help.py man_pages.py)
 
@@ -40,11 +40,14 @@ format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: setup
-	$(SUDO) $(BIN)/python benchmarks/bench.py
+bench: setup libfuse-examples
+	$(SUDO) $(BIN)/python benchmarks/bench.py $(B)
 
-bench-quick: setup
-	$(SUDO) $(BIN)/python benchmarks/bench.py --quick
+bench-quick: setup libfuse-examples
+	$(SUDO) $(BIN)/python benchmarks/bench.py --quick $(B)
+
+libfuse-examples: setup
+	@scripts/libfuse_examples.sh || echo "bench: continues without the examples of libfuse" >&2
 
 soak: setup
 	$(SUDO) $(BIN)/python tests/soak.py --seconds $(SECONDS)

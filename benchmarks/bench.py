@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Benchmarks: compare ttmfs with tmpfs, bindfs and pyfuse3's example, on real mounts in one run.
+"""Benchmarks: compare ttmfs with tmpfs, bindfs, and examples of libfuse and pyfuse3, on real mounts in one run.
 
 Prints tables, and writes results.json and SVG plots. Leaves nothing mounted. Needs root.
 """
@@ -16,25 +16,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import bandwidth
-import clients
-import floor
+import bulk
 import idle
 import latency
 import listing
 import machine
 import memory
 import operations
+import parallel
+import recovery
+import swap
 from plan import FULL, QUICK, TINY, Plan
 from report import targets_table
+from systems import OTHER, Unavailable, compare_with
 
 GROUPS = {
     "operations": operations,
-    "clients": clients,
-    "bandwidth": bandwidth,
-    "floor": floor,
+    "parallel": parallel,
+    "bulk": bulk,
     "latency": latency,
     "listing": listing,
+    "swap": swap,
+    "recovery": recovery,
     "memory": memory,
     "idle": idle,
 }
@@ -53,6 +56,9 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=GROUPS, metavar="NAME", help=f"run only these groups: {', '.join(GROUPS)}"
     )
+    parser.add_argument(
+        "--program", type=Path, metavar="DIR", help=f"measure the ttmfs of another checkout in turns, too, as '{OTHER}'"
+    )
     parser.add_argument("--rounds", type=int, help="counted rounds, after one to warm up")
     parser.add_argument("--json", type=Path, default=RESULTS / "results.json", metavar="FILE", help="(%(default)s)")
     parser.add_argument(
@@ -62,6 +68,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if os.geteuid():
         parser.error("needs root, to mount a tmpfs and to drop the kernel's caches")
+    if arguments.program:
+        try:
+            compare_with(arguments.program.resolve())
+        except Unavailable as error:
+            parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: ended by SIGTERM"))
     try:
         import plots  # needs an extra: fail before measuring, not after

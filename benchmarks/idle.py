@@ -8,7 +8,7 @@ from typing import Any
 
 from plan import Plan
 from report import Target, spread, table
-from systems import OFF, TTMFS, System, mounted, side_by_side
+from systems import OFF, OTHER, TTMFS, System, mounted, side_by_side
 from workloads import store
 
 __all__ = ["report", "run", "targets"]
@@ -21,7 +21,7 @@ TRIES = 20
 
 
 def run(plan: Plan, directory: Path) -> dict[str, Any]:
-    systems, _ = side_by_side(64 << 20, (TTMFS, OFF))
+    systems, _ = side_by_side(64 << 20, (TTMFS, OFF, OTHER))
     after: dict[str, list[list[float]]] = {system.name: [] for system in systems}
     with mounted(directory, systems):
         pages = {}

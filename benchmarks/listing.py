@@ -11,7 +11,7 @@ from typing import Any
 from plan import FULL, Plan
 from processes import together
 from report import Target, ratio, spread, table
-from systems import TMPFS, TTMFS, System, Tmpfs, Ttmfs, mounted
+from systems import TMPFS, TTMFS, System, Tmpfs, Ttmfs, checkouts, mounted
 from workloads import Pages, create, pause, store
 
 __all__ = ["make_files", "report", "run", "targets"]
@@ -24,7 +24,7 @@ COLD, WARM, DROP = "cold", "warm", "drop"
 def run(plan: Plan, directory: Path) -> dict[str, Any]:
     """Microseconds an entry of each round. Each round makes all pages again: the kernel knows none of their names."""
     size = plan.many_pages * System.page_size + (256 << 20)
-    systems = [Ttmfs(TTMFS, size), Tmpfs(TMPFS, size)]
+    systems = [*checkouts(size), Tmpfs(TMPFS, size)]
     found: dict[str, dict[str, list[float]]] = {step: {s.name: [] for s in systems} for step in (COLD, WARM, DROP)}
     with mounted(directory, systems):
         for turn in range(min(plan.rounds, ROUNDS) + 1):
@@ -96,10 +96,14 @@ def report(found: dict[str, Any]) -> str:
         (
             f"{found['pages']:,} pages in a directory, microseconds an entry: median (least to most) of "
             f"{len(took[COLD][TTMFS])} rounds.\n"
-            "Listing is os.scandir, names only. Its loop in Python is a part of the time. Systems take turns.",
+            "Listing is os.scandir, names only. Its loop in Python is a part of the time. Systems take turns.\n"
+            "In brackets: the ratio to ttmfs.",
             table(
-                ("", TTMFS, TMPFS),
-                [[text, *(spread(took[step][n], 3) for n in (TTMFS, TMPFS))] for step, text in names.items()],
+                ("", *took[COLD]),
+                [
+                    [text, *(f"{spread(row, 3)} [{ratio(row, took[step][TTMFS]):.2f}]" for row in took[step].values())]
+                    for step, text in names.items()
+                ],
             ),
         )
     )

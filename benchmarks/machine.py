@@ -13,7 +13,7 @@ from typing import Any
 
 import pyfuse3
 
-__all__ = ["SETTLED", "SLAB", "Slab", "anonymous", "available", "describe", "record"]
+__all__ = ["SETTLED", "SLAB", "Slab", "anonymous", "available", "describe", "meminfo", "record"]
 
 SLAB = ("SUnreclaim", "SReclaimable")
 HALT_POLL = Path("/sys/module/haltpoll/parameters/guest_halt_poll_ns")
@@ -86,14 +86,15 @@ def describe(found: dict[str, Any]) -> str:
     )
 
 
-def _meminfo() -> dict[str, int]:
+def meminfo() -> dict[str, int]:
+    """/proc/meminfo in bytes."""
     rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     return {row[0][:-1]: int(row[1]) * 1024 for row in rows}
 
 
 def available() -> int:
     """Bytes available without swapping."""
-    return _meminfo()["MemAvailable"]
+    return meminfo()["MemAvailable"]
 
 
 class Slab:
@@ -129,7 +130,7 @@ class Slab:
 
     def _read(self) -> dict[str, int]:
         Path("/proc/sys/vm/stat_refresh").read_bytes()  # adds the counters of each CPU to the sums
-        rows = _meminfo()
+        rows = meminfo()
         return {name: rows[name] for name in SLAB}
 
 

@@ -54,7 +54,7 @@ def _slab(slab: Slab, system: System, pages: int) -> dict[str, dict[str, float]]
     """Growth of slab in bytes a page, by state. The pages stay."""
     found = {}
     home = system.new("a")
-    _warm_up(home, system.page_size)
+    _warm_up(system, home)
     base = slab.forget()
     if isinstance(system, Ttmfs):
         store(home, pages, system.page_size)
@@ -81,10 +81,10 @@ def _each(now: dict[str, int], base: dict[str, int], pages: int) -> dict[str, fl
     return {name: (now[name] - base[name]) / pages for name in SLAB}
 
 
-def _warm_up(home: Path, page_size: int) -> None:
+def _warm_up(system: System, home: Path) -> None:
     """Do every operation once, so that lasting allocations happen now. Leaves no page."""
-    pages = Pages.of(home, WARM_UP, page_size)
-    pages.content = os.urandom(page_size)
+    pages = Pages.of(system, home, WARM_UP)
+    pages.content = os.urandom(system.page_size)
     for name, act in OPERATIONS.items():
         if name == "unlink":
             os.listdir(home)
@@ -119,7 +119,7 @@ def _most(system: System, home: Path) -> int:
         store(home, REQUEST_BYTES // system.page_size, system.page_size)
         looks.append(anonymous(system.pid))
         os.truncate(home / ".image", 0)
-        _warm_up(home, system.page_size)
+        _warm_up(system, home)
         looks.append(anonymous(system.pid))
     return max(looks)
 

@@ -28,6 +28,9 @@ class Plan:
     backup_counts: tuple[int, ...]
     stream_seconds: float
     idle_seconds: float
+    recovery_pages: tuple[int, ...]
+    kills: int
+    kill_pause_seconds: float  # before a kill: a standby has to be ready
 
 
 FULL = Plan(
@@ -50,6 +53,9 @@ FULL = Plan(
     backup_counts=(1, 1000, 10_000),
     stream_seconds=2.0,
     idle_seconds=10.0,
+    recovery_pages=(1, 1_000_000),
+    kills=15,
+    kill_pause_seconds=2.0,
 )
 QUICK = Plan(
     name="quick",
@@ -71,6 +77,9 @@ QUICK = Plan(
     backup_counts=(1, 100, 1000),
     stream_seconds=0.2,
     idle_seconds=1.0,
+    recovery_pages=(1, 20_000),
+    kills=5,
+    kill_pause_seconds=1.0,
 )
 TINY = Plan(
     name="tiny",
@@ -92,4 +101,7 @@ TINY = Plan(
     backup_counts=(1, 20),
     stream_seconds=0.1,
     idle_seconds=0.1,
+    recovery_pages=(1, 500),
+    kills=1,
+    kill_pause_seconds=0.3,
 )

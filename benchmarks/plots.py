@@ -9,6 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from placements import UNPINNED
 
 __all__ = ["draw"]
 
@@ -17,6 +18,9 @@ COLOURS = {
     "ttmfs busy_poll=off": "#56b4e9",
     "tmpfs.py": "#d55e00",
     "bindfs": "#e69f00",
+    "memfs_ll": "#009e73",
+    "passthrough_hp": "#cc79a7",
+    "other ttmfs": "#000000",
     "tmpfs": "#666666",
 }
 SHADES = ("#0072b2", "#009e73", "#cc79a7")  # of ttmfs' page sizes
@@ -26,7 +30,7 @@ UNITS = ((1 << 20, "MiB"), (1 << 10, "KiB"))
 
 def draw(groups: Mapping[str, Any], machine: str, directory: Path) -> list[Path]:
     """Draw the measured groups. Return the written files."""
-    kinds = {"operations": _operations, "bandwidth": _bandwidth, "latency": _latency}
+    kinds = {"operations": _operations, "bulk": _bulk, "latency": _latency}
     written = []
     directory.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
@@ -55,8 +59,9 @@ def _figure(columns: int, height: float) -> tuple[Figure, Sequence[Axes]]:
     return figure, list(axes)
 
 
-def _operations(found: Mapping[str, Any]) -> Figure:
-    """Bars show the median, and lines the least and the most of the rounds."""
+def _operations(group: Mapping[str, Any]) -> Figure:
+    """Bars show the median, and lines the least and the most of the rounds. Client and daemons are unpinned."""
+    found = group["placements"][UNPINNED]
     figure, (time, cpu) = _figure(2, 4.4)
     latency = found["microseconds"]
     for ax in time, cpu:
@@ -80,9 +85,9 @@ def _operations(found: Mapping[str, Any]) -> Figure:
             for op in latency
         ]
         cpu.bar(places, both, width, color=COLOURS[name])
-    time.set_title("time an operation, us (lines: least to most; hollow: from the page cache)", fontsize=9)
+    time.set_title("time an operation, us (lines: least to most; hollow: without the daemon)", fontsize=9)
     cpu.set_title("CPU time an operation, daemon + client, us", fontsize=9)
-    figure.legend(loc="outside upper center", ncols=len(found["systems"]), frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
@@ -110,7 +115,7 @@ def _latency(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _bandwidth(found: Mapping[str, Any]) -> Figure:
+def _bulk(found: Mapping[str, Any]) -> Figure:
     sweep = found["sweep_mib_per_second"]
     figure, axes = _figure(len(sweep), 4.0)
     for ax, (way, by_name) in zip(axes, sweep.items(), strict=True):

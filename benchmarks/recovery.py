@@ -1,66 +1,99 @@
-"""How long a client waits when the daemon is killed: from SIGKILL to the answer of a read, by pages and by backups.
+"""How long a client waits when the daemon is killed: from SIGKILL to the answer of a read, and the keeper's memory."""
 
-    python benchmarks/recovery.py
-
-Run it as root. It prints the median and the extremes of nine kills for each case, and the keeper's memory.
-"""
-
-import json
 import os
 import signal
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PAGE = os.sysconf("SC_PAGE_SIZE")
-CASES = ((1, 1), (1_000, 1), (1_000_000, 1), (1, 10_000))
-"""Pages of the first backup, and backups."""
+from machine import available
+from plan import Plan
+from report import Target, spread, table
+from systems import System, Ttmfs, checkouts, knows_option, mounted
+from workloads import store
 
-KILLS, PAUSE, REQUEST = 9, 0.3, 256
+__all__ = ["report", "run", "targets"]
+
+SPARE = 2 << 30  # bytes of memory that the benchmark leaves free
+MEMORY = ("Rss", "Pss", "Private_Dirty")
+STANDBY = ("standby=on", "standby=off")
 
 
-def measure(mountpoint: Path, pages: int, backups: int) -> str:
-    """One line of the table."""
-    for number in range(backups):
-        (mountpoint / f"b{number}").mkdir()
-    with (mountpoint / "b0/.image").open("r+b", buffering=0) as image:
-        for first in range(0, pages, REQUEST):
-            image.write(bytes([1]) * PAGE * min(REQUEST, pages - first))
-    seconds = []
-    fd = os.open(mountpoint / "b0/1", os.O_RDONLY)
+def run(plan: Plan, directory: Path) -> dict[str, Any]:
+    """Milliseconds, one value a kill, by number of pages and by system. Systems take turns."""
+    cases: dict[int, dict[str, list[float]]] = {}
+    memory: dict[int, dict[str, dict[str, float]]] = {}
+    for wanted in plan.recovery_pages:
+        systems = _systems((wanted * System.page_size) + (64 << 20))
+        pages = min(wanted, max(1, (available() - SPARE) // System.page_size // len(systems)))
+        with mounted(directory, systems):
+            cases[pages], memory[pages] = _kill_in_turns(plan, systems, pages)
+    return {"kills": plan.kills, "wanted_pages": plan.recovery_pages, "milliseconds": cases, "keeper_mib": memory}
+
+
+def _systems(size: int) -> list[Ttmfs]:
+    """Each ttmfs, with and without a standby if it has that option."""
+    found = []
+    for system in checkouts(size):
+        if knows_option(system.checkout, "standby"):
+            found += [Ttmfs(f"{system.name} {option}", size, option, checkout=system.checkout) for option in STANDBY]
+        else:
+            found.append(system)
+    return found
+
+
+def _kill_in_turns(
+    plan: Plan, systems: list[Ttmfs], pages: int
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    took: dict[str, list[float]] = {system.name: [] for system in systems}
+    opened = {}
     try:
-        for _ in range(KILLS):
-            daemon = json.loads((mountpoint / ".config").read_text())["daemon_pid"]
-            time.sleep(PAUSE)
-            begun = time.perf_counter()
-            os.kill(daemon, signal.SIGKILL)
-            os.pread(fd, PAGE, 0)
-            seconds.append(time.perf_counter() - begun)
+        for system in systems:
+            store(system.new("a"), pages, system.page_size)
+            opened[system.name] = os.open(system.path / "a/1", os.O_RDONLY)
+        for _ in range(plan.kills):
+            time.sleep(plan.kill_pause_seconds)
+            for system in systems:
+                system.find_daemon()
+                begin = time.perf_counter_ns()
+                os.kill(system.pid, signal.SIGKILL)
+                os.pread(opened[system.name], system.page_size, 0)
+                took[system.name].append((time.perf_counter_ns() - begin) / 1e6)
     finally:
-        os.close(fd)
-    keeper = json.loads((mountpoint / ".config").read_text())["keeper_pid"]
-    rows = dict(line.split(":") for line in Path(f"/proc/{keeper}/smaps_rollup").read_text().splitlines()[1:])
-    median, least, most = (1e3 * f(seconds) for f in (statistics.median, min, max))
-    memory = ", ".join(
-        f"{name} {int(rows[name].split()[0]) / 1024:.1f} MiB" for name in ("Rss", "Pss", "Private_Dirty")
-    )
-    return f"{pages:9} pages {backups:6} backups: {median:4.0f} ms ({least:.0f} to {most:.0f}); keeper {memory}"
+        for fd in opened.values():
+            os.close(fd)
+    return took, {system.name: _memory(system.keeper) for system in systems}
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="ttmfs-recovery-") as directory:
-        for pages, backups in CASES:
-            command = [sys.executable, str(REPOSITORY / "mount.py"), directory, "-o", "size=8g"]
-            subprocess.run(command, check=True)
-            try:
-                print(measure(Path(directory), pages, backups), flush=True)
-            finally:
-                subprocess.run(["umount", "-l", directory], check=True)
+def _memory(pid: int) -> dict[str, float]:
+    """Memory of a process in MiB."""
+    rows = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return {name: int(rows[name].split()[0]) / 1024 for name in MEMORY}
 
 
-if __name__ == "__main__":
-    main()
+def targets(_: dict[str, Any]) -> list[Target]:
+    return []
+
+
+def report(found: dict[str, Any]) -> str:
+    cases, memory = found["milliseconds"], found["keeper_mib"]
+    names = next(iter(cases.values()))
+    parts = [
+        "From SIGKILL of the daemon to the answer of a read of an open page, ms: median (least to most) of\n"
+        f"{found['kills']} kills. Systems take turns.",
+        table(
+            ("pages", *names),
+            [[f"{int(pages):,}", *(spread(row[name], 0) for name in names)] for pages, row in cases.items()],
+        ),
+        f"The keeper's memory in MiB: {', '.join(MEMORY)}.",
+        table(
+            ("pages", *names),
+            [
+                [f"{int(pages):,}", *(", ".join(f"{mib:.1f}" for mib in row[name].values()) for name in names)]
+                for pages, row in memory.items()
+            ],
+        ),
+    ]
+    if (most := max(found["wanted_pages"])) not in map(int, cases):
+        parts.append(f"NOT MEASURED: {most:,} pages: this machine has memory for {max(map(int, cases)):,} a mount.")
+    return "\n\n".join(parts)

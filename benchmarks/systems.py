@@ -1,11 +1,13 @@
 """The filesystems to compare: each is really mounted by its own program, and unmounted afterwards.
 
 All of a group's systems are mounted at once, so that they can take turns. ``tmpfs.py`` is the example in the source
-package of the installed pyfuse3. pip fetches it once into the user's cache directory.
+package of the installed pyfuse3. pip fetches it once into the user's cache directory. ``scripts/libfuse_examples.sh``
+builds the examples of libfuse. ttmfs is used as any program uses it: by its command line, its files and its mount.
 """
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,27 +30,29 @@ from processes import uninterrupted
 __all__ = [
     "BINDFS",
     "EXAMPLE",
-    "NULL",
+    "MEMFS",
     "OFF",
-    "SIDE_BY_SIDE",
+    "OTHER",
+    "PASSTHROUGH",
     "TMPFS",
     "TTMFS",
-    "Bindfs",
-    "Example",
     "System",
     "Tmpfs",
     "Ttmfs",
     "Unavailable",
+    "checkouts",
+    "compare_with",
+    "knows_option",
     "mounted",
     "side_by_side",
     "wait_until",
 ]
 
-TTMFS, OFF, EXAMPLE, BINDFS, TMPFS = SIDE_BY_SIDE = ("ttmfs", "ttmfs busy_poll=off", "tmpfs.py", "bindfs", "tmpfs")
-
-NULL = "null.py"
+TTMFS, OFF, OTHER, EXAMPLE, BINDFS, TMPFS = "ttmfs", "ttmfs busy_poll=off", "other ttmfs", "tmpfs.py", "bindfs", "tmpfs"
+MEMFS, PASSTHROUGH = "memfs_ll", "passthrough_hp"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LIBFUSE_EXAMPLES = REPOSITORY / "build/libfuse-examples/bin"
 WAIT_SECONDS, FETCH_SECONDS = 30.0, 120.0
 STATS_BYTES = 1 << 16
 
@@ -69,6 +74,8 @@ class System(ABC):
     """A mount, and the process that serves it, if any."""
 
     page_size = os.sysconf("SC_PAGE_SIZE")
+    open_flags = 0
+    """Flags with which a client opens pages, so that each read and write is a request to the daemon."""
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
@@ -158,25 +165,35 @@ class _Daemon(System):
 
 
 class Ttmfs(_Daemon):
-    """A ttmfs on a private tmpfs."""
+    """A ttmfs on a private tmpfs. `checkout` is the directory of the program."""
 
-    def __init__(self, name: str, size: int, *options: str, page_size: int = System.page_size) -> None:
+    def __init__(
+        self, name: str, size: int, *options: str, page_size: int = System.page_size, checkout: Path = REPOSITORY
+    ) -> None:
         super().__init__(name, size)
         self.page_size = page_size
+        self.checkout = checkout
         self._asked = -1
         self._daemon = -1
         words = ",".join((f"size={size}", f"page_size={page_size}", *options))
-        self.command = [sys.executable, str(REPOSITORY / "mount.py"), "-f", "-o", words]
+        self.command = [*_program(checkout), "-f", "-o", words]
 
-    def wait(self) -> None:
-        super().wait()
-        assert self.process is not None
-        keeper = self.process.pid
-        self._daemon = int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text())
+    @property
+    def keeper(self) -> int:
+        """The process id of the keeper, which is our child."""
+        return super().pid
 
     @property
     def pid(self) -> int:
         return self._daemon
+
+    def wait(self) -> None:
+        super().wait()
+        self.find_daemon()
+
+    def find_daemon(self) -> None:
+        """Ask the mount which process serves it now."""
+        self._daemon = int(json.loads((self.path / ".config").read_text())["daemon_pid"])
 
     def ask_to_end(self) -> None:
         if self.process:
@@ -216,20 +233,29 @@ class Tmpfs(System):
         return []
 
 
-class Bindfs(_Daemon):
-    """bindfs, a passthrough filesystem in C, over a tmpfs of its own."""
+class Memfs(_Daemon):
+    """The example memfs_ll of libfuse, in C++: files in the daemon's own memory."""
+
+    open_flags = os.O_DIRECT  # without it, the page cache answers reads of open files
 
     def __init__(self, name: str, size: int) -> None:
         super().__init__(name, size)
-        if not shutil.which("bindfs"):
-            raise Unavailable("bindfs is not installed: apt-get install bindfs")
+        self.command = [_libfuse_example(name), "-f"]
+
+
+class Passthrough(_Daemon):
+    """A passthrough filesystem over a tmpfs of its own. The command names the tmpfs last."""
+
+    def __init__(self, name: str, size: int, *command: str) -> None:
+        super().__init__(name, size)
+        self._words = command
         self._below = Tmpfs(f"{name} below", size)
 
     def start(self) -> None:
         self._below.path = self.path.with_suffix(".below")
         self._below.path.mkdir()
         self._below.start()
-        self.command = ["bindfs", "-f", "-o", "direct_io", str(self._below.path)]
+        self.command = [*self._words, str(self._below.path)]
         super().start()
 
     def end(self) -> list[str]:
@@ -241,12 +267,18 @@ class Bindfs(_Daemon):
                 self._below.path.rmdir()
 
 
-class Null(_Daemon):
-    """pyfuse3 with nothing behind it."""
+def _bindfs(name: str, size: int) -> Passthrough:
+    """bindfs, in C."""
+    if not shutil.which("bindfs"):
+        raise Unavailable("bindfs is not installed: apt-get install bindfs")
+    return Passthrough(name, size, "bindfs", "-f", "-o", "direct_io")
 
-    def __init__(self, name: str, size: int) -> None:
-        super().__init__(name, size)
-        self.command = [sys.executable, str(Path(__file__).with_name("null.py"))]
+
+def _libfuse_example(name: str) -> str:
+    path = LIBFUSE_EXAMPLES / name
+    if not path.exists():
+        raise Unavailable("it is not built: scripts/libfuse_examples.sh")
+    return str(path)
 
 
 class Example(_Daemon):
@@ -286,20 +318,50 @@ def _example() -> Path:
     return path
 
 
-def side_by_side(size: int, names: Sequence[str] = SIDE_BY_SIDE) -> tuple[list[System], dict[str, str]]:
-    """The systems of these names, and the reasons why the others are not available."""
+_checkouts = {TTMFS: REPOSITORY}
+
+
+def compare_with(checkout: Path) -> None:
+    """Measure the ttmfs of another checkout, too. Raises Unavailable if there is none."""
+    if not (checkout / "mount.py").is_file():
+        raise Unavailable(f"{checkout} is no checkout of ttmfs: it has no mount.py")
+    _checkouts[OTHER] = checkout
+
+
+def checkouts(size: int, *options: str) -> list[Ttmfs]:
+    """This ttmfs, and the other one if there is one."""
+    return [Ttmfs(name, size, *options, checkout=checkout) for name, checkout in _checkouts.items()]
+
+
+def knows_option(checkout: Path, option: str) -> bool:
+    """Whether the ttmfs of a checkout has this mount option."""
+    text = subprocess.run([*_program(checkout), "--help"], check=True, capture_output=True, text=True).stdout
+    return bool(re.search(rf"\b{option}=", text))
+
+
+def _program(checkout: Path) -> list[str]:
+    """A checkout's command to mount, with its own Python if it has one."""
+    python = checkout / ".venv/bin/python"
+    own = checkout != REPOSITORY and python.exists()
+    return [str(python) if own else sys.executable, str(checkout / "mount.py")]
+
+
+def side_by_side(size: int, names: Sequence[str]) -> tuple[list[System], dict[str, str]]:
+    """The systems of these names, and the reasons why the others are not available. The other ttmfs is optional."""
     make: dict[str, Callable[[], System]] = {
-        TTMFS: lambda: Ttmfs(TTMFS, size),
+        **{name: partial(Ttmfs, name, size, checkout=checkout) for name, checkout in _checkouts.items()},
         OFF: lambda: Ttmfs(OFF, size, "busy_poll=off"),
         EXAMPLE: lambda: Example(EXAMPLE, size),
-        NULL: lambda: Null(NULL, size),
-        BINDFS: lambda: Bindfs(BINDFS, size),
+        MEMFS: lambda: Memfs(MEMFS, size),
+        PASSTHROUGH: lambda: Passthrough(PASSTHROUGH, size, _libfuse_example(PASSTHROUGH), "--foreground"),
+        BINDFS: lambda: _bindfs(BINDFS, size),
         TMPFS: lambda: Tmpfs(TMPFS, size),
     }
     found, missing = [], {}
     for name in names:
         try:
-            found.append(make[name]())
+            if name in make:
+                found.append(make[name]())
         except Unavailable as error:
             missing[name] = str(error)
     return found, missing

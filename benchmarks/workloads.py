@@ -22,7 +22,6 @@ __all__ = [
     "EXPECTED",
     "OPERATIONS",
     "REQUEST_BYTES",
-    "UNKNOWN",
     "Cost",
     "Pages",
     "Transfer",
@@ -30,7 +29,6 @@ __all__ = [
     "check",
     "check_requests",
     "create",
-    "forget_names",
     "know_names",
     "measure",
     "pause",
@@ -41,9 +39,7 @@ __all__ = [
 ]
 
 PAUSE_SECONDS = 0.005
-FORGET_TIMES = 3
 REQUEST_BYTES = 1 << 20
-UNKNOWN = "open+read+close, name unknown"
 AT_EMPTY_PATH, AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, STATX_BYTES = 0x1000, 0x2000, 0x7FF, 256
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -56,12 +52,14 @@ class Pages:
     paths: list[str]
     size: int
     content: bytes
+    flags: int = 0  # for every open(2)
     held: list[int] = field(default_factory=list)  # one descriptor for each operation; only a few differ
 
     @classmethod
-    def of(cls, directory: Path, count: int, size: int) -> Self:
+    def of(cls, system: System, directory: Path, count: int) -> Self:
         """The first `count` pages of a directory."""
-        return cls([f"{directory}/{handle}" for handle in range(1, count + 1)], size, b"")
+        paths = [f"{directory}/{handle}" for handle in range(1, count + 1)]
+        return cls(paths, system.page_size, b"", system.open_flags)
 
     def some(self, count: int) -> list[str]:
         """`count` of the paths, spread evenly."""
@@ -70,7 +68,7 @@ class Pages:
     @contextlib.contextmanager
     def holding(self, different: int) -> Iterator[None]:
         """Keep `different` pages open."""
-        descriptors = [os.open(path, os.O_RDWR) for path in self.some(different)]
+        descriptors = [os.open(path, os.O_RDWR | self.flags) for path in self.some(different)]
         self.held = list(itertools.islice(itertools.cycle(descriptors), len(self.paths)))
         try:
             yield
@@ -82,6 +80,7 @@ class Pages:
 
 def _open_each_and_write(pages: Pages, flags: int) -> None:
     open_, write, close, content = os.open, os.write, os.close, pages.content
+    flags |= pages.flags
     for path in pages.paths:
         fd = open_(path, flags, 0o644)
         write(fd, content)
@@ -93,7 +92,7 @@ def create(pages: Pages) -> None:
 
 
 def open_read(pages: Pages) -> None:
-    open_, read, close, size, flags = os.open, os.read, os.close, pages.size, os.O_RDONLY
+    open_, read, close, size, flags = os.open, os.read, os.close, pages.size, os.O_RDONLY | pages.flags
     for path in pages.paths:
         fd = open_(path, flags)
         read(fd, size)
@@ -137,7 +136,6 @@ OPERATIONS: dict[str, Callable[[Pages], None]] = {
     "pwrite": pwrite,
     "open+read+close": open_read,
     "open+write+close": open_write,
-    UNKNOWN: open_read,
     "unlink": unlink,
 }
 """The order matters: each operation needs what the one before it left."""
@@ -149,7 +147,6 @@ EXPECTED = {
     "pwrite": {"write"},
     "open+read+close": {"open", "read"},
     "open+write+close": {"open", "write"},
-    UNKNOWN: {"lookup", "open", "read"},
     "unlink": {"unlink"},
 }
 """ttmfs must have seen exactly one of these requests for each operation. Otherwise a cache answered."""
@@ -172,12 +169,6 @@ def know_names(pages: Pages) -> None:
     """Have the kernel look up every name, so that operations within a second need no look-up."""
     for path in pages.paths:
         os.stat(path)
-
-
-def forget_names() -> None:
-    """Have the kernel forget all names and attributes that it can. It spares recently used ones."""
-    for _ in range(FORGET_TIMES):
-        Path("/proc/sys/vm/drop_caches").write_text("2\n")
 
 
 def pause() -> None:

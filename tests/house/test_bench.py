@@ -16,8 +16,9 @@ import pytest
 from harness import REPOSITORY, children, mounts_below, wait_until
 
 BENCH = REPOSITORY / "benchmarks/bench.py"
-GROUPS = "operations clients bandwidth floor latency listing memory idle".split()
-BESIDE = "tmpfs.py", "bindfs"  # Debian's package and pip bring them; where they cannot be had, that is said
+GROUPS = "operations parallel bulk latency listing swap recovery memory idle".split()
+PLACEMENTS = ["one CPU", "two CPUs", "unpinned"]
+BESIDE = "tmpfs.py", "bindfs", "memfs_ll", "passthrough_hp"  # where they cannot be had, the output says so
 pytest.importorskip("matplotlib", reason="the extra bench is not installed")
 
 
@@ -64,20 +65,28 @@ def test_every_part_has_figures_and_a_table(run: tuple[Path, dict[str, Any], str
 
 def test_the_table_shows_the_median_of_the_rounds(run: tuple[Path, dict[str, Any], str]) -> None:
     _, found, said = run
-    for operation, row in found["groups"]["operations"]["microseconds"].items():
-        line = re.search(rf"^\| {re.escape(operation)} +\| .*$", said, re.MULTILINE)
-        assert line
-        cells = [cell.strip() for cell in line[0].split("|")[2:-1]]
-        for name, cell in zip(found["groups"]["operations"]["systems"], cells, strict=True):
-            assert cell.startswith(f"{statistics.median(row[name]):.1f} ("), operation
-            assert len(row[name]) == found["plan"]["rounds"]
+    for place, group in found["groups"]["operations"]["placements"].items():
+        table = said.partition(f"\nClient and daemon {'' if place == 'unpinned' else 'on '}{place}.\n")[2]
+        for operation, row in group["microseconds"].items():
+            line = re.search(rf"^\| {re.escape(operation)} +\| .*$", table, re.MULTILINE)
+            assert line
+            cells = [cell.strip() for cell in line[0].split("|")[2:-1]]
+            for name, cell in zip(group["systems"], cells, strict=True):
+                assert cell.startswith(f"{statistics.median(row[name]):.1f} ("), operation
+                assert len(row[name]) == found["plan"]["rounds"]
+
+
+def test_page_operations_are_measured_on_one_cpu_on_two_and_unpinned(run: tuple[Path, dict[str, Any], str]) -> None:
+    places = list(run[1]["groups"]["operations"]["placements"])
+    assert places == (PLACEMENTS if len(os.sched_getaffinity(0)) > 1 else ["one CPU", "unpinned"])
 
 
 def test_processor_time_and_memory_are_those_of_the_daemon(run: tuple[Path, dict[str, Any], str]) -> None:
     """The keeper's are not measured. It does nothing meanwhile."""
     groups = run[1]["groups"]
-    for row in groups["operations"]["daemon_cpu_microseconds"].values():
-        assert min(row["ttmfs"]) > 0
+    for group in groups["operations"]["placements"].values():
+        for row in group["daemon_cpu_microseconds"].values():
+            assert min(row["ttmfs"]) > 0
     assert min(groups["memory"]["daemon_bytes_by_pages"]) > 10 << 20
 
 
@@ -85,7 +94,7 @@ def test_the_output_names_figures_that_were_not_measured(run: tuple[Path, dict[s
     _, found, said = run
     group = found["groups"]["operations"]
     for name in BESIDE:
-        assert (name in group["systems"]) != (name in group["missing"])
+        assert (name in group["placements"]["unpinned"]["systems"]) != (name in group["missing"])
         if name in group["missing"]:
             assert f"NOT MEASURED: {name}: " in said
 
@@ -104,11 +113,26 @@ def test_every_target_has_a_verdict(run: tuple[Path, dict[str, Any], str]) -> No
 
 def test_plots_show_the_measured_figures(run: tuple[Path, dict[str, Any], str]) -> None:
     directory, found, _ = run
-    for name in "operations", "latency", "bandwidth":
+    for name in "operations", "latency", "bulk":
         text = (directory / f"{name}.svg").read_text()
         assert xml.etree.ElementTree.fromstring(text).tag.endswith("svg")
         assert found["machine"]["kernel"] in text
         assert "ttmfs" in text
+
+
+def test_two_checkouts_are_measured_in_one_run(tmp_path: Path) -> None:
+    bench = start(tmp_path, "--only", "listing", "--program", str(REPOSITORY))
+    said, log = finish(bench)
+    assert bench.returncode == 0, said + log
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["groups"]["listing"]["microseconds_an_entry"]["cold"]) == ["ttmfs", "other ttmfs", "tmpfs"]
+
+
+def test_a_directory_without_the_program_is_refused(tmp_path: Path) -> None:
+    bench = start(tmp_path, "--program", str(tmp_path))
+    _, log = finish(bench)
+    assert bench.returncode == 2
+    assert "no checkout of ttmfs" in log
 
 
 def test_an_interrupted_benchmark_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 from plan import Plan
 from processes import percentile, together
 from report import Target, ratio, spread, table
-from systems import BINDFS, EXAMPLE, OFF, TMPFS, TTMFS, System, Ttmfs, mounted, side_by_side
-from workloads import REQUEST_BYTES, buffer, pause, store
+from systems import BINDFS, EXAMPLE, MEMFS, OFF, OTHER, PASSTHROUGH, TMPFS, TTMFS, System, Ttmfs, mounted, side_by_side
+from workloads import REQUEST_BYTES, Pages, buffer, create, pause, store
 
 __all__ = ["report", "run", "targets"]
 
-NAMES = (TTMFS, OFF, BINDFS, TMPFS)
+NAMES = (TTMFS, OFF, OTHER, MEMFS, PASSTHROUGH, BINDFS, TMPFS)
 PAGES = 32  # of each client
 SHARE = 0.5
 """The least share of the slowest client: its operations, relative to those of the median client."""
@@ -63,8 +63,9 @@ def _home(system: System, name: str) -> Path:
     if isinstance(system, Ttmfs):
         store(directory, PAGES, system.page_size)
     else:
-        for handle in range(1, PAGES + 1):
-            (directory / str(handle)).write_bytes(os.urandom(system.page_size))
+        pages = Pages.of(system, directory, PAGES)
+        pages.content = os.urandom(system.page_size)
+        create(pages)
     return directory
 
 
@@ -72,7 +73,7 @@ def _at_once(system: System, homes: list[Path], seconds: float) -> dict[str, Any
     """The work of concurrent clients in the given time, in a mix of open+read+close, pread and pwrite."""
     pause()
     before = system.cpu()
-    clients = together([partial(_client, home, seconds) for home in homes])
+    clients = together([partial(_client, home, seconds, system.open_flags) for home in homes])
     pause()
     daemon = system.cpu() - before
     counts = [client["operations"] for client in clients]
@@ -88,16 +89,16 @@ def _at_once(system: System, homes: list[Path], seconds: float) -> dict[str, Any
     }
 
 
-def _client(home: Path, seconds: float) -> dict[str, Any]:
+def _client(home: Path, seconds: float, flags: int) -> dict[str, Any]:
     open_, read, close, pread, pwrite, clock = os.open, os.read, os.close, os.pread, os.pwrite, time.perf_counter_ns
     paths, size = [f"{home}/{handle}" for handle in range(1, PAGES + 1)], System.page_size
-    held, content = os.open(paths[0], os.O_RDWR), os.urandom(size)
+    held, content = os.open(paths[0], os.O_RDWR | flags), os.urandom(size)
     took: list[int] = []
     cpu, begin = time.process_time_ns(), clock()
     before, end = begin, begin + int(seconds * 1e9)
     while True:
         for path in paths:
-            fd = open_(path, os.O_RDONLY)
+            fd = open_(path, flags)
             read(fd, size)
             close(fd)
             after = clock()

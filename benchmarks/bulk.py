@@ -10,13 +10,26 @@ from typing import Any
 
 from plan import Plan
 from report import Target, bytes_text, ratio, spread, table
-from systems import BINDFS, EXAMPLE, TMPFS, TTMFS, System, Ttmfs, mounted, side_by_side
+from systems import (
+    BINDFS,
+    EXAMPLE,
+    MEMFS,
+    OTHER,
+    PASSTHROUGH,
+    TMPFS,
+    TTMFS,
+    System,
+    Ttmfs,
+    checkouts,
+    mounted,
+    side_by_side,
+)
 from workloads import REQUEST_BYTES, Transfer, buffer, pause, read_image, transfer, write_image
 
 __all__ = ["report", "run", "targets"]
 
 WAYS: dict[str, Transfer] = {"write": write_image, "read": read_image}
-IMAGE, SHMEM, BESIDE = FILES = (".image", ".shmem", "tmpfs file")
+IMAGE, SHMEM, BESIDE = (".image", ".shmem", "tmpfs file")
 PAGE_SIZES = (4 << 10, 64 << 10, 2 << 20)
 BULK_TURNS = 3  # for each round: turns are short, and ratios near 1 need many
 PIECE_BYTES = 16 << 20  # of one file, before the next file's turn
@@ -31,35 +44,49 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
         for page_size in PAGE_SIZES
         if page_size >= System.page_size
     }
-    others, missing = side_by_side(size, (BINDFS, TMPFS))
+    others, missing = side_by_side(size, (PASSTHROUGH, BINDFS, TMPFS))
     missing[EXAMPLE] = "left out: its page cache hides that each write copies the whole file"
+    missing[MEMFS] = "left out: it is compared by page operations only"
     ends = images | {system.name: system for system in others}
-    with mounted(directory, list(ends.values())), contextlib.ExitStack() as stack:
+    compared = [system for system in checkouts(size) if system.name == OTHER]
+    with mounted(directory, [*ends.values(), *compared]), contextlib.ExitStack() as stack:
         paths = {name: _file(system) for name, system in ends.items()}
-        ttmfs = next(iter(images))
-        bulk = {IMAGE: paths[ttmfs], SHMEM: images[ttmfs].new("b") / ".shmem", BESIDE: paths[TMPFS]}
+        bulk = {IMAGE: paths[next(iter(images))]}
+        for system, suffix in [(next(iter(images.values())), ""), *((system, f", {OTHER}") for system in compared)]:
+            if suffix:
+                bulk[IMAGE + suffix] = _file(system)
+            bulk[SHMEM + suffix] = system.new("b") / ".shmem"
+        bulk |= {PASSTHROUGH: paths[PASSTHROUGH]} if PASSTHROUGH in paths else {}
+        bulk[BESIDE] = paths[TMPFS]
         opened = {name: stack.enter_context(_opened(path)) for name, path in (paths | bulk).items()}
-        request = buffer(REQUEST_BYTES)
-        speeds: dict[str, dict[str, list[float]]] = {way: {name: [] for name in FILES} for way in WAYS}
-        for turn in range(BULK_TURNS * plan.rounds + 1):
-            first = (turn + turn // BULK_TURNS) % len(FILES)
-            order = FILES[first:] + FILES[:first]
-            if not turn or turn % BULK_TURNS == 1:  # the place of a file in memory changes its speed
-                for name in order:
-                    os.truncate(bulk[name].with_name(".image") if name == SHMEM else bulk[name], 0)
-                    write_image(opened[name], plan.bulk_bytes, request)
-            for way, act in WAYS.items():
-                seconds = dict.fromkeys(FILES, 0.0)
-                for start, name in itertools.product(range(0, plan.bulk_bytes, PIECE_BYTES), order):
-                    pause()
-                    seconds[name] += transfer(act, opened[name], min(PIECE_BYTES, plan.bulk_bytes), request, start)
-                if turn:
-                    for name, took in seconds.items():
-                        speeds[way][name].append(plan.bulk_bytes / (1 << 20) / took)
+        speeds = _take_turns(plan, bulk, opened)
         sweep = _sweep(plan, {name: opened[name] for name in ends})
     return {
         "bytes": plan.bulk_bytes, "missing": missing, "mib_per_second": speeds, "sweep_mib_per_second": sweep
     }  # fmt: skip
+
+
+def _take_turns(plan: Plan, bulk: dict[str, Path], opened: dict[str, int]) -> dict[str, dict[str, list[float]]]:
+    """By way and file, in requests of 1 MiB over existing pages."""
+    request, files = buffer(REQUEST_BYTES), list(bulk)
+    speeds: dict[str, dict[str, list[float]]] = {way: {name: [] for name in files} for way in WAYS}
+    for turn in range(BULK_TURNS * plan.rounds + 1):
+        first = (turn + turn // BULK_TURNS) % len(files)
+        order = files[first:] + files[:first]
+        if not turn or turn % BULK_TURNS == 1:  # the place of a file in memory changes its speed
+            for name in order:
+                path = bulk[name]
+                os.truncate(path.with_name(".image") if path.name == ".shmem" else path, 0)
+                write_image(opened[name], plan.bulk_bytes, request)
+        for way, act in WAYS.items():
+            seconds = dict.fromkeys(files, 0.0)
+            for start, name in itertools.product(range(0, plan.bulk_bytes, PIECE_BYTES), order):
+                pause()
+                seconds[name] += transfer(act, opened[name], min(PIECE_BYTES, plan.bulk_bytes), request, start)
+            if turn:
+                for name, took in seconds.items():
+                    speeds[way][name].append(plan.bulk_bytes / (1 << 20) / took)
+    return speeds
 
 
 def _page(page_size: int) -> str:
@@ -121,10 +148,10 @@ def report(found: dict[str, Any]) -> str:
         f"most) of {len(speeds['read'][BESIDE])} rounds. Files take turns of 16 MiB, and are stored again\n"
         "for every third round. In brackets: the ratio to the tmpfs file.",
         table(
-            ("", *FILES),
+            ("", *speeds),
             [
-                [way, *(f"{spread(row[name], 0)} [{ratio(row[name], row[BESIDE]):.2f}]" for name in FILES)]
-                for way, row in speeds.items()
+                [name, *(f"{spread(row[name], 0)} [{ratio(row[name], row[BESIDE]):.2f}]" for row in speeds.values())]
+                for name in speeds["read"]
             ],
         ),
     ]
