@@ -18,7 +18,6 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Generator
 
 from ..errors import (
     AccessDenied,
@@ -46,12 +45,13 @@ from .inodes import (
     inode,
     with_serial,
 )
+from .listing import Listing
 from .node import Answer, Attributes, Changes, Node, Shared, check_length, check_syncs
 from .path_retries import OPEN
 from .permissions import OPENED_FOR, Caller, may
 from .texts import Texts
 
-__all__ = ["BackupDirectory", "Directory", "Entry", "Root"]
+__all__ = ["BackupDirectory", "Created", "Directory", "Root"]
 
 RENAME_NOREPLACE = 1
 
@@ -67,10 +67,6 @@ Found = tuple[int, Attributes]
 Created = tuple[int, int, Attributes]
 """File handle, inode number and attributes of a file that was created and opened."""
 
-Entry = tuple[bytes, int, Attributes, int]
-"""An entry of a listing: name, inode number, attributes, and the offset of the next. A plain tuple takes a third of the
-time of a named one. Entries that follow each other often share one Attributes."""
-
 
 class Directory(Node):
     """The operations of both kinds. It refuses those that only one kind supports."""
@@ -84,8 +80,8 @@ class Directory(Node):
         """The inode number and attributes of a name; None if there is no such name."""
         raise NotImplementedError
 
-    def entries(self, fh: int, start: int) -> Generator[Entry, None, None]:
-        """The entries after "." and "..", from an offset of 2 or more on. Offsets are 2 + id, or 2 + handle."""
+    def entries(self, fh: int, start: int, listing: Listing) -> None:
+        """Add the entries after "." and "..", from an offset of 2 or more on. Offsets are 2 + id, or 2 + handle."""
         raise NotImplementedError
 
     async def make_backup(self, name: bytes, mode: int, caller: Caller) -> Found:
@@ -147,16 +143,16 @@ class Directory(Node):
         fh = with_serial(ino, next(self._serial))
         return fh if self.pool.in_memory else self.marked_if_reader(fh, caller)
 
-    def listing(self, fh: int, start: int) -> Generator[Entry, None, None]:
-        """The entries of an open directory from an offset on. The caller takes as many as it wants."""
-        return self.entries(fh, start) if start >= 2 else self._listing_from_dots(fh, start)
-
-    def _listing_from_dots(self, fh: int, start: int) -> Generator[Entry, None, None]:
+    def listing(self, fh: int, start: int, listing: Listing) -> None:
+        """Add the entries of an open directory from an offset on, as many as there is room for."""
         here = inode(self.id, 0) or ROOT
-        if not start:
-            yield b".", here, self.attributes(here), 1
-        yield b"..", ROOT, Attributes.of_directory(self.pool.files.stat(), 2 + self.pool.files.count), 2
-        yield from self.entries(fh, 2)
+        if start < 1 and not listing.add(b".", here, self.attributes(here), 1):
+            return
+        if start < 2:
+            root = Attributes.of_directory(self.pool.files.stat(), 2 + self.pool.files.count)
+            if not listing.add(b"..", ROOT, root, 2):
+                return
+        self.entries(fh, max(start, 2), listing)
 
     async def sync(self, fh: int) -> None:
         """fsync(2): write the names that were made, changed and removed in it to the disk."""
@@ -184,7 +180,7 @@ class Root(Directory):
         check_length(name)
         return None
 
-    def entries(self, fh: int, start: int) -> Generator[Entry, None, None]:
+    def entries(self, fh: int, start: int, listing: Listing) -> None:
         """The backups, in the order in which they were made."""
         files = self.pool.files
         if start < 3:
@@ -192,7 +188,8 @@ class Root(Directory):
         for id in files.ids_after(start - 2):
             with contextlib.suppress(BackupEnded):  # it was removed meanwhile
                 attributes = Attributes.of_directory(files.stat(id))
-                yield os.fsencode(files.name_of(id)), inode(id, 0), attributes, 2 + id
+                if not listing.add(os.fsencode(files.name_of(id)), inode(id, 0), attributes, 2 + id):
+                    return
 
     async def make_backup(self, name: bytes, mode: int, caller: Caller) -> Found:
         """A backup of the pool's backup_size. An existing one is returned as it is."""
@@ -257,7 +254,7 @@ class BackupDirectory(Directory):
         self.shared.cache.note_page(ino)
         return ino, self.pages.attributes_of(found)
 
-    def entries(self, fh: int, start: int) -> Generator[Entry, None, None]:
+    def entries(self, fh: int, start: int, listing: Listing) -> None:
         backup, runs, base, idx = self.backup, self.shared.runs, inode(self.id, 0), start - 2
         found = backup.stat()
         page = self.pages.attributes_of(found)
@@ -268,16 +265,14 @@ class BackupDirectory(Directory):
                 if (run := backup.extent(idx)) is None:
                     return
                 (idx, end), found_at = run, time.monotonic()
-            handle = idx + 1
-            try:
-                for handle in range(idx + 1, min(end, limit) + 1):
-                    # inlined page_name(): this loop lists a million entries
-                    yield b"%d" % handle, base | handle, page, handle + 2
-                handle = end + 1
-            finally:  # also if the caller stops, which then did not take the entry of this handle
-                self.shared.cache.note_pages(base | idx + 1, base | handle - 1)
-                position = idx = handle - 1
-                runs[fh] = position, end, found_at
+            past = min(end, limit)
+            position = listing.add_pages(base, idx + 1, past + 1, page) - 1
+            if listing.plus:
+                self.shared.cache.note_pages(base | idx + 1, base | position)
+            runs[fh] = position, end, found_at
+            if position < past:  # no more room
+                return
+            idx = position
 
     def close(self, fh: int) -> None:
         self.shared.runs.pop(fh, None)

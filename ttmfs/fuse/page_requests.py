@@ -9,7 +9,6 @@ Concurrency: one thread. A handler that returns a body has run alone.
 
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import closing
 from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import NotPermitted, XattrBufferTooSmall
@@ -18,6 +17,7 @@ from ..linux.fuse_protocol import Request
 from ..stores.page_file import finished
 from . import replies
 from .directories import Created
+from .directory_requests import DirectoryRequests
 from .inodes import FIRST_BACKUP, ROOT
 from .node import Answer, Attributes, Changes
 from .page_cache import PageCache
@@ -29,8 +29,6 @@ __all__ = ["Kind", "PageRequests"]
 HEADER = fuse.HEADER.size
 WRITE_DATA = HEADER + fuse.WRITE_IN.size
 CREATE_NAME = HEADER + fuse.CREATE_IN.size
-MOST_ENTRIES = 500
-"""Most entries in one answer to a request for a listing, even if the caller has room for more."""
 
 Handler: TypeAlias = Callable[[Request, memoryview], Answer[bytes]]
 
@@ -56,6 +54,7 @@ class PageRequests:
         self.page_cache = page_cache
         self._page_size = tree.shared.pool.page_size
         self._retries = tree.shared.retries
+        directories = DirectoryRequests(tree)
         self.kinds = {
             fuse.LOOKUP: Kind("lookup", self.lookup, name_at=HEADER),
             fuse.GETATTR: Kind("getattr", self.getattr),
@@ -75,11 +74,11 @@ class PageRequests:
             fuse.GETXATTR: Kind(
                 "getxattr", self.getxattr, may_be_interrupted=True, name_at=HEADER + fuse.GETXATTR_IN.size
             ),
-            fuse.OPENDIR: Kind("opendir", self.opendir),
-            fuse.READDIR: Kind("readdir", self.readdir),
-            fuse.READDIRPLUS: Kind("readdir", self.readdir),
-            fuse.RELEASEDIR: Kind("releasedir", self.releasedir),
-            fuse.FSYNCDIR: Kind("fsyncdir", self.fsyncdir, may_be_interrupted=True),
+            fuse.OPENDIR: Kind("opendir", directories.opendir),
+            fuse.READDIR: Kind("readdir", directories.readdir),
+            fuse.READDIRPLUS: Kind("readdir", directories.readdir),
+            fuse.RELEASEDIR: Kind("releasedir", directories.releasedir),
+            fuse.FSYNCDIR: Kind("fsyncdir", directories.fsyncdir, may_be_interrupted=True),
             fuse.CREATE: Kind("create", self.create, changes=True, name_at=CREATE_NAME),
             fuse.FALLOCATE: Kind("fallocate", self.fallocate, changes=True),
             fuse.LSEEK: Kind("lseek", self.lseek),
@@ -139,7 +138,7 @@ class PageRequests:
         return self._entry(await self.tree.directory(request.node).make_backup(name, mode, request))
 
     def rmdir(self, request: Request, message: memoryview) -> Answer[bytes]:
-        return _empty(self.tree.directory(request.node).remove_backup(bytes(message[HEADER:-1])))
+        return replies.empty(self.tree.directory(request.node).remove_backup(bytes(message[HEADER:-1])))
 
     def rename(self, request: Request, message: memoryview) -> Answer[bytes]:
         if request.opcode == fuse.RENAME2:
@@ -150,7 +149,7 @@ class PageRequests:
             names = message[HEADER + fuse.RENAME_IN.size : -1]
         name, new_name = bytes(names).split(b"\0")
         old, new = self.tree.directory(request.node), self.tree.directory(new_parent)
-        return _empty(old.rename(name, new, new_name, flags))
+        return replies.empty(old.rename(name, new, new_name, flags))
 
     def create(self, request: Request, message: memoryview) -> Answer[bytes]:
         flags, *_ = fuse.CREATE_IN.unpack_from(message, HEADER)
@@ -178,7 +177,7 @@ class PageRequests:
 
     def unlink(self, request: Request, message: memoryview) -> Answer[bytes]:
         dropped = self.tree.directory(request.node).drop_page(bytes(message[HEADER:-1]), request.pid)
-        return _empty(dropped) if dropped else b""
+        return replies.empty(dropped) if dropped else b""
 
     # --- files ---
 
@@ -219,54 +218,26 @@ class PageRequests:
 
     def fallocate(self, request: Request, message: memoryview) -> Answer[bytes]:
         _, offset, length, mode = fuse.FALLOCATE_IN.unpack_from(message, HEADER)
-        return _empty(self.tree.node(request.node).allocate(request.node, mode, offset, length, request))
+        return replies.empty(self.tree.node(request.node).allocate(request.node, mode, offset, length, request))
 
     def fsync(self, request: Request, message: memoryview) -> Answer[bytes]:
         (fh,) = fuse.FSYNC_IN.unpack_from(message, HEADER)
-        return _empty(self.tree.file(fh).sync(fh))
+        return replies.empty(self.tree.file(fh).sync(fh))
 
     def release(self, request: Request, message: memoryview) -> bytes:
         (fh,) = fuse.RELEASE_IN.unpack_from(message, HEADER)
         self.tree.file(fh).close(fh)
         return b""
 
-    # --- directories ---
-
-    def opendir(self, request: Request, message: memoryview) -> bytes:
-        return fuse.OPENED.pack(self.tree.directory(request.node).open_directory(request.node, request), 0, 0)
-
-    def readdir(self, request: Request, message: memoryview) -> bytes:
-        fh, offset, size, *_ = fuse.READ_IN.unpack_from(message, HEADER)
-        plus, reply = request.opcode == fuse.READDIRPLUS, bytearray()
-        with closing(self.tree.directory(fh).listing(fh, offset)) as entries:
-            for count, (name, ino, attributes, next_offset) in enumerate(entries):
-                entry = replies.directory_entry(name, ino, attributes.mode, next_offset)
-                if plus and name in (b".", b".."):
-                    entry = replies.NO_ENTRY + entry
-                elif plus:
-                    entry = self._entry((ino, attributes)) + entry
-                if count == MOST_ENTRIES or len(reply) + len(entry) > size:
-                    break
-                reply += entry
-        return bytes(reply)
-
-    def releasedir(self, request: Request, message: memoryview) -> bytes:
-        (fh,) = fuse.RELEASE_IN.unpack_from(message, HEADER)
-        self.tree.directory(fh).close(fh)
-        return b""
-
-    def fsyncdir(self, request: Request, message: memoryview) -> Answer[bytes]:
-        (fh,) = fuse.FSYNC_IN.unpack_from(message, HEADER)
-        return _empty(self.tree.directory(fh).sync(fh))
-
     # --- extended attributes ---
 
     def getxattr(self, request: Request, message: memoryview) -> Answer[bytes]:
         room, _ = fuse.GETXATTR_IN.unpack_from(message, HEADER)
-        return self._xattr(request, bytes(message[HEADER + fuse.GETXATTR_IN.size : -1]), room)
+        name = bytes(message[HEADER + fuse.GETXATTR_IN.size : -1])
+        return self._xattr(get_xattr(self.tree.node(request.node), name, request), room)
 
-    async def _xattr(self, request: Request, name: bytes, room: int) -> bytes:
-        value = await get_xattr(self.tree.node(request.node), name, request)
+    async def _xattr(self, coming: Coroutine[Any, Any, bytes], room: int) -> bytes:
+        value = await coming
         if not room:
             return fuse.XATTR_SIZE.pack(len(value), 0)
         if len(value) > room:
@@ -276,13 +247,7 @@ class PageRequests:
     def setxattr(self, request: Request, message: memoryview) -> Answer[bytes]:
         size, flags = fuse.SETXATTR_IN.unpack_from(message, HEADER)
         name, _, value = bytes(message[HEADER + fuse.SETXATTR_IN.size :]).partition(b"\0")
-        return _empty(set_xattr(self.tree.node(request.node), name, value[:size], flags, request))
-
-
-async def _empty(done: Coroutine[Any, Any, None]) -> bytes:
-    """An answer without a body, once something is done."""
-    await done
-    return b""
+        return replies.empty(set_xattr(self.tree.node(request.node), name, value[:size], flags, request))
 
 
 def _signed(number: int) -> int:

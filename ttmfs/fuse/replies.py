@@ -1,10 +1,13 @@
 """The bodies of answers, packed as the kernel reads them."""
 
+from collections.abc import Coroutine
+from typing import Any
+
 from ..linux.fuse_protocol import ATTR, DIRENT, ENTRY, FOPEN_DIRECT_IO, OPENED
 from .kernel_cache import LIFETIME
 from .node import Attributes
 
-__all__ = ["NO_ENTRY", "attr", "directory_entry", "entry", "opened"]
+__all__ = ["NO_ENTRY", "attr", "directory_entry", "empty", "entry", "opened"]
 
 LIFETIME_SECONDS, LIFETIME_NS = int(LIFETIME), round(LIFETIME % 1 * 1e9)
 
@@ -50,3 +53,9 @@ def directory_entry(name: bytes, ino: int, mode: int, next_offset: int) -> bytes
     """fuse_dirent: an entry of a listing, padded to whole words."""
     header = DIRENT.pack(ino, next_offset, len(name), mode >> 12)
     return header + name + bytes(-len(name) % DIRENT_ALIGNMENT)
+
+
+async def empty(done: Coroutine[Any, Any, None]) -> bytes:
+    """An answer without a body, once something is done."""
+    await done
+    return b""
