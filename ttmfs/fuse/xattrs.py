@@ -7,7 +7,7 @@ Concurrency: one thread. A getter or setter that takes long does its work in sli
 
 import inspect
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import AttributeExists, InvalidArgument, NoSuchAttribute, NotPermitted, NotSupported, TooLong
@@ -41,15 +41,22 @@ class Xattr(NamedTuple):
     private: bool = False
 
 
-async def get_xattr(node: Node, name: bytes, caller: Caller) -> bytes:
-    """getxattr(2). Raises NoSuchAttribute also for an attribute that can only be set."""
+def get_xattr(node: Node, name: bytes, caller: Caller) -> Coroutine[Any, Any, bytes]:
+    """getxattr(2). Raises NoSuchAttribute also for an attribute that can only be set.
+
+    It raises without waiting: `ls -l` asks each page for attributes that no page has.
+    """
     if not (attribute := _table(node).get(name)) or not attribute.get:
         raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
     if attribute.private:
         _check_is_mounter(caller, f"read {os.fsdecode(name)}")
+    return _value(attribute.get, node, caller)
+
+
+async def _value(get: Callable[[Any], object], node: Any, caller: Caller) -> bytes:
     limit = node.pool.blocking_io.xattrs
     async with limit.turn(caller.uid), limit.limiter:
-        value = attribute.get(node)
+        value = get(node)
         return str(await value if inspect.isawaitable(value) else value).encode()
 
 
