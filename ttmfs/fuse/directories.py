@@ -45,7 +45,7 @@ from .inodes import (
     inode,
     with_serial,
 )
-from .listing import Listing
+from .listing import MOST_TOLD, Listing
 from .node import Answer, Attributes, Changes, Node, Shared, check_length, check_syncs
 from .path_retries import OPEN
 from .permissions import OPENED_FOR, Caller, may
@@ -267,8 +267,8 @@ class BackupDirectory(Directory):
                 (idx, end), found_at = run, time.monotonic()
             past = min(end, limit)
             position = listing.add_pages(base, idx + 1, past + 1, page) - 1
-            if listing.plus:
-                self.shared.cache.note_pages(base | idx + 1, base | position)
+            if listing.plus and idx < MOST_TOLD:
+                self.shared.cache.note_pages(base | idx + 1, base | min(position, MOST_TOLD))
             runs[fh] = position, end, found_at
             if position < past:  # no more room
                 return

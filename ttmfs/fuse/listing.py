@@ -6,12 +6,17 @@ the name. So the record of the first page is repeated, and then each of those by
 
 from ..linux.fuse_protocol import DIRENT, ENTRY
 from . import replies
+from .inodes import handle_of
 from .node import Attributes
 
-__all__ = ["Listing"]
+__all__ = ["MOST_TOLD", "Listing"]
 
 MOST_BYTES = 1 << 17
 """Most bytes in one answer, even if the caller has room for more: 4,096 names, or 819 with attributes."""
+
+MOST_TOLD = 100_000
+"""The highest handle of a page whose attributes are told. The kernel makes an inode for each page that it is told of,
+which takes longer than listing it, and most callers need names alone."""
 
 MOST_PARTS = 128
 """Most entries and runs of pages in one answer. Each takes the daemon 2 to 5 us, so others wait for at most 0.6 ms."""
@@ -55,7 +60,7 @@ class Listing:
         record = replies.directory_entry(name, ino, attributes.mode, next_offset)
         if not self.plus:
             return record
-        if name in (b".", b".."):
+        if name in (b".", b"..") or handle_of(ino) > MOST_TOLD:
             return replies.NO_ENTRY + record
         return replies.entry(ino, attributes, self._page_size) + record
 
@@ -85,7 +90,7 @@ class Listing:
         count, size = past - first, len(record)
         records = bytearray(record * count)
         dirent = ENTRY.size if self.plus else 0
-        for at in (NODE, INODE, dirent) if self.plus else (dirent,):
+        for at in (NODE, INODE, dirent) if self.plus and first <= MOST_TOLD else (dirent,):
             _count_up(records, at, size, BINARY, first % (1 << 16), count)
         _count_up(records, dirent + 8, size, BINARY, (first + 2) % (1 << 16), count)
         digits = len(b"%d" % first)
@@ -100,7 +105,8 @@ def _similar(handle: int) -> int:
     while ten <= handle:
         ten *= 10
     numbers = (handle | 0xFFFF) + 1, (handle + 2 | 0xFFFF) - 1  # the inode number's, and the offset's, lower 16 bits
-    return min(ten, handle - handle % 10_000 + 10_000, *numbers)
+    end = min(ten, handle - handle % 10_000 + 10_000, *numbers)
+    return min(end, MOST_TOLD + 1) if handle <= MOST_TOLD else end
 
 
 def _count_up(records: bytearray, at: int, size: int, columns: tuple[bytes, ...], first: int, count: int) -> None:
