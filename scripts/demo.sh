@@ -89,7 +89,7 @@ show '[ $(ls mnt/a | wc -l) -eq $pages ] && [ $(df --output=used -B $page mnt | 
 
 say "Compare everything, through .image and through .shmem, the memory itself."
 show 'cmp -n $((64 << 20)) source mnt/a/.image'
-show 'readlink mnt/a/.shmem'
+show 'stat -c "%F, mode %a" mnt/a/.shmem'
 show 'cmp -n $((64 << 20)) source mnt/a/.shmem'
 
 say "Drop every third page. Their memory is free at once."
@@ -106,7 +106,7 @@ show 'cmp expected restored'
 
 say "End the backup, and the mount."
 refused 'not empty' 'rmdir mnt/a'
-show 'daemon=$(readlink mnt/a/.shmem | cut -d / -f 3)'
+show 'daemon=$(sed -n "s/.*daemon_pid.: \([0-9]*\).*/\1/p" mnt/.config)'
 show 'truncate -s 0 mnt/a/.image && rmdir mnt/a'
 show '[ $(df --output=used -B $page mnt | tail -n 1) -eq 0 ] && [ -z "$(ls -A mnt)" ]'
 show 'fusermount3 -u mnt'

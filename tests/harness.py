@@ -1,7 +1,6 @@
 """Real mounts for tests: they start, a watchdog bounds them, and the end checks what they logged and leaked."""
 
 import contextlib
-import json
 import os
 import re
 import select
@@ -15,8 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
-
-import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MOUNT_PY = REPOSITORY / "mount.py"
@@ -201,12 +198,6 @@ class Mount:
             os.kill(daemon, signal.SIGKILL)
             assert select.select([dead], [], [], 10)[0], "it lives on"
         self._ends_with = -signal.SIGKILL
-
-    def descriptors_socket(self) -> str:
-        """The path of the socket that gives out descriptors. With allow_other it needs Linux 6.16."""
-        if not (path := json.loads((self.path / ".config").read_text())["descriptors"]):
-            pytest.skip("this kernel has no SO_PASSRIGHTS")
-        return str(path)
 
     def expect_log(self, pattern: str) -> None:
         """Allow log lines of the daemon that contain a pattern."""

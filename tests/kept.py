@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from harness import MOUNT_COMMAND, MOUNT_PY, REPOSITORY, Mount, children, descriptors, opened, wait_until
+from harness import MOUNT_COMMAND, MOUNT_PY, REPOSITORY, Mount, children, descriptors, opened, run, wait_until
+from ttmfs.linux.mountinfo import mounted_at
 
 COMMAND = shlex.join(MOUNT_COMMAND)
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -23,6 +24,9 @@ DEAD = {"ENOTCONN", "ECONNABORTED"}
 REPLACED = r"the keeper was killed: \d+ is another"
 FAILED = r"the daemon \d+ of /\S+ ended with status \d+ before it served \(\d+ of \d+\)"
 GAVE_UP = r"gave up: "
+CUT_OFF = r"the connection of /\S+ was cut off, but it was not unmounted"
+ANEW = r"mounted /\S+ anew over the pages that were kept"
+FUSECTL = Path("/sys/fs/fuse/connections")
 
 
 def processes(path: Path) -> set[int]:
@@ -213,11 +217,18 @@ def held(path: Path) -> Iterator[None]:
         assert os.pread(image, PAGE, PAGE) == content[2]
         assert os.pread(memory, PAGE, PAGE) == content[2]
         with opened(a / ".shmem") as again:
-            assert os.path.sameopenfile(memory, again)
+            assert os.pread(again, PAGE, PAGE) == content[2]
         assert listed + [entry.name for entry in names] == ["1", "2", "3", "1000"]
         for handle, data in content.items():
             assert (a / str(handle)).read_bytes() == data
     shutil.rmtree(a)
+
+
+def store_of(daemon: int) -> Path:
+    """The directory of a private store that a daemon has open, as a path in /proc."""
+    found = [fd for fd in Path(f"/proc/{daemon}/fd").iterdir() if os.readlink(fd) == "/" and fd.is_dir()]
+    (store,) = (fd for fd in found if not os.path.samestat(fd.stat(), os.stat("/")))
+    return store
 
 
 def kept_state(keeper: int) -> Path:
@@ -279,3 +290,41 @@ def changed(file: Path, old: str, new: str) -> Iterator[None]:
     finally:
         file.write_text(text)
         os.utime(file, (before + 120, before + 120))
+
+
+@contextlib.contextmanager
+def covered(path: Path, kind: str) -> Iterator[None]:
+    """A directory that is there, with something mounted on it."""
+    run(f"mount -t {kind} none {path}")
+    try:
+        yield
+    finally:
+        run(f"umount {path}")
+
+
+@contextlib.contextmanager
+def listed_connections() -> Iterator[None]:
+    """The kernel's list of connections, mounted if it is not."""
+    with contextlib.ExitStack() as stack:
+        if not os.path.ismount(FUSECTL):
+            stack.enter_context(covered(FUSECTL, "fusectl"))
+        yield
+
+
+def abort(path: Path) -> None:
+    """Abort the connection of the mount at a path."""
+    found = mounted_at(str(path))
+    assert found
+    (FUSECTL / found.device.partition(":")[2] / "abort").write_text("1")
+
+
+def expect_cuts(mount: Mount) -> None:
+    for pattern in (CUT_OFF, ANEW):
+        mount.expect_log(pattern)
+    mount.expect_restarts()
+
+
+def served_anew(mount: Kept) -> bool:
+    """Whether the daemon has mounted again and serves."""
+    lines = [line for line in mount.log if re.search(f"{ANEW}|serving /", line)]
+    return "serving /" in lines[-1] and len(mount.said(ANEW)) == 1

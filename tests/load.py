@@ -67,7 +67,7 @@ class Load:
     """Clients that load a mount for the time of a ``with``. The end raises AssertionError if anything was wrong."""
 
     def __init__(self, mountpoint: Path, *, clients: int = 8, seed: int = 0, shmem: bool = True, **popen: Any) -> None:
-        """`shmem`: whether the clients may follow that link. `popen` is for subprocess, to let them be other users."""
+        """`shmem`: whether the clients may open that. `popen` is for subprocess, to let them be other users."""
         self.result = Result(seed)
         self._mountpoint, self._count, self._shmem, self._popen = mountpoint, clients, shmem, popen
         self._clients: list[subprocess.Popen[str]] = []
@@ -281,13 +281,12 @@ class Client:
 
     @contextlib.contextmanager
     def opened_memory(self) -> Iterator[int]:
-        """A descriptor of the memory itself. Its link leads nowhere while a killed process is replaced."""
-        followed = os.readlink(link := f"{self.name}/.shmem")
+        """A descriptor of the memory itself. Where it is a link, that leads nowhere once its daemon was killed."""
         try:
-            fd = os.open(link, os.O_RDWR)
+            fd = os.open(f"{self.name}/.shmem", os.O_RDWR)
         except FileNotFoundError:
-            assert os.readlink(link) != followed, "where the link leads there is nothing"
-            fd = os.open(link, os.O_RDWR)
+            assert os.path.islink(f"{self.name}/.shmem")
+            fd = os.open(f"{self.name}/.shmem", os.O_RDWR)
         try:
             yield fd
         finally:

@@ -192,6 +192,7 @@ class Options:
     reserve: int = _row(64 << 20, _SIZE, "memory and swap that storing leaves free (64m)")
     busy_poll: int = _row(AUTO_POLL, _BUSY_POLL, "how long to poll for requests (auto)")  # us at most; 0: off
     keeper: bool = _row(True, _SWITCH, "survive the daemon's death, by a second process (on)")
+    shmem: bool = _row(True, _SWITCH, "offer each backup's memory as a file, .shmem (on)")
     allow_other: bool = _row(False, _FLAG, "let other users in, as far as the mode bits allow")
     ro: bool = _row(False, _FLAG, "mount read-only")
     debug: bool = _row(False, _FLAG, "log every operation")
@@ -278,7 +279,7 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Return every option with its value in force, for ``.config``. Some values are texts, as in ``-o``."""
         mode = None if self.mode is None else TABLE["mode"].show(self.mode)
-        shown = {name: TABLE[name].show(getattr(self, name)) for name in ("busy_poll", "keeper")}
+        shown = {name: TABLE[name].show(getattr(self, name)) for name in ("busy_poll", "keeper", "shmem")}
         return {**asdict(self), "mode": mode, **shown, "kernel": list(self.kernel)}
 
 

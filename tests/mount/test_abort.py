@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -14,26 +13,31 @@ from pathlib import Path
 
 import pytest
 from kept import (
+    ANEW,
+    CUT_OFF,
     DEAD,
     FAILED,
+    FUSECTL,
     GAVE_UP,
     PAGE,
     Caller,
     Kept,
+    abort,
     cannot_resend,
     copied_package,
+    covered,
+    expect_cuts,
     keeper_of,
+    listed_connections,
     of_package,
     processes,
+    served_anew,
 )
 
 from harness import MOUNT_COMMAND, Mount, mounts, opened, raises_errno, run, wait_until
 from stores import ALICE, Place, UsersMount, acting_as
 from ttmfs.linux.mountinfo import mounted_at
 
-CUT_OFF = r"the connection of /\S+ was cut off, but it was not unmounted"
-ANEW = r"mounted /\S+ anew over the pages that were kept"
-FUSECTL = Path("/sys/fs/fuse/connections")
 OPTIONS = {"kept": "size=16m", "without a keeper": "size=16m,keeper=off", "not resending": "size=16m"}
 
 
@@ -45,48 +49,16 @@ def command_of(way: str, directory: Path) -> tuple[str, ...]:
     return of_package(package) if package.exists() else cannot_resend(copied_package(package))
 
 
-@contextlib.contextmanager
-def covered(path: Path, kind: str) -> Iterator[None]:
-    """A directory that is there, with something mounted on it."""
-    run(f"mount -t {kind} none {path}")
-    try:
-        yield
-    finally:
-        run(f"umount {path}")
-
-
 @pytest.fixture(autouse=True)
 def connections() -> Iterator[None]:
-    """The kernel's list of connections, mounted if it is not."""
-    with contextlib.ExitStack() as stack:
-        if not os.path.ismount(FUSECTL):
-            stack.enter_context(covered(FUSECTL, "fusectl"))
+    with listed_connections():
         yield
-
-
-def expect_cuts(mount: Mount) -> None:
-    for pattern in (CUT_OFF, ANEW):
-        mount.expect_log(pattern)
-    mount.expect_restarts()
-
-
-def abort(path: Path) -> None:
-    """Abort the connection of the mount at a path."""
-    found = mounted_at(str(path))
-    assert found
-    (FUSECTL / found.device.partition(":")[2] / "abort").write_text("1")
 
 
 def refused(path: Path) -> None:
     """Run ``umount -f`` while a page is open."""
     with opened(path / "a/7"):
         assert "busy" in run(f"umount -f {path}", code=32)
-
-
-def served_anew(mount: Kept) -> bool:
-    """Whether the daemon has mounted again and serves."""
-    lines = [line for line in mount.log if re.search(f"{ANEW}|serving /", line)]
-    return "serving /" in lines[-1] and len(mount.said(ANEW)) == 1
 
 
 def daemon_of(path: Path) -> int:
@@ -115,14 +87,12 @@ def test_c23_an_aborted_connection_loses_no_page_and_is_logged(mountpoint: Path,
         content = store_pages(mountpoint)
         for turn, cut in enumerate((refused, abort)):
             with opened(mountpoint / "a/1") as page:
-                socket = mount.config()["descriptors"]
                 cut(mountpoint)
                 wait_until(lambda: len(mount.said("serving /")) == turn + 2, "the mount")  # noqa: B023
                 with raises_errno(errno.ENOTCONN):
                     os.pread(page, PAGE, 0)
             assert pages_of(mountpoint) == content
             assert len(mount.said(CUT_OFF)) == len(mount.said(ANEW)) == turn + 1
-            assert not Path(socket).exists()
         (mountpoint / "a/1").write_bytes(content["7"])
         assert (mountpoint / "a/1").read_bytes() == content["7"]
         assert mount.process.poll() is None, "the process that was started lives as long as the mount"

@@ -1241,8 +1241,7 @@ def test_the_mode_bits_decide_who_gets_a_descriptor_or_the_reason(place: Place, 
     command = [place.python, "-m", "ttmfs"]
     more = {"command": command, "cwd": place.path / "repository"}
     (tmp_path / "store").mkdir()
-    with place.directory("shared") as path, Mount(path, "size=16m,allow_other,mode=1777") as mount:
-        mount.descriptors_socket()
+    with place.directory("shared") as path, Mount(path, "size=16m,allow_other,mode=1777"):
         alice, bob = (as_user(uid, **more) for uid in (ALICE, BOB))
         ttmfs("create", "-m", "0755", path / "hers", **alice)
         assert ttmfs("fd", path / "hers", "--", "wc", "-c", "{}", **alice).split()[0] == str(16 * MIB)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from kept import store_of
 
 from harness import MOUNT_PY, REPOSITORY, Mount, children, descriptors, mounts, opened, run, wait_until
 from stores import ALICE, BOB, CAROL, UNSHARE, WITHOUT_USER_NAMESPACES, Place, UsersMount, acting_as, as_user, slow_swap
@@ -818,9 +819,9 @@ def test_a_stranger_cannot_reach_processes_of_a_mount_of_root(arena: Arena, alic
         for uid in ALICE, BOB:
             assert arena.attack(LOOK, pid, uid=uid) == "[]\n"
     os.chmod(alices, 0o777)
+    store = store_of(daemon)
     for uid in ALICE, BOB:
-        assert arena.attack("print(refused(open, path + '/alice/.shmem'))", uid=uid) == "13\n"
-        assert arena.attack("print(refused(open, os.readlink(path + '/alice/.shmem'), 'r+'))", uid=uid) == "13\n"
+        assert arena.attack(f"print(refused(open, '{store}/alice', 'r+'))", uid=uid) == "13\n"
 
 
 @pytest.mark.parametrize(("uid", "gid"), [(BOB, BOB), (BOB, ALICE), (ALICE, BOB)])

@@ -9,9 +9,7 @@ import errno
 import json
 import os
 import re
-import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,6 +35,7 @@ from kept import (
     kinds,
     of_package,
     processes,
+    store_of,
 )
 
 from harness import (
@@ -45,7 +44,6 @@ from harness import (
     descriptors,
     mounts,
     opened,
-    opened_process,
     raises_errno,
     run,
     set_attribute,
@@ -89,18 +87,6 @@ def test_c22_a_keeper_is_replaced_after_each_of_many_kills(mountpoint: Path) -> 
                 mount.kill_daemon()
         assert mount.restarts() == 2
         assert kinds(mount.daemon) == before
-
-
-def test_the_shmem_link_works_as_soon_as_its_keeper_is_dead(mountpoint: Path) -> None:
-    with Kept(mountpoint, "size=16m") as mount, held(mountpoint):
-        for _ in range(5):
-            keeper = mount.keeper
-            with opened_process(keeper) as dead:
-                mount.kill_keeper(wait=False)
-                assert select.select([dead], [], [], 10)[0]
-            with opened(mountpoint / "a/.shmem") as memory:
-                assert os.pread(memory, PAGE, 0) == (mountpoint / "a/1").read_bytes()
-            mount.wait_for_another_keeper(keeper)
 
 
 def test_c22_a_load_does_not_notice_kills_of_daemon_or_keeper(mountpoint: Path) -> None:
@@ -480,7 +466,7 @@ def test_the_keeper_is_small_and_holds_connection_store_and_state_but_no_page(mo
         held_there = descriptors(mount.keeper)
         assert held_there.count("/dev/fuse") == 1
         assert held_there.count("/memfd:ttmfs-state (deleted)") == 1
-        store = os.stat((mountpoint / "a/.shmem").readlink().parent)
+        store = os.stat(store_of(mount.daemon))
         found = [os.stat(fd) for fd in Path(f"/proc/{mount.keeper}/fd").iterdir() if not fd.name.startswith("/dev")]
         assert sum(os.path.samestat(store, other) for other in found) == 1
 
@@ -554,22 +540,6 @@ os.truncate(sys.argv[1], 0)
             asking.communicate("\n")
         assert not asking.returncode
         assert count(mountpoint / "a", "pages") == 0
-
-
-def test_the_next_mount_removes_the_socket_of_a_killed_daemon(mountpoint: Path, tmp_path: Path) -> None:
-    with Kept(mountpoint, "size=16m") as mount:
-        left = Path(mount.config()["descriptors"])
-    assert not left.exists()
-    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as dead:
-        dead.bind(str(left))
-    with Kept(mountpoint, "size=16m") as mount:
-        other = tmp_path / "other"
-        other.mkdir()
-        with Kept(other, "size=16m") as second:
-            paths = {Path(config["descriptors"]) for config in (mount.config(), second.config())}
-            assert len(paths) == 2
-            assert all(path.is_socket() for path in paths)
-            assert left in paths or not left.exists()
 
 
 def test_c22_a_signal_to_a_daemon_that_has_just_died_ends_no_keeper(mountpoint: Path) -> None:

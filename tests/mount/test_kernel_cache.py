@@ -337,12 +337,6 @@ def test_stats_and_config_belong_to_the_owner_of_the_root(mnt: Path) -> None:
         assert (mnt / ".stats").stat().st_uid == (mnt / ".config").stat().st_uid == uid
 
 
-def test_the_shmem_link_of_a_renamed_backup_has_the_right_length(a: Path) -> None:
-    (a / ".shmem").lstat()
-    other = a.rename(a.parent / "a longer name")
-    assert (other / ".shmem").lstat().st_size == len(os.readlink(other / ".shmem"))
-
-
 # --- the size of .image ---
 
 

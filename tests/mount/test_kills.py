@@ -8,6 +8,8 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,32 @@ SEED = int(os.environ.get("KILLS_SEED", time.time_ns() % 10**6))
 """Another in each run. It is printed when a test fails."""
 
 OPTIONS = "size=256m"
+
+
+READ_AND_WRITE_SHMEM = """
+import os, random, sys
+path, random = sys.argv[1], random.Random(7)
+fd = os.open(path, os.O_RDWR)
+page, done = bytearray(4096), 0
+print("open", flush=True)
+os.set_blocking(0, False)
+while True:
+    number = random.randrange(200)
+    data = done.to_bytes(8, "little") * 512
+    assert os.pwrite(fd, data, number * 4096) == 4096
+    assert os.pread(fd, 4096, number * 4096) == data
+    again = os.open(path, os.O_RDWR) if done % 50 == 0 else -1
+    if again >= 0:
+        assert os.pread(again, 4096, number * 4096) == data
+        os.close(again)
+    done += 1
+    try:
+        if not os.read(0, 1):
+            break
+    except BlockingIOError:
+        pass
+print(done, flush=True)
+"""
 
 
 class Killer:
@@ -81,3 +109,23 @@ def test_c22_kills_in_bursts_do_not_count_as_failed_starts(mountpoint: Path) -> 
                 killer.kill()
                 time.sleep(chance.uniform(0, 0.25))
             load.check()
+
+
+def test_c22_a_program_that_uses_shmem_does_not_notice_a_hundred_kills(mountpoint: Path) -> None:
+    with Mount(mountpoint, "size=16m") as mount:
+        mount.expect_restarts()
+        (mountpoint / "a").mkdir()
+        command = [sys.executable, "-I", "-c", READ_AND_WRITE_SHMEM, str(mountpoint / "a/.shmem")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+            assert program.stdout
+            assert program.stdout.readline() == "open\n"
+            killer = Killer(mount)
+            for turn in range(100):
+                assert (mountpoint / "a").is_dir()
+                time.sleep(random.random() / 50)
+                killer.kill()
+                if turn % 10 == 9:
+                    mount.watch_anew()
+            said, _ = program.communicate("", timeout=30)
+        assert program.returncode == 0
+        assert int(said) > 200

@@ -154,15 +154,3 @@ def test_changing_the_group_needs_no_room(mnt: Path) -> None:
         assert fill(mnt / "a", LIMIT) == LIMIT - 1
     os.chown(mnt / "a", ALICE, BOB)
     assert ((mnt / "a").stat().st_uid, (mnt / "a").stat().st_gid) == (ALICE, BOB)
-
-
-def test_pages_stored_through_shmem_count_from_the_next_change(place: Place) -> None:
-    options = f"size=16m,backup_size=4m,allow_other,mode=1777,uid_size={LIMIT * PAGE}"
-    with place.directory("shared") as path, Mount(path, options, cwd=place.path):
-        with acting_as(ALICE):
-            (path / "a").mkdir()
-        with opened(path / "a/.shmem") as file:  # root's alone
-            os.pwrite(file, b"x" * 20 * PAGE, 0)
-        with acting_as(ALICE):
-            (path / "a/30").write_bytes(b"x" * PAGE)
-            assert free(path) == LIMIT - 22

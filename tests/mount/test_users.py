@@ -319,21 +319,6 @@ def test_only_root_can_change_the_budget(place: Place, shared: Path, mode: str, 
         assert os.getxattr(shared, "user.ttmfs.size") == b"%d" % (2 << 20)
 
 
-def test_only_root_can_follow_the_shmem_link(open_to_all: Path) -> None:
-    """Others use .image, and root finds what they store there."""
-    run("mkdir -m 777 a; echo x > a/3", **as_user(ALICE, cwd=open_to_all))
-    for uid in ALICE, BOB:
-        run("readlink a/.shmem", **as_user(uid, cwd=open_to_all))
-        refused(uid, "cat a/.shmem", "Permission denied", cwd=open_to_all)
-        refused(uid, "echo y > a/.shmem", "Permission denied", cwd=open_to_all)
-    with (open_to_all / "a/.shmem").open("r+b") as memory:
-        memory.seek(2 * 4096)
-        assert memory.read(2) == b"x\n"
-        memory.seek(0)
-        memory.write(b"root")
-    assert run("head -c 4 a/.image", **as_user(BOB, cwd=open_to_all)) == "root"
-
-
 def test_everyone_can_read_the_statistics_but_not_write_them(open_to_all: Path) -> None:
     run("cat .stats .config; df .", **as_user(ALICE, cwd=open_to_all))
     refused(ALICE, "echo > .stats", "Permission denied", cwd=open_to_all)

@@ -16,6 +16,7 @@ from ttmfs.recovery import keeper, keeper_client
 from ttmfs.recovery import keeper_protocol as protocol
 from ttmfs.recovery.state import (
     ANSWER,
+    BACKING,
     CACHED,
     FORMAT,
     LATEST,
@@ -61,6 +62,7 @@ def made() -> bytes:
         for slot, note in NOTED.items():
             state.notes[slot] = note
         state.cached[2] = 1 << 30 | 7
+        state.backing[3] = 5 << 32 | 2
         state.note_answer(4714, b"answered")
         with state.progress(REQUEST) as progress:
             progress.reach(DONE)
@@ -83,7 +85,7 @@ def pieces(content: bytes) -> dict[int, str]:
 def interface() -> str:
     """What else daemon, keeper and the next daemon agree on."""
     agreed = {
-        "sections": [RECORD, NOTES, 8, STEPPED, 16, CACHED, 8, ANSWER, LATEST, POINTS],
+        "sections": [RECORD, NOTES, 8, STEPPED, 16, CACHED, 8, BACKING, 8, ANSWER, LATEST, POINTS],
         "descriptors": [protocol.CONNECTION, protocol.STATE, STORE, NAMESPACE, DIRECTORY_RECORD],
         "descriptors besides": [protocol.KEEPER, protocol.STARTS],
         "keeper's arguments": keeper_client._words(5, "syslog", ["python", "mount.py"])[4:],
@@ -103,7 +105,7 @@ def test_a_changed_layout_has_a_new_format() -> None:
 
 
 def test_a_frozen_state_is_read_correctly_field_by_field() -> None:
-    length = RECORD + NOTES * 8 + STEPPED * 16 + CACHED * 8 + ANSWER
+    length = RECORD + NOTES * 8 + STEPPED * 16 + CACHED * 8 + BACKING * 8 + ANSWER
     fd = os.memfd_create("frozen")
     os.ftruncate(fd, length)
     for line in FIXTURE.read_text().splitlines():
@@ -113,6 +115,7 @@ def test_a_frozen_state_is_read_correctly_field_by_field() -> None:
     assert state.record == RECORD_FIELDS
     assert {slot: note for slot, note in enumerate(state.notes) if note} == NOTED
     assert state.cached[2] == 1 << 30 | 7
+    assert state.backing[3] == 5 << 32 | 2
     assert state.noted_answer() == {4714: b"answered"}
     with state.progress(REQUEST) as progress:
         assert progress.done == DONE

@@ -10,8 +10,8 @@
 
 Pages are reached in one of two ways, with the same results:
 
-- natively (``own_file.py``), by system calls on the backup's own file, at the speed of a tmpfs. Storing natively is
-  limited by the budget alone, not by ``reserve=``. :attr:`Backup.is_native` tells whether this process got the file.
+- natively (``own_file.py``), by system calls on ``.shmem``, at the speed of a tmpfs. Storing natively is limited by the
+  budget alone, not by ``reserve=``. :attr:`Backup.is_native` tells whether this process could open it.
 - through the mount (``directory.py``), by requests for ``.image``, page files and ``user.ttmfs.drop``.
 
 Threading: any thread may call any method, but no other method runs during :meth:`Backup.close`.
@@ -207,6 +207,12 @@ class Backup:
     def is_native(self) -> bool:
         """Whether its own file is open here, so that no page goes through the mount."""
         return self._own_file is not None
+
+    @property
+    def shmem_is_open(self) -> bool:
+        """Whether a program, this one included, has ``.shmem`` open or mapped, in whatever namespace."""
+        with translated("looking who uses the backup", OF_THE_MOUNT):
+            return self._directory.number("shmem_open") > 0
 
     def _native(self) -> OwnFile:
         self._directory.check_open()

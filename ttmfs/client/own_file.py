@@ -5,12 +5,9 @@ Threading: any thread may call any method.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import socket
-import struct
 from concurrent.futures import wait
 from typing import TYPE_CHECKING
 
@@ -37,9 +34,6 @@ PARALLEL = 8 << 20
 """The least bytes that several threads read. One thread writes, because only writing takes a lock of the file."""
 
 WORKERS = 4
-
-ANSWER_SECONDS = 2.0
-"""How long to wait for the daemon to hand over a descriptor."""
 
 
 class OwnFile:
@@ -108,9 +102,15 @@ class OwnFile:
         length = (min(past, self.size // self._page_size) - first) * self._page_size
         if length <= 0:
             return 0, 0
-        resident, evicted = system_calls.residency(self.fd, first * self._page_size, length)
-        pages = sum(end - start for start, end in system_calls.page_runs(self.fd, self._page_size, first, past))
-        return pages, -(-pages * evicted // (resident + evicted)) if evicted else 0
+        runs = list(system_calls.page_runs(self.fd, self._page_size, first, past))
+        pages = sum(end - start for start, end in runs)
+        if not self._swap.used:
+            return pages, 0
+        size, base_pages = self._page_size, pages * self._page_size // BASE_PAGE_SIZE
+        resident = sum(
+            system_calls.resident_in_mapping(self.fd, start * size, (end - start) * size) for start, end in runs
+        )
+        return pages, -(-pages * (base_pages - resident) // base_pages) if resident < base_pages else 0
 
     def _renew_swap_counts(self) -> None:
         """Refresh the counts of swap before memory is charged to this process' control group."""
@@ -164,33 +164,22 @@ def fill_from(fd: int, dst: memoryview, offset: int, step: int = STEP) -> None:
 def descriptor_of(directory: Directory) -> int:
     """Return a descriptor of a backup's own file, for reading and writing; -1 if this process can get none.
 
-    The daemon hands it over (``ttmfs.daemon.descriptor_socket``) to a process that may read, write and reach the
-    backup. Root and the daemon's user can also open ``.shmem``.
+    ``.shmem`` is the file itself for whoever may read and write the backup, or a link to it, which root and the
+    daemon's user can follow. With ``store=`` it is a link that is not followed: there the daemon counts the pages.
     """
-    if directory.served_by not in (0, os.geteuid()):  # another user could hand over any file for us to write to
+    if directory.served_by not in (0, os.geteuid()):  # it cannot be the file itself, and a link could lead anywhere
         return -1
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return directory.open_file(".shmem", flags)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            return -1
     try:
         config = os.open(".config", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.mount)
         with open(config, encoding="utf-8") as file:
-            path = json.load(file).get("descriptors")
-        if not path:
-            return -1
-        with contextlib.suppress(OSError):
-            return _handed_over(path, directory.id)
-        return os.open(".shmem", os.O_RDWR | os.O_CLOEXEC, dir_fd=directory.fd)
-    except (OSError, ValueError):
+            if json.load(file).get("store") is not None:
+                return -1
+        return os.open(".shmem", flags, dir_fd=directory.fd)
+    except (OSError, ValueError, AttributeError):
         return -1
-
-
-def _handed_over(path: str, id: int) -> int:
-    """Ask the daemon for the descriptor of a backup, by the inode number of its directory. Raises OSError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.settimeout(ANSWER_SECONDS)
-        connection.connect(path)
-        connection.send(struct.pack("=Q", id))
-        answer, descriptors, _, _ = socket.recv_fds(connection, 4, 1, socket.MSG_CMSG_CLOEXEC)
-    if answer == bytes(4) and descriptors:
-        return int(descriptors[0])
-    for fd in descriptors:
-        os.close(fd)
-    raise OSError(errno.EPROTO, "the daemon handed over no descriptor")

@@ -66,7 +66,8 @@ def prepare() -> None:
     faulthandler.register(signal.SIGUSR2)  # where does it hang? kill -USR2 shows
     for number in ENDING:  # until the session waits for them
         signal.signal(number, signal.default_int_handler)
-    signal.signal(RESTART, signal.SIG_IGN)
+    for number in RESTART, signal.SIGIO:  # the latter: see system_calls.is_open_elsewhere()
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _open_standard_streams() -> None:

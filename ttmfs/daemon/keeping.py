@@ -53,8 +53,6 @@ class Keeping:
             if keeper.pid is None:
                 keeper.tell("FDSTOREREMOVE=1", f"FDNAME={STARTS}")  # the next failed start is the first one
             keeper.keep(new, "READY=1\nWATCHDOG=1")
-            if keeper.pid and not held:
-                self._mount.pool.files.use_paths_of(keeper.pid)
         except OSError as error:
             log.warning("the keeper does not hear: %s", error)
             return False

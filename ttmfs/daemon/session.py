@@ -24,6 +24,7 @@ from functools import partial
 
 import trio
 
+from ..fuse.backing_files import BackingFiles
 from ..fuse.busy_poll import BusyPoll
 from ..fuse.compiled import COMPILED, PYTHON, compiled_requests, loop_of
 from ..fuse.in_flight import InFlight
@@ -46,7 +47,6 @@ from ..stores.blocking_io import SHARE
 from . import mounting
 from .background import Process
 from .connection import has_ended, was_cut_off
-from .descriptor_socket import DescriptorSocket
 from .keeping import INIT_VERSION, Keeping
 from .mounting import MountError
 from .start import Mount, start
@@ -137,11 +137,9 @@ class _Session:
         loop = PYTHON if options.debug else loop_of(mount.pool)  # Python logs each request
         self._metrics = Metrics(mount.state.record.restarts, loop)
         mount.pool.blocking_io.on_page_in = self._metrics.count_page_in
-        self._socket = self._offer_descriptors(options)
+        self._backing: BackingFiles | None = None
         self._make_loop(options)
         mount.pool.store.remember = mount.state.update
-        if process.held and process.keeper and process.keeper.pid:
-            mount.pool.files.use_paths_of(process.keeper.pid)
 
     def _make_loop(self, options: Options) -> None:
         """The parts that read and answer requests."""
@@ -155,14 +153,19 @@ class _Session:
             return self._config(options)
 
         cache = KernelCache(connection, INIT_VERSION.unpack_from(init), pool.blocking_io.slices, resumed=taken_over)
-        tree = Tree(pool, {STATS: stats, CONFIG: config}, cache, state.progress)
+        offers_shmem = options.shmem and not options.uid_size
+        if passthrough := offers_shmem and pool.store.shares_files:
+            self._backing = BackingFiles(connection, state, pool.files)
+            pool.store.ended = self._backing.close
+        texts = {STATS: stats, CONFIG: config}
+        tree = Tree(pool, texts, cache, state.progress, backing=self._backing, offers_shmem=offers_shmem)
         if taken_over:
             tree.shared.mode_changes.note()  # the previous daemon did not record which backups changed
         in_flight, failures = InFlight(state), Failures(metrics, tree.shared.refusals, debug=options.debug)
         locks = None if pool.in_memory else pool.blocking_io.file_locks
         handlers = PageRequests(tree, PageCache(connection, state.cached))
         requests = Requests(connection, handlers, in_flight, metrics, failures, locks)
-        self._others = ThroughPyfuse3(connection, in_flight, init, taken_over=taken_over)
+        self._others = ThroughPyfuse3(connection, in_flight, init, taken_over=taken_over, passthrough=passthrough)
         self._others.begin(Operations(tree, metrics, failures))
         busy_poll, compiled = BusyPoll(options.busy_poll * 1000, metrics.busy_poll), None
         if metrics.loop == COMPILED:
@@ -170,36 +173,25 @@ class _Session:
         self._loop = ReadingLoop(connection, requests, self._others, busy_poll, _most_waiting(), compiled)
 
     def _config(self, options: Options) -> bytes:
-        """The options in force, the processes that serve, and the descriptor socket, as JSON."""
+        """The options in force, and the processes that serve, as JSON."""
         pool, keeper = self._mount.pool, self._process.keeper
         room = pool.room()  # the budget may have changed since the start
         sizes = {"size": room.size, "backup_size": pool.backup_size, "nr_inodes": room.files}
-        where = {"store": pool.store.directory, "descriptors": self._socket.path if self._socket else None}
+        where = {"store": pool.store.directory}
         who = {"daemon_pid": os.getpid(), "keeper_pid": keeper.pid if keeper else None, "loop": self._metrics.loop}
         return json.dumps(options.as_dict() | sizes | where | who, indent=2).encode() + b"\n"
 
-    def _offer_descriptors(self, options: Options) -> DescriptorSocket | None:
-        """The socket that gives out backups' descriptors, if there can be one and the store is fit for it."""
-        pool, runtime = self._mount.pool, "/run" if not os.geteuid() else os.environ.get("XDG_RUNTIME_DIR")
-        if options.ro or not pool.store.shares_files or not runtime:
-            return None
-        path = os.path.join(runtime, "ttmfs", f"{self._mount.state.record.device}.socket")
-        count = self._metrics.count_handover
-        try:
-            return DescriptorSocket(pool, path, owner=os.geteuid(), open_to_others=options.allow_other, count=count)
-        except OSError as error:
-            log.info("no descriptors are given to programs, which use .image instead: %s: %s", path, error.strerror)
-            return None
-
     def run(self) -> None:
         """Serve until the end."""
-        # With it libfuse gets a pipe large enough to splice(2) every request through: two system calls in place of one,
-        # 2.6 of 17 us of a page operation. What that spares is one of three copies of a write by 1 MiB.
+        # With it programs could use what a full filesystem keeps for root (see ttmfs.fuse.backing_files). And libfuse
+        # would get a pipe large enough to splice(2) every request through.
         system_calls.renounce(system_calls.CAP_SYS_RESOURCE)
         system_calls.touch_heap()
         if self._process.keeper:
             self._mount.state.keep_last_words()
         if self._mount.taken_over:  # before anything is read: else two could carry out the same request
+            if self._backing:
+                self._backing.work()
             with contextlib.suppress(OSError):  # it was unmounted, which the first read finds out as well
                 os.write(self._mount.connection, NOTIFY_RESEND)
         try:
@@ -208,16 +200,12 @@ class _Session:
             for number in ENDING:
                 signal.signal(number, signal.SIG_IGN)  # else the end of the interpreter restores the defaults
             self._others.close()
-            if self._socket and (self._cut_off or not self.leaving):
-                self._socket.close()
 
     async def _main(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
             nursery.start_soon(self._end_with_connection, nursery.cancel_scope)
             nursery.start_soon(self._begin, nursery)
-            if self._socket:
-                nursery.start_soon(self._socket.serve)
             if self._mount.taken_over:  # before a request is carried out again: to die of that is no failure to start
                 self._begin_serving()
             await self._loop.serve()

@@ -32,7 +32,7 @@ from ..errors import (
 )
 from ..handles import parse_page_name
 from ..stores.page_file import finished
-from .files import Image, Link, Pages, page_dropped
+from .files import Image, Link, Pages, Shmem, page_dropped
 from .inodes import (
     CONFIG,
     HANDLE_BITS,
@@ -227,22 +227,26 @@ class Root(Directory):
 
 
 class BackupDirectory(Directory):
-    """A backup: it holds pages by handle and, hidden, its image and its link."""
+    """A backup: it holds pages by handle and, hidden, its image and its file in the store."""
 
-    __slots__ = ("backup", "image", "link", "pages")
+    __slots__ = ("backup", "image", "pages", "shmem")
 
     def __init__(self, shared: Shared, id: int) -> None:
         super().__init__(shared, id)
         self.backup = shared.pool.file(id)  # a PageFile: the mount uses no model.Backup
-        self.pages, self.image, self.link = Pages(shared, id), Image(shared, id), Link(shared, id)
+        self.pages, self.image = Pages(shared, id), Image(shared, id)
+        backing = shared.backing
+        self.shmem = Shmem(shared, id, backing) if backing and backing.work() else Link(shared, id)
 
     def attributes(self, ino: int) -> Attributes:
         return Attributes.of_directory(self.backup.stat())
 
     def lookup(self, name: bytes) -> Found | None:
         if handle := HIDDEN.get(name):
+            if handle == SHMEM and not self.shared.offers_shmem:
+                return None
             ino = inode(self.id, handle)
-            return ino, (self.image if handle == IMAGE else self.link).attributes(ino)
+            return ino, (self.image if handle == IMAGE else self.shmem).attributes(ino)
         handle = parse_page_name(name) or 0
         if not 0 < handle <= MAX_HANDLE or not self.backup.holds(handle - 1):
             check_length(name)

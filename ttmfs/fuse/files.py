@@ -1,4 +1,4 @@
-"""The files of a backup: its pages, ``.image``, and the link to the backup's file in the store.
+"""The files of a backup: its pages, ``.image``, and ``.shmem``, the backup's file in the store itself.
 
 A durable write waits after it has changed the pages, and a truncation of the image drops pages step by step.
 Meanwhile others may store those pages again. So the state notes the progress, and no part is done twice if another
@@ -13,13 +13,14 @@ import stat
 from ..errors import AccessDenied, NoData, NotPermitted, NotSupported, OutOfBounds, PageDropped
 from ..linux.system_calls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from ..stores import page_ranges
-from ..stores.page_file import finished
+from ..stores.page_file import STEP, finished
+from .backing_files import BackingFiles
 from .inodes import HANDLE_MASK, MAX_HANDLE, handle_of
 from .node import Answer, Attributes, Changes, Node, Shared, check_syncs
 from .path_retries import CHANGE, OPEN
 from .permissions import OPENED_FOR, Caller, may
 
-__all__ = ["Image", "Link", "Pages", "page_dropped"]
+__all__ = ["Image", "Link", "Pages", "Shmem", "page_dropped"]
 
 Data = bytes | memoryview
 
@@ -246,8 +247,77 @@ class Image(_BackupFile):
         await self.backup.sync(0, MAX_HANDLE * self._page_size)
 
 
+class Shmem(_BackupFile):
+    """``.shmem``: the backup's file in the store. The kernel reads, writes and maps it; the daemon does the rest.
+
+    Neither the size of the backup nor the reserve limits what is stored here, but the budget does.
+    """
+
+    __slots__ = ("_backing",)
+
+    def __init__(self, shared: Shared, id: int, backing: BackingFiles) -> None:
+        super().__init__(shared, id)
+        self._backing = backing
+
+    def attributes(self, ino: int) -> Attributes:
+        """Nobody may read who may not write: reading a hole through a mapping stores a page."""
+        found = self.backup.stat()
+        writers = found.st_mode & 0o222
+        mode = stat.S_IFREG | writers | found.st_mode & writers << 1
+        return Attributes.of_file(found, found.st_size, found.st_blocks, mode)._replace(cacheable=False)
+
+    async def change(self, ino: int, wanted: Changes, caller: Caller, *, by_path: bool) -> Attributes:
+        if wanted.mode is not None:
+            raise NotPermitted("the mode of .shmem follows from the backup's: change that")
+        return await super().change(ino, wanted, caller, by_path=by_path)
+
+    async def truncate(self, ino: int, size: int, caller: Caller) -> None:
+        """The backup spans `size` bytes from now on."""
+        backup, page_size = self.backup, self._page_size
+        if size > MAX_HANDLE * page_size:
+            raise OutOfBounds(f"a backup has at most {MAX_HANDLE} pages")
+        await backup.bring_in(size, -size % page_size, to_write=True)
+        first, before = -(-size // page_size), backup.size
+        with self.shared.progress(caller.unique) as progress:
+            await backup.drop_run(max(first, progress.done), -(-before // page_size), progress.reach)
+            backup.set_size(size)
+            await self._forget_dropped(size // page_size, MAX_HANDLE)
+        if size > before:
+            await self.shared.cache.grow_image(self.id, size)
+
+    async def _forget_dropped(self, first: int, past: int) -> None:
+        self.shared.runs.forget_dropped(self.id, first, past)
+        await self.shared.expire_dropped(self.id, first + 1, past, directory_locked=False)
+
+    def open(self, ino: int, flags: int, caller: Caller) -> int:
+        return ino
+
+    def backing(self) -> int:
+        return self._backing.number_of(self.id)
+
+    def seek(self, ino: int, offset: int, whence: int) -> int:
+        return page_ranges.seek(self.backup, offset, whence)
+
+    async def allocate(self, ino: int, mode: int, offset: int, length: int, caller: Caller) -> None:
+        """fallocate(2) as on a tmpfs, in steps."""
+        work, page_size = self.backup.slices.begin(), self._page_size
+        with self.shared.progress(caller.unique) as progress:
+            position, end = max(offset, progress.done), offset + length
+            while position < end:
+                past = min(end, (position // STEP + 1) * STEP)
+                self.backup.allocate(mode, position, past - position)
+                progress.reach(position := past)
+                if work.slice_is_over():
+                    await work.rest()
+            if mode & FALLOC_FL_PUNCH_HOLE:
+                await self._forget_dropped(offset // page_size, -(-end // page_size))
+
+    async def sync(self, fh: int) -> None:
+        await self.backup.sync(0, MAX_HANDLE * self._page_size)
+
+
 class Link(_BackupFile):
-    """``.shmem``: a symbolic link to the backup's file in the store."""
+    """``.shmem`` where the kernel takes no backing files: a symbolic link to the backup's file in the store."""
 
     __slots__ = ()
 

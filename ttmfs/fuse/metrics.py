@@ -44,7 +44,7 @@ class Metrics:
         """By operation: the counts of the buckets, and the sum. Compiled code counts in the same arrays."""
         self.errors: Counter[tuple[str, int]] = Counter()  # by operation and errno
         self.busy_poll = [0, 0, 0, 0]  # hits, ns of hits, misses, ns of misses
-        self._page_ins = self._page_in_ns = self._handovers = 0
+        self._page_ins = self._page_in_ns = 0
 
     def count(self, operation: str, ns: int) -> None:
         """Count a request that was answered, and how long that took."""
@@ -56,10 +56,6 @@ class Metrics:
         """Count a request that waited for pages to be brought in, and how long."""
         self._page_ins += 1
         self._page_in_ns += ns
-
-    def count_handover(self) -> None:
-        """Count a backup's descriptor that was given to a program."""
-        self._handovers += 1
 
     async def text(self, pool: Pool) -> bytes:
         """All metrics, with the gauges of a pool as of now."""
@@ -83,7 +79,6 @@ class Metrics:
             ("busy_poll_misses_seconds_total", misses_ns / 1e9, "Time spent polling that found no request."),
             ("page_ins_total", self._page_ins, "Requests that waited in a thread for swap or a disk."),
             ("page_in_seconds_total", self._page_in_ns / 1e9, "Time that they waited."),
-            ("handovers_total", self._handovers, "Descriptors of backups given to programs."),
         ):
             family(name, "counter", meaning, [("", value)])
         where = {"disk": pages} if swapped is None else {"resident": max(0, pages - swapped), "swapped": swapped}

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from ..errors import AccessDenied, InvalidArgument, NameTooLong, NotPermitted, NotSupported, ReadOnlyEntry
 from ..model.pool import NAME_MAX, Pool
 from ..recovery.progress import Progress
+from .backing_files import BackingFiles
 from .inodes import READER
 from .kernel_cache import LIFETIME, KernelCache
 from .path_retries import PathRetries
@@ -82,11 +83,16 @@ class Changes(NamedTuple):
 
 @dataclass
 class Shared:
-    """What the nodes of a mount share. `progress` is State.progress."""
+    """What the nodes of a mount share. `progress` is State.progress.
+
+    `backing` is None if no file is to be opened in passthrough mode. `offers_shmem`: whether backups have a ``.shmem``.
+    """
 
     pool: Pool
     cache: KernelCache
     progress: "Callable[..., contextlib.AbstractContextManager[Progress]]"
+    backing: BackingFiles | None = None
+    offers_shmem: bool = True
     refusals: Refusals = field(default_factory=Refusals)
     retries: PathRetries = field(default_factory=PathRetries)
     runs: KnownRuns = field(default_factory=KnownRuns)
@@ -145,6 +151,10 @@ class Node:
         """open(2): a file handle. The kernel sends O_TRUNC as a truncation of its own (see the session's INIT)."""
         raise NotPermitted("only files can be opened")
 
+    def backing(self) -> int:
+        """The number of the backing file that the kernel is to read and write; 0: it asks the daemon."""
+        return 0
+
     def read(self, fh: int, offset: int, size: int) -> Answer[bytes]:
         """pread(2)."""
         raise NotPermitted("only files can be read")
@@ -163,7 +173,7 @@ class Node:
 
     async def allocate(self, ino: int, mode: int, offset: int, length: int, caller: Caller) -> None:
         """fallocate(2)."""
-        raise NotSupported("only the space of .image can be allocated or freed")
+        raise NotSupported("only the space of .image and .shmem can be allocated or freed")
 
     async def sync(self, fh: int) -> None:
         """fsync(2)."""

@@ -183,8 +183,9 @@ class PageRequests:
 
     def open(self, request: Request, message: memoryview) -> Answer[bytes]:
         flags, _ = fuse.OPEN_IN.unpack_from(message, HEADER)
-        fh = self.tree.node(request.node).open(request.node, flags, request)
-        return replies.opened(fh) if isinstance(fh, int) else self._opened_later(fh)
+        node = self.tree.node(request.node)
+        fh = node.open(request.node, flags, request)
+        return replies.opened(fh, node.backing()) if isinstance(fh, int) else self._opened_later(fh)
 
     async def _opened_later(self, fh: Coroutine[Any, Any, int]) -> bytes:
         return replies.opened(await fh)

@@ -1,6 +1,5 @@
-"""Permissions by mode bits, in the three cases in which the kernel does not decide them.
+"""Permissions by mode bits, in the two cases in which the kernel does not decide them.
 
-- A program asks for a backup's descriptor through a socket.
 - A program creates a page and opens it: the kernel checks only the right to create.
 - A backup's mode or owner has just changed: the kernel may still use the old ones for its pages.
 """
@@ -8,9 +7,9 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-__all__ = ["OPENED_FOR", "Caller", "Someone", "allows", "may"]
+__all__ = ["OPENED_FOR", "Caller", "may"]
 
 OPENED_FOR = {
     os.O_RDONLY: os.R_OK,
@@ -35,33 +34,21 @@ class Caller(Protocol):
         """The request's number in the kernel."""
 
 
-class Someone(NamedTuple):
-    """A user, with all groups, including the supplementary ones."""
-
-    uid: int
-    groups: frozenset[int]
-
-
-def allows(found: os.stat_result, who: Someone, wanted: int) -> bool:
-    """Whether mode bits allow someone what is wanted (R_OK, W_OK, X_OK), as generic_permission() decides it."""
-    if not who.uid:
-        return True
-    shift = 6 if who.uid == found.st_uid else 3 if found.st_gid in who.groups else 0
-    return found.st_mode >> shift & wanted == wanted
-
-
 def may(found: os.stat_result, caller: Caller, wanted: int) -> bool:
-    """As :func:`allows`, for the caller of a request. FUSE does not pass the caller's supplementary groups.
+    """Whether mode bits allow a caller what is wanted (R_OK, W_OK), as generic_permission() decides it.
 
-    They are read from /proc only if they decide: the caller is not the owner, and the bits of group and others differ.
+    FUSE does not pass the caller's supplementary groups. They are read from /proc only if they decide: the caller is
+    not the owner, and the bits of group and others differ.
     """
-    if caller.uid in (0, found.st_uid):
-        return allows(found, Someone(caller.uid, frozenset()), wanted)
-    of_group, of_others = found.st_mode >> 3 & wanted == wanted, found.st_mode & wanted == wanted
+    if not caller.uid:
+        return True
+    of_owner, of_group, of_others = (found.st_mode >> shift & wanted == wanted for shift in (6, 3, 0))
+    if caller.uid == found.st_uid:
+        return of_owner
     if of_group == of_others or caller.gid == found.st_gid:
         return of_group
-    groups = {caller.gid}
+    groups = set[int]()
     with contextlib.suppress(OSError, StopIteration, ValueError):  # a thread that has ended has no supplementary groups
         lines = Path(f"/proc/{caller.pid}/status").read_text(errors="replace").splitlines()
         groups.update(map(int, next(line for line in lines if line.startswith("Groups:")).split()[1:]))
-    return allows(found, Someone(caller.uid, frozenset(groups)), wanted)
+    return of_group if found.st_gid in groups else of_others

@@ -3,7 +3,7 @@
 from collections.abc import Coroutine
 from typing import Any
 
-from ..linux.fuse_protocol import ATTR, DIRENT, ENTRY, FOPEN_DIRECT_IO, OPENED
+from ..linux.fuse_protocol import ATTR, DIRENT, ENTRY, FOPEN_DIRECT_IO, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH, OPENED
 from .kernel_cache import LIFETIME
 from .node import Attributes
 
@@ -44,9 +44,13 @@ def attr(ino: int, attributes: Attributes, page_size: int) -> bytes:
     return ATTR.pack(seconds, ns, 0, *_packed(ino, attributes, page_size))
 
 
-def opened(fh: int) -> bytes:
-    """fuse_open_out of a file: every read reaches the store, and nothing is cached twice."""
-    return OPENED.pack(fh, FOPEN_DIRECT_IO, 0)
+def opened(fh: int, backing: int = 0) -> bytes:
+    """fuse_open_out of a file: every read reaches the store, and nothing is cached twice.
+
+    With the number of a backing file, the kernel reads and writes that, and maps it. NOFLUSH: else a close(2) would
+    wait for a daemon that is dead, and even a SIGKILL would not end the wait.
+    """
+    return OPENED.pack(fh, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH if backing else FOPEN_DIRECT_IO, backing)
 
 
 def directory_entry(name: bytes, ino: int, mode: int, next_offset: int) -> bytes:

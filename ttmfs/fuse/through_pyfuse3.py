@@ -15,7 +15,8 @@ from collections import deque
 import pyfuse3
 import trio
 
-from ..linux.fuse_protocol import ANSWER, ATOMIC_O_TRUNC, INIT_OUT_FLAGS, INIT_OUT_FLAGS_AT, RESENT, SETXATTR_EXT
+from ..linux.fuse_protocol import ANSWER, RESENT
+from . import init_answer
 from .in_flight import InFlight
 
 __all__ = ["ThroughPyfuse3"]
@@ -28,13 +29,15 @@ class ThroughPyfuse3:
     """The requests that pyfuse3 has. A process has one of these: pyfuse3 keeps its session in globals.
 
     `init` is the kernel's first message. Its answer goes to the kernel unless another daemon has answered it
-    (`taken_over`).
+    (`taken_over`). `passthrough`: whether files may be opened in passthrough mode.
     """
 
-    def __init__(self, connection: int, in_flight: InFlight, init: bytes, *, taken_over: bool) -> None:
+    def __init__(
+        self, connection: int, in_flight: InFlight, init: bytes, *, taken_over: bool, passthrough: bool
+    ) -> None:
         self._connection = connection
         self._in_flight = in_flight
-        self._taken_over = taken_over
+        self._taken_over, self._passthrough = taken_over, passthrough
         self.initialized = trio.Event()
         """FUSE_INIT is answered: the kernel may send other requests."""
         self._slots: dict[int, int] = {}  # of the requests that pyfuse3 has, by number
@@ -82,7 +85,7 @@ class ThroughPyfuse3:
                 self.initialized.set()
                 if self._taken_over:
                     continue
-                answer = _without_unwanted(answer)
+                answer = init_answer.edited(answer, passthrough=self._passthrough)
             self._send(answer)
             _, _, unique = ANSWER.unpack_from(answer)
             if (slot := self._slots.pop(unique & ~RESENT, None)) is not None:
@@ -96,16 +99,3 @@ class ThroughPyfuse3:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):  # nobody waits for it any more
                 raise
-
-
-def _without_unwanted(answer: bytes) -> bytes:
-    """libfuse's answer to FUSE_INIT without what changes the meaning of later requests.
-
-    ATOMIC_O_TRUNC: open and truncation would be one request, after which the kernel takes the file's size to be 0 until
-    it asks again. For a page that is never true, and tar would store an empty page. As two requests, the second is
-    answered with the size. SETXATTR_EXT: another layout of one request.
-    """
-    edited = bytearray(answer)
-    (flags,) = INIT_OUT_FLAGS.unpack_from(edited, INIT_OUT_FLAGS_AT)
-    INIT_OUT_FLAGS.pack_into(edited, INIT_OUT_FLAGS_AT, flags & ~(ATOMIC_O_TRUNC | SETXATTR_EXT))
-    return bytes(edited)

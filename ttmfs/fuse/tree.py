@@ -5,7 +5,7 @@
     /a                handle 0 of the backup
     /a/1 ... /a/N     its pages, by handle
     /a/.image         IMAGE          page i at byte i * page_size
-    /a/.shmem         SHMEM          a link to the backup's file in the store
+    /a/.shmem         SHMEM          the backup's file in the store itself, or a link to it
 
 The kernel checks mode bits (default_permissions, unless root alone is let in). Nodes refuse what nobody may do.
 """
@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from ..errors import NoSuchName
 from ..model.pool import Pool
 from ..recovery.progress import Progress
+from .backing_files import BackingFiles
 from .directories import BackupDirectory, Directory, Root
 from .inodes import HANDLE_BITS, HANDLE_MASK, IMAGE, MAX_BACKUP_ID, MAX_HANDLE, ROOT, backup_of, split
 from .kernel_cache import KernelCache
@@ -38,8 +39,11 @@ class Tree:
         make_texts: Mapping[int, Callable[[], Awaitable[bytes]]],
         cache: KernelCache,
         progress: "Callable[..., contextlib.AbstractContextManager[Progress]]",
+        *,
+        backing: BackingFiles | None = None,
+        offers_shmem: bool = True,
     ) -> None:
-        self.shared = shared = Shared(pool, cache, progress)
+        self.shared = shared = Shared(pool, cache, progress, backing, offers_shmem)
         self.texts = Texts(shared, make_texts)
         self.root = Root(shared, self.texts)
         self._directory: Callable[[int], BackupDirectory] = lru_cache(MOST_BACKUPS)(partial(BackupDirectory, shared))
@@ -56,7 +60,7 @@ class Tree:
         directory = self._directory(id)
         if not handle:
             return directory
-        return directory.image if handle == IMAGE else directory.link
+        return directory.image if handle == IMAGE else directory.shmem
 
     def directory(self, number: int) -> Directory:
         """The directory of an inode number, or of a directory's file handle."""
@@ -68,4 +72,5 @@ class Tree:
         if not (id := fh >> HANDLE_BITS & MAX_BACKUP_ID):  # inlined backup_of(): each read and write calls this
             return self.texts
         directory = self._directory(id)
-        return directory.pages if fh & HANDLE_MASK < IMAGE else directory.image
+        handle = fh & HANDLE_MASK
+        return directory.pages if handle < IMAGE else directory.image if handle == IMAGE else directory.shmem

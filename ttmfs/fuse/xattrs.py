@@ -44,7 +44,8 @@ class Xattr(NamedTuple):
 def get_xattr(node: Node, name: bytes, caller: Caller) -> Coroutine[Any, Any, bytes]:
     """getxattr(2). Raises NoSuchAttribute also for an attribute that can only be set.
 
-    It raises without waiting: `ls -l` asks each page for attributes that no page has.
+    It raises without waiting: `ls -l` asks each page for attributes that no page has, and the kernel asks for
+    security.capability before the first write to a ``.shmem`` after its open(2).
     """
     if not (attribute := _table(node).get(name)) or not attribute.get:
         raise NoSuchAttribute(f"there is no attribute {os.fsdecode(name)!r} here")
@@ -177,6 +178,7 @@ XATTRS: dict[type[Node], dict[bytes, Xattr]] = {
         b"user.ttmfs.resident": Xattr(_resident),
         b"user.ttmfs.swapped": Xattr(lambda directory: directory.backup.count_swapped()),
         b"user.ttmfs.map": Xattr(_map),
+        b"user.ttmfs.shmem_open": Xattr(lambda directory: int(directory.backup.is_open_elsewhere())),
         b"user.ttmfs.drop": Xattr(set=_drop),
     },
 }

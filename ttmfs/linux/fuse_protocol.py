@@ -52,9 +52,8 @@ GETXATTR_IN = struct.Struct("=II")  # bytes of room, padding; the name follows
 SETXATTR_IN = struct.Struct("=II")  # bytes of the value, flags of setxattr(2); name and value follow
 LSEEK_IN = struct.Struct("=QQI")  # file handle, offset, whence
 FALLOCATE_IN = struct.Struct("=QQQI")  # file handle, offset, length, mode
-INIT_OUT_FLAGS = struct.Struct("=I")
-INIT_OUT_FLAGS_AT = ANSWER.size + 12
-"""Where fuse_init_out has its flags in an answer."""
+BACKING_MAP = struct.Struct("=iIQ")
+"""fuse_backing_map: descriptor, flags, padding."""
 
 LOOKUP, FORGET, GETATTR, SETATTR, MKNOD, MKDIR, UNLINK, RMDIR, RENAME = 1, 2, 3, 4, 8, 9, 10, 11, 12
 OPEN, READ, WRITE, RELEASE, FSYNC, SETXATTR, GETXATTR = 14, 15, 16, 18, 20, 21, 22
@@ -67,10 +66,11 @@ FATTR_FH, FATTR_ATIME_NOW, FATTR_MTIME_NOW = 1 << 6, 1 << 7, 1 << 8
 READ_LOCKOWNER = 1 << 1
 """A read that goes past the page cache has this flag (fuse_send_read()); one that fills the page cache has not."""
 
-FOPEN_DIRECT_IO = 1
+FOPEN_DIRECT_IO, FOPEN_NOFLUSH, FOPEN_PASSTHROUGH = 1, 1 << 5, 1 << 7
 
-ATOMIC_O_TRUNC, SETXATTR_EXT = 1 << 3, 1 << 29
-"""Flags of FUSE_INIT."""
+BACKING_OPEN, BACKING_CLOSE = 0x4010E501, 0x4004E502
+"""ioctl(2) of the connection: FUSE_DEV_IOC_BACKING_OPEN takes a BACKING_MAP and returns a number, by which
+FUSE_DEV_IOC_BACKING_CLOSE forgets it."""
 
 NOTIFY_RESEND = ANSWER.pack(ANSWER.size, 7, 0)
 """The notification that makes the kernel send every unanswered request again (Linux 6.9)."""

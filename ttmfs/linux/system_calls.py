@@ -9,6 +9,7 @@ every architecture.
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import platform
@@ -23,8 +24,10 @@ __all__ = [
     "Duplicate",
     "allocate_range",
     "device_and_inode",
+    "fallocate",
     "first_absent",
     "is_data",
+    "is_open_elsewhere",
     "is_tmpfs",
     "lock_memory",
     "map_resident",
@@ -37,6 +40,7 @@ __all__ = [
     "renounce",
     "residency",
     "resident",
+    "resident_in_mapping",
     "swap_space",
     "touch_heap",
     "unmap",
@@ -98,16 +102,35 @@ class Duplicate:
     __del__ = close
 
 
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)."""
+    while _libc.fallocate(fd, mode, offset, length) < 0:
+        if ctypes.get_errno() != errno.EINTR:  # a signal interrupts shmem_fallocate() of older kernels
+            _checked(-1, "fallocate")
+
+
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Free a range of a file. It then reads as zeros, and SEEK_DATA skips it."""
-    _checked(_libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length), "fallocate punch")
+    fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
 
 
 def allocate_range(fd: int, offset: int, length: int) -> None:
     """Allocate all holes in a range of a file, or (ENOSPC) none. SEEK_DATA skips them until they are written."""
-    while _libc.fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length) < 0:
-        if ctypes.get_errno() != errno.EINTR:  # a signal interrupts shmem_fallocate() of older kernels
-            _checked(-1, "fallocate")
+    fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def is_open_elsewhere(fd: int) -> bool:
+    """Whether a file is open by more than this open file description, or mapped from another one. fcntl(2), F_SETLEASE.
+
+    The kernel gives a lease only for a file that nobody else has open. An opener that comes meanwhile waits until the
+    lease is given back, and the kernel sends SIGIO, which the caller must ignore.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return True
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def rename(directory: int, old: str, new: str, *, replace: bool) -> None:
@@ -241,6 +264,14 @@ def resident(fd: int, offset: int, length: int) -> int:
     """Return the number of base pages in memory in a range of any file. Loads no page, and waits for no lock."""
     counts = _cachestat(fd, offset, length)
     return counts[0] if counts else sum(_mincore(fd, offset, length))
+
+
+def resident_in_mapping(fd: int, offset: int, length: int) -> int:
+    """Return the number of base pages in memory in a range of a file in a tmpfs. Loads no page.
+
+    Unlike :func:`residency`, this also works on a file of a FUSE mount in passthrough mode.
+    """
+    return sum(_mincore(fd, offset, length))
 
 
 def _mincore(fd: int, offset: int, length: int) -> list[int]:

@@ -6,6 +6,7 @@
     NOTES       16,384 numbers      one request in flight each; 0: none
     PROGRESS    1024 rows of 2      a request that is carried out in steps, and how far it got
     CACHED      256 numbers         the inodes of which the kernel may have bytes in its page cache
+    BACKING     16,384 numbers      the backing files that the kernel has, see ttmfs.fuse.backing_files
     ANSWER      512 bytes           the answer to the change that was carried out last, behind its request's number
     LAST WORDS  to the end          what the interpreter wrote when the daemon died of a fault
 
@@ -34,17 +35,18 @@ from ..errors import NotSupported
 from ..linux.fuse_protocol import RESENT
 from .progress import Progress
 
-__all__ = ["LATEST", "POINTS", "POINT_BITS", "Record", "State"]
+__all__ = ["BACKING", "LATEST", "POINTS", "POINT_BITS", "Record", "State"]
 
 FORMAT = 5
 """Formats 1 to 4 belong to versions before the first release. They are refused."""
 
 RECORD = 4096  # one page: a SIGKILL leaves the old record or the new one
-NOTES, STEPPED, CACHED, ANSWER = 16384, 1024, 256, 512
+NOTES, STEPPED, CACHED, BACKING, ANSWER = 16384, 1024, 256, 16384, 512
 _NOTES_AT = RECORD
 _PROGRESS_AT = _NOTES_AT + NOTES * 8
 _CACHED_AT = _PROGRESS_AT + STEPPED * 16
-_ANSWER_AT = _CACHED_AT + CACHED * 8
+_BACKING_AT = _CACHED_AT + CACHED * 8
+_ANSWER_AT = _BACKING_AT + BACKING * 8
 _LAST_WORDS_AT = _ANSWER_AT + ANSWER
 
 _ANSWERED = struct.Struct("=QQ")
@@ -95,7 +97,8 @@ class State:
         whole = memoryview(self._map)
         self.notes = whole[_NOTES_AT:_PROGRESS_AT].cast("Q")
         self._progress = whole[_PROGRESS_AT:_CACHED_AT].cast("Q")
-        self.cached = whole[_CACHED_AT:_ANSWER_AT].cast("Q")
+        self.cached = whole[_CACHED_AT:_BACKING_AT].cast("Q")
+        self.backing = whole[_BACKING_AT:_ANSWER_AT].cast("Q")
         self.answer = whole[_ANSWER_AT:_LAST_WORDS_AT]
         rows = [(self._progress[2 * row], row) for row in range(STEPPED)]
         self._unfinished = {request: row for request, row in rows if request}  # of the previous daemon
@@ -123,7 +126,7 @@ class State:
                 faulthandler.disable()
                 os.close(self._last_words)
                 self._last_words = None
-            for view in self.notes, self._progress, self.cached, self.answer:
+            for view in self.notes, self._progress, self.cached, self.backing, self.answer:
                 view.release()
             self._map.close()  # it has a descriptor of its own
             os.close(self.fd)
@@ -136,10 +139,11 @@ class State:
         self.record = changed
 
     def begin_connection(self) -> None:
-        """Forget every request of an earlier connection: on a new one the kernel's numbers begin anew."""
+        """Forget all that belongs to an earlier connection: on a new one the kernel's numbers begin anew."""
         self.forget_unfinished()
         self.notes[:] = memoryview(bytes(NOTES * 8)).cast("Q")
         self.cached[:] = memoryview(bytes(CACHED * 8)).cast("Q")
+        self.backing[:] = memoryview(bytes(BACKING * 8)).cast("Q")
         self.answer[:] = bytes(ANSWER)
 
     # --- answers ---

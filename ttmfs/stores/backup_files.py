@@ -68,7 +68,6 @@ class BackupFiles:
         self._most_open = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._names: dict[int, str] = {}
         self._ids: list[int] = []  # the keys of _names, sorted
-        self._other_path: str | None = None  # a path of the directory through another process, see use_paths_of()
         self._scans = Throttle(free=SHORT_SCAN_SECONDS)
 
     def close(self) -> None:
@@ -231,12 +230,6 @@ class BackupFiles:
         if len(self._open) > self._most_open:
             os.close(self._open.popitem(last=False)[1])
 
-    def open_again(self, id: int) -> int:
-        """Open a backup's file for another process: a descriptor with its own offset and flags."""
-        self.descriptor(id)  # raises if another file has its name now
-        with translated("opening a backup"):
-            return _open_file(self.name_of(id), self.directory)
-
     def stat(self, id: int | None = None) -> os.stat_result:
         """Return the stat of the directory, or of a backup's file, without opening it."""
         with translated("looking at the store"):
@@ -262,19 +255,8 @@ class BackupFiles:
                 os.utime(fd, ns=times)
 
     def path(self, name: str) -> str:
-        """Return a path by which other processes, of root or this user, reach a backup's file."""
-        if self._other_path and not os.path.exists(self._other_path):  # the other process was killed just now
-            self._other_path = None
-        return f"{self._other_path or f'/proc/{os.getpid()}/fd/{self.directory}'}/{name}"
-
-    def use_paths_of(self, pid: int) -> None:
-        """Make :meth:`path` go through the /proc entry of a process that has the directory open and may outlive us."""
-        ours, self._other_path = os.fstat(self.directory), None
-        with contextlib.suppress(OSError):  # the process has just died, or /proc denies access
-            for fd in sorted(os.listdir(f"/proc/{pid}/fd"), key=int):
-                if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), ours):
-                    self._other_path = f"/proc/{pid}/fd/{fd}"
-                    return
+        """Return a path by which other processes, of root or this user, reach a backup's file while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self.directory}/{name}"
 
 
 def _set_owner(fd: int, uid: int, gid: int) -> None:

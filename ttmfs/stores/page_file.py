@@ -346,8 +346,22 @@ class PageFile(ABC):
         """Change the size in bytes. It can become smaller only if no pages are stored past it."""
         if size < self.size and self._next_data(size // self.page_size * self.page_size) is not None:
             raise InvalidArgument(f"pages are stored past byte {size}; drop them first")
+        self.set_size(size)
+
+    def set_size(self, size: int) -> None:
+        """Change the size in bytes. It drops what is stored past it, all at once."""
         with translated("changing the size of a backup"):
             os.ftruncate(self._files.descriptor(self.id), size)
+
+    def allocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2) of the file."""
+        with translated("allocating or freeing a part of a backup"):
+            system_calls.fallocate(self._files.descriptor(self.id), mode, offset, length)
+
+    def is_open_elsewhere(self) -> bool:
+        """Whether another process has the file open or mapped, in this PID namespace or another."""
+        with translated("looking who has a backup open"):
+            return system_calls.is_open_elsewhere(self._files.descriptor(self.id))
 
 
 def _touch(file: system_calls.Duplicate, offset: int, length: int) -> None:

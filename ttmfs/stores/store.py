@@ -57,6 +57,8 @@ class Store(ABC):
         self.files = BackupFiles(directory, self)
         self.remember: Callable[..., object] = lambda **_: None
         """Saves values, by name, for the next daemon."""
+        self.ended: Callable[[int], object] = lambda _: None
+        """Called with the id of each backup that has ended."""
         self._failed = set(failed)
         self._reserve = Reserve(options.reserve) if self.in_memory else None
         self._quota = Quota(options.uid_size // options.page_size, self._measure)
@@ -113,6 +115,7 @@ class Store(ABC):
         """Forget a backup that was ended."""
         self._failed.discard(id)
         self._quota.forget(id)
+        self.ended(id)
 
     async def prepare_to_create(self) -> None:  # noqa: B027 # some kinds need nothing
         """Do the work of the next :meth:`create` that could block the event loop."""

@@ -111,13 +111,16 @@ def _add_fini(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--dry-run", action="store_true", help="show what would be done, and do nothing")
 
 
+UNNAMED = "a process that cannot be seen from here has its .shmem open or mapped"
+
+
 def _fini(arguments: argparse.Namespace) -> int:
     from .users import BackupIdentity, Users, in_a_line
 
     identities: dict[str, BackupIdentity | Exception] = {}
     for path in arguments.paths:
         try:
-            with backup_at(path) as backup:
+            with backup_at(path, native=False) as backup:
                 identities[path] = BackupIdentity.of(backup)
         except (CommandError, OSError, TtmfsError) as error:
             identities[path] = error
@@ -134,6 +137,8 @@ def _fini(arguments: argparse.Namespace) -> int:
         with backup_at(path, native=False) as backup:
             if backup.id != identity.ino:
                 raise CommandError(f"{quoted(path)} has been replaced by another backup, and was left")
+            if not using and users and backup.shmem_is_open and not arguments.force:
+                raise CommandError(f"{quoted(path)} is in use and was left: {UNNAMED}; --force ends it anyway")
             if not arguments.dry_run:
                 backup.fini()
                 return
@@ -179,9 +184,9 @@ examples:
     Command(
         "fini",
         "End backups and release all their pages. It refuses a backup that a program uses: with an open file of it,\n"
-        "its descriptor, or a mapping of it. The message names the programs. Users see their own programs, root sees\n"
-        "all in this PID namespace. Nobody sees descriptors in transit in a socket, or registered with io_uring. A\n"
-        "program that opens the backup at this moment can be missed.",
+        "or a mapping of it. The message names the programs: users see their own programs, root sees all in this PID\n"
+        "namespace. An open .shmem is found wherever it is. Of other files nobody sees descriptors in transit in a\n"
+        "socket, or registered with io_uring. A program that opens the backup at this moment can be missed.",
         """\
 examples:
   ttmfs fini /mnt/ttm/bo7

@@ -1,4 +1,4 @@
-"""``fd``: runs a program with a backup's own descriptor, or says why there is none."""
+"""``fd``: runs a program with a descriptor of a backup's ``.shmem``, or says why there is none."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
-from ...linux.mountinfo import ttmfs_on
 from ...quoting import quoted
 from .child_process import supervised
 from .command import Command, CommandError, complain, guarded, reason
-from .mounts import backup_at, config_of
+from .mounts import backup_at
 
 if TYPE_CHECKING:
     from ...client.backup import Backup
 
 __all__ = ["COMMANDS"]
-
-ANSWER_SECONDS = 2.0
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -63,37 +60,24 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _why_none(backup: Backup) -> str:
-    """Why the daemon gives no descriptor, or why the client did not ask for one."""
-    served = ttmfs_on(backup.status().st_dev)
-    if served is None or served.served_by not in (0, os.geteuid()):
-        return "another user serves it, and could give you any file to write to"
-    if not (found := config_of(backup)):
-        return ".config of the mount cannot be read"
-    if not (place := found.get("descriptors")):
-        return next(text for applies, text in (
-            (found.get("ro"), "the mount is read-only"),
-            (found.get("store") is not None, "its backups lie in a directory (store=, or no user namespaces)"),
-            (found.get("uid_size"), "the daemon counts what each user stores (uid_size=)"),
-            (found.get("allow_other"), "with allow_other it needs Linux 6.16, and /run for the daemon's socket"),
-            (True, "the daemon has no place for its socket: a user must set XDG_RUNTIME_DIR, root needs /run"),
-        ) if applies)  # fmt: skip
-    if not os.access(backup.path, os.R_OK | os.W_OK | os.X_OK):
-        return "its mode bits must let you read, write and enter it"
+    """Why this process cannot open ``.shmem``."""
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(ANSWER_SECONDS)
-            connection.connect(place)
+        os.close(backup.open_file(".shmem", os.O_RDWR))
     except OSError as error:
-        return f"the daemon's socket {quoted(place)} is not accessible from here ({error.strerror})"
-    return "the daemon refuses it"
+        return {
+            errno.ENOENT: "the mount does not offer it (shmem=off, or uid_size=)",
+            errno.EACCES: "its mode bits must let you read and write it",
+            errno.ELOOP: "only root has more than a link, from Linux 6.9 on, and not with store=",
+        }.get(error.errno or 0, os.strerror(error.errno or 0))
+    return "another user serves it, and could give you any file to write to"
 
 
 COMMANDS = (
     Command(
         "fd",
-        "Run a program that inherits the descriptor of a backup's own file, open to read and to write. It works at\n"
-        "the speed of a tmpfs, without root, if the mode bits let you read, write and enter the backup. The budget\n"
-        "limits what it stores, reserve= does not. The program must not change the length of the file.",
+        "Run a program that inherits the descriptor of a backup's .shmem, open to read and to write. It works at the\n"
+        "speed of a tmpfs, if the mode bits let you read, write and enter the backup. The budget limits what it\n"
+        "stores, reserve= does not. The program must not change the length of the file.",
         """\
 examples:
   ttmfs fd /mnt/ttm/bo7 -- sha256sum {}

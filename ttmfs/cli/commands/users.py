@@ -1,10 +1,11 @@
-"""The processes that use backups: open files in the mount, descriptors of the backup's own file, and mappings.
+"""The processes that use backups: open files in the mount, and mappings of ``.shmem``.
 
 ``/proc/PID/fdinfo`` has the inode number of each open file, ``/proc/PID/maps`` the device and inode number of each
 mapping. Files of other filesystems are not touched, so a server that hangs delays nothing.
 
 It does not see processes of other PID namespaces, descriptors in transit in a socket, and files registered with
-io_uring. Only root sees processes of other users.
+io_uring. Only root sees processes of other users. The daemon knows of all that have ``.shmem`` open or mapped, but not
+which they are (``user.ttmfs.shmem_open``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...fuse.inodes import backup_of
 from ...linux import system_calls
-from ...linux.mountinfo import ttmfs_on
 from ...quoting import quoted
 from ..keepers import pids, status_of
 from .mounts import config_of
@@ -31,43 +31,21 @@ __all__ = ["BackupIdentity", "User", "Users", "in_a_line"]
 
 MOST_SHOWN = 8  # processes
 
-OPEN, OWN, MAPPED = "open file", "own descriptor", "mapping"
+OPEN, MAPPED = "open file", "mapping"
 
 
 class BackupIdentity(NamedTuple):
-    """A backup: the device and inode number of its directory, and of its own file if known."""
+    """A backup: the device and inode number of its directory."""
 
     device: int
     ino: int
-    own: tuple[int, int] | None
     servers: frozenset[int]  # the daemon and its keeper
 
     @classmethod
     def of(cls, backup: Backup) -> BackupIdentity:
         """The identity of an open backup. Raises OSError."""
-        found, own = backup.status(), _own_file(backup)
-        servers = (config_of(backup).get(name) for name in ("daemon_pid", "keeper_pid"))
-        return cls(found.st_dev, found.st_ino, own, frozenset(pid for pid in servers if isinstance(pid, int)))
-
-
-def _own_file(backup: Backup) -> tuple[int, int] | None:
-    """The device and inode number of the backup's own file. None if it is not accessible.
-
-    Only root and the daemon's user can follow the link ``.shmem`` to it. The daemon may give others a descriptor.
-    """
-    mount = ttmfs_on(backup.status().st_dev)
-    if mount is None or mount.served_by not in (0, os.geteuid()):
-        return None
-    directory = backup.open_file(".", os.O_PATH | os.O_DIRECTORY)
-    try:
-        found = os.stat(".shmem", dir_fd=directory)
-    except OSError:
-        if not backup.is_native:
-            return None
-        found = os.fstat(backup.fileno())
-    finally:
-        os.close(directory)
-    return found.st_dev, found.st_ino
+        found, servers = backup.status(), (config_of(backup).get(name) for name in ("daemon_pid", "keeper_pid"))
+        return cls(found.st_dev, found.st_ino, frozenset(pid for pid in servers if isinstance(pid, int)))
 
 
 class User(NamedTuple):
@@ -93,8 +71,7 @@ class Users:
         self._found: dict[BackupIdentity, dict[int, User]] = defaultdict(dict)
         self._hidden = 0  # processes that could not be examined
         self._by_directory = {(backup.device, backup_of(backup.ino)): backup for backup in backups}
-        self._by_file = {backup.own: backup for backup in self._by_directory.values() if backup.own}
-        self._ids = {id for _, id in self._by_directory} | {ino for _, ino in self._by_file}
+        self._ids = {id for _, id in self._by_directory}
         for pid in pids():
             if pid != os.getpid():
                 self._examine(pid)
@@ -105,13 +82,8 @@ class Users:
 
     def unseen(self) -> str:
         """What was not checked, in a line; nothing if all was."""
-        found = []
-        if self._hidden:
-            advice = "; run it as root to see them" if os.geteuid() else ""
-            found.append(f"{self._hidden} processes of other users could not be examined{advice}")
-        if len(self._by_file) < len(self._by_directory):
-            found.append("only files open in the mount were found, because the file with the pages is not accessible")
-        return "; ".join(found)
+        advice = "; run it as root to see them" if os.geteuid() else ""
+        return f"{self._hidden} processes of other users could not be examined{advice}" if self._hidden else ""
 
     def _examine(self, pid: int) -> None:
         try:
@@ -139,18 +111,12 @@ class Users:
             pass
 
     def _may_be(self, ino: int) -> bool:
-        return ino in self._ids or backup_of(ino) in self._ids
+        return backup_of(ino) in self._ids
 
     def _note(self, pid: int, device: int, ino: int, *, is_mapping: bool) -> None:
-        if backup := self._by_file.get((device, ino)):
-            use = OWN
-        elif backup := self._by_directory.get((device, backup_of(ino))):
-            use = OPEN
-        else:
-            return
-        if pid in backup.servers:
-            return
-        self._found[backup].setdefault(pid, User(pid, Counter())).uses[MAPPED if is_mapping else use] += 1
+        backup = self._by_directory.get((device, backup_of(ino)))
+        if backup and pid not in backup.servers:
+            self._found[backup].setdefault(pid, User(pid, Counter())).uses[MAPPED if is_mapping else OPEN] += 1
 
 
 def in_a_line(users: list[User]) -> str:
