@@ -11,7 +11,7 @@ try:
     from ttmfs.daemon.inherited import raise_limits
 
     raise_limits()  # under the caller's limits the imports below may fail
-    from ttmfs.daemon import background, session
+    from ttmfs.daemon import background, session, standby
     from ttmfs.daemon.mounting import MountError
     from ttmfs.options import ExitCode, OptionError, Options, help_text
     from ttmfs.version import __version__
@@ -50,6 +50,7 @@ def main() -> int:
         arguments = parser.parse_intermixed_args()
         options = Options.parse(*arguments.options)
         logging.getLogger().setLevel("DEBUG" if options.debug else "INFO" if arguments.foreground else "WARNING")
+        standby.wait_for_turn()
         what = arguments.source, arguments.mountpoint, options
         return session.serve(*what, background.begin(*what, foreground=arguments.foreground))
     except OptionError as error:

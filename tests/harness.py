@@ -120,6 +120,16 @@ def descriptors(pid: int) -> list[str]:
     return sorted(found)
 
 
+def daemons(keeper: int) -> set[int]:
+    """The daemons among a keeper's children: those that have the state of the mount. A standby has none."""
+    found = set()
+    for pid in children(keeper):
+        with contextlib.suppress(OSError):
+            if any(name.startswith("/memfd:ttmfs-state") for name in descriptors(pid)):
+                found.add(pid)
+    return found
+
+
 def _kinds(held: list[str]) -> Counter[str]:
     """The number of open sockets, pipes and so on. Files do not count: each daemon has other backups open."""
     return Counter(name.partition(":")[0] for name in held if not name.startswith("/"))
@@ -165,8 +175,8 @@ class Mount:
 
     @property
     def pid(self) -> int:
-        """The process id of the daemon: the child of the keeper, or, without a keeper, the process that was started."""
-        return next(iter(children(self.process.pid)), self.process.pid)
+        """The process id of the daemon: a child of the keeper, or, without a keeper, the process that was started."""
+        return next(iter(daemons(self.process.pid)), self.process.pid)
 
     def expect_restarts(self) -> None:
         """Allow the log lines about daemons that die and daemons that take over."""

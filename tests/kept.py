@@ -40,6 +40,28 @@ def processes(path: Path) -> set[int]:
     return found
 
 
+def standbys(path: Path) -> set[int]:
+    """The processes that stand by for a mount, ready or not, or that are just ending."""
+    found = set()
+    for pid in processes(path):
+        with contextlib.suppress(OSError):
+            is_keeper = Path(f"/proc/{pid}/comm").read_text() == "ttmfs-keeper\n"
+            if not is_keeper and not any(name.startswith("/memfd:ttmfs-state") for name in descriptors(pid)):
+                found.add(pid)
+    return found
+
+
+def ready_standby(path: Path) -> int:
+    """The process id of the standby of a mount. Waits until it is ready."""
+
+    def ready() -> set[int]:
+        return {pid for pid in standbys(path) if Path(f"/proc/{pid}/comm").read_text() == "ttmfs-standby\n"}
+
+    wait_until(ready, "a standby", 30)
+    (pid,) = ready()
+    return pid
+
+
 def keeper_of(path: Path) -> int:
     found: int = json.loads((path / ".config").read_text())["keeper_pid"]
     return found

@@ -24,6 +24,9 @@ _SIZE_TEXT = re.compile(r"([0-9]{1,64})([kmgt]?)", re.IGNORECASE | re.ASCII)
 _PERCENT_TEXT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # the largest file offset, rounded down to pages
 
+LEAST_RAM_FOR_STANDBY = 2 << 30
+"""Bytes of RAM above which a standby is the default. It takes about 30 MiB."""
+
 AUTO_POLL, LONGEST_POLL = 200, 10_000  # us
 _BUSY_POLLS = {"auto": AUTO_POLL, "off": 0}
 
@@ -170,6 +173,9 @@ _SWITCH = _Kind("on|off", _parse_switch, lambda on: "on" if on else "off")
 _FLAG = _Kind("", lambda _: True)
 
 
+_HAS_RAM_FOR_STANDBY = os.sysconf("SC_PHYS_PAGES") * BASE_PAGE_SIZE > LEAST_RAM_FOR_STANDBY
+
+
 def _row(default: object, kind: _Kind, help_: str) -> Any:
     """Return a field of Options with its row of the table."""
     return field(default=default, metadata={"row": (*kind, help_)})
@@ -193,6 +199,7 @@ class Options:
     busy_poll: int = _row(AUTO_POLL, _BUSY_POLL, "how long to poll for requests (auto)")  # us at most; 0: off
     keeper: bool = _row(True, _SWITCH, "survive the daemon's death, by a second process (on)")
     shmem: bool = _row(True, _SWITCH, "offer each backup's memory as a file, .shmem (on)")
+    standby: bool = _row(_HAS_RAM_FOR_STANDBY, _SWITCH, "keep the next daemon ready (on with more than 2g of RAM)")
     allow_other: bool = _row(False, _FLAG, "let other users in, as far as the mode bits allow")
     ro: bool = _row(False, _FLAG, "mount read-only")
     debug: bool = _row(False, _FLAG, "log every operation")
@@ -279,7 +286,7 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Return every option with its value in force, for ``.config``. Some values are texts, as in ``-o``."""
         mode = None if self.mode is None else TABLE["mode"].show(self.mode)
-        shown = {name: TABLE[name].show(getattr(self, name)) for name in ("busy_poll", "keeper", "shmem")}
+        shown = {name: TABLE[name].show(getattr(self, name)) for name in ("busy_poll", "keeper", "standby", "shmem")}
         return {**asdict(self), "mode": mode, **shown, "kernel": list(self.kernel)}
 
 

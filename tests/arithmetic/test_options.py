@@ -42,6 +42,7 @@ common: dict[str, st.SearchStrategy[Any]] = {
     "reserve": st.just(0) | sizes,
     "busy_poll": st.just(0) | st.integers(1, LONGEST_POLL),
     "keeper": st.booleans(),
+    "standby": st.booleans(),
     "allow_other": st.booleans(),
     "ro": st.booleans(),
     "debug": st.booleans(),
@@ -61,7 +62,7 @@ valid_words = st.one_of(
     st.tuples(st.sampled_from(["uid", "gid"]), st.integers(0, 2**32 - 2).map(str)),
     st.tuples(st.just("mode"), st.integers(0, 0o7777).map("{:o}".format)),
     st.tuples(st.just("busy_poll"), st.sampled_from(["auto", "off"]) | st.integers(1, LONGEST_POLL).map(str)),
-    st.tuples(st.just("keeper"), st.sampled_from(["on", "off"])),
+    st.tuples(st.sampled_from(["keeper", "standby"]), st.sampled_from(["on", "off"])),
     st.tuples(st.just("page_size"), st.sampled_from(PAGE_SIZES).map(str)),
 )
 words = st.builds("{}{}{}".format, names | st.text(max_size=8), st.sampled_from(["", "=", "=="]), values | st.just(""))
@@ -79,6 +80,7 @@ def test_the_default_size_is_half_of_the_ram_for_mount_and_backups() -> None:
     assert (options.page_size, options.reserve, options.nr_inodes) == (BASE_PAGE_SIZE, 64 << 20, None)
     assert (options.allow_other, options.ro, options.debug, options.kernel) == (False, False, False, ())
     assert options.keeper
+    assert options.standby == (RAM > 2 << 30)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,8 @@ def test_the_default_size_is_half_of_the_ram_for_mount_and_backups() -> None:
         ("busy_poll=50", "busy_poll", 50),
         ("keeper=on", "keeper", True),
         ("keeper=off", "keeper", False),
+        ("standby=on", "standby", True),
+        ("standby=off", "standby", False),
         ("allow_other", "allow_other", True),
         ("debug", "debug", True),
         ("ro", "ro", True),
@@ -226,6 +230,7 @@ def test_the_last_of_two_opposite_flags_counts(one: str, other: str) -> None:
         ("busy_poll=10001", r"busy_poll: '10001' is not a time to poll"),
         ("busy_poll=1.5", r"busy_poll: '1.5' is not a time to poll"),
         ("keeper", r"keeper needs a value: keeper=on\|off"),
+        ("standby=yes", r"standby: 'yes' is neither on nor off"),
         ("keeper=yes", r"keeper: 'yes' is neither on nor off"),
         ("keeper=", r"keeper: '' is neither on nor off"),
         ("ro=1", r"ro is a flag and takes no value"),
@@ -292,7 +297,7 @@ def test_config_has_every_option_with_its_value(options: Options) -> None:
     mode = shown.pop("mode")
     assert (mode if mode is None else int(mode, 8)) == options.mode
     assert shown.pop("kernel") == list(options.kernel)
-    for name in "busy_poll", "keeper":
+    for name in "busy_poll", "keeper", "standby":
         assert getattr(Options.parse(f"{name}={shown.pop(name)}"), name) == getattr(options, name)
     assert shown == {name: getattr(options, name) for name in shown}
 

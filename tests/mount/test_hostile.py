@@ -26,7 +26,7 @@ from typing import Self
 import pytest
 from kept import store_of
 
-from harness import MOUNT_PY, REPOSITORY, Mount, children, descriptors, mounts, opened, run, wait_until
+from harness import MOUNT_PY, REPOSITORY, Mount, children, daemons, descriptors, mounts, opened, run, wait_until
 from stores import ALICE, BOB, CAROL, UNSHARE, WITHOUT_USER_NAMESPACES, Place, UsersMount, acting_as, as_user, slow_swap
 
 pytestmark = pytest.mark.serial
@@ -734,7 +734,7 @@ def test_a_stranger_cannot_make_a_keeper_that_gave_up_release_pages(tmp_path: Pa
     try:
         wait_until(lambda: "serving" in log.read_text(), "the mount")
         (keeper,) = children(process.pid)
-        (daemon,) = children(keeper)
+        (daemon,) = daemons(keeper)
         (mountpoint / "a").mkdir()
         (mountpoint / "a/1").write_bytes(b"kept")
         program.unlink()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import Mount, children, wait_until
+from harness import Mount, daemons, wait_until
 from load import Load
 
 SEED = int(os.environ.get("KILLS_SEED", time.time_ns() % 10**6))
@@ -60,8 +60,8 @@ class Killer:
 
     def kill(self) -> None:
         """Kill the next daemon, as soon as there is one."""
-        wait_until(lambda: children(self._keeper) - self._killed, "another daemon")
-        (pid,) = children(self._keeper) - self._killed
+        wait_until(lambda: daemons(self._keeper) - self._killed, "another daemon")
+        (pid,) = daemons(self._keeper) - self._killed
         os.kill(pid, signal.SIGKILL)
         self._killed.add(pid)
         self.kills += 1

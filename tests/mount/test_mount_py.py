@@ -27,6 +27,7 @@ from harness import (
     REPOSITORY,
     Mount,
     children,
+    daemons,
     descriptors,
     mounts_below,
     raises_errno,
@@ -97,7 +98,7 @@ class Daemon:
         done = mount_py(*self._arguments, self.path, **self._more)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", self._says)
         (self.pid,) = children() - before  # an orphan of ours
-        (self.daemon,) = children(self.pid)
+        (self.daemon,) = daemons(self.pid)
         return self
 
     def __exit__(
@@ -214,7 +215,7 @@ def test_the_daemon_is_detached(mountpoint: Path, tmp_path: Path) -> None:
             assert os.readlink(f"/proc/{pid}/cwd") == "/"
             assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
             assert not [name for name in descriptors(pid) if re.search(r"/(pts|tty)", name)]
-        assert len(children(keeper)) == 1
+        assert len(daemons(keeper)) == 1
     finally:
         run(f"umount {mountpoint}")
         assert os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1]) == 0

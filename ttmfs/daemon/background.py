@@ -37,6 +37,13 @@ class Process:
     """Starts a keeper in place of one of our own that died. Raises OSError."""
     become_keeper: Callable[[dict[str, int]], NoReturn]
     """Makes this process, which has no keeper, the keeper of descriptors. It starts the next daemon."""
+    wants_standby: bool
+    """Whether a keeper of our own is to keep a standby."""
+
+    @property
+    def has_standby(self) -> bool:
+        """Whether the keeper keeps one: only our own does."""
+        return self.wants_standby and self.keeper is not None and self.keeper.pid is not None
 
 
 def _priority_of(record: logging.LogRecord) -> int:
@@ -112,6 +119,7 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
         ready=lambda: _tell_ready(told, foreground=foreground),
         start_keeper=lambda: keeper_client.start_keeper(*about),
         become_keeper=lambda kept: keeper_client.become_keeper(kept, *about),
+        wants_standby=options.standby,
     )
 
 

@@ -1,13 +1,17 @@
-"""Resets what a daemon inherits from its caller: limits, signals, umask, descriptors, search paths."""
+"""Resets what a daemon inherits from its caller: limits, signals, umask, descriptors, search paths, memory."""
 
+import logging
 import os
 import resource
 import signal
 
+from ..linux import system_calls
 from ..options import ExitCode
 from .mounting import MountError
 
-__all__ = ["check_limits", "drop_the_callers", "raise_limits"]
+__all__ = ["check_limits", "drop_the_callers", "lock_memory", "raise_limits"]
+
+log = logging.getLogger(__name__)
 
 UNLIMITED = resource.RLIM_INFINITY
 LEAST_FILES, LEAST_MEMORY = 256, 4 << 30
@@ -44,6 +48,16 @@ def check_limits() -> None:
                 "or in /etc/security/limits.conf",
                 ExitCode.SYSTEM,
             )
+
+
+def lock_memory() -> None:
+    """Keep this process out of swap, as far as RLIMIT_MEMLOCK goes: others wait for it to free their memory."""
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
+    try:
+        system_calls.lock_memory(most)
+    except OSError as error:
+        log.debug("this process may be swapped out under pressure (RLIMIT_MEMLOCK is %d): %s", most, error.strerror)
 
 
 def drop_the_callers() -> None:

@@ -52,7 +52,7 @@ class Keeping:
         try:
             if keeper.pid is None:
                 keeper.tell("FDSTOREREMOVE=1", f"FDNAME={STARTS}")  # the next failed start is the first one
-            keeper.keep(new, "READY=1\nWATCHDOG=1")
+            keeper.keep(new, "READY=1\nWATCHDOG=1" + "\nSTANDBY=1" * self._process.has_standby)
         except OSError as error:
             log.warning("the keeper does not hear: %s", error)
             return False

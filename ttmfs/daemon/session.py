@@ -17,7 +17,6 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import signal
 import subprocess
 from functools import partial
@@ -47,6 +46,7 @@ from ..stores.blocking_io import SHARE
 from . import mounting
 from .background import Process
 from .connection import has_ended, was_cut_off
+from .inherited import lock_memory
 from .keeping import INIT_VERSION, Keeping
 from .mounting import MountError
 from .start import Mount, start
@@ -179,7 +179,8 @@ class _Session:
         sizes = {"size": room.size, "backup_size": pool.backup_size, "nr_inodes": room.files}
         where = {"store": pool.store.directory}
         who = {"daemon_pid": os.getpid(), "keeper_pid": keeper.pid if keeper else None, "loop": self._metrics.loop}
-        return json.dumps(options.as_dict() | sizes | where | who, indent=2).encode() + b"\n"
+        standby = {"standby": "on" if self._process.has_standby else "off"}
+        return json.dumps(options.as_dict() | sizes | where | who | standby, indent=2).encode() + b"\n"
 
     def run(self) -> None:
         """Serve until the end."""
@@ -214,7 +215,7 @@ class _Session:
     async def _begin(self, nursery: trio.Nursery) -> None:
         """Say that the mount answers, once it does; then keep a keeper."""
         await self._others.initialized.wait()
-        _lock_memory()
+        lock_memory()
         if not self._mount.taken_over:
             failure = await self._unanswered()
             if self.signal:
@@ -294,13 +295,3 @@ class _Session:
 def _most_waiting() -> int:
     """How many requests may wait at once: fewer than MOST_WAITING if memory is scarce."""
     return max(LEAST_WAITING, min(MOST_WAITING, available() // SHARE // REQUEST_BYTES))
-
-
-def _lock_memory() -> None:
-    """Keep the daemon out of swap, as far as RLIMIT_MEMLOCK goes: others wait for it to free their memory."""
-    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
-    try:
-        system_calls.lock_memory(most)
-    except OSError as error:
-        log.debug("this process may be swapped out under pressure (RLIMIT_MEMLOCK is %d): %s", most, error.strerror)

@@ -29,6 +29,8 @@ holds already. It uses only the standard library, and touches no page. Its state
 - SIGTERM, SIGINT and SIGHUP end the mount: they are passed to the daemon, if one only starts once it serves.
 - SIGUSR1 restarts the daemon: it is killed, as at any instant it may be, and the next one takes over.
 - A daemon that gives no more signs of life is killed, too.
+- A standby waits for the daemon's death, if the daemon asks for one: it has imported everything, and becomes the next
+  daemon. It is ended where another version may be wanted: by a restart on purpose, and before a new mount.
 """
 
 import contextlib
@@ -44,9 +46,11 @@ from collections.abc import Callable
 
 if __package__:
     from . import keeper_protocol as protocol
+    from .keeper_standby import LONGEST_PAUSE, Standby
 else:  # run by its path
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import keeper_protocol as protocol  # type: ignore[import-not-found,no-redef]
+    from keeper_standby import LONGEST_PAUSE, Standby  # type: ignore[import-not-found,no-redef]
 
 LONGEST_MESSAGE, MOST_MESSAGES = 4096, 1024
 RETRY_SECONDS = 0.2
@@ -91,6 +95,7 @@ class Program:
         self.end_requested = False
         self.has_served, self.interrupted = not daemon, False  # interrupted: asked to end before a daemon ever served
         self.failed_starts = self.silent_looks = 0
+        self.standby, self.wants_standby = Standby(command), False
         self.exit_status: int | None = None
         if not daemon:
             self.wait_for_start(0.0)
@@ -106,7 +111,7 @@ class Program:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*protocol.ENDING, protocol.RESTART})
         while self.exit_status is None:
             poll = select.poll()
-            for fd in self.signals, self.channel.fileno(), self.pidfd:
+            for fd in self.signals, self.channel.fileno(), self.pidfd, self.standby.channel, self.standby.pidfd:
                 if fd >= 0:
                     poll.register(fd, select.POLLIN)
             due = min(self.timers.values(), default=None)
@@ -115,11 +120,16 @@ class Program:
                     self.handle_signals()
                 elif fd == self.channel.fileno():
                     self.handle_messages()
-                else:
+                elif fd == self.pidfd:
                     self.daemon_died()
+                elif fd == self.standby.channel:
+                    self.standby.hear()
+                elif fd == self.standby.pidfd:
+                    self.standby_died()
             for action, due in [*self.timers.items()]:
                 if due <= time.monotonic() and self.timers.pop(action, None) is not None:
                     action()
+        self.standby.end_now()
         return self.exit_status
 
     # --- signals ---
@@ -135,6 +145,7 @@ class Program:
                     self.failed_starts = 0
                     self.wait_for_start(0.0)
                 elif self.state in (State.STARTING, State.SERVING) and self.held:
+                    self.standby.end()  # the next daemon is to be of the version that is installed now
                     self.signal_daemon(signal.SIGKILL)
 
     def handle_end(self, number: int) -> None:
@@ -200,10 +211,12 @@ class Program:
         if "STOPPING=1" in lines:  # from now on it may take its time
             self.state = State.STOPPING
             self.timers.clear()
+            self.standby.end()
         if "WATCHDOG=1" in lines and self.state in (State.STARTING, State.SERVING):
             self.timers.setdefault(self.look_for_sign_of_life, time.monotonic() + LOOK_SECONDS)
             self.silent_looks = 0
         if "READY=1" in lines and self.state in (State.STARTING, State.SERVING):
+            self.wants_standby = "STANDBY=1" in lines
             self.daemon_serves()
         if "BARRIER=1" in lines:
             for fd in descriptors:
@@ -228,7 +241,11 @@ class Program:
             self.timers[self.start] = now + delay
 
     def start(self) -> None:
-        """Start a daemon. It finds what is held from descriptor 3 on."""
+        """Start a daemon, or have the standby be it. It finds what is held from descriptor 3 on."""
+        passed = {**self.held, protocol.KEEPER: self.daemons_end}
+        if daemon := self.standby.take_over(passed):
+            (self.pid, self.pidfd), self.state = daemon, State.STARTING
+            return
         try:
             pid = os.fork()
         except OSError as error:
@@ -240,7 +257,6 @@ class Program:
             return
         try:
             signal.set_wakeup_fd(-1)
-            passed = {**self.held, protocol.KEEPER: self.daemons_end}
             names = protocol.listen_fds(list(passed))
             protocol.move_descriptors(list(passed.values()))
             environment = {**os.environ, protocol.KEEPER_PID: str(os.getppid()), **names}
@@ -255,10 +271,34 @@ class Program:
         self.handle_signals()  # before the state changes: one that came before decides the exit status
         self.state, self.has_served, self.failed_starts = State.SERVING, True, 0
         self.timers.pop(self.give_up_waiting, None)
+        self.wait_for_standby()
         if self.ready >= 0:
             self.leave_terminal()
         if self.end_requested:
             self.signal_daemon(signal.SIGTERM)
+
+    # --- the standby ---
+
+    def wait_for_standby(self) -> None:
+        """Start a standby later, if the daemon that serves wants one."""
+        if self.wants_standby and self.state is State.SERVING:
+            self.timers[self.start_standby] = time.monotonic() + self.standby.pause
+
+    def start_standby(self) -> None:
+        """Start a standby, unless there is one."""
+        try:
+            self.standby.start()
+        except OSError as error:
+            self.say(f"cannot start a standby: {error.strerror}")
+            self.standby.pause = LONGEST_PAUSE
+            self.wait_for_standby()
+
+    def standby_died(self) -> None:
+        """The standby is dead: start another later."""
+        self.standby.reap()
+        self.wait_for_standby()
+
+    # --- the daemon's end ---
 
     def leave_terminal(self) -> None:
         """Tell the process that waits for the mount that it answers, and close the standard streams."""
@@ -280,7 +320,10 @@ class Program:
         except ChildProcessError:
             code = None  # it was no child of the keeper, but started it
         os.close(self.pidfd)
-        self.timers.pop(self.look_for_sign_of_life, None)
+        for action in self.look_for_sign_of_life, self.start_standby:
+            self.timers.pop(action, None)
+        if code == protocol.LEFT:
+            self.standby.end()
         what = f"the daemon {self.pid} of {self.mountpoint} {_how(code)}"
         self.pid, self.pidfd, before = 0, -1, self.state
         if before is State.STOPPING or protocol.STATE not in self.held:
@@ -313,6 +356,7 @@ class Program:
         if self.pid:
             self.signal_daemon(signal.SIGKILL)  # it has the connection too
         self.drop(protocol.CONNECTION)
+        self.standby.end()
         self.timers.clear()
         self.state, me = State.GAVE_UP, os.getpid()
         if self.end_requested:

@@ -4,6 +4,7 @@ The protocol is sd_notify(3)'s. A daemon sends datagrams of lines:
 
 - ``FDSTORE=1`` and ``FDNAME=`` with a descriptor: hold this. ``FDSTOREREMOVE=1`` and ``FDNAME=``: close it.
 - ``READY=1``: it serves. ``WATCHDOG=1``: it still serves. ``STOPPING=1``: it ends on purpose.
+- ``STANDBY=1``, with ``READY=1``: keep a standby for it. Only our own keeper does.
 - ``BARRIER=1`` with a pipe: close it once all messages before were handled. Our own keeper writes a byte to it first,
   since a keeper that dies closes it as well.
 
@@ -40,8 +41,9 @@ MOST_FAILED_STARTS, MOST_SECONDS_DOWN = 5, 30.0
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 MOST_DESCRIPTORS = 16
 
-KEEPER_PID, HELD = "TTMFS_KEEPER_PID", "TTMFS_HELD"
-"""Environment variables: for a daemon, its keeper's process id; for a keeper, its descriptors as NAME=FD words."""
+KEEPER_PID, HELD, STANDBY = "TTMFS_KEEPER_PID", "TTMFS_HELD", "TTMFS_STANDBY"
+"""Environment variables: for a daemon, its keeper's process id; for a keeper, its descriptors as NAME=FD words; for a
+standby, the descriptor of its channel and the nice value that it has as a daemon."""
 
 SYSLOG = "/dev/log"
 
