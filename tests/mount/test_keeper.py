@@ -54,6 +54,9 @@ from load import Load
 from stores import ALICE, ControlGroup, Place, UsersMount, acting_as
 from ttmfs.recovery.state import FORMAT, Record
 
+NO_STANDBY = "standby=off"
+"""For tests about what a daemon does as it starts: a standby has its start behind it."""
+
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
@@ -178,7 +181,7 @@ def test_c22_a_daemon_that_cannot_start_leaves_a_dead_mountpoint_and_every_page(
     """Waiting callers get an error. When the code is repaired, a signal brings everything back."""
     broken = package / "ttmfs/daemon/session.py"
     gives_up_after(package, failed=3)
-    with Kept(mountpoint, "size=16m", command=of_package(package)) as mount:
+    with Kept(mountpoint, f"size=16m,{NO_STANDBY}", command=of_package(package)) as mount:
         a = mountpoint / "a"
         a.mkdir()
         content = os.urandom(1 << 20)
@@ -207,7 +210,7 @@ def test_c22_a_daemon_that_cannot_start_leaves_a_dead_mountpoint_and_every_page(
 def test_c22_a_state_of_another_format_is_refused_and_nothing_is_lost(mountpoint: Path, package: Path) -> None:
     """A newer version knows only another format. The old version then finds everything unchanged."""
     gives_up_after(package, failed=2)
-    with Kept(mountpoint, "size=16m", command=of_package(package)) as mount:
+    with Kept(mountpoint, f"size=16m,{NO_STANDBY}", command=of_package(package)) as mount:
         (mountpoint / "a").mkdir()
         (mountpoint / "a/1").write_bytes(b"x" * PAGE)
         keeper = mount.keeper
@@ -241,7 +244,7 @@ def test_the_state_of_a_mount_has_the_entries_that_its_format_names(mountpoint: 
 
 def test_the_keeper_gives_up_after_five_failed_starts(mountpoint: Path, package: Path) -> None:
     tries = 5
-    with Kept(mountpoint, "size=16m", command=of_package(package)) as mount:
+    with Kept(mountpoint, f"size=16m,{NO_STANDBY}", command=of_package(package)) as mount:
         keeper = mount.keeper
         mount.expect_log("no such luck")
         with changed(package / "mount.py", "import argparse\n", "raise SystemExit('no such luck')\n"):
@@ -254,7 +257,7 @@ def test_the_keeper_gives_up_after_five_failed_starts(mountpoint: Path, package:
 def test_a_start_that_takes_too_long_is_killed(mountpoint: Path, package: Path) -> None:
     """A daemon that hangs as it starts is killed: it holds the connection, on which others wait."""
     gives_up_after(package, seconds=4)
-    with Kept(mountpoint, "size=16m", command=of_package(package)) as mount:
+    with Kept(mountpoint, f"size=16m,{NO_STANDBY}", command=of_package(package)) as mount:
         (mountpoint / "a").mkdir()
         (mountpoint / "a/1").touch()
         keeper = mount.keeper
@@ -273,7 +276,7 @@ def test_a_start_that_takes_too_long_is_killed(mountpoint: Path, package: Path) 
 
 def test_a_keeper_that_gave_up_ends_on_request_and_releases_its_pages(mountpoint: Path, package: Path) -> None:
     gives_up_after(package, failed=1)
-    with Kept(mountpoint, "size=16m", command=of_package(package)) as mount:
+    with Kept(mountpoint, f"size=16m,{NO_STANDBY}", command=of_package(package)) as mount:
         mount.expect_log("no such luck")
         with changed(package / "mount.py", "import argparse\n", "raise SystemExit('no such luck')\n"):
             mount.give_up()
@@ -402,7 +405,7 @@ def test_a_keeper_that_gave_up_keeps_the_store_locked(tmp_path: Path, mountpoint
     store.mkdir()
     second.mkdir()
     gives_up_after(package, failed=1)
-    with Kept(mountpoint, f"store={store}", command=of_package(package)) as mount:
+    with Kept(mountpoint, f"store={store},{NO_STANDBY}", command=of_package(package)) as mount:
         keeper = mount.keeper
         (mountpoint / "a").mkdir()
         (mountpoint / "a/1").write_bytes(b"x" * PAGE)
@@ -435,12 +438,12 @@ def test_c22_large_pages_survive_kills_under_load(mountpoint: Path) -> None:
 @pytest.mark.parametrize("how", ["killed", "asked"])
 def test_c22_a_new_version_takes_over_the_running_mount(mountpoint: Path, package: Path, how: str) -> None:
     old, new = "# HELP ttmfs_backups Backups there are.", "# HELP ttmfs_backups What the new version counts."
-    with Kept(mountpoint, "size=16m", command=of_package(package)) as mount, held(mountpoint):
+    with Kept(mountpoint, f"size=16m,{NO_STANDBY}", command=of_package(package)) as mount, held(mountpoint):
         mount.expect_restarts()
         assert old in (mountpoint / ".stats").read_text()
         with changed(package / "ttmfs/fuse/metrics.py", "Backups there are.", "What the new version counts."):
             if how == "killed":
-                mount.kill_daemon()  # before there is a standby, which would be of the old version
+                mount.kill_daemon()
             else:
                 mount.restart()
             assert new in (mountpoint / ".stats").read_text()

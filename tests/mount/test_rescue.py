@@ -64,7 +64,7 @@ def given_up(tmp_path: Path, mountpoint: Path) -> "Iterator[subprocess.Popen[str
     package = tmp_path / "package"
     shutil.copytree(REPOSITORY / "ttmfs", package / "ttmfs")
     shutil.copy(REPOSITORY / "mount.py", package)
-    options = f"size=64m,backup_size={SIZE}"
+    options = f"size=64m,backup_size={SIZE},standby=off"
     process = subprocess.Popen(
         [sys.executable, package / "mount.py", "-f", "-o", options, mountpoint], stderr=subprocess.PIPE, text=True
     )
