@@ -198,8 +198,8 @@ class Options:
     reserve: int = _row(64 << 20, _SIZE, "memory and swap that storing leaves free (64m)")
     busy_poll: int = _row(AUTO_POLL, _BUSY_POLL, "how long to poll for requests (auto)")  # us at most; 0: off
     keeper: bool = _row(True, _SWITCH, "survive the daemon's death, by a second process (on)")
-    shmem: bool = _row(True, _SWITCH, "offer each backup's memory as a file, .shmem (on)")
     standby: bool = _row(_HAS_RAM_FOR_STANDBY, _SWITCH, "keep the next daemon ready (on with more than 2g of RAM)")
+    shmem: bool = _row(True, _SWITCH, "offer each backup's memory as a file, .shmem (on)")
     allow_other: bool = _row(False, _FLAG, "let other users in, as far as the mode bits allow")
     ro: bool = _row(False, _FLAG, "mount read-only")
     debug: bool = _row(False, _FLAG, "log every operation")
