@@ -43,13 +43,21 @@ def processes(path: Path) -> set[int]:
 
 def standbys(path: Path) -> set[int]:
     """The processes that stand by for a mount, ready or not, or that are just ending."""
-    found = set()
-    for pid in processes(path):
-        with contextlib.suppress(OSError):
-            is_keeper = Path(f"/proc/{pid}/comm").read_text() == "ttmfs-keeper\n"
-            if not is_keeper and not any(name.startswith("/memfd:ttmfs-state") for name in descriptors(pid)):
-                found.add(pid)
-    return found
+    return {pid for pid in processes(path) if not _serves(pid)}
+
+
+def serving(path: Path) -> set[int]:
+    """The keeper and the daemon of a mount."""
+    return {pid for pid in processes(path) if _serves(pid)}
+
+
+def _serves(pid: int) -> bool:
+    """Whether a process is a keeper, or has the state of a mount."""
+    with contextlib.suppress(OSError):
+        if Path(f"/proc/{pid}/comm").read_text() == "ttmfs-keeper\n":
+            return True
+        return any(name.startswith("/memfd:ttmfs-state") for name in descriptors(pid))
+    return False
 
 
 def ready_standby(path: Path) -> int:

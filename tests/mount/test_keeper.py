@@ -35,7 +35,7 @@ from kept import (
     kinds,
     of_package,
     processes,
-    standbys,
+    serving,
     store_of,
 )
 
@@ -86,7 +86,7 @@ def test_c22_a_keeper_is_replaced_after_each_of_many_kills(mountpoint: Path) -> 
         before = kinds(mount.daemon)
         for turn in range(8):
             mount.kill_keeper()
-            assert processes(mountpoint) - standbys(mountpoint) == {mount.keeper, mount.daemon}
+            assert serving(mountpoint) == {mount.keeper, mount.daemon}
             if turn % 4 == 3:
                 mount.kill_daemon()
         assert mount.restarts() == 2
@@ -354,8 +354,7 @@ def test_c22_a_mount_in_the_background_survives_kills_and_leaves_no_process(moun
         with held(mountpoint):
             for turn in range(3):
                 config = json.loads((mountpoint / ".config").read_text())
-                serving = {config["keeper_pid"], config["daemon_pid"]}
-                assert processes(mountpoint) - standbys(mountpoint) == serving
+                assert serving(mountpoint) == {config["keeper_pid"], config["daemon_pid"]}
                 os.kill(config["daemon_pid"] if turn < 2 else config["keeper_pid"], signal.SIGKILL)
             wait_until(lambda: keeper_of(mountpoint) != config["keeper_pid"], "another keeper")
         os.kill(keeper_of(mountpoint), signal.SIGTERM)
@@ -491,7 +490,7 @@ def test_restarts_leak_nothing(mountpoint: Path) -> None:
                 mount.kill_daemon()
                 os.ftruncate(image, 0)
             assert mount.restarts() == turn + 2
-            assert processes(mountpoint) - standbys(mountpoint) == {keeper, mount.daemon}
+            assert serving(mountpoint) == {keeper, mount.daemon}
             assert daemons(keeper) == {mount.daemon}
         (mountpoint / "b").rmdir()
         assert (kinds(keeper), kinds(mount.daemon), os.statvfs(mountpoint).f_bfree) == before

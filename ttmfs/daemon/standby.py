@@ -33,13 +33,14 @@ def wait_for_turn() -> None:
     _warm_up()
     comm = Path("/proc/self/comm")
     name = comm.read_text()
-    comm.write_text(COMM)
     with socket.socket(fileno=number) as channel:
         channel.set_inheritable(False)
         before = [signal.signal(ending, signal.SIG_DFL) for ending in ENDING]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        system_calls.outlive_parent()  # from now on the end of the channel tells that the keeper has ended
         try:
             channel.send(b"ready")
+            comm.write_text(COMM)
             names, descriptors, _, _ = socket.recv_fds(channel, LONGEST_NAMES, MOST_DESCRIPTORS)
         except OSError:  # the keeper died just now
             names, descriptors = b"", []

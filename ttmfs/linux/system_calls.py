@@ -33,6 +33,7 @@ __all__ = [
     "map_resident",
     "next_data",
     "next_data_start",
+    "outlive_parent",
     "page_out",
     "page_runs",
     "punch_hole",
@@ -369,6 +370,11 @@ def die_with(parent: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def outlive_parent() -> None:
+    """Undo :func:`die_with`, or what the parent did in its place."""
+    _libc.prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def touch_heap() -> None:

@@ -4,6 +4,8 @@ The standby is the daemon's command, with STANDBY in its environment: the number
 one message when it is ready, and waits for one: the names of the keeper's descriptors, with the descriptors. If the
 keeper ends, the standby reads the end of the socket and exits. :mod:`ttmfs.daemon.standby` is its own part.
 
+Until it is ready, which can take long on a busy machine, the kernel kills it when the keeper ends.
+
 The keeper imports this module by its path, so it imports only the standard library.
 """
 
@@ -23,6 +25,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0
 doubles with each standby in a row that was never ready."""
 
 NICE = 19
+PR_SET_PDEATHSIG = 1
 END_SECONDS = 1.0
 
 
@@ -45,6 +48,7 @@ class Standby:
         """Start a standby if there is none. Raises OSError if no process can be started."""
         if self._pid:
             return
+        keeper = os.getpid()
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
             try:
@@ -53,22 +57,23 @@ class Standby:
                 here.close()
                 raise
             if not pid:
-                self._execute(there)
+                self._execute(there, keeper)
         here.setblocking(False)
         self._socket, self._is_ready = here, False
         self._pid, self.pidfd = pid, os.pidfd_open(pid)
 
-    def _execute(self, channel: socket.socket) -> None:
+    def _execute(self, channel: socket.socket, keeper: int) -> None:
         """Become the standby. It can be ended by a signal only once it waits, so that Python reports no interrupt."""
         try:
             signal.set_wakeup_fd(-1)
+            _die_with(keeper)
             signal.pthread_sigmask(signal.SIG_BLOCK, protocol.ENDING)
             before = os.getpriority(os.PRIO_PROCESS, 0)
             if _may_return_to(before):
                 os.setpriority(os.PRIO_PROCESS, 0, NICE)
             standby = f"{protocol.FIRST_DESCRIPTOR} {before}"
             protocol.move_descriptors([channel.fileno()])
-            environment = {**os.environ, protocol.KEEPER_PID: str(os.getppid()), protocol.STANDBY: standby}
+            environment = {**os.environ, protocol.KEEPER_PID: str(keeper), protocol.STANDBY: standby}
             os.execve(self._command[0], self._command, environment)
         finally:
             os._exit(127)
@@ -132,6 +137,15 @@ class Standby:
             poll.register(self.pidfd, select.POLLIN)
             if poll.poll(END_SECONDS * 1000):
                 self.reap()
+
+
+def _die_with(keeper: int) -> None:
+    """Have the kernel kill this process when the keeper ends."""
+    import ctypes  # only here, since the keeper is to stay small
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != keeper:  # it ended before the call
+        os._exit(0)
 
 
 def _may_return_to(nice: int) -> bool:
