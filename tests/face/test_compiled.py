@@ -280,6 +280,25 @@ def test_requests_are_answered_as_long_as_there_are_any(form: Form) -> None:
     assert form.compiled.answer_plain() is None
 
 
+def test_waiting_goes_on_until_something_else_is_to_be_done(form: Form) -> None:
+    assert form.compiled
+    with select.epoll() as epoll:
+        epoll.register(form.connection, select.EPOLLIN)
+        other, writer = os.pipe()
+        epoll.register(other, select.EPOLLIN)
+        requests = plain_requests(form.a)
+        for name in PLAIN:
+            form.kernel.send(requests[name])
+        form.kernel.send(odd := packed(fuse.LOOKUP, ROOT, b"a\0"))
+        assert form.compiled.wait(epoll.fileno(), 5.0) == len(odd)
+        assert form.compiled.wait(epoll.fileno(), 0.01) is None, "nothing came"
+        os.close(writer)
+        form.kernel.send(requests["lookup"])
+        assert form.compiled.wait(epoll.fileno(), 5.0) is None, "the other file is ready"
+        assert form.compiled.answer_plain() == 0
+        os.close(other)
+
+
 # --- what is not ---
 
 CHANGES = {"create", "create of a page that exists", "write", "unlink"}

@@ -54,6 +54,11 @@ class BusyPoll:
         self._count(MISSES, now)
         return None
 
+    @property
+    def is_off(self) -> bool:
+        """Whether no wait is by polling: there is no window, and :meth:`woken` would open none."""
+        return not self._window and (not self._longest or len(os.sched_getaffinity(0)) == 1)
+
     def woken(self) -> None:
         """A request has come after a sleep: set the window after how long it took."""
         if not self._longest:

@@ -10,6 +10,8 @@ Concurrency: one thread, which holds the interpreter's lock. No call waits: page
 """
 
 from cpython.buffer cimport PyBUF_CONTIG, PyBuffer_Release, PyObject_GetBuffer
+from cpython.dict cimport PyDict_GetItem
+from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, ECONNABORTED, ENODEV, ENOENT, ENXIO, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
@@ -77,7 +79,10 @@ cdef class CompiledRequests:
     cdef int64_t *counts[OPCODES]
     cdef Py_buffer views[VIEWS]
     cdef int held
-    cdef object descriptor, admit, swap, note_page, page_cache, refused, runs, mode_changes, bulk_drops
+    cdef int64_t *swap_known  # Swap.known
+    cdef int64_t start  # of the present request, in ns
+    cdef uint64_t last_id  # of the backup that was used last
+    cdef object open_files, descriptor, admit, swap, note_page, page_cache, refused, runs, mode_changes, bulk_drops
     cdef Answer answer
 
     def __cinit__(self, int connection, message, state, handlers, metrics):
@@ -90,6 +95,8 @@ cdef class CompiledRequests:
         for opcode in (FUSE_LOOKUP, FUSE_GETATTR, FUSE_UNLINK, FUSE_OPEN, FUSE_READ, FUSE_WRITE, FUSE_RELEASE,
                        FUSE_CREATE):
             self.counts[<int>opcode] = <int64_t *>self.hold(metrics.durations[handlers.kinds[opcode].name])
+        self.swap_known = <int64_t *>self.hold(shared.pool.swap.known)
+        self.open_files, self.last_id = shared.pool.files.open, 0
         self.descriptor, self.admit = shared.pool.files.descriptor, shared.pool.store.admit
         self.swap, self.note_page, self.page_cache = shared.pool.swap, shared.cache.note_page, handlers.page_cache
         self.refused, self.runs = shared.retries.refused, shared.runs
@@ -129,16 +136,41 @@ cdef class CompiledRequests:
                 return length
         return 0
 
+    def wait(self, int epoll, double seconds):
+        """Wait for requests, and answer them, as long as no other file of the epoll is ready. Returns as answer_plain().
+
+        None: the time is over, or another file is ready, or a signal came.
+        """
+        cdef epoll_event events[2]
+        cdef int64_t left, end = now() + <int64_t>(seconds * 1e9)
+        cdef int answered, ready
+        cdef ssize_t length
+        for answered in range(MOST_AT_ONCE):
+            left = max(0, (end - now() + 999999) // 1000000)
+            with nogil:
+                ready = epoll_wait(epoll, events, 2, <int>min(left, <int64_t>0x7fffffff))
+            if ready != 1 or events[0].data.fd != self.connection:
+                return None
+            length = read(self.connection, self.message, self.room)
+            if length < 0:
+                if errno == EAGAIN:
+                    continue
+                raise OSError(errno, os.strerror(errno))
+            if not self.was_answered(length):
+                return length
+        return 0
+
     cdef bint was_answered(self, ssize_t length) except -1:
         """Carry the request in the buffer out if it is plain."""
         cdef fuse_in_header *header = <fuse_in_header *>self.message
         cdef uint32_t opcode = header.opcode
-        cdef int64_t start = now(), took
+        cdef int64_t took
         cdef ssize_t size
         if opcode == FUSE_FORGET or opcode == FUSE_BATCH_FORGET:
             return True  # nothing is kept for an inode
         if opcode >= OPCODES or not self.counts[opcode] or header.unique & RESENT:
             return False
+        self.start = now()
         self.notes[0] = header.unique << POINT_BITS
         IN_ORDER()
         size = self.carry_out(header, length)
@@ -154,7 +186,7 @@ cdef class CompiledRequests:
                 raise OSError(errno, os.strerror(errno))
         IN_ORDER()
         self.notes[0] = 0
-        took = now() - start
+        took = now() - self.start
         self.counts[opcode][BUCKETS[BIT_LENGTH(took)]] += 1
         self.counts[opcode][TOTAL] += took
         return True
@@ -200,14 +232,22 @@ cdef class CompiledRequests:
     cdef bint found(self, Page *page, uint64_t inode) except -1:
         """Whether an inode number is that of a page of a backup whose file can be opened."""
         cdef uint64_t id = inode >> HANDLE_BITS, handle = inode & HANDLE_MASK
+        cdef PyObject *open_file = NULL
         if not 0 < handle <= MAX_HANDLE or not 0 < id <= MAX_BACKUP_ID:
             return False
         page.inode = inode
         page.last = (<int64_t>handle * PAGE) - 1
+        # A repeated use changes nothing in the order of uses, so it needs no call.
+        if id == self.last_id:
+            open_file = PyDict_GetItem(self.open_files, id)
+        if open_file:
+            page.fd = <object>open_file
+            return True
         try:
             page.fd = self.descriptor(id)
         except Exception:  # Python will find it as well, and answer it
             return False
+        self.last_id = id
         return True
 
     cdef bint named(self, Page *page, uint64_t directory, const char *name, const char *end) except -1:
@@ -226,7 +266,7 @@ cdef class CompiledRequests:
         """Whether bytes of a page have to be brought in, or nobody can tell."""
         cdef uint64_t span[2]
         cdef uint64_t counted[5]  # in memory, dirty, in writeback, evicted, recently evicted
-        if not self.swap.used:
+        if not (self.swap_known[0] if self.start <= self.swap_known[1] else self.swap.used):
             return False
         span[0], span[1] = offset, size
         return syscall(CACHESTAT, page.fd, span, counted, 0) < 0 or counted[3] > 0

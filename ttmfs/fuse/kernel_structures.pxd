@@ -72,6 +72,13 @@ cdef extern from "<sys/stat.h>" nogil:
         moment st_atim, st_mtim, st_ctim
     int fstat(int fd, stat_t *found)
 
+cdef extern from "<sys/epoll.h>" nogil:
+    union epoll_data:
+        int fd
+    struct epoll_event:
+        epoll_data data
+    int epoll_wait(int epoll, epoll_event *events, int most, int milliseconds)
+
 cdef extern from "<time.h>" nogil:
     enum:
         CLOCK_MONOTONIC

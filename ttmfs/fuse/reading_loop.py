@@ -15,6 +15,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -52,6 +53,7 @@ class ReadingLoop(trio.abc.Instrument):
         os.set_blocking(connection, False)
         self._file = io.FileIO(connection, "r+b", closefd=False)  # it reads into a buffer, which os.read does not
         self._buffer = memoryview(bytearray(LARGEST_REQUEST))
+        self._read_next: Callable[[], int | None] = partial(self._file.readinto, self._buffer)
         self._make_compiled = compiled
         self._compiled: CompiledRequests | None = None
         self._registered = False  # whether the epoll waits for requests
@@ -65,6 +67,7 @@ class ReadingLoop(trio.abc.Instrument):
         with select.epoll() as self._epoll, contextlib.ExitStack() as at_the_end:
             if self._make_compiled:
                 self._compiled = self._make_compiled(self._buffer)
+                self._read_next = self._compiled.answer_plain
                 at_the_end.callback(self._compiled.close)
             for fd in self._others.socket.fileno(), trios:
                 self._epoll.register(fd, select.EPOLLIN)
@@ -133,6 +136,11 @@ class ReadingLoop(trio.abc.Instrument):
             else:
                 self._epoll.unregister(self._connection)
         length, trio_is_due = None, False
+        if seconds and self._compiled and self._registered and self._busy_poll.is_off:
+            length = self._read(partial(self._compiled.wait, self._epoll.fileno(), seconds))
+            if length is not None:
+                return length, False
+            seconds = 0  # it has waited
         for fd, _ in self._epoll.poll(seconds):
             if fd == self._connection:
                 length = self._read()
@@ -142,17 +150,15 @@ class ReadingLoop(trio.abc.Instrument):
                 trio_is_due = True
         return length, trio_is_due
 
-    def _read(self) -> int | None:
+    def _read(self, read: Callable[[], int | None] | None = None) -> int | None:
         """Read the next request into the buffer. Returns its length; None if there is none, or if too many wait.
 
-        0: there were some, and the compiled code has answered them all.
+        0: there were some, and the compiled code has answered them all. `read` reads otherwise than usual.
         """
         if self._in_flight.waiting >= self._most_waiting:
             return None
         try:
-            if self._compiled:
-                return self._compiled.answer_plain()
-            return self._file.readinto(self._buffer)
+            return (read or self._read_next)()
         except OSError as error:
             if error.errno in (errno.ENODEV, errno.ECONNABORTED):  # it was unmounted, or cut off
                 self.end()

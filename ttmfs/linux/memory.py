@@ -6,6 +6,7 @@ Functions ask the kernel at each call. :class:`Reserve` and :class:`Swap` keep t
 import contextlib
 import os
 import time
+from array import array
 from pathlib import Path
 
 from . import system_calls
@@ -69,17 +70,17 @@ class Swap:
     LIFETIME = 10_000_000  # ns
 
     def __init__(self) -> None:
-        self._used = False
-        self._expires = 0
+        self.known = array("q", (False, 0))
+        """Whether any is in use, and until when that counts, in ns of time.monotonic_ns(). Compiled code reads it."""
         self._counted = 0
 
     @property
     def used(self) -> bool:
         """Whether any swap is in use. The answer is at most 10 ms old."""
-        if (now := time.monotonic_ns()) > self._expires:
+        if (now := time.monotonic_ns()) > self.known[1]:
             size, free = system_calls.swap_space()
-            self._used, self._expires = free < size, now + self.LIFETIME
-        return self._used
+            self.known[0], self.known[1] = free < size, now + self.LIFETIME
+        return bool(self.known[0])
 
     def renew_counts(self) -> None:
         """Make the kernel renew its counts of the pages in this process' control group, by reading them.
@@ -95,7 +96,7 @@ class Swap:
 
     def page_out_begins(self) -> None:
         """Note that swap is in use from now on."""
-        self._used, self._expires = True, time.monotonic_ns() + self.LIFETIME
+        self.known[0], self.known[1] = True, time.monotonic_ns() + self.LIFETIME
 
 
 def _meminfo() -> dict[str, int]:

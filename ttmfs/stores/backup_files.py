@@ -64,7 +64,8 @@ class BackupFiles:
         """`directory` is a descriptor. The caller closes it."""
         self.directory = directory
         self._store = store
-        self._open: OrderedDict[int, int] = OrderedDict()  # id: descriptor; the one used last at the end
+        self.open: OrderedDict[int, int] = OrderedDict()
+        """Open descriptors by id; the one used last at the end. For compiled code, which looks here first."""
         self._most_open = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._names: dict[int, str] = {}
         self._ids: list[int] = []  # the keys of _names, sorted
@@ -72,8 +73,8 @@ class BackupFiles:
 
     def close(self) -> None:
         """Close every file, and forget all backups."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        while self.open:
+            os.close(self.open.popitem()[1])
         self.directory, self._names, self._ids = -1, {}, []
 
     # --- names and ids ---
@@ -196,7 +197,7 @@ class BackupFiles:
         del self._names[id]
         self._ids.remove(id)
         self._store.forget(id)
-        if (fd := self._open.pop(id, None)) is not None:
+        if (fd := self.open.pop(id, None)) is not None:
             os.close(fd)
 
     # --- descriptors, stat and paths ---
@@ -204,8 +205,8 @@ class BackupFiles:
     def descriptor(self, id: int) -> int:
         """Return an open descriptor of a backup's file. It is valid until the next method call: do not close it."""
         try:
-            self._open.move_to_end(id)
-            return self._open[id]
+            self.open.move_to_end(id)
+            return self.open[id]
         except KeyError:
             return self._reopen(id)
 
@@ -226,9 +227,9 @@ class BackupFiles:
         return fd
 
     def _keep_open(self, id: int, fd: int) -> None:
-        self._open[id] = fd
-        if len(self._open) > self._most_open:
-            os.close(self._open.popitem(last=False)[1])
+        self.open[id] = fd
+        if len(self.open) > self._most_open:
+            os.close(self.open.popitem(last=False)[1])
 
     def stat(self, id: int | None = None) -> os.stat_result:
         """Return the stat of the directory, or of a backup's file, without opening it."""
