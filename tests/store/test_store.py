@@ -161,7 +161,7 @@ def test_a_low_descriptor_limit_keeps_fewer_files_open() -> None:
         from ttmfs.stores.private_tmpfs import PrivateTmpfs
         store = PrivateTmpfs.make(Options.parse("size=1m"))
         ids = [store.create(str(i), 4096, 0o755, 0, 0) for i in range(100)]
-        print(len([store.files.descriptor(id) for id in ids]), len(store.files._open))
+        print(len([store.files.descriptor(id) for id in ids]), len(store.files.open))
     """
     limited = ["bash", "-c", 'ulimit -n 60 && exec "$@"', "-", sys.executable, "-c", code]
     assert subprocess.check_output(limited, text=True) == "100 30\n"

@@ -19,7 +19,7 @@ MOST_TOLD = 100_000
 which takes longer than listing it, and most callers need names alone."""
 
 MOST_PARTS = 128
-"""Most entries and runs of pages in one answer. Each takes the daemon 2 to 5 us, so others wait for at most 0.6 ms."""
+"""Most entries and runs of pages in one answer, which others wait for."""
 
 SHORT = 6
 """A run of pages up to this long is faster to pack one by one."""
