@@ -89,8 +89,8 @@ def main() -> int:
             result = measure(name, plan)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             found["failed"][name] = repr(error)  # keep the figures of the other groups
-            print(f"\n## {name}\n\nFAILED: {error!r}", flush=True)
-            log(f"{name} failed: {error!r}")
+            print(f"\n## {name}\n\nFAILED: {error}", flush=True)
+            log(f"{name} failed: {error}")
             continue
         seconds[name] = round(time.monotonic() - start, 1)
         log(f"{name}: {seconds[name]} s")

@@ -78,7 +78,11 @@ def _take_turns(plan: Plan, systems: list[System]) -> dict[str, Any]:
         pages = {system.name: Pages.of(system, homes[system.name], plan.operations) for system in systems}
         order = systems[turn % len(systems) :] + systems[: turn % len(systems)]
         for operation, system in itertools.product(OPERATIONS, order):
-            cost, seen = _once(plan, system, operation, pages[system.name])
+            try:
+                cost, seen = _once(plan, system, operation, pages[system.name])
+            except FileNotFoundError as error:  # when the kernel forgets a name, memfs_ll removes the file
+                hint = "; a drop_caches or a lack of memory does this: run again" if system.name == MEMFS else ""
+                raise RuntimeError(f"{system.name} lost {error.filename}{hint}") from error
             if not turn:
                 continue
             costs[operation][system.name].append(cost)
