@@ -52,8 +52,8 @@ def _kill_in_turns(
             store(system.new("a"), pages, system.page_size)
             opened[system.name] = os.open(system.path / "a/1", os.O_RDONLY)
         for _ in range(plan.kills):
-            time.sleep(plan.kill_pause_seconds)
             for system in systems:
+                time.sleep(plan.kill_pause_seconds)  # until the standby that another kill started is ready, too
                 system.find_daemon()
                 begin = time.perf_counter_ns()
                 os.kill(system.pid, signal.SIGKILL)
