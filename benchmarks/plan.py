@@ -30,7 +30,7 @@ class Plan:
     idle_seconds: float
     recovery_pages: tuple[int, ...]
     kills: int
-    kill_pause_seconds: float  # before a kill: a standby has to be ready
+    kill_pause_seconds: float  # before the kills of a round
 
 
 FULL = Plan(
@@ -55,7 +55,7 @@ FULL = Plan(
     idle_seconds=10.0,
     recovery_pages=(1, 1_000_000),
     kills=15,
-    kill_pause_seconds=2.0,
+    kill_pause_seconds=0.3,
 )
 QUICK = Plan(
     name="quick",
@@ -79,7 +79,7 @@ QUICK = Plan(
     idle_seconds=1.0,
     recovery_pages=(1, 20_000),
     kills=5,
-    kill_pause_seconds=1.0,
+    kill_pause_seconds=0.3,
 )
 TINY = Plan(
     name="tiny",

@@ -17,6 +17,7 @@ __all__ = ["report", "run", "targets"]
 SPARE = 2 << 30  # bytes of memory that the benchmark leaves free
 MEMORY = ("Rss", "Pss", "Private_Dirty")
 STANDBY = ("standby=on", "standby=off")
+STANDBY_SECONDS = 60.0
 
 
 def run(plan: Plan, directory: Path) -> dict[str, Any]:
@@ -53,7 +54,9 @@ def _kill_in_turns(
             opened[system.name] = os.open(system.path / "a/1", os.O_RDONLY)
         for _ in range(plan.kills):
             for system in systems:
-                time.sleep(plan.kill_pause_seconds)  # until the standby that another kill started is ready, too
+                time.sleep(plan.kill_pause_seconds)
+                if system.name.endswith("standby=on"):
+                    _wait_for_standby(system.keeper)
                 system.find_daemon()
                 begin = time.perf_counter_ns()
                 os.kill(system.pid, signal.SIGKILL)
@@ -63,6 +66,16 @@ def _kill_in_turns(
         for fd in opened.values():
             os.close(fd)
     return took, {system.name: _memory(system.keeper) for system in systems}
+
+
+def _wait_for_standby(keeper: int) -> None:
+    """Wait until a child of the keeper has the name of a standby that is ready."""
+    children = Path(f"/proc/{keeper}/task/{keeper}/children")
+    end = time.monotonic() + STANDBY_SECONDS
+    while not any(Path(f"/proc/{pid}/comm").read_text() == "ttmfs-standby\n" for pid in children.read_text().split()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"no standby was ready after {STANDBY_SECONDS:g} s")
+        time.sleep(0.05)
 
 
 def _memory(pid: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["NAME", "Keeper", "children", "is_stopped", "keepers", "pids", "process", "status_of", "stores"]
+__all__ = ["NAME", "Keeper", "daemons", "is_stopped", "keepers", "pids", "process", "status_of", "stores"]
 
 NAME = "ttmfs-keeper"
 STATE = "/memfd:ttmfs-state"
@@ -72,11 +72,15 @@ def process(pid: int) -> Iterator[str]:
         os.close(fd)
 
 
-def children(pid: int) -> list[int]:
-    """The children of a process of root or of the caller. The child of a keeper is its daemon."""
-    with contextlib.suppress(OSError), process(pid) as directory:
-        return sorted(map(int, _read(f"{directory}/task/{pid}/children").split()))
-    return []
+def daemons(keeper: int) -> list[int]:
+    """The daemon of a keeper of root's or the caller's: the child that has the state. A standby has none yet."""
+    found, children = list[int](), list[int]()
+    with contextlib.suppress(OSError), process(keeper) as directory:
+        children = [int(word) for word in _read(f"{directory}/task/{keeper}/children").split()]
+    for child in children:
+        with contextlib.suppress(OSError), process(child) as directory:
+            found += [child] * (_state_header(directory) is not None)
+    return found
 
 
 def is_stopped(pid: int) -> bool:

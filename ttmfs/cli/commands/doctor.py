@@ -27,7 +27,7 @@ from ...linux.system_calls import swap_space
 from ...options import BASE_PAGE_SIZE
 from ...quoting import plain, quoted
 from ...version import __version__
-from ..keepers import Keeper, children, is_stopped, keepers
+from ..keepers import Keeper, daemons, is_stopped, keepers
 from ..rescue import open_file
 from .child_process import PATIENCE, Answer, ask, ask_all
 from .command import Command, CommandError
@@ -285,13 +285,13 @@ def _advice_for_silent(what: str, mount: Mounted, keeper: Keeper | None) -> str:
         return "its daemon may be stopped, or its disk slow; if a service serves it: systemctl restart"
     if keeper.is_stopped:
         return f"kill -CONT {keeper.pid} continues its keeper, which is stopped"
-    daemons = children(keeper.pid)
-    stopped = next(filter(is_stopped, daemons), None)
+    serving = daemons(keeper.pid)
+    stopped = next(filter(is_stopped, serving), None)
     advice = f"kill -USR1 {keeper.pid} restarts its daemon"
     if stopped:
         advice = f"kill -CONT {stopped} continues its daemon, which is stopped"
-    if daemons:
-        advice += f"; kill -KILL {daemons[0]} makes its keeper, {keeper.pid}, start another daemon, and no page is lost"
+    if serving:
+        advice += f"; kill -KILL {serving[0]} makes its keeper, {keeper.pid}, start another daemon, and no page is lost"
     return advice
 
 
