@@ -55,7 +55,7 @@ FULL = Plan(
     idle_seconds=10.0,
     recovery_pages=(1, 1_000_000),
     kills=15,
-    kill_pause_seconds=0.3,
+    kill_pause_seconds=2.0,
 )
 QUICK = Plan(
     name="quick",
@@ -79,7 +79,7 @@ QUICK = Plan(
     idle_seconds=1.0,
     recovery_pages=(1, 20_000),
     kills=5,
-    kill_pause_seconds=0.3,
+    kill_pause_seconds=1.0,
 )
 TINY = Plan(
     name="tiny",

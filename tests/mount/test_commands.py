@@ -756,7 +756,7 @@ def test_a_killed_save_can_be_continued_and_looks_complete_only_at_its_end(large
             wait_for(client, partial(bytes_in, hidden), before + more)
             client.kill()
         kills += client.returncode == -signal.SIGKILL
-        assert client.returncode in (0, -signal.SIGKILL)
+        assert client.returncode in (0, -signal.SIGKILL), client.stderr and client.stderr.read()
         if bytes_in(hidden) and not damaged:
             damaged = 1
             flip(hidden, first_data(hidden) + 99)  # what a machine that failed may have lost

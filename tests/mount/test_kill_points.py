@@ -225,6 +225,8 @@ class Killed(Mount):
             f"{inspect.getsource(obey)}\nobey({str(self.order)!r})\n"
             f"runpy.run_path({str(MOUNT_PY)!r}, run_name='__main__')\n"
         )
+        # Each daemon is started, since a standby would only take processor time: test_standby.py has its own kills.
+        options += ",standby=off"
         super().__init__(directory, options, command=(sys.executable, "-W", "error", "-c", script), **more)
         self.expect_restarts()
 
@@ -307,6 +309,11 @@ Go = Callable[[Callable[[], Any]], Any]
 def renameat2(old: Path, new: Path, flags: int) -> None:
     if libc.renameat2(-100, os.fsencode(old), -100, os.fsencode(new), flags):
         raise OSError(ctypes.get_errno(), "renameat2")
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    if libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)):
+        raise OSError(ctypes.get_errno(), "fallocate")
 
 
 def close(fd: Any) -> Any:
@@ -406,6 +413,12 @@ COUNTED: dict[str, tuple[str, Scenario]] = {
         "write", lambda a, go: write_to_the_last_page(a, go, free=6, asked=20, room_at=0)
     ),
     "truncate of the image": ("setattr", lambda a, go: go(lambda: os.truncate(a / ".image", PAGE + 50))),
+    "punch of the image": (
+        "fallocate", lambda a, go: through(a / ".image", go, lambda fd: fallocate(fd, 3, 2 * PAGE + 9, 3 * PAGE))
+    ),
+    "fallocate of the last room": (
+        "fallocate", lambda a, go: through(a / ".image", go, lambda fd: fallocate(fd, 0, 20 * PAGE, 9 * PAGE))
+    ),
     "unlink": ("unlink", dropped_by_hand),
     "size of all": ("setxattr", budget),
     "drop of handles": ("setxattr", lambda a, go: go(lambda: set_attribute(a, "drop", "2-4,6"))),
@@ -451,7 +464,8 @@ LOOKS: dict[str, tuple[str, Scenario]] = {
     "statfs": ("statfs", lambda a, go: go(lambda: os.statvfs(a).f_blocks)),
     "getxattr": ("getxattr", lambda a, go: go(lambda: attribute(a, "map"))),
     "listxattr": ("listxattr", lambda a, go: go(lambda: os.listxattr(a))),
-    "readlink": ("readlink", lambda a, go: go(lambda: bool(os.readlink(a / ".shmem")))),
+    "open of the memory": ("open", lambda a, go: go(lambda: close(os.open(a / ".shmem", os.O_RDWR)))),
+    "lseek": ("lseek", lambda a, go: through(a / ".image", go, lambda fd: os.lseek(fd, 0, os.SEEK_HOLE))),
     "fsync of a directory": ("fsyncdir", lambda a, go: through_directory(a, go)),
 }  # fmt: skip
 
