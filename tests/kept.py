@@ -86,6 +86,8 @@ def keeper_of(path: Path) -> int:
 class Kept(Mount):
     """A mount whose keeper may be killed. The end sends SIGTERM to the last keeper."""
 
+    has_standby = True
+
     def config(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.path / ".config").read_text())
         return found

@@ -225,8 +225,6 @@ class Killed(Mount):
             f"{inspect.getsource(obey)}\nobey({str(self.order)!r})\n"
             f"runpy.run_path({str(MOUNT_PY)!r}, run_name='__main__')\n"
         )
-        # Each daemon is started, since a standby would only take processor time: test_standby.py has its own kills.
-        options += ",standby=off"
         super().__init__(directory, options, command=(sys.executable, "-W", "error", "-c", script), **more)
         self.expect_restarts()
 

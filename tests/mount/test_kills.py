@@ -71,7 +71,7 @@ class Killer:
 def under_load(mountpoint: Path, options: str, seed: int) -> Iterator[tuple[Load, Killer]]:
     """A mount under a load of eight clients, and the killer of its daemons."""
     print(f"KILLS_SEED={SEED}")
-    with Mount(mountpoint, options) as mount:
+    with Mount(mountpoint, f"{options},standby=on") as mount:
         mount.expect_restarts()
         try:
             with Load(mountpoint, seed=seed) as load:
@@ -112,7 +112,7 @@ def test_c22_kills_in_bursts_do_not_count_as_failed_starts(mountpoint: Path) -> 
 
 
 def test_c22_a_program_that_uses_shmem_does_not_notice_a_hundred_kills(mountpoint: Path) -> None:
-    with Mount(mountpoint, "size=16m") as mount:
+    with Mount(mountpoint, "size=16m,standby=on") as mount:
         mount.expect_restarts()
         (mountpoint / "a").mkdir()
         command = [sys.executable, "-I", "-c", READ_AND_WRITE_SHMEM, str(mountpoint / "a/.shmem")]
