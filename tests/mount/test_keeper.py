@@ -477,7 +477,7 @@ def test_the_keeper_is_small_and_holds_connection_store_and_state_but_no_page(mo
 
 def test_restarts_leak_nothing(mountpoint: Path) -> None:
     """Keeper and daemon keep the same descriptors, processes and stored bytes."""
-    with Kept(mountpoint, "size=64m") as mount, held(mountpoint):
+    with Kept(mountpoint, "size=64m,standby=off") as mount, held(mountpoint):
         mount.expect_restarts()
         mount.kill_daemon()
         assert mount.restarts() == 1

@@ -17,6 +17,7 @@ from ttmfs.errors import NotSupported
 from ttmfs.linux.fuse_protocol import RESENT
 from ttmfs.recovery.state import (
     ANSWER,
+    BACKING,
     CACHED,
     FAULT,
     FORMAT,
@@ -33,7 +34,7 @@ from ttmfs.stores.store import MOST_UNSYNCED
 
 pytestmark = pytest.mark.serial  # the kernel counts processes killed for want of memory on the whole machine
 
-WHOLE = RECORD + NOTES * 8 + STEPPED * 16 + CACHED * 8 + ANSWER
+WHOLE = RECORD + NOTES * 8 + STEPPED * 16 + CACHED * 8 + BACKING * 8 + ANSWER
 PLAIN = Record("1", 4096, 1 << 20)
 
 
