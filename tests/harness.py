@@ -121,11 +121,15 @@ def descriptors(pid: int) -> list[str]:
 
 
 def daemons(keeper: int) -> set[int]:
-    """The daemons among a keeper's children: those that have the state of the mount. A standby has none."""
+    """The daemons among a keeper's children: those that have the state of the mount. A standby has none.
+
+    A child that the keeper has just forked still has all that the keeper has, and its name.
+    """
     found = set()
     for pid in children(keeper):
         with contextlib.suppress(OSError):
-            if any(name.startswith("/memfd:ttmfs-state") for name in descriptors(pid)):
+            is_fork = Path(f"/proc/{pid}/comm").read_text() == "ttmfs-keeper\n"
+            if not is_fork and any(name.startswith("/memfd:ttmfs-state") for name in descriptors(pid)):
                 found.add(pid)
     return found
 

@@ -79,7 +79,8 @@ def daemons(keeper: int) -> list[int]:
         children = [int(word) for word in _read(f"{directory}/task/{keeper}/children").split()]
     for child in children:
         with contextlib.suppress(OSError), process(child) as directory:
-            found += [child] * (_state_header(directory) is not None)
+            is_fork = _read(f"{directory}/comm").strip() == NAME  # a child that the keeper has just forked
+            found += [child] * (not is_fork and _state_header(directory) is not None)
     return found
 
 
