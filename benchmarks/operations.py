@@ -44,12 +44,11 @@ KNOWN = ("open+read+close", "open+write+close", "unlink")
 
 PINNED = (TTMFS, OTHER, MEMFS, PASSTHROUGH, BINDFS, TMPFS)
 EVERY = (TTMFS, OFF, OTHER, EXAMPLE, MEMFS, PASSTHROUGH, BINDFS, TMPFS)
-OF_C = dict.fromkeys((*FILES, *HELD), 1.0)
 BARS: dict[str, dict[str, float]] = {
     OFF: dict.fromkeys(FILES, 0.45) | dict.fromkeys(HELD, 0.55),
     EXAMPLE: dict(zip(FILES, (0.15, 0.30, 0.15, 0.15), strict=True)),
-    MEMFS: OF_C,
-    BINDFS: OF_C,
+    MEMFS: dict(zip(FILES, (0.85, 0.70, 0.70, 0.85), strict=True)) | dict.fromkeys(HELD, 1.25),
+    BINDFS: dict(zip(FILES, (0.85, 1.00, 1.00, 0.85), strict=True)) | dict.fromkeys(HELD, 1.10),
 }
 """The most time of ttmfs relative to another system, by operation."""
 
