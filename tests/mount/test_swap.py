@@ -472,7 +472,8 @@ def test_c9_a_signal_ends_a_wait_for_swap(backup: Path, mount: Mount, tmp_path: 
             began = time.monotonic()
             reader.send_signal(signal.SIGINT)
             assert reader.wait(10) == -signal.SIGINT
-            assert time.monotonic() - began < 0.5, "it waited for the disk"
+            assert time.monotonic() - began < 2, "it waited for the disk"
+        assert any(other.poll() is None for other in others), "the disk was through with what came before it"
         assert [other.wait(30) for other in others] == [0] * 5
     assert page.read_bytes() == pages[64 * 7 * PAGE : (64 * 7 + 1) * PAGE]
 
