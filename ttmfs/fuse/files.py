@@ -24,9 +24,6 @@ __all__ = ["Image", "Link", "Pages", "Shmem", "page_dropped"]
 
 Data = bytes | memoryview
 
-LARGE_READ = 1 << 16
-"""Bytes from which on a read goes into a buffer that is kept. For fewer, new memory is quicker than a second object."""
-
 
 class _BackupFile(Node):
     """A file of a backup. Subclasses say where in the backup it lies, and whether its page must exist."""
@@ -215,13 +212,10 @@ class Image(_BackupFile):
         self._check_access(OPENED_FOR[flags & os.O_ACCMODE], caller)
         return ino if flags & os.O_ACCMODE else self.marked_if_reader(ino, caller)
 
-    def read(self, fh: int, offset: int, size: int) -> Answer[Data]:
+    def read(self, fh: int, offset: int, size: int) -> Answer[bytes]:
         if self.backup.is_out(offset, size):
             return self._read_later(fh, offset, size)
-        if size < LARGE_READ:
-            return self.backup.read(offset, size)
-        buffer = self.shared.read_buffer[:size]  # sent before the next request is read
-        return buffer[: self.backup.read_into(buffer, offset)]
+        return self.backup.read(offset, size)
 
     def _place(self, fh: int, offset: int, data: Data, flags: int) -> tuple[int, Data]:
         if flags & os.O_APPEND:  # the end that the kernel knows may be wrong after a truncation through .shmem

@@ -33,9 +33,6 @@ MODE_CHANGE_SECONDS = 1.5
 """The kernel may use the old mode or owner of a page for this long: for LIFETIME after the answer to a truncation that
 was in flight when they changed."""
 
-LARGEST_READ = 1 << 20
-"""The largest read request, in bytes."""
-
 T = TypeVar("T")
 Answer: TypeAlias = T | Coroutine[Any, Any, T]
 
@@ -104,7 +101,6 @@ class Shared:
 
     def __post_init__(self) -> None:
         self.zero_page = bytes(self.pool.page_size)
-        self.read_buffer = memoryview(bytearray(LARGEST_READ))
 
     async def expire_dropped(self, backup: int, first: int, last: int, *, directory_locked: bool) -> None:
         """Tell the kernel that a range of handles was dropped. Await this before the request is answered.
@@ -159,7 +155,7 @@ class Node:
         """The number of the backing file that the kernel is to read and write; 0: it asks the daemon."""
         return 0
 
-    def read(self, fh: int, offset: int, size: int) -> "Answer[bytes | memoryview]":
+    def read(self, fh: int, offset: int, size: int) -> Answer[bytes]:
         """pread(2)."""
         raise NotPermitted("only files can be read")
 

@@ -24,16 +24,13 @@ from .page_cache import PageCache
 from .tree import Tree
 from .xattrs import get_xattr, set_xattr
 
-__all__ = ["Body", "Kind", "PageRequests"]
+__all__ = ["Kind", "PageRequests"]
 
 HEADER = fuse.HEADER.size
 WRITE_DATA = HEADER + fuse.WRITE_IN.size
 CREATE_NAME = HEADER + fuse.CREATE_IN.size
 
-Body: TypeAlias = bytes | memoryview
-"""The body of an answer. A memoryview is valid until the next request."""
-
-Handler: TypeAlias = Callable[[Request, memoryview], Answer[Body]]
+Handler: TypeAlias = Callable[[Request, memoryview], Answer[bytes]]
 
 
 class Kind(NamedTuple):
@@ -193,7 +190,7 @@ class PageRequests:
     async def _opened_later(self, fh: Coroutine[Any, Any, int]) -> bytes:
         return replies.opened(await fh)
 
-    def read(self, request: Request, message: memoryview) -> Answer[Body]:
+    def read(self, request: Request, message: memoryview) -> Answer[bytes]:
         fh, offset, size, flags, *_ = fuse.READ_IN.unpack_from(message, HEADER)
         if flags & fuse.READ_LOCKOWNER or request.node < FIRST_BACKUP:
             return self.tree.file(fh).read(fh, offset, size)
@@ -202,7 +199,7 @@ class PageRequests:
     async def _read_cached(self, ino: int, fh: int, offset: int, size: int) -> bytes:
         """Read for the kernel's page cache."""
         while True:
-            data = bytes(await finished(self.tree.file(fh).read(fh, offset, size)))
+            data = await finished(self.tree.file(fh).read(fh, offset, size))
             if self.page_cache.note(ino):  # nothing is awaited from the copy until the answer is sent
                 return data
             await self.page_cache.make_room()

@@ -12,7 +12,6 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Coroutine
-from types import CoroutineType
 from typing import Any, Protocol
 
 import trio
@@ -20,11 +19,10 @@ import trio
 from ..errors import StoreFailed, TtmfsError, errno_of
 from ..linux.fuse_protocol import ANSWER, HEADER, OFFSET, RESENT, Request
 from ..stores.blocking_io import FileLocks
-from ..stores.page_file import finished
 from .in_flight import InFlight
 from .inodes import backup_of
 from .metrics import Metrics
-from .page_requests import Body, Kind, PageRequests
+from .page_requests import Kind, PageRequests
 from .refusals import Refusals
 
 __all__ = ["Failures", "Requests"]
@@ -114,7 +112,7 @@ class Requests:
                 answer: Any = self._locked(kind, request, bytes(message))
             else:
                 answer = kind.handler(request, message)
-            if type(answer) is CoroutineType:
+            if type(answer) is not bytes:
                 spawn(self._finish, kind, request, answer, start, in_flight.wait())
                 return
             if kind.changes:
@@ -146,7 +144,7 @@ class Requests:
         assert self._locks is not None
         async with self._locks.locked(backup_of(request.node)):
             answer = kind.handler(request, memoryview(message))
-        return bytes(await finished(answer))
+        return answer if isinstance(answer, bytes) else await answer
 
     async def _finish(
         self, kind: Kind, request: Request, answer: Coroutine[Any, Any, bytes], start: int, slot: int
@@ -185,7 +183,7 @@ class Requests:
         number = self._failures.failed(kind.name, error, request, about)
         self._send(ANSWER.pack(DONE, -number, request.unique))
 
-    def _send(self, *parts: Body) -> None:
+    def _send(self, *parts: bytes) -> None:
         try:
             os.writev(self._connection, parts)
         except OSError as error:
