@@ -297,7 +297,7 @@ def test_config_has_every_option_with_its_value(options: Options) -> None:
     mode = shown.pop("mode")
     assert (mode if mode is None else int(mode, 8)) == options.mode
     assert shown.pop("kernel") == list(options.kernel)
-    for name in "busy_poll", "keeper", "standby":
+    for name in "busy_poll", "keeper", "standby", "shmem":
         assert getattr(Options.parse(f"{name}={shown.pop(name)}"), name) == getattr(options, name)
     assert shown == {name: getattr(options, name) for name in shown}
 
