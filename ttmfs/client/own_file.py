@@ -164,8 +164,8 @@ def fill_from(fd: int, dst: memoryview, offset: int, step: int = STEP) -> None:
 def descriptor_of(directory: Directory) -> int:
     """Return a descriptor of a backup's own file, for reading and writing; -1 if this process can get none.
 
-    ``.shmem`` is the file itself for whoever may read and write the backup, or a link to it, which root and the
-    daemon's user can follow. With ``store=`` it is a link that is not followed: there the daemon counts the pages.
+    Users who may read and write the backup can open ``.shmem``. It is the file itself, or a link to it, which root and
+    the daemon's user can follow. With ``store=`` it is a link that is not followed: there the daemon counts the pages.
     """
     if directory.served_by not in (0, os.geteuid()):  # it cannot be the file itself, and a link could lead anywhere
         return -1

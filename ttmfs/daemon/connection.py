@@ -10,15 +10,16 @@ Concurrency: one task. Nothing here touches the mount.
 import errno
 import os
 import select
-import struct
 
 import trio
 
+from ..fuse.inodes import ROOT
+from ..linux.fuse_protocol import INVAL_INODE, NOTIFY_INVAL_INODE
 from ..linux.mountinfo import is_attached
 
 __all__ = ["has_ended", "was_cut_off"]
 
-INVALIDATE_ROOT = struct.pack("<IiQQqq", 40, 2, 0, 1, -1, 0)
+INVALIDATE_ROOT = INVAL_INODE.pack(INVAL_INODE.size, NOTIFY_INVAL_INODE, 0, ROOT, -1, 0)
 """The notification that makes the kernel ask for the root's attributes again (FUSE_NOTIFY_INVAL_INODE)."""
 
 FORCED_SECONDS, LOOK_SECONDS = 0.5, 0.05

@@ -22,11 +22,12 @@ from collections import Counter
 
 import trio
 
+from ..linux.fuse_protocol import INVAL_INODE, NOTIFY_INVAL_INODE
 from ..stores.time_slices import TimeSlices
 from .inodes import HANDLE_BITS, IMAGE, MAX_HANDLE, inode
 from .recent import RecentBackups
 
-__all__ = ["LIFETIME", "KernelCache"]
+__all__ = ["LIFETIME", "KernelCache", "notify"]
 
 LIFETIME = 1.0
 """Seconds for which the kernel may keep a name and its attributes: changes through .shmem may be seen this late."""
@@ -46,10 +47,9 @@ FEW_BLOCKS = 64
 SETTLE_SECONDS = 0.1
 """The longest wait for a directory's lock. Its holder may itself wait for the file whose truncation waits here."""
 
-INVAL_INODE = struct.Struct("<IiQQqq")  # fuse_out_header, fuse_notify_inval_inode_out
 INVAL_ENTRY = struct.Struct("<IiQQII")  # fuse_out_header, fuse_notify_inval_entry_out
 STORE = struct.Struct("<IiQQQII")  # fuse_out_header, fuse_notify_store_out
-NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_STORE = 2, 3, 4
+NOTIFY_INVAL_ENTRY, NOTIFY_STORE = 3, 4
 EXPIRE_ONLY, EXPIRE_SINCE = 1, (7, 38)  # Linux 6.2
 
 BACKUP_SHIFT = HANDLE_BITS - BLOCK_BITS  # from a block to its backup
@@ -159,8 +159,13 @@ class KernelCache:
         await trio.to_thread.run_sync(self._notify, header + b"\0", abandon_on_cancel=True)
 
     def _notify(self, message: bytes) -> None:
-        try:
-            os.write(self._connection, message)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):  # the kernel has no such inode, or no mount, any more
-                raise
+        notify(self._connection, message)
+
+
+def notify(connection: int, message: bytes) -> None:
+    """Send a notification to the kernel."""
+    try:
+        os.write(connection, message)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):  # the kernel has no such inode, or no mount, any more
+            raise

@@ -1,4 +1,4 @@
-"""The inodes of which the kernel may have bytes in its page cache, and how it is made to forget them.
+"""Notes the files whose bytes the kernel may keep in its page cache, and has the kernel forget them after a change.
 
 Files are opened for direct I/O, so read(2) asks the daemon each time. But splice(2), sendfile(2), copy_file_range(2)
 and private mappings read through the kernel's page cache. Such a read is seen in its request, which lacks
@@ -10,18 +10,14 @@ The notes are in the state, so the next daemon knows them.
 Concurrency: one thread, except for notifications, which may wait for a reader of the bytes.
 """
 
-import errno
-import os
-import struct
-
 import trio
 
+from ..linux.fuse_protocol import INVAL_INODE, NOTIFY_INVAL_INODE
 from .inodes import backup_of
+from .kernel_cache import notify
 
 __all__ = ["PageCache"]
 
-FORGET = struct.Struct("=IiQQqq")  # fuse_out_header, fuse_notify_inval_inode_out
-NOTIFY_INVAL_INODE = 2
 THREADS = 4
 
 
@@ -75,8 +71,4 @@ class PageCache:
 
     def _notify(self, inodes: list[int]) -> None:
         for ino in inodes:
-            try:
-                os.write(self._connection, FORGET.pack(FORGET.size, NOTIFY_INVAL_INODE, 0, ino, 0, -1))
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENODEV):  # there is no such inode, or no mount, any more
-                    raise
+            notify(self._connection, INVAL_INODE.pack(INVAL_INODE.size, NOTIFY_INVAL_INODE, 0, ino, 0, -1))

@@ -1,5 +1,7 @@
-"""The bodies of answers, packed as the kernel reads them."""
+"""The bodies of answers, packed as the kernel reads them, and how an answer is sent."""
 
+import errno
+import os
 from collections.abc import Coroutine
 from typing import Any
 
@@ -7,7 +9,7 @@ from ..linux.fuse_protocol import ATTR, DIRENT, ENTRY, FOPEN_DIRECT_IO, FOPEN_NO
 from .kernel_cache import LIFETIME
 from .node import Attributes
 
-__all__ = ["NO_ENTRY", "attr", "directory_entry", "empty", "entry", "opened"]
+__all__ = ["NO_ENTRY", "attr", "directory_entry", "empty", "entry", "opened", "send"]
 
 LIFETIME_SECONDS, LIFETIME_NS = int(LIFETIME), round(LIFETIME % 1 * 1e9)
 
@@ -57,6 +59,15 @@ def directory_entry(name: bytes, ino: int, mode: int, next_offset: int) -> bytes
     """fuse_dirent: an entry of a listing, padded to whole words."""
     header = DIRENT.pack(ino, next_offset, len(name), mode >> 12)
     return header + name + bytes(-len(name) % DIRENT_ALIGNMENT)
+
+
+def send(connection: int, *parts: bytes) -> None:
+    """Send an answer to the kernel: its header and its body, in one part or two."""
+    try:
+        os.writev(connection, parts)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):  # nobody waits for it any more
+            raise
 
 
 async def empty(done: Coroutine[Any, Any, None]) -> bytes:

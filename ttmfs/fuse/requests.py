@@ -8,7 +8,6 @@ The others are tasks.
 
 import errno
 import logging
-import os
 import time
 import traceback
 from collections.abc import Callable, Coroutine
@@ -24,12 +23,11 @@ from .inodes import backup_of
 from .metrics import Metrics
 from .page_requests import Kind, PageRequests
 from .refusals import Refusals
+from .replies import send
 
 __all__ = ["Failures", "Requests"]
 
 log = logging.getLogger(__name__)
-
-DONE = ANSWER.size
 
 
 class Spawn(Protocol):
@@ -120,7 +118,7 @@ class Requests:
                     spawn(self._finish, kind, request, _known(answer), start, in_flight.wait())
                     return
                 in_flight.note_answer(number, answer)
-            self._send(ANSWER.pack(DONE + len(answer), 0, request.unique), answer)
+            self._send(request, 0, answer)
         except Exception as error:
             self._send_error(kind, request, error)
         in_flight.end()
@@ -130,11 +128,11 @@ class Requests:
         """Answer a request that is sent again if the previous daemon carried it out, or if daemons have died of it."""
         number = request.number
         if (answer := self.in_flight.earlier_answer(number)) is not None:
-            self._send(ANSWER.pack(DONE + len(answer), 0, request.unique), answer)
+            self._send(request, 0, answer)
         elif self.in_flight.is_refused(number):
             kind = self.kinds.get(request.opcode)
             self._failures.refused(kind.name if kind else f"opcode {request.opcode}", number)
-            self._send(ANSWER.pack(DONE, -errno.EIO, request.unique))
+            self._send(request, errno.EIO)
         else:
             return False
         return True
@@ -160,11 +158,11 @@ class Requests:
                 if kind.changes and backup_of(request.node) in self._page_cache:
                     await self._page_cache.forget(backup_of(request.node))
             if body is None:
-                self._send(ANSWER.pack(DONE, -errno.EINTR, request.unique))
+                self._send(request, errno.EINTR)
             else:
                 if kind.changes:
                     self.in_flight.note_answer(number, body)
-                self._send(ANSWER.pack(DONE + len(body), 0, request.unique), body)
+                self._send(request, 0, body)
         except Exception as error:
             self._send_error(kind, request, error)
         finally:
@@ -181,14 +179,11 @@ class Requests:
     def _send_error(self, kind: Kind, request: Request, error: Exception) -> None:
         about = f"node {request.node}, {request.length} bytes, pid {request.pid}"
         number = self._failures.failed(kind.name, error, request, about)
-        self._send(ANSWER.pack(DONE, -number, request.unique))
+        self._send(request, number)
 
-    def _send(self, *parts: bytes) -> None:
-        try:
-            os.writev(self._connection, parts)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):  # nobody waits for it any more
-                raise
+    def _send(self, request: Request, number: int, body: bytes = b"") -> None:
+        """Answer a request with an errno, or with 0 and a body."""
+        send(self._connection, ANSWER.pack(ANSWER.size + len(body), -number, request.unique), body)
 
     def _count(self, kind: Kind, start: int) -> None:
         self._metrics.count(kind.name, time.perf_counter_ns() - start)

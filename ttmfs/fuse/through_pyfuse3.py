@@ -4,11 +4,9 @@ libfuse takes one end for its connection to the kernel. Requests are passed to i
 passed on to the kernel. These requests change nothing, and their answers are small.
 
 Concurrency: one thread. libfuse writes its answers in this thread, so it must never find the socket full. MOST_PASSED
-answers of LONGEST_ANSWER bytes fit into the smallest buffer that an ordinary user gets.
+answers fit into the smallest buffer that an ordinary user gets.
 """
 
-import errno
-import os
 import socket
 from collections import deque
 
@@ -16,13 +14,13 @@ import pyfuse3
 import trio
 
 from ..linux.fuse_protocol import ANSWER, RESENT
-from . import init_answer
+from . import init_answer, replies
 from .in_flight import InFlight
 
 __all__ = ["ThroughPyfuse3"]
 
-MOST_PASSED, LONGEST_ANSWER = 24, 4096 + ANSWER.size
-"""Requests that pyfuse3 may have at once; others wait. The longest answer is a link's target."""
+MOST_PASSED = 24
+"""Requests that pyfuse3 may have at once; others wait. The longest answer is a link's target, 4 KiB at most."""
 
 
 class ThroughPyfuse3:
@@ -41,7 +39,7 @@ class ThroughPyfuse3:
         self.initialized = trio.Event()
         """FUSE_INIT is answered: the kernel may send other requests."""
         self._slots: dict[int, int] = {}  # of the requests that pyfuse3 has, by number
-        self._waiting: deque[tuple[int, bytes]] = deque()
+        self._waiting: deque[bytes] = deque()
         self.socket, self._libfuse_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.send(init)
 
@@ -70,7 +68,7 @@ class ThroughPyfuse3:
         if len(self._slots) <= MOST_PASSED:
             self.socket.send(message)
         else:
-            self._waiting.append((number, bytes(message)))
+            self._waiting.append(bytes(message))
 
     def pass_answers(self) -> None:
         """Send the answers that there are to the kernel."""
@@ -86,16 +84,9 @@ class ThroughPyfuse3:
                 if self._taken_over:
                     continue
                 answer = init_answer.edited(answer, passthrough=self._passthrough)
-            self._send(answer)
+            replies.send(self._connection, answer)
             _, _, unique = ANSWER.unpack_from(answer)
             if (slot := self._slots.pop(unique & ~RESENT, None)) is not None:
                 self._in_flight.answered(slot)
             if self._waiting:
-                self.socket.send(self._waiting.popleft()[1])
-
-    def _send(self, answer: bytes) -> None:
-        try:
-            os.write(self._connection, answer)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):  # nobody waits for it any more
-                raise
+                self.socket.send(self._waiting.popleft())

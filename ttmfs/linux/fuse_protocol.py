@@ -72,6 +72,11 @@ BACKING_OPEN, BACKING_CLOSE = 0x4010E501, 0x4004E502
 """ioctl(2) of the connection: FUSE_DEV_IOC_BACKING_OPEN takes a BACKING_MAP and returns a number, by which
 FUSE_DEV_IOC_BACKING_CLOSE forgets it."""
 
+INVAL_INODE = struct.Struct("=IiQQqq")
+"""fuse_out_header and fuse_notify_inval_inode_out: node, offset, length. A negative offset expires the attributes."""
+
+NOTIFY_INVAL_INODE = 2
+
 NOTIFY_RESEND = ANSWER.pack(ANSWER.size, 7, 0)
 """The notification that makes the kernel send every unanswered request again (Linux 6.9)."""
 

@@ -10,6 +10,7 @@ every architecture.
 import ctypes
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import platform
@@ -377,8 +378,9 @@ def outlive_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, 0)
 
 
+@functools.cache
 def touch_heap() -> None:
-    """Give malloc(3) HEAP_BYTES of memory with all pages mapped, and keep them mapped after free(3).
+    """Give malloc(3) HEAP_BYTES of memory with all pages mapped, and keep them mapped after free(3). Once a process.
 
     If a process is killed while it reads a request from FUSE into unmapped pages, the kernel answers the request with
     EIO: it serves no page faults of a killed process (get_user_pages() in fuse_copy_fill()).

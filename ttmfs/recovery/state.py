@@ -5,7 +5,7 @@
     RECORD      4 KiB               a Record and its format, as JSON, written whole
     NOTES       16,384 numbers      one request in flight each; 0: none
     PROGRESS    1024 rows of 2      a request that is carried out in steps, and how far it got
-    CACHED      256 numbers         the inodes of which the kernel may have bytes in its page cache
+    CACHED      256 numbers         inodes whose bytes the kernel may keep in its page cache
     BACKING     16,384 numbers      the backing files that the kernel has, see ttmfs.fuse.backing_files
     ANSWER      512 bytes           the answer to the change that was carried out last, behind its request's number
     LAST WORDS  to the end          what the interpreter wrote when the daemon died of a fault
