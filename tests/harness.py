@@ -128,10 +128,19 @@ def daemons(keeper: int) -> set[int]:
     found = set()
     for pid in children(keeper):
         with contextlib.suppress(OSError):
-            is_fork = Path(f"/proc/{pid}/comm").read_text() == "ttmfs-keeper\n"
-            if not is_fork and any(name.startswith("/memfd:ttmfs-state") for name in descriptors(pid)):
+            if not is_keeper(pid) and has_state(pid):
                 found.add(pid)
     return found
+
+
+def is_keeper(pid: int) -> bool:
+    """Whether a process has the name of a keeper. Raises OSError if it has ended."""
+    return Path(f"/proc/{pid}/comm").read_text() == "ttmfs-keeper\n"
+
+
+def has_state(pid: int) -> bool:
+    """Whether a process has the state of a mount open. Raises OSError if it has ended."""
+    return any(name.startswith("/memfd:ttmfs-state") for name in descriptors(pid))
 
 
 def _kinds(held: list[str]) -> Counter[str]:

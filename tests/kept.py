@@ -15,7 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from harness import MOUNT_COMMAND, MOUNT_PY, REPOSITORY, Mount, children, descriptors, opened, run, wait_until
+from harness import (
+    MOUNT_COMMAND,
+    MOUNT_PY,
+    REPOSITORY,
+    Mount,
+    children,
+    descriptors,
+    has_state,
+    is_keeper,
+    opened,
+    run,
+    wait_until,
+)
 from ttmfs.linux.mountinfo import mounted_at
 
 COMMAND = shlex.join(MOUNT_COMMAND)
@@ -54,9 +66,7 @@ def serving(path: Path) -> set[int]:
 def _serves(pid: int) -> bool:
     """Whether a process is a keeper, or has the state of a mount."""
     with contextlib.suppress(OSError):
-        if Path(f"/proc/{pid}/comm").read_text() == "ttmfs-keeper\n":
-            return True
-        return any(name.startswith("/memfd:ttmfs-state") for name in descriptors(pid))
+        return is_keeper(pid) or has_state(pid)
     return False
 
 

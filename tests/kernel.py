@@ -238,5 +238,5 @@ INVAL_INODE = struct.Struct("=Qqq")  # node, offset, length
 
 
 def invalidated(notified: list[tuple[int, bytes]], code: int) -> list[tuple[int, int]]:
-    """The inodes, and offsets, of which the kernel was told to forget something."""
+    """The inodes and offsets in the notifications of one kind. They tell the kernel what to forget."""
     return [INVAL_INODE.unpack(body)[:2] for found, body in notified if found == code]

@@ -20,14 +20,14 @@ from ttmfs import errors
 from ttmfs.fuse import texts
 from ttmfs.fuse.in_flight import InFlight
 from ttmfs.fuse.inodes import CONFIG, IMAGE, ROOT, SHMEM, STATS, handle_of, inode
-from ttmfs.fuse.kernel_cache import BLOCK_BITS, NOTIFY_INVAL_INODE, KernelCache
+from ttmfs.fuse.kernel_cache import BLOCK_BITS, KernelCache
 from ttmfs.fuse.metrics import Metrics
 from ttmfs.fuse.operations import Operations
 from ttmfs.fuse.page_cache import PageCache
 from ttmfs.fuse.page_requests import PageRequests
 from ttmfs.fuse.requests import Failures, Requests
 from ttmfs.fuse.tree import Tree
-from ttmfs.linux.fuse_protocol import ENTRY, FOPEN_DIRECT_IO
+from ttmfs.linux.fuse_protocol import ENTRY, FOPEN_DIRECT_IO, NOTIFY_INVAL_INODE
 from ttmfs.model.pool import Pool
 from ttmfs.options import Options
 from ttmfs.recovery.state import Record, State

@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,24 +16,25 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 OLD, NEW = b"o" * PAGE, b"n" * PAGE
 
 
-def by_sendfile(path: Path, offset: int) -> bytes:
+def through_pipe(transfer: Callable[[int], int]) -> bytes:
+    """The page that a system call moves into a pipe."""
     reads, writes = os.pipe()
-    with opened(path, os.O_RDONLY) as fd, open(reads, "rb") as pipe:
+    with open(reads, "rb") as pipe:
         try:
-            assert os.sendfile(writes, fd, offset, PAGE) == PAGE
+            assert transfer(writes) == PAGE
         finally:
             os.close(writes)
         return pipe.read()
+
+
+def by_sendfile(path: Path, offset: int) -> bytes:
+    with opened(path, os.O_RDONLY) as fd:
+        return through_pipe(partial(_sendfile, fd, offset))
 
 
 def by_splice(path: Path, offset: int) -> bytes:
-    reads, writes = os.pipe()
-    with opened(path, os.O_RDONLY) as fd, open(reads, "rb") as pipe:
-        try:
-            assert os.splice(fd, writes, PAGE, offset) == PAGE
-        finally:
-            os.close(writes)
-        return pipe.read()
+    with opened(path, os.O_RDONLY) as fd:
+        return through_pipe(lambda pipe: os.splice(fd, pipe, PAGE, offset))
 
 
 def by_private_mapping(path: Path, offset: int) -> bytes:
@@ -117,13 +119,11 @@ def test_c25_a_descriptor_that_stays_open_shows_each_change(backup: Path) -> Non
             data = bytes([number]) * PAGE
             os.pwrite(image if number % 2 else fd, data, 2 * PAGE * (number % 2))
             for source, offset in (fd, 0), (image, 2 * PAGE):
-                reads, writes = os.pipe()
-                with open(reads, "rb") as pipe:
-                    try:
-                        assert os.sendfile(writes, source, offset, PAGE) == PAGE
-                    finally:
-                        os.close(writes)
-                    assert pipe.read() == data
+                assert through_pipe(partial(_sendfile, source, offset)) == data
+
+
+def _sendfile(source: int, offset: int, pipe: int) -> int:
+    return os.sendfile(pipe, source, offset, PAGE)
 
 
 def test_c25_more_files_than_are_noted_show_each_change(backup: Path) -> None:
