@@ -1,5 +1,6 @@
 """How long a client waits when the daemon is killed: from SIGKILL to the answer of a read, and the keeper's memory."""
 
+import contextlib
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ from typing import Any
 from machine import available
 from plan import Plan
 from report import Target, spread, table
-from systems import System, Ttmfs, checkouts, knows_option, mounted
+from systems import InUnit, System, Ttmfs, Unavailable, checkouts, knows_option, mounted
 from workloads import store
 
 __all__ = ["report", "run", "targets"]
@@ -18,6 +19,7 @@ SPARE = 2 << 30  # bytes of memory that the benchmark leaves free
 MEMORY = ("Rss", "Pss", "Private_Dirty")
 STANDBY = ("standby=on", "standby=off")
 STANDBY_SECONDS = 60.0
+IN_UNIT = "in a unit"
 
 
 def run(plan: Plan, directory: Path) -> dict[str, Any]:
@@ -33,13 +35,15 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
 
 
 def _systems(size: int) -> list[Ttmfs]:
-    """Each ttmfs, with and without a standby if it has that option."""
+    """Each ttmfs, with and without a standby if it has that option, and in a unit of systemd if that runs."""
     found = []
     for system in checkouts(size):
-        if knows_option(system.checkout, "standby"):
-            found += [Ttmfs(f"{system.name} {option}", size, option, checkout=system.checkout) for option in STANDBY]
-        else:
-            found.append(system)
+        options = STANDBY if knows_option(system.checkout, "standby") else ("",)
+        for option in options:
+            name = f"{system.name} {option}".strip()
+            found.append(Ttmfs(name, size, *option.split(), checkout=system.checkout))
+            with contextlib.suppress(Unavailable):
+                found.append(InUnit(f"{name} {IN_UNIT}", size, *option.split(), checkout=system.checkout))
     return found
 
 
@@ -55,7 +59,7 @@ def _kill_in_turns(
         for _ in range(plan.kills):
             for system in systems:
                 time.sleep(plan.kill_pause_seconds)
-                if system.name.endswith("standby=on"):
+                if "standby=on" in system.name:
                     _wait_for_standby(system.keeper)
                 system.find_daemon()
                 begin = time.perf_counter_ns()
@@ -109,4 +113,6 @@ def report(found: dict[str, Any]) -> str:
     ]
     if (most := max(found["wanted_pages"])) not in map(int, cases):
         parts.append(f"NOT MEASURED: {most:,} pages: this machine has memory for {max(map(int, cases)):,} a mount.")
+    if not any(name.endswith(IN_UNIT) for name in names):
+        parts.append("NOT MEASURED: in a unit of systemd, which does not run here.")
     return "\n\n".join(parts)

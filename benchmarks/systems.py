@@ -36,6 +36,7 @@ __all__ = [
     "PASSTHROUGH",
     "TMPFS",
     "TTMFS",
+    "InUnit",
     "System",
     "Tmpfs",
     "Ttmfs",
@@ -218,6 +219,30 @@ class Ttmfs(_Daemon):
     def stored_pages(self) -> int:
         found = os.statvfs(self.path)
         return (found.f_blocks - found.f_bfree) * found.f_frsize // self.page_size
+
+
+class InUnit(Ttmfs):
+    """A ttmfs whose keeper is the main process of a unit of systemd, which stores the keeper's descriptors."""
+
+    SETTINGS = (
+        "Type=notify", "FileDescriptorStoreMax=16", "Environment=FDSTORE=16", "KillMode=process", "Restart=on-failure",
+        "RestartSec=100ms", "RestartForceExitStatus=SIGKILL",
+    )  # fmt: skip
+
+    def __init__(self, name: str, size: int, *options: str, checkout: Path = REPOSITORY) -> None:
+        if not Path("/run/systemd/system").is_dir():
+            raise Unavailable("systemd does not run here")
+        super().__init__(name, size, *options, checkout=checkout)
+        self._unit = f"ttmfs-bench-{os.getpid()}-{name.replace('=', '-').replace(' ', '-')}"
+        settings = [word for setting in self.SETTINGS for word in ("-p", setting)]
+        self.command = ["systemd-run", "--quiet", "--wait", "--unit", self._unit, *settings, *self.command]
+
+    @property
+    def keeper(self) -> int:
+        return int(json.loads((self.path / ".config").read_text())["keeper_pid"])
+
+    def ask_to_end(self) -> None:
+        subprocess.run(["systemctl", "stop", self._unit], check=False, stderr=subprocess.DEVNULL)
 
 
 class Tmpfs(System):

@@ -48,7 +48,7 @@ REQUEST, DONE = 4712, 16 << 20
 NOTED = {0: 0x123456789ABCDEF2, 7: 0xFEDCBA9876543210, NOTES - 2: 0x10}
 WORDS = 'Fatal Python error: Aborted\n\nCurrent thread 0x1 (most recent call first):\n  File "a.py", line 1 in f\n'
 
-FROZEN = {5: "cb43e8fb84c6f8550cde44a4bbca16ad8efe193aa6ff4f88d37c429c8ee7385c"}
+FROZEN = {5: "2c4996e69f89a31b16a8aa7c5b99f306140662412fb4e4e1585a937e4c9af5c7"}
 """The SHA-256 of what is handed over, by format: of every byte of a state with known content, and of `interface`."""
 
 FIXTURE = Path(__file__).with_name(f"state_format_{FORMAT}.hex")
@@ -87,9 +87,9 @@ def interface() -> str:
     agreed = {
         "sections": [RECORD, NOTES, 8, STEPPED, 16, CACHED, 8, BACKING, 8, ANSWER, LATEST, POINTS],
         "descriptors": [protocol.CONNECTION, protocol.STATE, STORE, NAMESPACE, DIRECTORY_RECORD],
-        "descriptors besides": [protocol.KEEPER, protocol.STARTS],
+        "descriptors besides": [protocol.KEEPER, protocol.GAVE_UP],
         "keeper's arguments": keeper_client._words(5, "syslog", ["python", "mount.py"])[4:],
-        "environment": [protocol.KEEPER_PID, protocol.HELD, *sorted(protocol.listen_fds(["a"]))],
+        "environment": [protocol.KEEPER_PID, protocol.HELD, protocol.PATIENCE, *sorted(protocol.listen_fds(["a"]))],
         "first descriptor": protocol.FIRST_DESCRIPTOR,
         "restart": [int(protocol.RESTART), protocol.LEFT],
     }

@@ -34,16 +34,16 @@ class Process:
     ready: Callable[[], None]
     """To be called once requests are answered."""
     start_keeper: Callable[[], Keeper]
-    """Starts a keeper in place of one of our own that died. Raises OSError."""
+    """Starts a keeper in place of one that died. Raises OSError."""
     become_keeper: Callable[[dict[str, int]], NoReturn]
     """Makes this process, which has no keeper, the keeper of descriptors. It starts the next daemon."""
     wants_standby: bool
-    """Whether a keeper of our own is to keep a standby."""
+    """Whether the keeper is to keep a standby."""
 
     @property
     def has_standby(self) -> bool:
-        """Whether the keeper keeps one: only our own does."""
-        return self.wants_standby and self.keeper is not None and self.keeper.pid is not None
+        """Whether the keeper keeps one."""
+        return self.wants_standby and self.keeper is not None
 
 
 def _priority_of(record: logging.LogRecord) -> int:
@@ -91,7 +91,8 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
 
     The process that called exits with 0 if and only if the mount answers; else with the status of the process that
     serves, which has said why on standard error. In the foreground it becomes the keeper, if that is one of our own. A
-    process that a keeper or a service manager started stays what it is.
+    process that a keeper started stays what it is. A service manager that stores descriptors has a keeper as the main
+    process of its unit, whatever the options say.
     """
     held = keeper_client.inherited()
     started_by = Keeper.found(held)
@@ -105,10 +106,12 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
     if held and not foreground:
         _log_to_syslog()
     if not started_by:
+        if held:
+            keeper_client.become_keeper(held, *about)
         try:
             if not foreground:
                 told = _detach(alone=not is_automounter(place))
-            if options.keeper:
+            if options.keeper or keeper_client.is_managed():
                 started_by, told = keeper_client.fork_daemon(*about, ready=told), -1
         except OSError as error:
             raise MountError(f"no process can be started: {error.strerror}; {FEW_PROCESSES}", ExitCode.SYSTEM) from None

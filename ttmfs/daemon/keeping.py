@@ -9,7 +9,7 @@ import trio
 
 from ..options import format_size
 from ..recovery.keeper_client import Keeper
-from ..recovery.keeper_protocol import CONNECTION, STARTS, STATE
+from ..recovery.keeper_protocol import CONNECTION, STATE
 from .background import Process
 from .start import Mount
 
@@ -24,7 +24,10 @@ RESEND_SINCE = (7, 40)
 FIRST_RETRY_SECONDS, RETRY_SECONDS = 0.05, 5.0
 
 REPORT_SECONDS = 5.0
-"""The interval of signs of life, and of a service manager's status."""
+"""The interval of signs of life and of what a service manager shows, at most."""
+
+LEAST_REPORTS = 6
+"""How many signs of life the daemon gives at least before the keeper's patience ends."""
 
 
 class Keeping:
@@ -50,8 +53,6 @@ class Keeping:
         """Give a keeper what the next daemon needs beyond what it holds. False if it does not answer."""
         new = {name: fd for name, fd in self.descriptors().items() if held.get(name) != fd}
         try:
-            if keeper.pid is None:
-                keeper.tell("FDSTOREREMOVE=1", f"FDNAME={STARTS}")  # the next failed start is the first one
             keeper.keep(new, "READY=1\nWATCHDOG=1" + "\nSTANDBY=1" * self._process.has_standby)
         except OSError as error:
             log.warning("the keeper does not hear: %s", error)
@@ -83,14 +84,14 @@ class Keeping:
                 self._process.keeper.tell(*lines)
 
     async def report(self) -> None:
-        """Send signs of life, from the loop that serves; and to a service manager what is stored."""
+        """Send signs of life, from the loop that serves, and what is stored, for a service manager to show."""
         said = ""
         while keeper := self._process.keeper:
-            status = "" if keeper.pid is not None else self._status()
+            status = self._status()
             with contextlib.suppress(OSError):  # it is restarted, or hangs itself: nothing may wait for it
                 keeper.tell("WATCHDOG=1", *[status] * (status != said), seconds=0)
                 said = status
-            await trio.sleep(min(REPORT_SECONDS, keeper.watchdog or REPORT_SECONDS))
+            await trio.sleep(min(REPORT_SECONDS, keeper.patience / LEAST_REPORTS))
 
     def _status(self) -> str:
         room = self._mount.pool.room()
@@ -98,9 +99,9 @@ class Keeping:
         return f"STATUS=backups: {room.backups}, stored: {stored} of {size}"
 
     async def replace_dead_keepers(self) -> None:
-        """Start another keeper when one of our own dies."""
+        """Start another keeper when one dies."""
         keeper, pause = self._process.keeper, 0.0
-        while keeper and keeper.death is not None:
+        while keeper:
             if keeper.death >= 0:
                 await trio.lowlevel.wait_readable(keeper.death)
             keeper.close()

@@ -31,6 +31,10 @@ holds already. It uses only the standard library, and touches no page. Its state
 - A daemon that gives no more signs of life is killed, too.
 - A standby waits for the daemon's death, if the daemon asks for one: it has imported everything, and becomes the next
   daemon. It is ended where another version may be wanted: by a restart on purpose, and before a new mount.
+- A service manager that stores descriptors (ttmfs.recovery.service_manager), if one started the keeper, gets them too,
+  and the keeper's own signs of life. Daemon and standby then die with the keeper, and the manager starts another.
+- A start job of the manager's during which the keeper gives up is to fail, as its user then knows: the keeper ends, and
+  the next one, told by a descriptor, holds the pages.
 """
 
 import contextlib
@@ -47,17 +51,23 @@ from collections.abc import Callable
 if __package__:
     from . import keeper_protocol as protocol
     from .keeper_standby import LONGEST_PAUSE, Standby
+    from .service_manager import HELD_BY_NEXT, NOT_AGAIN, ServiceManager
 else:  # run by its path
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import keeper_protocol as protocol  # type: ignore[import-not-found,no-redef]
     from keeper_standby import LONGEST_PAUSE, Standby  # type: ignore[import-not-found,no-redef]
+    from service_manager import HELD_BY_NEXT, NOT_AGAIN, ServiceManager  # type: ignore[import-not-found,no-redef]
 
 LONGEST_MESSAGE, MOST_MESSAGES = 4096, 1024
 RETRY_SECONDS = 0.2
 
 LOOK_SECONDS, MOST_SILENT = 5.0, 6
-"""The interval of looks for a sign of life, and after how many looks without one the daemon is killed: 30 s, as in the
-units. Looks are counted, not seconds: while the machine stands still the keeper does not look either."""
+"""The interval of looks for a sign of life, and after how many looks without one the daemon is killed: 30 s, or as long
+as a service manager waits for the keeper's. Looks are counted, not seconds: while the machine stands still the
+keeper does not look either."""
+
+UNMOUNT_SECONDS = 10.0
+WARNING, CRITICAL = 4, 2  # of syslog(3)
 
 
 class State(enum.Enum):
@@ -82,23 +92,30 @@ class Exit(enum.IntEnum):
 class Program:
     """The keeper of one mount. Times are of time.monotonic()."""
 
-    def __init__(self, held: "dict[str, int]", daemon: int, log: str, command: "list[str]") -> None:
+    def __init__(
+        self, held: "dict[str, int]", daemon: int, log: str, command: "list[str]", manager: ServiceManager
+    ) -> None:
         for fd in held.values():
             os.set_inheritable(fd, False)
         self.channel = socket.socket(fileno=held.pop("channel"))
         self.channel.setblocking(False)
         self.daemons_end, self.ready = held.pop(protocol.KEEPER), held.pop("ready", -1)
         self.held, self.log, self.command, self.mountpoint = held, log, command, command[-1]
+        self.manager, self.look_seconds = manager, (manager.watchdog or LOOK_SECONDS * MOST_SILENT) / MOST_SILENT
         self.timers: dict[Callable[[], None], float] = {}  # what is to be done, and when
         self.pid, self.pidfd = daemon, os.pidfd_open(daemon) if daemon else -1  # of the daemon, if there is one
         self.state = State.STARTING
         self.end_requested = False
-        self.has_served, self.interrupted = not daemon, False  # interrupted: asked to end before a daemon ever served
+        self.has_served = protocol.STATE in held
+        self.interrupted = False  # asked to end before a daemon ever served
         self.failed_starts = self.silent_looks = 0
         self.standby, self.wants_standby = Standby(command), False
         self.exit_status: int | None = None
-        if not daemon:
+        if protocol.GAVE_UP in held:
+            self.give_up("no daemon could start")
+        elif not daemon:
             self.wait_for_start(0.0)
+        self.give_sign_of_life()
 
     def run(self) -> int:
         """Keep until there is nothing to keep. The exit status."""
@@ -130,6 +147,8 @@ class Program:
                 if due <= time.monotonic() and self.timers.pop(action, None) is not None:
                     action()
         self.standby.end_now()
+        if self.state is State.GAVE_UP and self.exit_status != HELD_BY_NEXT:
+            self.unmount()
         return self.exit_status
 
     # --- signals ---
@@ -153,7 +172,9 @@ class Program:
         self.end_requested = True
         self.interrupted |= not self.has_served
         if self.state is State.GAVE_UP:
-            self.exit_status = Exit.FAILED
+            self.exit_status = Exit.OK if self.manager else Exit.FAILED
+        elif not self.pid and not self.held:
+            self.exit_status = Exit.INTERRUPTED
         elif self.state in (State.SERVING, State.STOPPING) or not self.held:
             self.signal_daemon(number)
 
@@ -164,14 +185,25 @@ class Program:
 
     def look_for_sign_of_life(self) -> None:
         """Kill the daemon if it has been silent for too many looks."""
-        self.timers[self.look_for_sign_of_life] = time.monotonic() + LOOK_SECONDS
+        self.timers[self.look_for_sign_of_life] = time.monotonic() + self.look_seconds
         self.silent_looks += 1
         self.handle_messages()
         if self.silent_looks > MOST_SILENT and self.look_for_sign_of_life in self.timers:
             self.silent_looks = 0
-            why = f"has given no sign of life for {LOOK_SECONDS * MOST_SILENT:g} s"
+            why = f"has given no sign of life for {self.look_seconds * MOST_SILENT:g} s"
             self.say(f"the daemon {self.pid} of {self.mountpoint} {why}: killing it")
             self.signal_daemon(signal.SIGKILL)
+
+    def give_sign_of_life(self) -> None:
+        """Tell the service manager that the keeper lives. Whether the daemon does is the keeper's to watch."""
+        if self.manager.watchdog:
+            self.timers[self.give_sign_of_life] = time.monotonic() + self.look_seconds
+            self.manager.tell("WATCHDOG=1")
+
+    def stop_timers(self) -> None:
+        """Stop all that waits for its time, except signs of life."""
+        self.timers.clear()
+        self.give_sign_of_life()
 
     # --- messages ---
 
@@ -208,12 +240,14 @@ class Program:
         if "FDSTORE=1" in lines and descriptors and len(self.held) < protocol.MOST_DESCRIPTORS:
             self.drop(name)
             self.held[name] = descriptors.pop()
+            self.manager.hold(name, self.held[name])
+        self.manager.tell(*(line for line in lines if line.startswith(("READY=", "STOPPING=", "STATUS="))))
         if "STOPPING=1" in lines:  # from now on it may take its time
             self.state = State.STOPPING
-            self.timers.clear()
+            self.stop_timers()
             self.standby.end()
         if "WATCHDOG=1" in lines and self.state in (State.STARTING, State.SERVING):
-            self.timers.setdefault(self.look_for_sign_of_life, time.monotonic() + LOOK_SECONDS)
+            self.timers.setdefault(self.look_for_sign_of_life, time.monotonic() + self.look_seconds)
             self.silent_looks = 0
         if "READY=1" in lines and self.state in (State.STARTING, State.SERVING):
             self.wants_standby = "STANDBY=1" in lines
@@ -222,11 +256,13 @@ class Program:
             for fd in descriptors:
                 with contextlib.suppress(OSError):  # the daemon no longer waits
                     os.write(fd, b"\1")
+                self.manager.tell("BARRIER=1", descriptors=(fd,))
 
     def drop(self, name: str) -> None:
-        """Close what is held by a name."""
+        """Close what is held by a name, here and in the service manager."""
         if name in self.held:
             os.close(self.held.pop(name))
+            self.manager.drop(name)
 
     # --- transitions ---
 
@@ -357,26 +393,49 @@ class Program:
             self.signal_daemon(signal.SIGKILL)  # it has the connection too
         self.drop(protocol.CONNECTION)
         self.standby.end()
-        self.timers.clear()
+        self.stop_timers()
         self.state, me = State.GAVE_UP, os.getpid()
         if self.end_requested:
             self.exit_status = Exit.FAILED
+        if self.manager and not self.manager.is_ready and protocol.GAVE_UP not in self.held:
+            self.exit_status = HELD_BY_NEXT
+            self.manager.hold(protocol.GAVE_UP, os.eventfd(0))
+            return
+        self.drop(protocol.GAVE_UP)
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         rescue = os.path.join(package, "cli", "rescue.py")  # it works when the rest of the package does not
-        self.say(
+        again, end = f"kill -USR1 {me}", f"kill {me}"
+        if self.manager:
+            again, end = "restart this unit", "stop it"
+        text = (
             f"gave up: {why}. {self.mountpoint} is dead, but its pages are safe as long as this process, {me}, lives. "
             f"To get them out: ttmfs rescue {me} DIRECTORY (or python3 {rescue} {me} DIRECTORY). "
-            f"To try again: kill -USR1 {me}. To let them go: kill {me}"
+            f"To try again: {again}. To let them go: {end}"
         )
+        self.say(text, CRITICAL)
+        self.manager.tell("READY=1", f"STATUS={text}")
 
-    def say(self, text: str) -> None:
+    def unmount(self) -> None:
+        """Unmount the mount that is dead since the keeper gave up."""
+        import errno  # both only here, since the keeper is to stay small
+        import subprocess
+
+        try:
+            os.statvfs(self.mountpoint)
+        except OSError as error:
+            if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                    words = ["fusermount3", "-u", "-z", "--", self.mountpoint]
+                    subprocess.run(words, check=False, timeout=UNMOUNT_SECONDS)
+
+    def say(self, text: str, priority: int = WARNING) -> None:
         """Log one line."""
         if self.log == "syslog":
-            protocol.send_to_syslog(28, "ttmfs-keeper", text)  # LOG_DAEMON, LOG_WARNING
+            protocol.send_to_syslog(3 << 3 | priority, "ttmfs-keeper", text)  # LOG_DAEMON
             return
         with contextlib.suppress(OSError):
-            priority = "<4>" if self.log == "journal" else ""
-            os.write(2, f"{priority}ttmfs-keeper: {text}\n".encode(errors="replace"))
+            shown = f"<{priority}>" if self.log == "journal" else ""
+            os.write(2, f"{shown}ttmfs-keeper: {text}\n".encode(errors="replace"))
 
 
 def _how(code: "int | None") -> str:
@@ -394,7 +453,12 @@ def main(daemon: str, log: str, *command: str) -> int:
         name.write("ttmfs-keeper")
     os.chdir("/")
     words = (word.partition("=") for word in os.environ.pop(protocol.HELD).split())
-    return Program({name: int(fd) for name, _, fd in words}, int(daemon), log, list(command)).run()
+    held = {name: int(fd) for name, _, fd in words}
+    manager = ServiceManager.found(os.environ)
+    if manager:
+        os.environ[protocol.PATIENCE] = str(manager.watchdog or LOOK_SECONDS * MOST_SILENT)
+    status = Program(held, int(daemon), log, list(command), manager).run()
+    return NOT_AGAIN if manager and status not in (Exit.OK, HELD_BY_NEXT) else status
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The daemon's side of the keeper: what it was started with, what it tells its keeper, and how keepers are started.
 
 A keeper holds the kernel's connection, the store's directory and the mount's state. Meanwhile the daemon can be killed
-at any instant: clients wait, the keeper starts another daemon, and that one takes over. The keeper is a service manager
-that stores descriptors, or the program ``keeper.py`` beside this file. Both speak the protocol of
-:mod:`ttmfs.recovery.keeper_protocol`. A service manager says by ``FDSTORE`` in the environment that it stores
-descriptors, as systemd does from version 254 on.
+at any instant: clients wait, the keeper starts another daemon, and that one takes over. The keeper is the program
+``keeper.py`` beside this file; :mod:`ttmfs.recovery.keeper_protocol` is what both speak. A service manager that stores
+descriptors starts the keeper as its unit's main process; then the daemon dies with its keeper.
 """
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -15,9 +15,10 @@ import socket
 import sys
 from typing import NoReturn
 
-from .keeper_protocol import ENDING, FIRST_DESCRIPTOR, HELD, KEEPER, KEEPER_PID, RESTART
+from .keeper_protocol import ENDING, FIRST_DESCRIPTOR, HELD, KEEPER, KEEPER_PID, PATIENCE, RESTART
+from .service_manager import ServiceManager
 
-__all__ = ["Keeper", "become_keeper", "fork_daemon", "inherited", "start_keeper"]
+__all__ = ["Keeper", "become_keeper", "fork_daemon", "inherited", "is_managed", "start_keeper"]
 
 PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "keeper.py")
 BARRIER_SECONDS = 5.0
@@ -35,38 +36,33 @@ def inherited() -> "dict[str, int]":
 
 
 class Keeper:
-    """The keeper of this process: a service manager, by its address, or one of our own, by a channel and its `pid`."""
+    """The keeper of this process.
 
-    def __init__(self, address: str, pid: "int | None", watchdog: float = 0.0, channel: int = -1) -> None:
-        self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._channel = channel
-        self.pid = pid
-        self.watchdog = watchdog  # seconds between two signs of life that are expected; 0: none are
-        self._pidfd = -1
-        if pid is not None:
-            try:
-                self._pidfd = os.pidfd_open(pid)
-            except ProcessLookupError:
-                self.pid = 0  # it is dead already
+    `pid` is 0 if it was dead already. `patience` is how many seconds it waits for a sign of life.
+    """
+
+    def __init__(self, pid: int, channel: int, patience: float = math.inf) -> None:
+        self._channel, self.patience = channel, patience
+        self.pid, self._pidfd = pid, -1
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self.pid = 0
 
     @classmethod
     def found(cls, held: "dict[str, int]") -> "Keeper | None":
         """The keeper that started this process, if there is one. Takes its channel out of what it passed."""
-        address, stores, pid = (os.environ.pop(name, "") for name in ("NOTIFY_SOCKET", "FDSTORE", KEEPER_PID))
-        patience, watched = (os.environ.pop(name, "") for name in ("WATCHDOG_USEC", "WATCHDOG_PID"))
-        if KEEPER in held:
-            return cls("", int(pid), channel=held.pop(KEEPER))
-        if not address or not stores.isdigit() or stores == "0":
+        pid, patience = (os.environ.pop(name, "") for name in (KEEPER_PID, PATIENCE))
+        if KEEPER not in held:
             return None
-        if os.environ.get("SYSTEMD_EXEC_PID", str(os.getpid())) != str(os.getpid()):
-            return None  # the manager started another process, whose environment this one has
-        expected = int(patience) / 2e6 if patience.isdigit() and watched in ("", str(os.getpid())) else 0.0
-        return cls(address, None, expected)
+        if patience:
+            _die_with(int(pid))
+        return cls(int(pid), held.pop(KEEPER), float(patience or "inf"))
 
     @property
-    def death(self) -> "int | None":
-        """A descriptor that becomes readable when the keeper dies; -1 if it is dead; None for a service manager."""
-        return None if self.pid is None else self._pidfd
+    def death(self) -> int:
+        """A descriptor that becomes readable when the keeper dies; -1 if it is dead."""
+        return self._pidfd
 
     def close(self) -> None:
         """Close the descriptors, and reap the keeper if it was a child of this process."""
@@ -80,14 +76,8 @@ class Keeper:
 
     def tell(self, *lines: str, descriptors: "tuple[int, ...]" = (), seconds: float = BARRIER_SECONDS) -> None:
         """Send a message, within some seconds. Raises OSError if the keeper does not take it."""
-        if self._channel >= 0:
-            sender = socket.socket(fileno=os.dup(self._channel))
-        else:
-            sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        with sender as channel:
+        with socket.socket(fileno=os.dup(self._channel)) as channel:
             channel.settimeout(seconds)
-            if self._channel < 0:
-                channel.connect(self._address)
             if descriptors:
                 socket.send_fds(channel, ["\n".join(lines).encode()], list(descriptors))
             else:
@@ -105,14 +95,25 @@ class Keeper:
                 self.tell("BARRIER=1", descriptors=(barrier,))
             finally:
                 os.close(barrier)
-            poll = select.poll()  # select(2) knows no descriptor above 1023
-            poll.register(handled, select.POLLIN)
-            if not poll.poll(BARRIER_SECONDS * 1000):
-                raise TimeoutError("the keeper does not answer")
-            if self.pid is not None and not os.read(handled, 1):
+            if not _read_in_time(handled):
                 raise ConnectionRefusedError("the keeper died")
+            _read_in_time(handled)  # its service manager has handled all of it, too
         finally:
             os.close(handled)
+
+
+def _read_in_time(pipe: int) -> bytes:
+    """A byte, or none at the end of the pipe. Raises TimeoutError."""
+    poll = select.poll()  # select(2) knows no descriptor above 1023
+    poll.register(pipe, select.POLLIN)
+    if not poll.poll(BARRIER_SECONDS * 1000):
+        raise TimeoutError("the keeper does not answer")
+    return os.read(pipe, 1)
+
+
+def is_managed() -> bool:
+    """Whether this process is the main process of a unit whose manager stores descriptors."""
+    return bool(ServiceManager.found(os.environ))
 
 
 def fork_daemon(log: str, command: "list[str]", ready: int) -> Keeper:
@@ -121,6 +122,7 @@ def fork_daemon(log: str, command: "list[str]", ready: int) -> Keeper:
     The keeper writes a byte to `ready` (-1: none) when the daemon serves. Raises OSError if no process can be started.
     """
     (channel, daemons_end), keeper, signals = _channel(), os.getpid(), {*ENDING, RESTART}
+    manager = ServiceManager.found(os.environ)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until the keeper handles them
     try:
         daemon = os.fork()
@@ -135,11 +137,13 @@ def fork_daemon(log: str, command: "list[str]", ready: int) -> Keeper:
     os.close(channel)
     if ready >= 0:
         os.close(ready)
-    return Keeper("", keeper, channel=daemons_end)
+    if manager:
+        _die_with(keeper)
+    return Keeper(keeper, daemons_end, manager.watchdog or math.inf)
 
 
 def become_keeper(held: "dict[str, int]", log: str, command: "list[str]") -> NoReturn:
-    """Become the keeper of what this process held as a daemon without a keeper. It starts the next daemon."""
+    """Become the keeper of descriptors that this process has. It starts the next daemon."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, RESTART})  # until the keeper handles them
     channel, daemons_end = _channel()
     _execute_keeper({**held, "channel": channel, KEEPER: daemons_end}, 0, log, command)
@@ -151,10 +155,17 @@ def start_keeper(log: str, command: "list[str]") -> Keeper:
     try:
         pid = os.posix_spawn(sys.executable, _words(os.getpid(), log, command), os.environ | _passed(held))
         os.set_inheritable(held[KEEPER], False)
-        return Keeper("", pid, channel=held.pop(KEEPER))
+        return Keeper(pid, held.pop(KEEPER))
     finally:
         for fd in held.values():
             os.close(fd)
+
+
+def _die_with(keeper: int) -> None:
+    """Have this daemon die with its keeper, for whose unit a service manager then starts another."""
+    from ..linux import system_calls  # only here, since ttmfs-service is to import little
+
+    system_calls.die_with(keeper)
 
 
 def _channel() -> "tuple[int, int]":

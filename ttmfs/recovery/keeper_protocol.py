@@ -1,12 +1,12 @@
-"""What a keeper, its daemons and the service program agree on: names, numbers, and how descriptors are passed.
+"""What a keeper and its daemons agree on: names, numbers, and how descriptors are passed.
 
-The protocol is sd_notify(3)'s. A daemon sends datagrams of lines:
+The protocol is sd_notify(3)'s with a few words more. A daemon sends datagrams of lines:
 
 - ``FDSTORE=1`` and ``FDNAME=`` with a descriptor: hold this. ``FDSTOREREMOVE=1`` and ``FDNAME=``: close it.
 - ``READY=1``: it serves. ``WATCHDOG=1``: it still serves. ``STOPPING=1``: it ends on purpose.
-- ``STANDBY=1``, with ``READY=1``: keep a standby for it. Only our own keeper does.
-- ``BARRIER=1`` with a pipe: close it once all messages before were handled. Our own keeper writes a byte to it first,
-  since a keeper that dies closes it as well.
+- ``STANDBY=1``, with ``READY=1``: keep a standby for it. ``STATUS=``: what a service manager is to show.
+- ``BARRIER=1`` with a pipe: write a byte to it and close it once all messages before were handled, by the keeper and by
+  its service manager if it has one. A keeper that dies closes it without the byte.
 
 A process that is started with descriptors finds them from 3 on (``LISTEN_PID``, ``LISTEN_FDS``, ``LISTEN_FDNAMES``).
 
@@ -24,8 +24,8 @@ CONNECTION, STATE, STORE = "fuse", "state", "store"
 KEEPER = "keeper"
 """The daemon's end of the socket pair to its keeper, among the descriptors that a daemon is started with."""
 
-STARTS = "failed-starts"
-"""An eventfd in a service manager's store: how many starts failed in a row. Only ttmfs.daemon.service uses it."""
+GAVE_UP = "gave-up"
+"""An eventfd in a service manager's store: the keeper before gave up while the manager waited for it to be ready."""
 
 RESTART = signal.SIGUSR1
 """The signal that makes a keeper replace its daemon, or try again after giving up."""
@@ -44,6 +44,10 @@ MOST_DESCRIPTORS = 16
 KEEPER_PID, HELD, STANDBY = "TTMFS_KEEPER_PID", "TTMFS_HELD", "TTMFS_STANDBY"
 """Environment variables: for a daemon, its keeper's process id; for a keeper, its descriptors as NAME=FD words; for a
 standby, the descriptor of its channel and the nice value that it has as a daemon."""
+
+PATIENCE = "TTMFS_PATIENCE"
+"""An environment variable of daemons whose keeper has a service manager, and that are to die with the keeper: after how
+many seconds without a sign of life the keeper kills them."""
 
 SYSLOG = "/dev/log"
 

@@ -327,9 +327,8 @@ def _alive(what: str, mount: Mounted, keeper: Keeper | None, found: dict[str, An
     if keeper and keeper.is_stopped:
         bad = f"answers, but its keeper {keeper.pid} is stopped, and would not replace a daemon that dies"
         return Check(what, WARNING, bad, f"kill -CONT {keeper.pid}")
-    native = "programs get descriptors" if found.get("descriptors") else "programs use .image"
     serves = "compiled" if found.get("loop") == "compiled" else "Python"
-    return Check(what, OK, f"answers; daemon {found.get('daemon_pid')} ({serves}), keeper {kept_by}; {native}")
+    return Check(what, OK, f"answers; daemon {found.get('daemon_pid')} ({serves}), keeper {kept_by}")
 
 
 COMMANDS = (
