@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
 from typing import NoReturn
@@ -18,10 +19,11 @@ try:
 except (ImportError, MemoryError, SystemError) as error:
     # The dynamic linker reports a lack of memory as an ImportError, in several wordings, and Python as a SystemError.
     if isinstance(error, ImportError) and not {"map", "memory"} & set(re.split(r"\W+", str(error))):
-        message = f"{error}. Run make once, then .venv/bin/python mount.py; or pip install . elsewhere"
+        sys.stderr.write(
+            f"mount.py: {error}. Run make once, then .venv/bin/python mount.py; or pip install . elsewhere\n"
+        )
     else:
-        message = "there is too little memory to start; ulimit -v and ulimit -d may limit it"
-    sys.stderr.write(f"mount.py: {message}\n")
+        os.write(2, b"mount.py: there is too little memory to start; ulimit -v and ulimit -d may limit it\n")
     sys.exit(2)
 except KeyboardInterrupt:
     sys.exit(8)

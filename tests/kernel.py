@@ -9,6 +9,7 @@ import trio
 
 from ttmfs.linux import fuse_protocol as fuse
 from ttmfs.linux.fuse_protocol import Request
+from ttmfs.linux.splice import Splice
 
 numbers = itertools.count(2, 2)
 """The kernel's numbers of requests are even."""
@@ -99,10 +100,12 @@ class Kernel:
 
     def __init__(self) -> None:
         self._pipe, self.connection = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.splice = Splice(self.connection)
         self.requests: Any = None
         self.notified: list[tuple[int, bytes]] = []
 
     def close(self) -> None:
+        self.splice.close()
         os.close(self._pipe)
         os.close(self.connection)
 

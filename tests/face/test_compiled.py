@@ -29,6 +29,7 @@ from ttmfs.fuse.requests import Failures, Requests
 from ttmfs.fuse.tree import Tree
 from ttmfs.linux import fuse_protocol as fuse
 from ttmfs.linux.fuse_protocol import LARGEST_REQUEST, RESENT, Request
+from ttmfs.linux.splice import Splice
 from ttmfs.model.pool import Pool
 from ttmfs.options import Options
 from ttmfs.recovery.state import LATEST, Record, State
@@ -60,7 +61,8 @@ class Form:
         self.shared = self.tree.shared
         self.handlers = PageRequests(self.tree, PageCache(fd, self.state.cached))
         failures = Failures(self.metrics, self.shared.refusals)
-        self.requests = Requests(fd, self.handlers, InFlight(self.state), self.metrics, failures, None)
+        self.splice = Splice(fd)
+        self.requests = Requests(self.splice, self.handlers, InFlight(self.state), self.metrics, failures, None)
         self.buffer = memoryview(bytearray(LARGEST_REQUEST))
         self.compiled = None
         if form == COMPILED:
@@ -78,6 +80,7 @@ class Form:
     def close(self) -> None:
         if self.compiled:
             self.compiled.close()
+        self.splice.close()
         self.kernel.close()
         self.connection.close()
         self.state.close()

@@ -58,9 +58,7 @@ class Face(Kernel):
         failures = Failures(self.metrics, self.tree.shared.refusals)
         self.operations = Operations(self.tree, self.metrics, failures)
         self.handlers = PageRequests(self.tree, PageCache(self.connection, self.state.cached))
-        self.requests = Requests(
-            self.connection, self.handlers, InFlight(self.state), self.metrics, failures, None
-        )  # fmt: skip
+        self.requests = Requests(self.splice, self.handlers, InFlight(self.state), self.metrics, failures, None)
 
     async def stats(self) -> bytes:
         return await self.metrics.text(self.operations.pool)

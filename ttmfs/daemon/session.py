@@ -40,6 +40,7 @@ from ..fuse.tree import Tree
 from ..linux import system_calls
 from ..linux.fuse_protocol import NOTIFY_RESEND
 from ..linux.memory import available
+from ..linux.splice import Splice
 from ..options import ExitCode, Options
 from ..recovery.keeper_protocol import ENDING, STATE
 from ..stores.blocking_io import SHARE
@@ -164,7 +165,8 @@ class _Session:
         in_flight, failures = InFlight(state), Failures(metrics, tree.shared.refusals, debug=options.debug)
         locks = None if pool.in_memory else pool.blocking_io.file_locks
         handlers = PageRequests(tree, PageCache(connection, state.cached))
-        requests = Requests(connection, handlers, in_flight, metrics, failures, locks)
+        self._splice = Splice(connection)
+        requests = Requests(self._splice, handlers, in_flight, metrics, failures, locks)
         self._others = ThroughPyfuse3(connection, in_flight, init, taken_over=taken_over, passthrough=passthrough)
         self._others.begin(Operations(tree, metrics, failures))
         busy_poll, compiled = BusyPoll(options.busy_poll * 1000, metrics.busy_poll), None
@@ -201,6 +203,7 @@ class _Session:
             for number in ENDING:
                 signal.signal(number, signal.SIG_IGN)  # else the end of the interpreter restores the defaults
             self._others.close()
+            self._splice.close()
 
     async def _main(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -11,6 +11,7 @@ import os
 import stat
 
 from ..errors import AccessDenied, NoData, NotPermitted, NotSupported, OutOfBounds, PageDropped
+from ..linux.splice import LEAST_BYTES, FileRange
 from ..linux.system_calls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from ..stores import page_ranges
 from ..stores.page_file import STEP, finished
@@ -212,9 +213,11 @@ class Image(_BackupFile):
         self._check_access(OPENED_FOR[flags & os.O_ACCMODE], caller)
         return ino if flags & os.O_ACCMODE else self.marked_if_reader(ino, caller)
 
-    def read(self, fh: int, offset: int, size: int) -> Answer[bytes]:
+    def read(self, fh: int, offset: int, size: int) -> Answer[bytes] | FileRange:
         if self.backup.is_out(offset, size):
             return self._read_later(fh, offset, size)
+        if size >= LEAST_BYTES and self._in_memory:
+            return self.backup.part(offset, size)
         return self.backup.read(offset, size)
 
     def _place(self, fh: int, offset: int, data: Data, flags: int) -> tuple[int, Data]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from ..errors import AccessDenied, InvalidArgument, NameTooLong, NotPermitted, NotSupported, ReadOnlyEntry
+from ..linux.splice import FileRange
 from ..model.pool import NAME_MAX, Pool
 from ..recovery.progress import Progress
 from .backing_files import BackingFiles
@@ -155,7 +156,7 @@ class Node:
         """The number of the backing file that the kernel is to read and write; 0: it asks the daemon."""
         return 0
 
-    def read(self, fh: int, offset: int, size: int) -> Answer[bytes]:
+    def read(self, fh: int, offset: int, size: int) -> Answer[bytes] | FileRange:
         """pread(2)."""
         raise NotPermitted("only files can be read")
 

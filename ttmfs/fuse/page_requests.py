@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 from ..errors import NotPermitted, XattrBufferTooSmall
 from ..linux import fuse_protocol as fuse
 from ..linux.fuse_protocol import Request
+from ..linux.splice import FileRange
 from ..stores.page_file import finished
 from . import replies
 from .directories import Created
@@ -30,7 +31,7 @@ HEADER = fuse.HEADER.size
 WRITE_DATA = HEADER + fuse.WRITE_IN.size
 CREATE_NAME = HEADER + fuse.CREATE_IN.size
 
-Handler: TypeAlias = Callable[[Request, memoryview], Answer[bytes]]
+Handler: TypeAlias = Callable[[Request, memoryview], Answer[bytes] | FileRange]
 
 
 class Kind(NamedTuple):
@@ -190,7 +191,7 @@ class PageRequests:
     async def _opened_later(self, fh: Coroutine[Any, Any, int]) -> bytes:
         return replies.opened(await fh)
 
-    def read(self, request: Request, message: memoryview) -> Answer[bytes]:
+    def read(self, request: Request, message: memoryview) -> Answer[bytes] | FileRange:
         fh, offset, size, flags, *_ = fuse.READ_IN.unpack_from(message, HEADER)
         if flags & fuse.READ_LOCKOWNER or request.node < FIRST_BACKUP:
             return self.tree.file(fh).read(fh, offset, size)
@@ -199,9 +200,9 @@ class PageRequests:
     async def _read_cached(self, ino: int, fh: int, offset: int, size: int) -> bytes:
         """Read for the kernel's page cache."""
         while True:
-            data = await finished(self.tree.file(fh).read(fh, offset, size))
+            data: bytes | FileRange = await finished(self.tree.file(fh).read(fh, offset, size))
             if self.page_cache.note(ino):  # nothing is awaited from the copy until the answer is sent
-                return data
+                return data if isinstance(data, bytes) else data.read()
             await self.page_cache.make_room()
 
     def write(self, request: Request, message: memoryview) -> Answer[bytes]:

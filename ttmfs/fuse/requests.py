@@ -17,6 +17,7 @@ import trio
 
 from ..errors import StoreFailed, TtmfsError, errno_of
 from ..linux.fuse_protocol import ANSWER, HEADER, OFFSET, RESENT, Request
+from ..linux.splice import FileRange, Splice
 from ..stores.blocking_io import FileLocks
 from .in_flight import InFlight
 from .inodes import backup_of
@@ -86,10 +87,10 @@ class Requests:
     """
 
     def __init__(
-        self, connection: int, handlers: PageRequests, in_flight: InFlight, metrics: Metrics, failures: Failures,
+        self, splice: Splice, handlers: PageRequests, in_flight: InFlight, metrics: Metrics, failures: Failures,
         locks: FileLocks | None,
     ) -> None:  # fmt: skip
-        self._connection = connection
+        self._connection, self._splice = splice.connection, splice
         self._page_cache = handlers.page_cache
         self.kinds = handlers.kinds
         self.in_flight = in_flight
@@ -110,15 +111,20 @@ class Requests:
                 answer: Any = self._locked(kind, request, bytes(message))
             else:
                 answer = kind.handler(request, message)
-            if type(answer) is not bytes:
+            if type(answer) is FileRange:
+                if not self._splice.send(self._header(request, answer.size), answer):
+                    self._send(request, 0, answer.read())
+            elif type(answer) is not bytes:
                 spawn(self._finish, kind, request, answer, start, in_flight.wait())
                 return
-            if kind.changes:
+            elif kind.changes:
                 if self._page_cache and backup_of(request.node) in self._page_cache:
                     spawn(self._finish, kind, request, _known(answer), start, in_flight.wait())
                     return
                 in_flight.note_answer(number, answer)
-            self._send(request, 0, answer)
+                self._send(request, 0, answer)
+            else:
+                self._send(request, 0, answer)
         except Exception as error:
             self._send_error(kind, request, error)
         in_flight.end()
@@ -142,6 +148,8 @@ class Requests:
         assert self._locks is not None
         async with self._locks.locked(backup_of(request.node)):
             answer = kind.handler(request, memoryview(message))
+        if isinstance(answer, FileRange):
+            return answer.read()
         return answer if isinstance(answer, bytes) else await answer
 
     async def _finish(
@@ -183,7 +191,10 @@ class Requests:
 
     def _send(self, request: Request, number: int, body: bytes = b"") -> None:
         """Answer a request with an errno, or with 0 and a body."""
-        send(self._connection, ANSWER.pack(ANSWER.size + len(body), -number, request.unique), body)
+        send(self._connection, self._header(request, len(body), number), body)
+
+    def _header(self, request: Request, size: int, number: int = 0) -> bytes:
+        return ANSWER.pack(ANSWER.size + size, -number, request.unique)
 
     def _count(self, kind: Kind, start: int) -> None:
         self._metrics.count(kind.name, time.perf_counter_ns() - start)

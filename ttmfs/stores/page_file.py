@@ -24,6 +24,7 @@ import trio
 
 from ..errors import InvalidArgument, OutOfBounds, from_os_error, translated
 from ..linux import system_calls
+from ..linux.splice import FileRange
 from ..options import BASE_PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -226,6 +227,13 @@ class PageFile(ABC):
         """Return `size` bytes from `offset` on, or fewer at the end of the backup. Absent pages read as zeros."""
         try:
             return os.pread(self._files.descriptor(self.id), size, offset)
+        except OSError as error:
+            raise from_os_error(error, "reading pages") from error
+
+    def part(self, offset: int, size: int) -> FileRange:
+        """The bytes that :meth:`read` would return, unread."""
+        try:
+            return FileRange(self._files.descriptor(self.id), offset, max(0, min(size, self.size - offset)))
         except OSError as error:
             raise from_os_error(error, "reading pages") from error
 
