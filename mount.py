@@ -19,10 +19,8 @@ try:
 except (ImportError, MemoryError, SystemError) as error:
     # The dynamic linker reports a lack of memory as an ImportError, in several wordings, and Python as a SystemError.
     if isinstance(error, ImportError) and not {"map", "memory"} & set(re.split(r"\W+", str(error))):
-        sys.stderr.write(
-            f"mount.py: {error}. Run make once, then .venv/bin/python mount.py; or pip install . elsewhere\n"
-        )
-    else:
+        sys.stderr.write(f"mount.py: {error}. Run make once, then .venv/bin/python mount.py\n")
+    else:  # there may be no memory to format a text
         os.write(2, b"mount.py: there is too little memory to start; ulimit -v and ulimit -d may limit it\n")
     sys.exit(2)
 except KeyboardInterrupt:

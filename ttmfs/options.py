@@ -16,6 +16,9 @@ from functools import partial
 from itertools import permutations
 from typing import Any, NamedTuple, Self
 
+FSYNC, WRITE = DURABLE = ("fsync", "write")
+"""On a distributed store: what was fsynced outlives the machine, or each acknowledged write."""
+
 BASE_PAGE_SIZE: int = os.sysconf("SC_PAGE_SIZE")
 LARGEST_PAGE_SIZE = 2 << 20
 
@@ -134,6 +137,20 @@ def _parse_switch(text: str) -> bool:
     return text == "on"
 
 
+def _parse_durable(text: str) -> str:
+    if text not in DURABLE:
+        raise OptionError(
+            f"{text!r} is neither fsync nor write: what was fsynced outlives the machine, or each acknowledged write"
+        )
+    return text
+
+
+def _parse_seconds(text: str, least: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,6}", text, re.ASCII) or int(text) < least:
+        raise OptionError(f"{text!r} is not a number of seconds: write {least} or more")
+    return int(text)
+
+
 def _format_busy_poll(longest: int) -> str:
     return next((text for text, known in _BUSY_POLLS.items() if known == longest), str(longest))
 
@@ -171,6 +188,9 @@ _DIRECTORY = _Kind("DIR", str, escaped)
 _BUSY_POLL = _Kind("auto|off|US", _parse_busy_poll, _format_busy_poll)
 _SWITCH = _Kind("on|off", _parse_switch, lambda on: "on" if on else "off")
 _FLAG = _Kind("", lambda _: True)
+_DURABLE = _Kind("fsync|write", _parse_durable)
+_SECONDS = _Kind("SECONDS", partial(_parse_seconds, least=1))
+_WAIT = _Kind("SECONDS", partial(_parse_seconds, least=0))
 
 
 _HAS_RAM_FOR_STANDBY = os.sysconf("SC_PHYS_PAGES") * BASE_PAGE_SIZE > LEAST_RAM_FOR_STANDBY
@@ -189,6 +209,9 @@ class Options:
     size: int = _row(0, _POSITIVE_SIZE, "the most that all backups together may hold (50% of RAM)")
     nr_inodes: int | None = _row(None, _COUNT, "number of backups, plus 1; 0: no limit (pages of size)")
     store: str | None = _row(None, _DIRECTORY, "keep the backups in DIR, for good (a private tmpfs)")
+    durable: str = _row("fsync", _DURABLE, "on a distributed store: what outlives the machine (fsync)")
+    store_timeout: int = _row(30, _SECONDS, "on a distributed store: when a request fails that gets no answer (30)")
+    store_wait: int = _row(0, _WAIT, "wait for another mount to leave the store, SECONDS at most (0)")
     mode: int | None = _row(None, _MODE, "mode of the root directory, in octal (0755)")
     uid: int | None = _row(None, _UID, "owner of the root directory (the mounting user)")
     gid: int | None = _row(None, _GID, "group of the root directory (the mounting user)")

@@ -163,10 +163,9 @@ class _Session:
         if taken_over:
             tree.shared.mode_changes.note()  # the previous daemon did not record which backups changed
         in_flight, failures = InFlight(state), Failures(metrics, tree.shared.refusals, debug=options.debug)
-        locks = None if pool.in_memory else pool.blocking_io.file_locks
         handlers = PageRequests(tree, PageCache(connection, state.cached))
         self._splice = Splice(connection)
-        requests = Requests(self._splice, handlers, in_flight, metrics, failures, locks)
+        requests = Requests(self._splice, handlers, in_flight, metrics, failures, pool.store.file_locks)
         self._others = ThroughPyfuse3(connection, in_flight, init, taken_over=taken_over, passthrough=passthrough)
         self._others.begin(Operations(tree, metrics, failures))
         busy_poll, compiled = BusyPoll(options.busy_poll * 1000, metrics.busy_poll), None

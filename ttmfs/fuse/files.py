@@ -66,14 +66,12 @@ class _BackupFile(Node):
         """The position in the backup at which data is written, and the part of the data that fits into this file."""
         raise NotImplementedError
 
-    def _copy(self, fh: int, start: int, size: int) -> bytes:
-        """Bytes of the backup that are in memory."""
-        return self.backup.read(start, size)
+    def _checked(self, fh: int, data: bytes) -> bytes:
+        """Bytes that were read just now, if they are of a page that exists."""
+        return data
 
     async def _read_later(self, fh: int, start: int, size: int) -> bytes:
-        await self.backup.bring_in(start, size)
-        async with self.backup.locked():
-            return self._copy(fh, start, size)
+        return self._checked(fh, await self.backup.read_out(start, size))
 
     def write(self, fh: int, offset: int, data: Data, flags: int, caller: Caller) -> Answer[int]:
         start, placed = self._place(fh, offset, data, flags)
@@ -156,10 +154,9 @@ class Pages(_BackupFile):
         start, size = ((fh & HANDLE_MASK) - 1) * page_size + offset, max(0, min(size, page_size - offset))
         if self.backup.is_out(start, size):
             return self._read_later(fh, start, size)
-        return self._copy(fh, start, size)
+        return self._checked(fh, self.backup.read(start, size) if size else b"")
 
-    def _copy(self, fh: int, start: int, size: int) -> bytes:
-        data = self.backup.read(start, size) if size else b""
+    def _checked(self, fh: int, data: bytes) -> bytes:
         if len(data) < self._page_size or data == self.shared.zero_page:
             self._check_exists(fh)  # an absent page has no other bytes than zeros
         return data
@@ -227,7 +224,7 @@ class Image(_BackupFile):
 
     def seek(self, ino: int, offset: int, whence: int) -> int:
         """Pages are data, absent pages are holes. The end of the image counts as a hole."""
-        return page_ranges.seek(self.backup, offset, whence)
+        return self.backup.seek(offset, whence)
 
     async def allocate(self, ino: int, mode: int, offset: int, length: int, caller: Caller) -> None:
         """Store pages of zeros where there are none, or with FALLOC_FL_PUNCH_HOLE drop pages. The image keeps its size.
@@ -299,7 +296,7 @@ class Shmem(_BackupFile):
         return self._backing.number_of(self.id)
 
     def seek(self, ino: int, offset: int, whence: int) -> int:
-        return page_ranges.seek(self.backup, offset, whence)
+        return self.backup.seek(offset, whence)
 
     async def allocate(self, ino: int, mode: int, offset: int, length: int, caller: Caller) -> None:
         """fallocate(2) as on a tmpfs, in steps."""

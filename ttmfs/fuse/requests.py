@@ -83,7 +83,7 @@ class Failures:
 class Requests:
     """The requests of one mount that the daemon answers itself.
 
-    `locks` are the locks of backups that threads change. None: no thread changes a backup.
+    `locks` are those of :attr:`ttmfs.stores.store.Store.file_locks`.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["TYPE", "Mounted", "is_attached", "mounted_at", "mounts", "ttmfs_mounts", "ttmfs_on"]
+__all__ = ["TYPE", "Mounted", "filesystem_of", "is_attached", "mounted_at", "mounts", "ttmfs_mounts", "ttmfs_on"]
 
 TYPE = "fuse.ttmfs"
 
@@ -41,6 +41,12 @@ def mounts() -> Iterator[Mounted]:
         kind, source, super_options, *_ = map(_plain, after.split(b" "))
         _, _, device, root, path, options, *_ = map(_plain, before.split(b" "))
         yield Mounted(path, root, kind, source, device, frozenset(f"{options},{super_options}".split(",")))
+
+
+def filesystem_of(fd: int) -> Mounted | None:
+    """Return a mount of the filesystem of an open file, or None if this process sees none."""
+    device = os.fstat(fd).st_dev
+    return next((mount for mount in mounts() if mount.st_dev == device), None)
 
 
 def mounted_at(path: str) -> Mounted | None:

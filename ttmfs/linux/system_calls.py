@@ -7,6 +7,7 @@ The numbers of system calls come from ``include/uapi/asm-generic/unistd.h``. Cal
 every architecture.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -136,9 +137,20 @@ def is_open_elsewhere(fd: int) -> bool:
 
 
 def rename(directory: int, old: str, new: str, *, replace: bool) -> None:
-    """Rename within one directory. With `replace` false, OSError(EEXIST) if the new name is taken. renameat2(2)."""
+    """Rename within one directory. With `replace` false, OSError(EEXIST) if the new name is taken. renameat2(2).
+
+    Distributed filesystems do not know that flag. There nobody else may make names in the directory.
+    """
     flags = 0 if replace else _RENAME_NOREPLACE
-    _checked(_libc.renameat2(directory, os.fsencode(old), directory, os.fsencode(new), flags), "renameat2")
+    try:
+        _checked(_libc.renameat2(directory, os.fsencode(old), directory, os.fsencode(new), flags), "renameat2")
+    except OSError as error:
+        if replace or error.errno != errno.EINVAL:
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(new, dir_fd=directory, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        os.rename(old, new, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def next_data_start(fd: int, offset: int) -> int | None:

@@ -174,5 +174,5 @@ class Backup:
         async with file.locked():
             if (absent := file.first_absent(first, past)) is not None:
                 raise PageAbsent(f"handle {absent + 1} holds no page")
-            if file.read_into(dst, offset) < len(dst):
+            if await finished(file.read_into(dst, offset)) < len(dst):
                 raise PageAbsent("another process made the backup smaller during the copy")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import BackupAbsent, BackupEnded, NotPermitted, from_os_error, translated
 from ..linux import system_calls
+from .new_file import NewFile
 
 if TYPE_CHECKING:
     from .store import Store
@@ -74,7 +75,7 @@ class BackupFiles:
     def close(self) -> None:
         """Close every file, and forget all backups."""
         while self.open:
-            os.close(self.open.popitem()[1])
+            self._store.close_file(*self.open.popitem())
         self.directory, self._names, self._ids = -1, {}, []
 
     # --- names and ids ---
@@ -144,7 +145,8 @@ class BackupFiles:
     def create(self, name: str, size: int, mode: int, uid: int, gid: int) -> int:
         """Make the file of a new backup, whole or not at all. Returns its id. BackupExists if the name is taken."""
         with translated(f"creating {name!r}"):
-            fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.directory)
+            new = NewFile(self.directory, unnamed=self._store.has_unnamed_files)
+            fd = new.fd
             try:
                 made = os.fstat(fd)
                 if (made.st_uid, made.st_gid) != (uid, gid):
@@ -153,12 +155,12 @@ class BackupFiles:
                 id = self._store.new_id(fd, made)
                 os.fchmod(fd, self._store.file_mode(mode))  # last: setting an id needs a file that its owner may write
                 try:
-                    os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=self.directory, follow_symlinks=True)
+                    new.link(name)
                 except BaseException:
                     self._store.forget(id)
                     raise
             except BaseException:
-                os.close(fd)
+                new.discard()
                 raise
         self._remember(id, name)
         self._keep_open(id, fd)
@@ -198,7 +200,7 @@ class BackupFiles:
         self._ids.remove(id)
         self._store.forget(id)
         if (fd := self.open.pop(id, None)) is not None:
-            os.close(fd)
+            self._store.close_file(id, fd)
 
     # --- descriptors, stat and paths ---
 
@@ -227,9 +229,14 @@ class BackupFiles:
         return fd
 
     def _keep_open(self, id: int, fd: int) -> None:
+        try:
+            self._store.file_was_opened(id, fd)
+        except BaseException:
+            os.close(fd)
+            raise
         self.open[id] = fd
         if len(self.open) > self._most_open:
-            os.close(self.open.popitem(last=False)[1])
+            self._store.close_file(*self.open.popitem(last=False))
 
     def stat(self, id: int | None = None) -> os.stat_result:
         """Return the stat of the directory, or of a backup's file, without opening it."""

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import trio
 
@@ -24,7 +24,7 @@ from .disk_file import DiskFile
 from .store import STORE, Store, check_filesystem
 from .tmpfs_file import TmpfsFile
 
-__all__ = ["RECORD", "Directory"]
+__all__ = ["RECORD", "Directory", "PageCounts", "open_directory"]
 
 RECORD = "ledger"
 """The name under which a keeper holds the descriptor of the directory's record."""
@@ -32,7 +32,10 @@ RECORD = "ledger"
 RECOUNT_SECONDS = 1.0
 """Maximum age of page counts after another process changes a file. (A recount takes a fiftieth of the time at most.)"""
 
-_SUITED = "use a directory on tmpfs, ext4, xfs or btrfs"
+_SUITED = "use a directory on tmpfs, ext4, xfs or btrfs, or on CephFS"
+
+_MOST_FILES = 2**62
+"""CephFS says -1 where there is no limit."""
 
 
 class _Counted(NamedTuple):
@@ -42,7 +45,7 @@ class _Counted(NamedTuple):
     ctime_ns: int
 
 
-class _PageCounts:
+class PageCounts:
     """Counts the pages of open files, by the ids of their backups."""
 
     def __init__(self, page_size: int, *, in_memory: bool) -> None:
@@ -104,6 +107,7 @@ class Directory(Store):
 
     is_private = False
     counts_changes = True
+    record_type: ClassVar[type[DirectoryRecord]] = DirectoryRecord
 
     def __init__(
         self,
@@ -120,7 +124,7 @@ class Directory(Store):
         self._recounts = Throttle(RECOUNT_SECONDS)
         super().__init__(directory, options, failed)
         self.page_file = TmpfsFile if self.in_memory else DiskFile
-        self._counts = _PageCounts(options.page_size, in_memory=self.in_memory)
+        self._counts = self.make_counts()
         self._first_scan()
         record.settle()
 
@@ -130,19 +134,54 @@ class Directory(Store):
 
         `temporary` is the directory to remove with everything in it when the store is closed.
         """
-        directory = _opened_directory(path)
+        directory = open_directory(path)
         try:
-            record = _opened_record(path, directory, options, read_only=options.ro and temporary is None)
+            record = cls._open_record(path, directory, options, read_only=options.ro and temporary is None)
         except BaseException:
             os.close(directory)
             raise
         try:
-            _probe(path, directory, record)
+            cls.check(path, directory, record)
             return cls(directory, options, record, temporary=temporary)
         except BaseException:
             record.close()
             os.close(directory)
             raise
+
+    @classmethod
+    def _open_record(cls, path: str, directory: int, options: Options, *, read_only: bool) -> DirectoryRecord:
+        try:
+            return cls.record_type(directory, options.page_size, read_only=read_only)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                raise NotSupported(f"store={path}: its filesystem has no O_TMPFILE; {_SUITED}") from error
+            hint = {
+                errno.EROFS: "; if it has backups, mount it with ro",
+                errno.EACCES: "; mount as root, or as the owner of the directory",
+            }.get(error.errno or 0, "")
+            raise InvalidArgument(f"store={path}: {FILE} cannot be written there: {error.strerror}{hint}") from error
+        except (InvalidArgument, NotSupported, StoreBusy) as error:
+            raise type(error)(f"store={path}: {error}") from None
+
+    @classmethod
+    def check(cls, path: str, directory: int, record: DirectoryRecord) -> None:
+        """Refuse a filesystem that cannot tell pages apart. A full one cannot be probed: it must have passed before."""
+        if record.read_only:  # a read-only mount must change nothing
+            return
+        try:
+            check_filesystem(directory, record.page_size)
+            record.keep_block_size(os.fstatvfs(directory).f_bsize)
+        except NoRoom:
+            if record.block_size is None:
+                raise
+        except OSError as error:
+            raise from_os_error(error, "writing to the store") from error
+        except NotSupported as error:
+            raise NotSupported(f"store={path}: {error}; {_SUITED}") from error.__cause__
+
+    def make_counts(self) -> PageCounts:
+        """Return what counts the pages of open files."""
+        return PageCounts(self.page_size, in_memory=self.in_memory)
 
     # --- ids ---
 
@@ -220,17 +259,24 @@ class Directory(Store):
     def room(self) -> os.statvfs_result:
         """As statvfs(3). Without a budget, everything that the filesystem has free counts as free."""
         with translated("asking for room"):
-            below = os.fstatvfs(self.files.directory)
+            below = self.statvfs_below()
             self._recount()
         stored, left = self._counts.total, below.f_bavail * below.f_frsize // self.page_size
         size = self._budget // self.page_size or stored + left
         free = max(0, size - stored)
-        files = self._nr_inodes or below.f_files
-        files_free = max(0, files - 1 - self.files.count) if self._nr_inodes else below.f_favail
+        files, files_free = below.f_files, below.f_favail
+        if self._nr_inodes:
+            files, files_free = self._nr_inodes, max(0, self._nr_inodes - 1 - self.files.count)
+        elif files_free < 0:
+            files = files_free = _MOST_FILES
         return os.statvfs_result(
             (self.page_size, self.page_size, size, free, min(free, left), files, files_free, files_free,
              below.f_flag, below.f_namemax)
         )  # fmt: skip
+
+    def statvfs_below(self) -> os.statvfs_result:
+        """What the filesystem says about its room."""
+        return os.fstatvfs(self.files.directory)
 
     def resize(self, size: int) -> None:
         self._recounts.reset()
@@ -257,41 +303,11 @@ class Directory(Store):
         super().close(leave=leave)
 
 
-def _opened_directory(path: str) -> int:
+def open_directory(path: str) -> int:
+    """Open the directory of a store. Raises InvalidArgument."""
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         absent = error.errno in (errno.ENOENT, errno.ENOTDIR)
         hint = "give an existing directory" if absent else "the mounting user must be able to read and write it"
         raise InvalidArgument(f"store={path}: {error.strerror}; {hint}") from None
-
-
-def _opened_record(path: str, directory: int, options: Options, *, read_only: bool) -> DirectoryRecord:
-    try:
-        return DirectoryRecord(directory, options.page_size, read_only=read_only)
-    except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            raise NotSupported(f"store={path}: its filesystem has no O_TMPFILE; {_SUITED}") from error
-        hint = {
-            errno.EROFS: "; if it has backups, mount it with ro",
-            errno.EACCES: "; mount as root, or as the owner of the directory",
-        }.get(error.errno or 0, "")
-        raise InvalidArgument(f"store={path}: {FILE} cannot be written there: {error.strerror}{hint}") from error
-    except (InvalidArgument, NotSupported, StoreBusy) as error:
-        raise type(error)(f"store={path}: {error}") from None
-
-
-def _probe(path: str, directory: int, record: DirectoryRecord) -> None:
-    """Refuse a filesystem that cannot tell pages apart. A full one cannot be probed: accept it if it passed before."""
-    if record.read_only:  # a read-only mount must change nothing
-        return
-    try:
-        check_filesystem(directory, record.page_size)
-        record.keep_block_size(os.fstatvfs(directory).f_bsize)
-    except NoRoom:
-        if record.block_size is None:
-            raise
-    except OSError as error:
-        raise from_os_error(error, "writing to the store") from error
-    except NotSupported as error:
-        raise NotSupported(f"store={path}: {error}; {_SUITED}") from error.__cause__

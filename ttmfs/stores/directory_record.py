@@ -27,23 +27,21 @@ import secrets
 import stat
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 from ..errors import InvalidArgument, NoRoom, NotSupported, StoreBusy
 from ..options import format_size
+from .new_file import NewFile
 
-__all__ = ["FILE", "DirectoryRecord"]
+__all__ = ["FILE", "Checks", "DirectoryRecord", "is_locked"]
 
 FILE = ".ttmfs"
-FORMAT = 1
 MARK = "user.ttmfs.id"
 FIRST_ID = 2
 MAX_ID = 2**32 - 1  # an inode number of the mount has 32 bits for the id
 MAX_PAGES = 2**30 - 3
 IDS_AT_ONCE = 1024
 """Number of ids taken from the file at a time. Ids that a daemon takes but does not use are lost."""
-LENGTH = 256
-"""Bytes of the file. The size never changes, because the file is overwritten in place."""
 _TAG = re.compile("[0-9a-f]{16}")
 
 _AWAY = f"move {FILE} away: every backup stays, and the next mount makes another"
@@ -59,8 +57,9 @@ def _is_number(value: object, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most  # True is an int, too
 
 
-_IS_VALID: dict[str, Callable[[Any], bool]] = {
-    "format": lambda value: _is_number(value, FORMAT, FORMAT),
+Checks: TypeAlias = dict[str, Callable[[Any], bool]]
+
+_IS_VALID: Checks = {
     "page_size": lambda value: _is_number(value, 512, 1 << 30) and value & (value - 1) == 0,
     "grain": lambda value: value is None or _is_number(value, 1, 1 << 30),
     "tag": lambda value: isinstance(value, str) and _TAG.fullmatch(value) is not None,
@@ -69,7 +68,7 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
 """Maps each key of the file to the check of its value."""
 
 
-def _is_locked(fd: int) -> bool:
+def is_locked(fd: int) -> bool:
     """Try to lock an open file, for all processes that share its descriptor. Returns whether that succeeded."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,6 +79,12 @@ def _is_locked(fd: int) -> bool:
 
 class DirectoryRecord:
     """The lock of a directory and the ids of its backups. Owns the descriptor of .ttmfs."""
+
+    format: ClassVar = 1
+    length: ClassVar = 256
+    """Bytes of the file. The size never changes, because the file is overwritten in place."""
+    checks: ClassVar[Checks] = {}
+    """The check of each key that only this format has."""
 
     def __init__(self, directory: int, page_size: int, *, read_only: bool = False, fd: int | None = None) -> None:
         """Raises StoreBusy if another mount uses the directory, InvalidArgument if its pages have another size.
@@ -96,7 +101,7 @@ class DirectoryRecord:
         self.fd = self._open() if fd is None else fd
         """The descriptor of .ttmfs. The store is locked as long as any process has it open."""
         try:
-            kept = self._read()
+            self.kept = kept = self.read(self.fd)
             if kept["page_size"] != page_size:
                 size = format_size(kept["page_size"])
                 raise InvalidArgument(f"its pages are of {size}: mount it with page_size={size}")
@@ -166,32 +171,36 @@ class DirectoryRecord:
         """Make the file, locked and complete before it gets its name. Returns -1 if another mount was faster."""
         if self.read_only:
             raise InvalidArgument("it contains no store, so it cannot be mounted read-only")
-        if not _is_locked(self._directory) and self._holds_marked_files():
+        if not is_locked(self._directory) and self._holds_marked_files():
             raise StoreBusy(
                 f"its {FILE} was removed, and the directory is locked, so another mount may use it: lslocks shows "
                 "the process. (Every user who can read the directory can lock it.)"
             )
-        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
+        new = NewFile(self._directory)
         try:
-            self._lock(fd)
-            self._write(fd, next_id=FIRST_ID, tag=secrets.token_hex(8), grain=None)
-            os.link(f"/proc/self/fd/{fd}", FILE, dst_dir_fd=self._directory, follow_symlinks=True)
+            self._lock(new.fd)
+            self.write_first(new.fd)
+            new.link(FILE)
         except FileExistsError:
-            os.close(fd)
+            new.discard()
             return -1
         except BaseException:
-            os.close(fd)
+            new.discard()
             raise
-        return fd
+        return new.fd
+
+    def write_first(self, fd: int) -> None:
+        """Write a new file."""
+        self._write(fd, next_id=FIRST_ID, tag=secrets.token_hex(8), grain=None)
 
     def _lock(self, fd: int) -> None:
         """Lock the file, and if possible the directory, in case someone removes the file."""
-        if not _is_locked(fd):
+        if not is_locked(fd):
             raise StoreBusy(
                 "the store is in use by another mount, or one that was unmounted with files open; "
                 "findmnt -t fuse.ttmfs lists mounts, and the .config of each tells its store"
             )
-        _is_locked(self._directory)  # not checked: any user who can read the directory can hold this lock
+        is_locked(self._directory)  # not checked: any user who can read the directory can hold this lock
 
     def _holds_marked_files(self) -> bool:
         with os.scandir(self._directory) as entries:
@@ -203,15 +212,17 @@ class DirectoryRecord:
                         return True
         return False
 
-    def _read(self) -> dict[str, Any]:
+    def read(self, fd: int) -> dict[str, Any]:
         """Read the file. Raises NotSupported, with the reason, if this version cannot have written it."""
         try:
-            kept = json.loads(os.pread(self.fd, LENGTH, 0))
+            kept = json.loads(os.pread(fd, self.length, 0))
         except (ValueError, RecursionError):
             raise _refused("it is not JSON") from None
         if not isinstance(kept, dict):
             raise _refused("it is not a JSON object")
-        for key, is_valid in _IS_VALID.items():
+        if not _is_number(kept.get("format"), self.format, self.format):
+            raise _refused(f"format is {reprlib.repr(kept.get('format'))}, and here {self.format} is needed")
+        for key, is_valid in (_IS_VALID | self.checks).items():
             if not is_valid(kept.get(key)):
                 raise _refused(f"{key} is {reprlib.repr(kept.get(key))}")
         if (kept["grain"] or 0) > kept["page_size"]:
@@ -219,9 +230,13 @@ class DirectoryRecord:
         return kept
 
     def _write(self, fd: int, *, next_id: int, tag: str, grain: int | None) -> None:
-        kept = {"format": FORMAT, "page_size": self.page_size, "grain": grain, "tag": tag, "next_id": next_id}
-        os.pwrite(fd, json.dumps(kept).ljust(LENGTH - 1).encode() + b"\n", 0)
+        kept = {"format": self.format, "page_size": self.page_size, "grain": grain, "tag": tag, "next_id": next_id}
+        os.pwrite(fd, json.dumps(kept | self.more()).ljust(self.length - 1).encode() + b"\n", 0)
         os.fsync(fd)  # on the disk before the file gets its name, and before a backup gets a new id
+
+    def more(self) -> dict[str, object]:
+        """What only this format has in the file, by key."""
+        return {}
 
     def keep_block_size(self, size: int) -> None:
         """Note that the filesystem passed the probe. While it is full, it cannot be probed again."""

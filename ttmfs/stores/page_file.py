@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from ..errors import InvalidArgument, OutOfBounds, from_os_error, translated
+from ..errors import InvalidArgument, NoData, OutOfBounds, from_os_error, translated
 from ..linux import system_calls
 from ..linux.splice import FileRange
 from ..options import BASE_PAGE_SIZE
@@ -167,6 +167,15 @@ class PageFile(ABC):
             raise from_os_error(error, "looking for pages") from error
         return found and (max(idx, found[0] // self.page_size), -(-found[1] // self.page_size))
 
+    def seek(self, offset: int, whence: int) -> int:
+        """Return the first offset from `offset` on with data (SEEK_DATA), or in a hole (SEEK_HOLE). Raises NoData."""
+        try:
+            return os.lseek(self._files.descriptor(self.id), offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                raise NoData(f"there is no data from byte {offset} on") from None
+            raise from_os_error(error, "looking for data") from error
+
     def first_absent(self, first: int, past: int) -> int | None:
         """Return the first index of a range without a page; None if every page exists."""
         with translated("looking for pages"):
@@ -237,7 +246,13 @@ class PageFile(ABC):
         except OSError as error:
             raise from_os_error(error, "reading pages") from error
 
-    def read_into(self, dst: memoryview, offset: int) -> int:
+    async def read_out(self, offset: int, size: int) -> bytes:
+        """As :meth:`read`, and wait for swap or disk."""
+        await self.bring_in(offset, size)
+        async with self.locked():
+            return self.read(offset, size)
+
+    def read_into(self, dst: memoryview, offset: int) -> int | Coroutine[Any, Any, int]:
         """Fill `dst` from an offset on. Returns the number of bytes read: fewer at the end of the backup."""
         done = 0
         try:

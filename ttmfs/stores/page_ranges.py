@@ -1,26 +1,14 @@
-"""What lseek(2) and fallocate(2) of a whole backup do: finding data, storing pages of zeros, and punching holes.
+"""What fallocate(2) of a whole backup does: storing pages of zeros, and punching holes.
 
 Concurrency: as :mod:`.page_file`. Other requests are served between two steps.
 """
 
-import errno
-import os
 from collections.abc import Callable
 
-from ..errors import NoData, NoRoom, OutOfBounds, from_os_error
+from ..errors import NoRoom, OutOfBounds
 from .page_file import PageFile, finished
 
-__all__ = ["fill", "punch", "seek"]
-
-
-def seek(file: PageFile, offset: int, whence: int) -> int:
-    """Return the first offset from `offset` on with data (SEEK_DATA), or in a hole (SEEK_HOLE). Raises NoData."""
-    try:
-        return os.lseek(file.descriptor, offset, whence)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise NoData(f"there is no data from byte {offset} on") from None
-        raise from_os_error(error, "looking for data") from error
+__all__ = ["fill", "punch"]
 
 
 async def fill(file: PageFile, offset: int, length: int) -> None:

@@ -22,7 +22,7 @@ from ..linux import system_calls
 from ..linux.memory import Reserve, Swap
 from ..options import Options, format_size
 from .backup_files import BackupFiles
-from .blocking_io import BlockingIO
+from .blocking_io import BlockingIO, FileLocks
 from .page_file import PageFile
 from .quota import UNBOUND, Quota
 
@@ -42,6 +42,8 @@ class Store(ABC):
     """How pages of this store are read and written."""
     is_private: bool
     """Whether nobody else makes or removes files in the directory."""
+    has_unnamed_files = True
+    """Whether the filesystem has O_TMPFILE, and RENAME_NOREPLACE."""
     counts_changes: bool
     """Whether ttmfs counts each change of pages itself. Then it gives backups' files to no other process."""
 
@@ -111,6 +113,13 @@ class Store(ABC):
         """Return the mode of the file for the mode of a backup."""
         return mode
 
+    def file_was_opened(self, id: int, fd: int) -> None:  # noqa: B027 # most kinds have nothing beside the file
+        """Note that a backup's file was opened, or made."""
+
+    def close_file(self, id: int, fd: int) -> None:
+        """Close a backup's file."""
+        os.close(fd)
+
     def forget(self, id: int) -> None:
         """Forget a backup that was ended."""
         self._failed.discard(id)
@@ -137,6 +146,11 @@ class Store(ABC):
     def shares_files(self) -> bool:
         """Whether other processes may get a backup's file to write to: ttmfs does not have to count their changes."""
         return self.in_memory and not self.counts_changes
+
+    @property
+    def file_locks(self) -> FileLocks | None:
+        """The locks of backups whose files threads change, for which the event loop waits before it looks at a file."""
+        return None if self.in_memory else self.blocking_io.file_locks
 
     @property
     def temporary(self) -> str | None:

@@ -1,0 +1,245 @@
+"""A backup's file on a distributed filesystem, which does not tell holes: a map beside it tells which pages exist.
+
+Everything that reads or changes the file happens in a thread, one at a time for each backup and in order. The event
+loop looks at the map and at the attributes in memory, and at nothing else. A request waits for `store_timeout=` at
+most. Then it fails, and its thread keeps the backup locked until the filesystem answers.
+
+Data is written before its page is marked in the map's file, and a page is unmarked before its data is punched out. So
+after a crash an absent page may have data, and :attr:`PageMap.clean` says whether that can be. Absent pages read as
+zeros all the same.
+
+Concurrency: as :mod:`.page_file`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+from ..errors import NoData, OutOfBounds, StoreFailed, from_os_error
+from ..linux import system_calls
+from . import page_map
+from .disk_file import DiskFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from .distributed import Distributed, Opened
+    from .page_map import Change
+
+__all__ = ["MappedFile"]
+
+T = TypeVar("T")
+
+
+class MappedFile(DiskFile):
+    """A file of which a map tells the pages."""
+
+    __slots__ = ()
+    _store: Distributed
+
+    @property
+    def _opened(self) -> Opened:
+        return self._store.opened(self.id)
+
+    def locked(self) -> AbstractAsyncContextManager[None]:
+        return self._store.locked(self.id)
+
+    # --- size and pages ---
+
+    @property
+    def size(self) -> int:
+        return self._opened.size
+
+    def stat(self) -> os.stat_result:
+        return self._opened.present_stat(self.page_size)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._opened.map.count
+
+    def holds(self, idx: int) -> bool:
+        return idx in self._opened.map
+
+    def _next_data(self, offset: int) -> int | None:
+        found = self._opened.map.next(offset // self.page_size)
+        return None if found is None else max(offset, found * self.page_size)
+
+    def extent(self, idx: int) -> tuple[int, int] | None:
+        return next(self.extents(idx), None)
+
+    def first_absent(self, first: int, past: int) -> int | None:
+        return self._opened.map.first_absent(first, past)
+
+    def extents(self, first: int = 0, past: int | None = None) -> Iterator[tuple[int, int]]:
+        limit = self.size // self.page_size
+        return self._opened.map.runs(first, limit if past is None else min(past, limit))
+
+    def _exists(self, idx: int) -> bool:
+        if idx >= (limit := self.size // self.page_size):
+            raise OutOfBounds(f"the backup ends at page {limit}")
+        return self.holds(idx)
+
+    def seek(self, offset: int, whence: int) -> int:
+        page_map_, size = self._opened.map, self.size
+        idx = offset // self.page_size
+        if offset < size and whence == os.SEEK_HOLE:
+            absent = page_map_.first_absent(idx, size // self.page_size)
+            return size if absent is None else max(offset, absent * self.page_size)
+        if offset >= size or (found := page_map_.next(idx)) is None:
+            raise NoData(f"there is no data from byte {offset} on")
+        return max(offset, found * self.page_size)
+
+    # --- reading ---
+
+    def is_out(self, offset: int, length: int, *, to_write: bool = False) -> bool:
+        return length > 0
+
+    async def bring_in(self, offset: int, length: int, *, to_write: bool = False, abandon: bool = True) -> None:
+        """Nothing: reading and writing wait in threads of their own."""
+
+    async def read_out(self, offset: int, size: int) -> bytes:
+        async with self.locked():
+            return await self._read(offset, size)
+
+    async def _read(self, offset: int, size: int) -> bytes:
+        opened = self._opened
+        size = max(0, min(size, opened.size - offset))
+        first, past = offset // self.page_size, -(-(offset + size) // self.page_size)
+        runs = [(first, past)]
+        if not opened.map.clean and opened.map.first_absent(first, past) is not None:
+            runs = list(opened.map.runs(first, past))
+        parts = [(max(offset, start * self.page_size), min(offset + size, end * self.page_size)) for start, end in runs]
+        return await self._wait("reading pages", _read_parts, opened.fd, offset, size, parts)
+
+    async def read_into(self, dst: memoryview, offset: int) -> int:
+        data = await self._read(offset, len(dst))
+        dst[: len(data)] = data
+        return len(data)
+
+    # --- storing and dropping ---
+
+    async def write(self, offset: int, data: bytes | memoryview) -> int:
+        data = self._admitted(offset, data)
+        opened, size = self._opened, self.page_size
+        first, past = offset // size, -(-(offset + len(data)) // size)
+        start, whole = offset, data
+        if not opened.map.clean:  # what an absent page has in the file is not to be seen
+            before = offset % size if first not in opened.map else 0
+            behind = -(offset + len(data)) % size if past - 1 not in opened.map else 0
+            if before or behind:
+                start, whole = offset - before, b"".join((bytes(before), data, bytes(behind)))
+        with self._store.adding(self.id, first, past):
+            marks = opened.map.changed(first, past, present=True)
+            written = await self._wait("storing pages", _store, opened.fds, start, whole, marks, self._store.is_durable)
+            if written < len(whole):
+                past = self._kept_of(start + written, first, past)
+                marks = opened.map.changed(first, past, present=True)
+                opened.map.clean = False  # the page after the last one has some of its bytes
+                await self._wait("storing pages", page_map.write, opened.map_fd, marks)
+            opened.map.set(first, past, present=True)
+            opened.changed()
+        stored = min(start + written, past * size, offset + len(data)) - offset
+        if stored <= 0:
+            raise self._store.refusal(self.id)
+        return stored
+
+    def _kept_of(self, end: int, first: int, past: int) -> int:
+        """The index before which pages of a range exist after a write that ended early, at a byte."""
+        idx = end // self.page_size
+        return max(first, min(past, idx + (end % self.page_size > 0 and self.holds(idx))))
+
+    async def create_page(self, idx: int) -> None:
+        if self._exists(idx):
+            return
+        opened = self._opened
+        if not opened.map.clean:
+            await self.write(idx * self.page_size, bytes(self.page_size))
+            return
+        if not self._store.admit(self.id, 1):
+            raise self._store.refusal(self.id)
+        with self._store.adding(self.id, idx, idx + 1):
+            marks = opened.map.changed(idx, idx + 1, present=True)
+            await self._wait("storing pages", _store, opened.fds, 0, b"", marks, self._store.is_durable)
+            opened.map.set(idx, idx + 1, present=True)
+            opened.changed()
+
+    async def drop_range(self, first: int, past: int) -> None:
+        opened = self._opened
+        past = min(past, opened.size // self.page_size)
+        if not (marks := opened.map.changed(first, past, present=False)):
+            return
+        opened.map.set(first, past, present=False)
+        self._store.recount(self.id)
+        opened.changed()
+        clean, opened.map.clean = opened.map.clean, False
+        start, length = first * self.page_size, (past - first) * self.page_size
+        freed = await self._wait("dropping pages", _drop, opened.fds, marks, start, length, self._store.is_durable)
+        opened.map.clean = clean and freed
+
+    def set_size(self, size: int) -> None:
+        super().set_size(size)
+        self._opened.look()
+
+    async def _wait(self, what: str, work: Callable[..., T], *arguments: Any) -> T:
+        """Call `work` in a thread, for `store_timeout=` at most. Raises StoreFailed."""
+        opened = self._opened
+        try:
+            return await self._store.in_thread(self.id, opened.stat.st_uid, work, *arguments)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                opened.map.clean = False
+            raise from_os_error(error, what) from error
+        except trio.TooSlowError:
+            opened.map.clean = False
+            raise StoreFailed(f"{what}: the store did not answer in time (store_timeout)") from None
+
+
+def _read_parts(fd: int, offset: int, size: int, parts: Sequence[tuple[int, int]]) -> bytes:
+    """Read parts of a range, as (start, end) in bytes. The rest is zeros."""
+    if parts == [(offset, offset + size)] and len(whole := os.pread(fd, size, offset)) == size:
+        return whole
+    data = bytearray(size)
+    for start, end in parts:
+        while start < end and (part := os.pread(fd, end - start, start)):
+            data[start - offset : start - offset + len(part)] = part
+            start += len(part)
+    return bytes(data)
+
+
+def _store(fds: tuple[int, int], offset: int, data: bytes | memoryview, marks: Sequence[Change], durable: bool) -> int:
+    """Write data, and then its marks if all of it could be written. Returns the bytes written."""
+    fd, map_fd = fds
+    done, view = 0, memoryview(data)
+    try:
+        while done < len(data):
+            done += os.pwrite(fd, view[done:], offset + done)
+    except OSError:
+        if not done:
+            raise
+        return done
+    if durable and data:
+        os.fdatasync(fd)
+    page_map.write(map_fd, marks)
+    if durable and marks:
+        os.fdatasync(map_fd)
+    return done
+
+
+def _drop(fds: tuple[int, int], marks: Sequence[Change], start: int, length: int, durable: bool) -> bool:
+    """Take marks away, and then punch out the data. False if the filesystem punches no holes."""
+    fd, map_fd = fds
+    page_map.write(map_fd, marks)
+    if durable:
+        os.fdatasync(map_fd)
+    try:
+        system_calls.punch_hole(fd, start, length)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
