@@ -25,6 +25,13 @@ need mandoc mandoc
 need mkfs.ext4 e2fsprogs
 need mkfs.xfs xfsprogs
 need mkfs.btrfs btrfs-progs
+need ip iproute2
+need ceph ceph-common
+need ceph-mon ceph-mon
+need ceph-mgr ceph-mgr
+need ceph-osd ceph-osd
+need ceph-mds ceph-mds
+need ceph-fuse ceph-fuse
 [ -e /usr/include/fuse3/fuse.h ] || packages="$packages libfuse3-dev"
 
 python=$(scripts/python.sh)
@@ -38,6 +45,10 @@ if [ -n "$packages" ]; then
     $sudo apt-get update -qq
     # shellcheck disable=SC2086 # one word a package
     $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
+    # Without a configuration Ceph's packages start no server, but a collector of crash reports, which tests do not need.
+    case "$packages" in
+    *ceph-*) [ ! -d /run/systemd/system ] || $sudo systemctl disable -q --now ceph-crash.service || : ;;
+    esac
 fi
 
 # Makes .venv again if it is incomplete, or if its Python is gone or has another version.

@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 
 import stores
+from ceph import Ceph, missing_programs
 from harness import Mount, children, descriptors, mounts_below, remaining, set_attribute
 from stores import KINDS, Place, Site, site_of
 from systemd_machine import Machine
@@ -170,3 +171,12 @@ def machine() -> Iterator[Machine]:
     with Machine() as machine:
         machine.run("make install")
         yield machine
+
+
+@pytest.fixture(scope="module")
+def ceph() -> Iterator[Ceph]:
+    """A Ceph for all tests of a module. A test that kills one of its servers starts it again."""
+    if missing := missing_programs():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    with Ceph() as ceph:
+        yield ceph

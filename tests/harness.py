@@ -316,15 +316,16 @@ class Mount:
 
 
 @contextlib.contextmanager
-def raises_errno(number: int) -> Iterator[None]:
-    """Expect an OSError with an errno."""
+def raises_errno(*numbers: int) -> Iterator[None]:
+    """Expect an OSError with one of these errnos."""
+    expected = " or ".join(map(os.strerror, numbers))
     try:
         yield
     except OSError as error:
-        if error.errno != number:
-            raise AssertionError(f"{error!r} instead of {os.strerror(number)}") from error
+        if error.errno not in numbers:
+            raise AssertionError(f"{error!r} instead of {expected}") from error
     else:
-        raise AssertionError(f"no error instead of {os.strerror(number)}")
+        raise AssertionError(f"no error instead of {expected}")
 
 
 def run(command: str, *, cwd: Path | None = None, code: int = 0, **more: Any) -> str:

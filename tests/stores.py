@@ -21,12 +21,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
+from ceph import Ceph, Client
 from harness import MOUNT_PY, REPOSITORY, Mount, mounts_below, run, wait_until
 from ttmfs.options import Options
 from ttmfs.stores import make_store
 from ttmfs.stores.store import Store
 
-KINDS = ("tmpfs", "user", "fallback", "dir-tmpfs", "dir-ext4", "dir-xfs", "dir-btrfs")
+KINDS = ("tmpfs", "user", "fallback", "dir-tmpfs", "dir-ext4", "dir-xfs", "dir-btrfs", "dir-ceph")
 """A private tmpfs of root, a private tmpfs of a user, a user without user namespaces, ``store=DIR`` on filesystems."""
 
 FUSE = Path("/dev/fuse")
@@ -215,7 +216,9 @@ class Site:
         self.kind = kind
         self.uid = ALICE if kind in ("user", "fallback") else os.geteuid()
         self.kernel_keeps_the_budget = kind in ("tmpfs", "user")
-        self.on_disk = kind in ("dir-ext4", "dir-xfs", "dir-btrfs")
+        self.on_disk = kind in ("dir-ext4", "dir-xfs", "dir-btrfs", "dir-ceph")
+        self.tells_holes = kind != "dir-ceph"
+        """Whether the filesystem of the store tells holes, so that there is a ``.shmem``."""
         self._place, self._mountpoints, self._stores = place, mountpoints, stores
         self._count = 0
 
@@ -277,6 +280,9 @@ def site_of(kind: str, place: Place, base: Path) -> Iterator[Site]:
         with place.directory("mounts") as mountpoints, room as stores:
             yield Site(kind, place, mountpoints, stores)
             assert not os.listdir(stores), "a store stayed"
+    elif kind == "dir-ceph":
+        with Ceph() as ceph, Client(ceph, base / "filesystem") as client:
+            yield Site(kind, place, base, client.path)
     else:
         with filesystem(base / "filesystem", kind.removeprefix("dir-")) as stores:
             yield Site(kind, place, base, stores)

@@ -59,12 +59,15 @@ class Keeping:
             return False
         return True
 
-    async def drop_connection(self) -> None:
-        """Have the keeper close the connection, so that the next daemon mounts anew. Wait until it has."""
+    async def drop(self, *names: str) -> None:
+        """Have the keeper close descriptors, the connection among them, so that the next daemon mounts anew.
+
+        Wait until it has.
+        """
         self._keeps_connection, pause = False, FIRST_RETRY_SECONDS
         while self._process.keeper:  # it may be replaced meanwhile
             with contextlib.suppress(OSError):
-                self._process.keeper.keep({}, f"FDSTOREREMOVE=1\nFDNAME={CONNECTION}")
+                self._process.keeper.keep({}, *(f"FDSTOREREMOVE=1\nFDNAME={name}" for name in names))
                 return
             log.error("the keeper does not answer: the pages are safe as long as this process, %d, lives", os.getpid())
             await trio.sleep(pause)

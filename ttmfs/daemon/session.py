@@ -42,7 +42,7 @@ from ..linux.fuse_protocol import NOTIFY_RESEND
 from ..linux.memory import available
 from ..linux.splice import Splice
 from ..options import ExitCode, Options
-from ..recovery.keeper_protocol import ENDING, STATE
+from ..recovery.keeper_protocol import CONNECTION, ENDING, STATE
 from ..stores.blocking_io import SHARE
 from . import mounting
 from .background import Process
@@ -154,7 +154,7 @@ class _Session:
             return self._config(options)
 
         cache = KernelCache(connection, INIT_VERSION.unpack_from(init), pool.blocking_io.slices, resumed=taken_over)
-        offers_shmem = options.shmem and not options.uid_size
+        offers_shmem = options.shmem and not options.uid_size and pool.store.hands_out_files
         if passthrough := offers_shmem and pool.store.shares_files:
             self._backing = BackingFiles(connection, state, pool.files)
             pool.store.ended = self._backing.close
@@ -228,6 +228,7 @@ class _Session:
                 return
             self._begin_serving()
         nursery.start_soon(self.keeping.report)
+        nursery.start_soon(self._leave_lost_store, nursery.cancel_scope)
         nursery.start_soon(self.keeping.replace_dead_keepers)
 
     def _begin_serving(self) -> None:
@@ -274,11 +275,24 @@ class _Session:
                 "the connection of %s was cut off, but it was not unmounted (an umount -f refused as busy, an abort "
                 "or a time limit): no page is lost, and another daemon mounts it anew", self._mount.mountpoint,
             )  # fmt: skip
-            await self.keeping.drop_connection()
+            await self.keeping.drop(CONNECTION)
             self.leaving = True
             self._loop.end()
         else:
             await self._stopped.wait()
+        serving.cancel()
+
+    async def _leave_lost_store(self, serving: trio.CancelScope) -> None:
+        """End at once when another machine has the store. The next daemon gets none of this one's descriptors of it."""
+        store = self._mount.pool.store
+        await store.wait_until_lost()
+        log.error(
+            "the store %s is lost: another machine may have taken it. %s is mounted anew once the store can be had",
+            store.directory, self._mount.mountpoint,
+        )  # fmt: skip
+        await self.keeping.drop(CONNECTION, *store.descriptors())
+        self.leaving = True
+        self._loop.end()
         serving.cancel()
 
     async def _end_on_signal(self, serving: trio.CancelScope) -> None:

@@ -14,6 +14,7 @@ from ..options import ExitCode, Options
 from ..recovery.keeper_protocol import CONNECTION, STATE
 from ..recovery.state import Record, State
 from ..stores import make_store, resume_store
+from ..stores.store import STORE, Store
 from ..version import __version__
 from . import mounting
 from .mounting import MountError, checked_mountpoint, device_at, is_dead
@@ -78,7 +79,11 @@ def _take_over(source: str, mountpoint: str, options: Options, held: dict[str, i
         )
     if record.size:
         options = dataclasses.replace(options, size=record.size)
-    store = resume_store(held, options, temporary=record.temporary, failed=record.unsynced)
+    store: Store
+    if STORE in held:
+        store = resume_store(held, options, temporary=record.temporary, failed=record.unsynced)
+    else:  # the daemon before lost it to another machine
+        store = make_store(options)
     pool = Pool(store, options, record.backup_size)
     state.update(restarts=record.restarts + 1)
     if words := state.take_last_words():

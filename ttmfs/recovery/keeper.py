@@ -269,7 +269,8 @@ class Program:
     def wait_for_start(self, delay: float) -> None:
         """Start the next daemon after a delay, and give up if none serves in time."""
         now = time.monotonic()
-        self.timers.setdefault(self.give_up_waiting, now + protocol.MOST_SECONDS_DOWN)
+        if self.held:  # else nobody waits, and the first daemon may have to wait for its store
+            self.timers.setdefault(self.give_up_waiting, now + protocol.MOST_SECONDS_DOWN)
         if self.pid:  # it was killed because the keeper gave up; its death leads back here
             self.state = State.STARTING
         else:
@@ -407,11 +408,13 @@ class Program:
         again, end = f"kill -USR1 {me}", f"kill {me}"
         if self.manager:
             again, end = "restart this unit", "stop it"
-        text = (
-            f"gave up: {why}. {self.mountpoint} is dead, but its pages are safe as long as this process, {me}, lives. "
-            f"To get them out: ttmfs rescue {me} DIRECTORY (or python3 {rescue} {me} DIRECTORY). "
-            f"To try again: {again}. To let them go: {end}"
+        where = (
+            f"its pages are safe as long as this process, {me}, lives. "
+            f"To get them out: ttmfs rescue {me} DIRECTORY (or python3 {rescue} {me} DIRECTORY)"
         )
+        if protocol.STORE not in self.held:
+            where = "its pages are in its store, which another machine may have"
+        text = f"gave up: {why}. {self.mountpoint} is dead, but {where}. To try again: {again}. To let them go: {end}"
         self.say(text, CRITICAL)
         self.manager.tell("READY=1", f"STATUS={text}")
 

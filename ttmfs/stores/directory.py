@@ -308,6 +308,10 @@ def open_directory(path: str) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        absent = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        hint = "give an existing directory" if absent else "the mounting user must be able to read and write it"
+        hint = {
+            errno.ENOENT: "give an existing directory",
+            errno.ENOTDIR: "give an existing directory",
+            errno.ESHUTDOWN: "this machine was cut off from that filesystem: unmount that, and mount it again",
+            errno.ENOTCONN: "the filesystem there is dead: unmount that, and mount it again",
+        }.get(error.errno or 0, "the mounting user must be able to read and write it")
         raise InvalidArgument(f"store={path}: {error.strerror}; {hint}") from None

@@ -7,6 +7,7 @@ Concurrency: see :mod:`.mapped_file`. The event loop waits for the filesystem on
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import threading
@@ -37,10 +38,13 @@ __all__ = ["Distributed", "Opened", "is_distributed"]
 ROOM_SECONDS = 1.0
 """Maximum age of what the filesystem said about its room."""
 
+LOOK_SECONDS = 2.0
+"""The interval of looks whether the store is still this machine's."""
+
 CLOSE_SECONDS = 10.0
 """How long the end of a mount waits until all is written."""
 
-NO_LIMIT = 2**62
+LOCK_TRIES, LOCK_SECONDS = 20, 0.05
 
 CEPH = {"ceph", "fuse.ceph-fuse", "fuse.ceph"}
 NFS = {"nfs", "nfs4"}
@@ -159,7 +163,7 @@ class _Job:
 class Distributed(Directory):
     """A store on a distributed filesystem. No other program may use the directory meanwhile."""
 
-    has_unnamed_files = False
+    has_unnamed_files = hands_out_files = False
     _counts: _MapCounts
     record_type: ClassVar[type[DirectoryRecord]] = DistributedRecord
 
@@ -365,7 +369,7 @@ class Distributed(Directory):
         try:
             with trio.fail_after(self._patience):
                 await trio.to_thread.run_sync(
-                    _sync, fds, limiter=self.blocking_io.syncs.limiter, abandon_on_cancel=True
+                    self.sync_held, fds, limiter=self.blocking_io.syncs.limiter, abandon_on_cancel=True
                 )
         except trio.TooSlowError:
             raise StoreFailed("syncing a backup: the store did not answer in time (store_timeout)") from None
@@ -375,11 +379,22 @@ class Distributed(Directory):
                 self.remember(unsynced=sorted(self._failed)[:MOST_UNSYNCED])
             raise from_os_error(error, "syncing a backup") from error
 
-    async def is_lost(self) -> bool:
-        """Whether another machine may have taken the store."""
-        with trio.move_on_after(self._patience):
-            return await trio.to_thread.run_sync(self._shared_record.is_lost, abandon_on_cancel=True)
-        return False  # the filesystem may answer later, and its lock with it
+    async def wait_until_lost(self) -> None:
+        is_lost = False
+        while not is_lost:
+            await trio.sleep(LOOK_SECONDS)
+            with trio.move_on_after(self._patience):  # the filesystem may answer later, and its lock be ours still
+                is_lost = await trio.to_thread.run_sync(self._shared_record.is_lost, abandon_on_cancel=True)
+
+    def sync_held(self, fds: Iterable[int]) -> None:
+        """fsync(2) of files, in a thread. Raises OSError also if the store is no longer this machine's.
+
+        A client of CephFS that was evicted, and is connected again, reports success for data that the servers refused.
+        """
+        for fd in fds:
+            os.fsync(fd)
+        if self._shared_record.is_lost():
+            raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
 
     def close(self, *, leave: bool = False) -> None:
         if not leave:
@@ -393,7 +408,7 @@ class Distributed(Directory):
             for file in opened:
                 if not file.map.clean:
                     _free_absent(file, self.page_size)
-                _sync(list(file.fds))
+                self.sync_held(file.fds)
             if all(pages.clean for pages in self._maps.values()):
                 self._shared_record.note_clean()
 
@@ -407,14 +422,11 @@ def _free_absent(file: Opened, page_size: int) -> None:
     file.map.clean = True
 
 
-def _sync(fds: list[int]) -> None:
-    for fd in fds:
-        os.fsync(fd)
-
-
 def _lock(fd: int) -> None:
-    """Lock a file of the store for this machine."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BackupBusy("another machine, or a mount that just ends, has the backup locked") from None
+    """Lock a file of the store for this machine. Raises BackupBusy."""
+    for _ in range(LOCK_TRIES):  # the filesystem frees the locks of a daemon that was killed a moment later
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(LOCK_SECONDS)
+    raise BackupBusy("another machine, or a mount that just ends, has the backup locked")

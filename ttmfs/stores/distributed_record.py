@@ -107,6 +107,6 @@ class DistributedRecord(DirectoryRecord):
             kept = self.read(fd)
         except (OSError, TtmfsError):
             return " by another mount"
-        if kept["boot_id"] == self._boot_id:
+        if (kept["host"], kept["boot_id"]) == (self._host, self._boot_id):
             return " by another mount on this machine, or one that was unmounted with files open"
-        return f" by the machine {kept['host']!r}, which took it for the {kept['counter']}. time"
+        return f" by the machine {kept['host']!r}"

@@ -13,6 +13,7 @@ Concurrency: as :mod:`.page_file`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,7 +26,7 @@ from . import page_map
 from .disk_file import DiskFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from .distributed import Distributed, Opened
@@ -78,6 +79,13 @@ class MappedFile(DiskFile):
     def extents(self, first: int = 0, past: int | None = None) -> Iterator[tuple[int, int]]:
         limit = self.size // self.page_size
         return self._opened.map.runs(first, limit if past is None else min(past, limit))
+
+    async def count_pages(self) -> int:
+        return self.pages
+
+    async def count_swapped(self) -> int:
+        out = await self._store.blocking_io.slices.total(self._base_pages_out(), contextlib.nullcontext)
+        return self._pages_of(out, self.pages)
 
     def _exists(self, idx: int) -> bool:
         if idx >= (limit := self.size // self.page_size):
@@ -135,7 +143,7 @@ class MappedFile(DiskFile):
                 start, whole = offset - before, b"".join((bytes(before), data, bytes(behind)))
         with self._store.adding(self.id, first, past):
             marks = opened.map.changed(first, past, present=True)
-            written = await self._wait("storing pages", _store, opened.fds, start, whole, marks, self._store.is_durable)
+            written = await self._wait("storing pages", _store, opened.fds, start, whole, marks, self._sync)
             if written < len(whole):
                 past = self._kept_of(start + written, first, past)
                 marks = opened.map.changed(first, past, present=True)
@@ -164,7 +172,7 @@ class MappedFile(DiskFile):
             raise self._store.refusal(self.id)
         with self._store.adding(self.id, idx, idx + 1):
             marks = opened.map.changed(idx, idx + 1, present=True)
-            await self._wait("storing pages", _store, opened.fds, 0, b"", marks, self._store.is_durable)
+            await self._wait("storing pages", _store, opened.fds, 0, b"", marks, self._sync)
             opened.map.set(idx, idx + 1, present=True)
             opened.changed()
 
@@ -178,12 +186,17 @@ class MappedFile(DiskFile):
         opened.changed()
         clean, opened.map.clean = opened.map.clean, False
         start, length = first * self.page_size, (past - first) * self.page_size
-        freed = await self._wait("dropping pages", _drop, opened.fds, marks, start, length, self._store.is_durable)
+        freed = await self._wait("dropping pages", _drop, opened.fds, marks, start, length, self._sync)
         opened.map.clean = clean and freed
 
     def set_size(self, size: int) -> None:
         super().set_size(size)
         self._opened.look()
+
+    @property
+    def _sync(self) -> Callable[[Iterable[int]], None] | None:
+        """What makes each change durable; None if fsync(2) does."""
+        return self._store.sync_held if self._store.is_durable else None
 
     async def _wait(self, what: str, work: Callable[..., T], *arguments: Any) -> T:
         """Call `work` in a thread, for `store_timeout=` at most. Raises StoreFailed."""
@@ -211,7 +224,13 @@ def _read_parts(fd: int, offset: int, size: int, parts: Sequence[tuple[int, int]
     return bytes(data)
 
 
-def _store(fds: tuple[int, int], offset: int, data: bytes | memoryview, marks: Sequence[Change], durable: bool) -> int:
+def _store(
+    fds: tuple[int, int],
+    offset: int,
+    data: bytes | memoryview,
+    marks: Sequence[Change],
+    sync: Callable[[Iterable[int]], None] | None,
+) -> int:
     """Write data, and then its marks if all of it could be written. Returns the bytes written."""
     fd, map_fd = fds
     done, view = 0, memoryview(data)
@@ -222,20 +241,26 @@ def _store(fds: tuple[int, int], offset: int, data: bytes | memoryview, marks: S
         if not done:
             raise
         return done
-    if durable and data:
-        os.fdatasync(fd)
+    if sync and data:
+        sync([fd])
     page_map.write(map_fd, marks)
-    if durable and marks:
-        os.fdatasync(map_fd)
+    if sync and marks:
+        sync([map_fd])
     return done
 
 
-def _drop(fds: tuple[int, int], marks: Sequence[Change], start: int, length: int, durable: bool) -> bool:
+def _drop(
+    fds: tuple[int, int],
+    marks: Sequence[Change],
+    start: int,
+    length: int,
+    sync: Callable[[Iterable[int]], None] | None,
+) -> bool:
     """Take marks away, and then punch out the data. False if the filesystem punches no holes."""
     fd, map_fd = fds
     page_map.write(map_fd, marks)
-    if durable:
-        os.fdatasync(map_fd)
+    if sync:
+        sync([map_fd])
     try:
         system_calls.punch_hole(fd, start, length)
     except OSError as error:

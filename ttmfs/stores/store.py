@@ -44,6 +44,8 @@ class Store(ABC):
     """Whether nobody else makes or removes files in the directory."""
     has_unnamed_files = True
     """Whether the filesystem has O_TMPFILE, and RENAME_NOREPLACE."""
+    hands_out_files = True
+    """Whether a program may get a backup's file in the store: whether there is a ``.shmem``."""
     counts_changes: bool
     """Whether ttmfs counts each change of pages itself. Then it gives backups' files to no other process."""
 
@@ -232,6 +234,10 @@ class Store(ABC):
         return self._reserve.headroom() if self._reserve else UNBOUND
 
     # --- durability ---
+
+    async def wait_until_lost(self) -> None:
+        """Wait until another machine may have the store. Where none can, that is without end."""
+        await trio.sleep_forever()
 
     async def sync(self, id: int | None) -> None:
         """fsync(2) of a backup and of its name, or (None) of all names, in a thread.
