@@ -65,8 +65,14 @@ class LimitPerOwner:
         """Wait until the limit of an owner admits one more."""
         if (limiter := self._of_owners.get(uid)) is None:
             limiter = self._of_owners[uid] = trio.CapacityLimiter(self._each)
-        async with limiter:
+        try:
+            limiter.acquire_nowait()
+        except trio.WouldBlock:
+            await limiter.acquire()
+        try:
             yield
+        finally:
+            limiter.release()
 
 
 class FileLocks:

@@ -242,6 +242,7 @@ class Distributed(Directory):
             dir_fd=self.files.directory,
         )  # fmt: skip
         os.close(map_fd)
+        self._maps[id] = PageMap()
         return id
 
     def forget(self, id: int) -> None:
@@ -312,10 +313,13 @@ class Distributed(Directory):
         """Wait until no other task and no thread works on a backup, and lock it. Raises StoreFailed after a time."""
         lane = self._lanes.setdefault(id, trio.Semaphore(1, max_value=1))
         try:
-            with trio.fail_after(self._patience):
-                await lane.acquire()
-        except trio.TooSlowError:
-            raise StoreFailed("the store did not answer an earlier request in time (store_timeout)") from None
+            lane.acquire_nowait()  # a wait costs a turn of the event loop, even if it is over at once
+        except trio.WouldBlock:
+            try:
+                with trio.fail_after(self._patience):
+                    await lane.acquire()
+            except trio.TooSlowError:
+                raise StoreFailed("the store did not answer an earlier request in time (store_timeout)") from None
         try:
             yield
         finally:
@@ -346,7 +350,10 @@ class Distributed(Directory):
 
         with trio.fail_after(self._patience):
             async with changes.turn(uid):
-                await changes.limiter.acquire_on_behalf_of(job)
+                try:
+                    changes.limiter.acquire_on_behalf_of_nowait(job)
+                except trio.WouldBlock:
+                    await changes.limiter.acquire_on_behalf_of(job)
                 opened.users += 1
                 self._working[id] = job
                 trio.lowlevel.start_thread_soon(
