@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ceph import Ceph, Client
-from harness import MOUNT_COMMAND, attribute, mounts_below, opened, raises_errno, wait_until
+from harness import MOUNT_COMMAND, attribute, mounts_below, opened, raises_errno, run, wait_until
 from ttmfs.options import ExitCode
 
 pytestmark = pytest.mark.serial
@@ -27,6 +28,7 @@ EVICTION_SECONDS = 5
 its session is over, after 60 s and more."""
 
 FAILOVER_SECONDS = EVICTION_SECONDS + 5.0
+TTMFS = f"{sys.executable} -m ttmfs"
 OPTIONS = "backup_size=8m,store_timeout=4,standby=off"
 GONE = (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED, errno.ESHUTDOWN)
 
@@ -74,8 +76,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(client: Client, mountpoint: Path, options: str = "") -> Iterator[Served]:
-    mount = Served(client, mountpoint, options)
+def served(client: Client, mountpoint: Path, options: str = "", store: str = "store") -> Iterator[Served]:
+    mount = Served(client, mountpoint, options, store)
     wait_until(mount.serves, "the mount", 30)
     try:
         yield mount
@@ -281,3 +283,39 @@ def test_a_file_that_another_program_put_there_has_all_its_pages(
         assert not os.path.lexists(mount.path / "foreign/.shmem")
     with served(client, tmp_path / "mnt") as mount:
         assert os.listdir(mount.path / "foreign") == ["2"]
+
+
+def test_a_backup_is_moved_to_the_store_of_another_machine_without_its_pages_being_copied(
+    machine: Callable[[str], Client], tmp_path: Path
+) -> None:
+    a, b = machine("machine-a"), machine("machine-b")
+    with served(a, tmp_path / "mnt-a") as first, served(b, tmp_path / "mnt-b", store="other") as second:
+        for name in "a", "b":
+            (first.path / name).mkdir()
+            store(first.path / name, range(1, 50))
+        os.unlink(first.path / "a/49")
+        file = (a.path / "store/a").stat().st_ino
+        with opened(first.path / "a/1") as used:
+            said = run(f"{TTMFS} move {first.path}/a {a.path}/other", code=2)
+            assert "is in use and was left" in said
+            run(f"{TTMFS} move --force {first.path}/a {a.path}/other")
+            with raises_errno(errno.ESTALE, errno.ENOENT):
+                os.pread(used, PAGE, 0)
+        assert os.listdir(first.path) == ["b"]
+        wait_until(lambda: os.listdir(second.path) == ["a"], "the other mount to show it")
+        holds(second.path / "a", range(1, 49))
+        (second.path / "a/49").touch()
+        assert (second.path / "a/49").read_bytes() == bytes(PAGE), "the page that was dropped"
+        assert (b.path / "other/a").stat().st_ino == file
+        for target, why in {
+            f"{a.path}/store": "lies in",
+            "/tmp": "is on another filesystem",
+            f"{a.path}/nowhere": "give an existing directory",
+            f"{a.path}": "is no store yet",
+        }.items():
+            run(f"{TTMFS} move {first.path}/b {target}", code=2)
+            assert why in run(f"{TTMFS} why {first.path}")
+        holds(first.path / "b", range(1, 50))
+        (second.path / "b").mkdir()
+        run(f"{TTMFS} move {first.path}/b {a.path}/other", code=2)
+        holds(first.path / "b", range(1, 50))

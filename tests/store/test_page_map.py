@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ttmfs.errors import InvalidArgument, NotSupported
 from ttmfs.linux.mountinfo import Mounted
 from ttmfs.options import Options
-from ttmfs.stores import distributed, make_store, page_map
+from ttmfs.stores import filesystems, make_store, page_map
 from ttmfs.stores.page_map import GROUP, PageMap
 
 MOST = 3 * GROUP
@@ -93,12 +93,12 @@ def mounted(kind: str, *options: str) -> Mounted:
 def test_the_type_of_the_filesystem_decides(
     monkeypatch: pytest.MonkeyPatch, directory: int, found: Mounted | None, expected: bool | str
 ) -> None:
-    monkeypatch.setattr(distributed, "filesystem_of", lambda _: found)
+    monkeypatch.setattr(filesystems, "filesystem_of", lambda _: found)
     if isinstance(expected, str):
         with pytest.raises(NotSupported, match=expected):
-            distributed.is_distributed(directory)
+            filesystems.is_distributed(directory)
     else:
-        assert distributed.is_distributed(directory) is expected
+        assert filesystems.is_distributed(directory) is expected
 
 
 @pytest.mark.parametrize("store", [False, True])

@@ -25,6 +25,7 @@ COMMANDS = {
     "save": ("save", "save a backup to a sparse file or a stream, with checksums"),
     "load": ("load", "load a backup from a sparse file or a stream, at the same handles"),
     "writeback": ("backups", "push backups out of memory, to swap, now"),
+    "move": ("backups", "give a backup to another store on the same filesystem"),
     "fini": ("backups", "end backups, with all their pages"),
     "fd": ("fd", "run a program with a backup's own descriptor, for native speed"),
     "doctor": ("doctor", "check the machine and its mounts, and say what to do"),

@@ -188,6 +188,16 @@ class Backup:
             self._directory.end()
         self.close()
 
+    def move(self, store: str) -> None:
+        """Give the backup to another store on the same distributed filesystem, and close it. `store` is a path.
+
+        The mount of that store shows the backup within a second. Raises NotSupported, NotPermitted, BackupExists and
+        InvalidArgument.
+        """
+        with translated(f"moving the backup to {store!r} (ttmfs why tells the reason)", OF_THE_MOUNT):
+            self._directory.set_attribute("move", store)
+        self.close()
+
     # --- attributes ---
 
     @property

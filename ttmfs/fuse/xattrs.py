@@ -112,6 +112,15 @@ async def _set_backup_size(directory: BackupDirectory, value: str, _: Caller) ->
     await directory.shared.cache.grow_image(directory.id, size)
 
 
+async def _move(directory: BackupDirectory, value: str, caller: Caller) -> None:
+    """Give the backup to another store."""
+    _check_is_mounter(caller, "move a backup to another store")
+    if not value.startswith("/"):
+        raise InvalidArgument("the path of another store begins with /")
+    async with directory.backup.locked():
+        await directory.pool.store.move(directory.id, value)
+
+
 async def _resident(directory: BackupDirectory) -> int:
     swapped = await directory.backup.count_swapped()
     return max(0, await directory.backup.count_pages() - swapped)
@@ -180,5 +189,6 @@ XATTRS: dict[type[Node], dict[bytes, Xattr]] = {
         b"user.ttmfs.map": Xattr(_map),
         b"user.ttmfs.shmem_open": Xattr(lambda directory: int(directory.backup.is_open_elsewhere())),
         b"user.ttmfs.drop": Xattr(set=_drop),
+        b"user.ttmfs.move": Xattr(set=_move),
     },
 }

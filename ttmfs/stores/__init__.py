@@ -10,8 +10,9 @@ from ..options import WRITE, Options
 from . import temporary_directory
 from .directory import RECORD, Directory, open_directory
 from .directory_record import DirectoryRecord
-from .distributed import Distributed, is_distributed
+from .distributed import Distributed
 from .distributed_record import DistributedRecord
+from .filesystems import is_distributed
 from .private_tmpfs import NAMESPACE, PrivateTmpfs
 from .store import STORE, Store
 

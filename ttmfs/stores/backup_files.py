@@ -85,7 +85,7 @@ class BackupFiles:
         with translated("reading the store"), self._entries() as entries:
             names = self._store.ids_of(e for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False))
         for id in self._names.keys() - names.keys():
-            self._forget(id)
+            self.forget(id)
         self._names, self._ids = names, sorted(names)
         return self._ids
 
@@ -176,7 +176,7 @@ class BackupFiles:
             raise BackupEnded("the backup was ended") from None
         with translated(f"removing {name!r}"):
             os.unlink(name, dir_fd=self.directory)
-        self._forget(id)
+        self.forget(id)
 
     def rename(self, id: int, new: str, *, replace: bool) -> None:
         """Rename a backup. If another has the new name, end that one (`replace`), or raise BackupExists."""
@@ -187,7 +187,7 @@ class BackupFiles:
         with translated(f"renaming {old!r} to {new!r}"):  # never over a file that is not a backup
             system_calls.rename(self.directory, old, new, replace=replace and replaced is not None)
         if replaced is not None and replaced != id:
-            self._forget(replaced)
+            self.forget(replaced)
         self._names[id] = new
 
     def _remember(self, id: int, name: str) -> None:
@@ -195,7 +195,8 @@ class BackupFiles:
             self._ids.insert(bisect_right(self._ids, id), id)
         self._names[id] = name
 
-    def _forget(self, id: int) -> None:
+    def forget(self, id: int) -> None:
+        """Forget a backup whose file is here no more."""
         del self._names[id]
         self._ids.remove(id)
         self._store.forget(id)
@@ -217,13 +218,13 @@ class BackupFiles:
         try:
             fd = _open_file(name, self.directory)
         except FileNotFoundError:  # another program removed it
-            self._forget(id)
+            self.forget(id)
             raise BackupEnded("the backup was ended") from None
         except OSError as error:
             raise from_os_error(error, f"opening {name!r}") from error
         if not self._store.is_backup(fd, id):  # another file has its name
             os.close(fd)
-            self._forget(id)
+            self.forget(id)
             raise BackupEnded("the backup was ended")
         self._keep_open(id, fd)
         return fd

@@ -9,31 +9,34 @@ Concurrency: see :mod:`.mapped_file`. The event loop waits for the filesystem on
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import outcome
 import trio
 
-from ..errors import BackupBusy, NotSupported, StoreFailed, TtmfsError, from_os_error
+from ..errors import BackupBusy, BackupExists, InvalidArgument, StoreFailed, TtmfsError, from_os_error, translated
 from ..linux import system_calls
-from ..linux.mountinfo import filesystem_of
-from ..options import WRITE, Options
+from ..options import WRITE, Options, format_size
 from . import page_map
 from .blocking_io import FileLocks
-from .directory import Directory, PageCounts
-from .directory_record import DirectoryRecord
+from .directory import Directory, open_directory
+from .directory_record import FILE, DirectoryRecord
 from .distributed_record import DistributedRecord, map_name
+from .lanes import Lanes
 from .mapped_file import MappedFile
+from .opened import MapCounts, Opened
 from .page_map import PageMap
 from .store import MOST_UNSYNCED
 
-__all__ = ["Distributed", "Opened", "is_distributed"]
+__all__ = ["Distributed"]
 
 ROOM_SECONDS = 1.0
 """Maximum age of what the filesystem said about its room."""
@@ -46,125 +49,14 @@ CLOSE_SECONDS = 10.0
 
 LOCK_TRIES, LOCK_SECONDS = 20, 0.05
 
-CEPH = {"ceph", "fuse.ceph-fuse", "fuse.ceph"}
-NFS = {"nfs", "nfs4"}
-REFUSED = {
-    "fuse.glusterfs": "after a heal of a replica, GlusterFS shows pages that were dropped, and zeros for pages",
-    "fuse.mfs": "MooseFS cannot punch holes",
-    "nfs": "only NFS 4.2 can punch holes: mount it with vers=4.2",
-}
-
 T = TypeVar("T")
-
-
-def is_distributed(directory: int) -> bool:
-    """Whether a directory is to be such a store. Raises NotSupported where no store can be."""
-    found = filesystem_of(directory)
-    if found is None or found.type in CEPH:
-        return found is not None
-    if found.type in NFS and "vers=4.2" in found.options:
-        return True
-    kind = "nfs" if found.type in NFS else found.type
-    if reason := REFUSED.get(kind):
-        raise NotSupported(f"{reason}; use a directory on CephFS, tmpfs, ext4, xfs or btrfs")
-    return False
-
-
-class Opened:
-    """An open backup: its file, the file of its map, the map, and its attributes."""
-
-    def __init__(self, fd: int, map_fd: int, pages: PageMap) -> None:
-        self.fd, self.map_fd, self.map = fd, map_fd, pages
-        self.stat = os.fstat(fd)
-        self.users = 0  # threads that work with the files
-        self._changed_ns = 0
-        self._size = self.stat.st_size
-        self._is_closed = False
-
-    @property
-    def fds(self) -> tuple[int, int]:
-        """The descriptors of the file and of its map's."""
-        return self.fd, self.map_fd
-
-    @property
-    def size(self) -> int:
-        """The size of the backup in bytes."""
-        return self._size
-
-    def look(self) -> None:
-        """Ask the filesystem for the attributes again."""
-        self.stat = os.fstat(self.fd)
-        self._size = self.stat.st_size
-
-    def changed(self) -> None:
-        """Note that pages have changed just now."""
-        self._changed_ns = time.time_ns()
-
-    def present_stat(self, page_size: int) -> os.stat_result:
-        """The attributes, with the room of the pages that exist."""
-        stat = self.stat
-        mtime, ctime = max(stat.st_mtime_ns, self._changed_ns), max(stat.st_ctime_ns, self._changed_ns)
-        times = [stat.st_atime_ns, mtime, ctime]
-        fields = (stat.st_mode, stat.st_ino, stat.st_dev, stat.st_nlink, stat.st_uid, stat.st_gid, self._size)
-        more = {f"st_{name}time_ns": ns for name, ns in zip("amc", times, strict=True)}
-        more |= {"st_blocks": self.map.count * page_size // 512, "st_blksize": stat.st_blksize}
-        return os.stat_result((*fields, *(ns // 10**9 for ns in times)), more)
-
-    def close(self) -> None:
-        """Close the files, once no thread works with them."""
-        self._is_closed = True
-        if not self.users:
-            os.close(self.fd)
-            os.close(self.map_fd)
-
-    def left(self) -> None:
-        """A thread works no more with the files."""
-        self.users -= 1
-        if self._is_closed:
-            self.close()
-
-
-class _MapCounts(PageCounts):
-    """The pages of all backups, and those that are just being stored."""
-
-    def __init__(self) -> None:
-        self._pages: Counter[int] = Counter()
-        self._reserved: Counter[int] = Counter()
-        self.total = 0
-
-    def __contains__(self, id: int) -> bool:
-        return id in self._pages
-
-    def forget(self, id: int) -> None:
-        self.total -= self._pages.pop(id, 0)
-        self._reserved.pop(id, None)
-
-    def reserve(self, id: int, pages: int) -> None:
-        """Have pages count that are to be stored, or (a negative number) no more."""
-        self._reserved[id] += pages
-
-    def of(self, id: int, pages: int) -> int:
-        """Count a backup that holds this many pages. Returns what counts of it."""
-        now = pages + self._reserved[id]
-        self.total += now - self._pages[id]
-        self._pages[id] = now
-        return now
-
-
-class _Job:
-    """Work in a thread, for a request that may not wait for its end."""
-
-    def __init__(self) -> None:
-        self.ended = trio.Event()
-        self.result: outcome.Outcome[Any] | None = None
-        self.frees: trio.Semaphore | None = None  # the lock of the backup that nobody else frees
 
 
 class Distributed(Directory):
     """A store on a distributed filesystem. No other program may use the directory meanwhile."""
 
     has_unnamed_files = hands_out_files = False
-    _counts: _MapCounts
+    _counts: MapCounts
     record_type: ClassVar[type[DirectoryRecord]] = DistributedRecord
 
     def __init__(self, directory: int, options: Options, record: DistributedRecord, *, temporary: str | None = None,
@@ -173,21 +65,20 @@ class Distributed(Directory):
         self._patience = options.store_timeout
         self._opened: dict[int, Opened] = {}
         self._maps: dict[int, PageMap] = {}  # also of backups whose files are not open
-        self._lanes: dict[int, trio.Semaphore] = {}
-        self._working: dict[int, _Job] = {}  # with a backup's lock
         self._is_clean = record.was_clean
         self._shared_record = record
         self._below = os.fstatvfs(directory)
         self._below_at, self._is_looking = time.monotonic(), False
         super().__init__(directory, options, record, temporary=temporary, failed=failed)
+        self._lanes = Lanes(self.blocking_io, self._patience)
         self.page_file = MappedFile
 
     @classmethod
     def check(cls, path: str, directory: int, record: DirectoryRecord) -> None:
         """Nothing: the type of the filesystem says what it can do."""
 
-    def make_counts(self) -> _MapCounts:
-        return _MapCounts()
+    def make_counts(self) -> MapCounts:
+        return MapCounts()
 
     @property
     def file_locks(self) -> FileLocks | None:
@@ -258,6 +149,44 @@ class Distributed(Directory):
         if id is not None:
             self.opened(id).look()
 
+    async def move(self, id: int, directory: str) -> None:
+        name, here = self.files.name_of(id), self.files.directory
+        await self.sync(id)
+        map_file = map_name(self.opened(id).stat.st_ino)
+        there = open_directory(directory)
+        try:
+            self._check_target(there, directory, name)
+            with translated(f"moving {name!r}"):
+                os.rename(map_file, map_file, src_dir_fd=here, dst_dir_fd=there)  # first: without it all pages exist
+                try:
+                    os.rename(name, name, src_dir_fd=here, dst_dir_fd=there)
+                except BaseException:
+                    os.rename(map_file, map_file, src_dir_fd=there, dst_dir_fd=here)
+                    raise
+                for fd in there, here:
+                    os.fsync(fd)
+        finally:
+            os.close(there)
+        self.files.forget(id)
+
+    def _check_target(self, there: int, directory: str, name: str) -> None:
+        """Raise an error unless a directory is another store, with pages of this size, that lacks a name."""
+        here = os.fstat(self.files.directory)
+        if os.path.samestat(os.fstat(there), here):
+            raise InvalidArgument(f"the backup lies in {directory} already")
+        if os.fstat(there).st_dev != here.st_dev:
+            raise InvalidArgument(f"{directory} is on another filesystem: save the backup, and load it there")
+        try:
+            kept = json.loads(Path(f"/proc/self/fd/{there}/{FILE}").read_text())
+            fits = (kept["format"], kept["page_size"]) == (DistributedRecord.format, self.page_size)
+        except (OSError, ValueError, TypeError, KeyError):
+            raise InvalidArgument(f"{directory} is no store yet: mount it once") from None
+        if not fits:
+            raise InvalidArgument(f"{directory} is not a store with pages of {format_size(self.page_size)}")
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(name, dir_fd=there, follow_symlinks=False)
+            raise BackupExists(f"{directory} has a file {name!r}")
+
     # --- room ---
 
     def taken(self, id: int) -> int:
@@ -308,61 +237,13 @@ class Distributed(Directory):
 
     # --- threads ---
 
-    @contextlib.asynccontextmanager
-    async def locked(self, id: int) -> AsyncIterator[None]:
-        """Wait until no other task and no thread works on a backup, and lock it. Raises StoreFailed after a time."""
-        lane = self._lanes.setdefault(id, trio.Semaphore(1, max_value=1))
-        try:
-            lane.acquire_nowait()  # a wait costs a turn of the event loop, even if it is over at once
-        except trio.WouldBlock:
-            try:
-                with trio.fail_after(self._patience):
-                    await lane.acquire()
-            except trio.TooSlowError:
-                raise StoreFailed("the store did not answer an earlier request in time (store_timeout)") from None
-        try:
-            yield
-        finally:
-            if job := self._working.get(id):
-                job.frees = lane
-            else:
-                self._free(id, lane)
+    def locked(self, id: int) -> AbstractAsyncContextManager[None]:
+        """Lock a backup for one task and its thread."""
+        return self._lanes.locked(id)
 
-    def _free(self, id: int, lane: trio.Semaphore) -> None:
-        lane.release()
-        if lane.value and not lane.statistics().tasks_waiting:
-            self._lanes.pop(id, None)
-
-    async def in_thread(self, id: int, uid: int, work: Callable[..., T], *arguments: Any) -> T:
+    async def in_thread(self, id: int, work: Callable[..., T], *arguments: Any) -> T:
         """Call `work` in a thread, while the backup is locked. Raises trio.TooSlowError after a time."""
-        changes, opened, job = self.blocking_io.changes, self.opened(id), _Job()
-        token = trio.lowlevel.current_trio_token()
-
-        def ended(result: "outcome.Outcome[T]") -> None:
-            changes.limiter.release_on_behalf_of(job)
-            opened.left()
-            if self._working.get(id) is job:
-                del self._working[id]
-            if job.frees:
-                self._free(id, job.frees)
-            job.result = result
-            job.ended.set()
-
-        with trio.fail_after(self._patience):
-            async with changes.turn(uid):
-                try:
-                    changes.limiter.acquire_on_behalf_of_nowait(job)
-                except trio.WouldBlock:
-                    await changes.limiter.acquire_on_behalf_of(job)
-                opened.users += 1
-                self._working[id] = job
-                trio.lowlevel.start_thread_soon(
-                    partial(work, *arguments), lambda result: token.run_sync_soon(ended, result)
-                )
-                await job.ended.wait()
-        assert job.result
-        result: T = job.result.unwrap()
-        return result
+        return await self._lanes.in_thread(id, self.opened(id), work, *arguments)
 
     # --- durability ---
 

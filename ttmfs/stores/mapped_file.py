@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from .distributed import Distributed, Opened
+    from .distributed import Distributed
+    from .opened import Opened
     from .page_map import Change
 
 __all__ = ["MappedFile"]
@@ -141,13 +142,13 @@ class MappedFile(DiskFile):
             behind = -(offset + len(data)) % size if past - 1 not in opened.map else 0
             if before or behind:
                 start, whole = offset - before, b"".join((bytes(before), data, bytes(behind)))
-        with self._store.adding(self.id, first, past):
+        with self._store.adding(self.id, first, past), opened.map.doubtful() as doubt:
             marks = opened.map.changed(first, past, present=True)
             written = await self._wait("storing pages", _store, opened.fds, start, whole, marks, self._sync)
             if written < len(whole):
                 past = self._kept_of(start + written, first, past)
                 marks = opened.map.changed(first, past, present=True)
-                opened.map.clean = False  # the page after the last one has some of its bytes
+                doubt.stays = True  # the page after the last one has some of its bytes
                 await self._wait("storing pages", page_map.write, opened.map_fd, marks)
             opened.map.set(first, past, present=True)
             opened.changed()
@@ -170,7 +171,7 @@ class MappedFile(DiskFile):
             return
         if not self._store.admit(self.id, 1):
             raise self._store.refusal(self.id)
-        with self._store.adding(self.id, idx, idx + 1):
+        with self._store.adding(self.id, idx, idx + 1), opened.map.doubtful():
             marks = opened.map.changed(idx, idx + 1, present=True)
             await self._wait("storing pages", _store, opened.fds, 0, b"", marks, self._sync)
             opened.map.set(idx, idx + 1, present=True)
@@ -184,10 +185,9 @@ class MappedFile(DiskFile):
         opened.map.set(first, past, present=False)
         self._store.recount(self.id)
         opened.changed()
-        clean, opened.map.clean = opened.map.clean, False
         start, length = first * self.page_size, (past - first) * self.page_size
-        freed = await self._wait("dropping pages", _drop, opened.fds, marks, start, length, self._sync)
-        opened.map.clean = clean and freed
+        with opened.map.doubtful() as doubt:
+            doubt.stays = not await self._wait("dropping pages", _drop, opened.fds, marks, start, length, self._sync)
 
     def set_size(self, size: int) -> None:
         super().set_size(size)
@@ -200,15 +200,11 @@ class MappedFile(DiskFile):
 
     async def _wait(self, what: str, work: Callable[..., T], *arguments: Any) -> T:
         """Call `work` in a thread, for `store_timeout=` at most. Raises StoreFailed."""
-        opened = self._opened
         try:
-            return await self._store.in_thread(self.id, opened.stat.st_uid, work, *arguments)
+            return await self._store.in_thread(self.id, work, *arguments)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                opened.map.clean = False
             raise from_os_error(error, what) from error
         except trio.TooSlowError:
-            opened.map.clean = False
             raise StoreFailed(f"{what}: the store did not answer in time (store_timeout)") from None
 
 

@@ -9,12 +9,14 @@ written, and :meth:`PageMap.set` changes what is in memory once it is.
 Concurrency: one thread. :func:`write` may run in another.
 """
 
+import contextlib
 import os
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["GROUP", "Change", "PageMap", "read", "write"]
+__all__ = ["GROUP", "Change", "Doubt", "PageMap", "read", "write"]
 
 GROUP = 4096
 """Pages a group: what is held in memory for a backup with one page. A multiple of 8."""
@@ -27,6 +29,13 @@ class Change(NamedTuple):
 
     offset: int
     data: bytes
+
+
+@dataclass
+class Doubt:
+    """Whether absent pages may have data after a change that succeeded."""
+
+    stays: bool = False
 
 
 class PageMap:
@@ -44,6 +53,13 @@ class PageMap:
                 self._groups[number] = _unpacked(packed)
                 self._numbers.append(number)
         self.count = sum(group.count(_PRESENT) for group in self._groups.values())
+
+    @contextlib.contextmanager
+    def doubtful(self) -> "Iterator[Doubt]":
+        """Wrap a change of the backup's file. Unless it succeeds, absent pages may have data afterwards."""
+        doubt, before, self.clean = Doubt(), self.clean, False
+        yield doubt
+        self.clean = before and not doubt.stays
 
     def __contains__(self, idx: int) -> bool:
         group = self._groups.get(idx // GROUP)

@@ -183,6 +183,13 @@ class Store(ABC):
         if fd >= 0:
             os.close(fd)
 
+    async def move(self, id: int, directory: str) -> None:
+        """Give a backup to another store, without copying its pages. Here the backup has ended then.
+
+        The caller has locked the backup's file. Raises NotSupported, InvalidArgument and BackupExists.
+        """
+        raise NotSupported("only a store on a distributed filesystem can give a backup to another")
+
     # --- limits ---
 
     def admit(self, id: int, pages: int) -> int:

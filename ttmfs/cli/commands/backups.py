@@ -1,7 +1,8 @@
-"""``create``, ``writeback`` and ``fini``: one action on each of several backups."""
+"""``create``, ``writeback``, ``move`` and ``fini``: one action on each of several backups."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -105,6 +106,27 @@ def _whereabouts(found: dict[str, Any]) -> str:
     return f"{quoted(found['backup'])}: {text}\n"
 
 
+def _add_move(parser: argparse.ArgumentParser) -> None:
+    _add_paths(parser)
+    parser.add_argument("store", metavar="OTHER-STORE", help="the directory of another store")
+    parser.add_argument("-f", "--force", action="store_true", help="move backups even if programs use them")
+
+
+def _move(arguments: argparse.Namespace) -> int:
+    from .users import BackupIdentity, Users, in_a_line
+
+    def move(path: str) -> None:
+        with backup_at(path, native=False) as backup:
+            identity = BackupIdentity.of(backup)
+            if not arguments.force and (using := Users([identity]).of(identity)):
+                raise CommandError(
+                    f"{quoted(path)} is in use and was left: {in_a_line(using)}; --force moves it anyway"
+                )
+            backup.move(os.path.abspath(arguments.store))
+
+    return _each("move", arguments.paths, move)
+
+
 def _add_fini(parser: argparse.ArgumentParser) -> None:
     _add_paths(parser)
     parser.add_argument("-f", "--force", action="store_true", help="end backups even if programs use them")
@@ -178,6 +200,20 @@ examples:
   ttmfs writeback --json /mnt/ttm/bo7 | jq '.[].swapped'""",
         _add_writeback,
         _writeback,
+        uses_client=True,
+        waits_for=lambda arguments: arguments.paths,
+    ),
+    Command(
+        "move",
+        "Give backups to another store=DIR on the same CephFS, of this machine or of another, without copying their\n"
+        "pages. The other mount shows them within a second. It refuses a backup that a program uses. Only root and\n"
+        "the user who mounted may move a backup.",
+        """\
+examples:
+  ttmfs move /mnt/ttm/bo7 /ceph/other
+  ttmfs move /mnt/ttm/* /ceph/other""",
+        _add_move,
+        _move,
         uses_client=True,
         waits_for=lambda arguments: arguments.paths,
     ),
