@@ -5,6 +5,7 @@
 # make format   fix what the formatter and the linter can
 # make bench    compare with tmpfs and other FUSE filesystems: tables, JSON and plots (bench-quick: in a few minutes)
 # make soak     mixed load with kills, swap and budget changes, for SECONDS (600)
+# make soak-distributed  the same on a store on Ceph, with kills of its servers
 # make install  install commands, systemd units and manual pages below PREFIX (/usr/local); make uninstall removes them
 # make lock     write the versions in .venv to requirements-dev.lock
 # Each target first installs what is missing (Debian, Ubuntu), as root or through sudo.
@@ -12,7 +13,7 @@
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test check check-tests lint format bench bench-quick libfuse-examples soak setup lock install uninstall clean
+.PHONY: demo test check check-tests lint format bench bench-quick libfuse-examples soak soak-distributed setup lock install uninstall clean
 
 CHECKED := tests/arithmetic tests/model tests/face $(addprefix tests/house/test_,imports.py docs.py help.py man_pages.py)
 
@@ -51,6 +52,9 @@ libfuse-examples: setup
 
 soak: setup
 	$(SUDO) $(BIN)/python tests/soak.py --seconds $(SECONDS)
+
+soak-distributed: setup
+	$(SUDO) $(BIN)/python tests/soak_distributed.py --seconds $(SECONDS)
 
 lock: setup
 	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable >requirements-dev.lock

@@ -35,11 +35,13 @@ class Keeping:
 
     def __init__(self, mount: Mount, process: Process) -> None:
         self._mount, self._process = mount, process
+        self.store_is_lost = False
+        """Whether another machine may have the store: the next daemon gets no descriptor of it."""
         self._keeps_connection = INIT_VERSION.unpack_from(bytes.fromhex(mount.state.record.init)) >= RESEND_SINCE
 
     def descriptors(self) -> dict[str, int]:
         """What the next daemon needs, by the keeper's names. The state comes last: what has it has all."""
-        found = self._mount.pool.store.descriptors()
+        found = {} if self.store_is_lost else self._mount.pool.store.descriptors()
         if self._keeps_connection:
             found[CONNECTION] = self._mount.connection
         return found | {STATE: self._mount.state.fd}

@@ -42,6 +42,7 @@ from ..linux.fuse_protocol import NOTIFY_RESEND
 from ..linux.memory import available
 from ..linux.splice import Splice
 from ..options import ExitCode, Options
+from ..recovery.keeper_client import extended
 from ..recovery.keeper_protocol import CONNECTION, ENDING, STATE
 from ..stores.blocking_io import SHARE
 from . import mounting
@@ -79,7 +80,8 @@ def serve(source: str, mountpoint: str, options: Options, process: Process) -> E
     for number in ENDING:
         signal.signal(number, lambda *_: None)  # the first counts; later ones change nothing
     resumed = STATE in process.held
-    mount = start(source, mountpoint, options, process.held)
+    with extended(process.keeper if options.store else None):
+        mount = start(source, mountpoint, options, process.held)
     leave, session = resumed, None
     try:
         session = _Session(mount, options, process)
@@ -290,6 +292,7 @@ class _Session:
             "the store %s is lost: another machine may have taken it. %s is mounted anew once the store can be had",
             store.directory, self._mount.mountpoint,
         )  # fmt: skip
+        self.keeping.store_is_lost = True
         await self.keeping.drop(CONNECTION, *store.descriptors())
         self.leaving = True
         self._loop.end()

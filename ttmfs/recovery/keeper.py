@@ -25,7 +25,8 @@ holds already. It uses only the standard library, and touches no page. Its state
 
 - A daemon that dies before the keeper holds its state ends the keeper too.
 - A daemon that died by itself delays the next one; failed starts in a row do so longer each time.
-- Giving up closes the connection, so that waiting clients get errors. The pages stay.
+- Giving up closes the connection, so that waiting clients get errors. The pages stay. It comes later while a daemon
+  says that it waits for its store.
 - SIGTERM, SIGINT and SIGHUP end the mount: they are passed to the daemon, if one only starts once it serves.
 - SIGUSR1 restarts the daemon: it is killed, as at any instant it may be, and the next one takes over.
 - A daemon that gives no more signs of life is killed, too.
@@ -50,11 +51,13 @@ from collections.abc import Callable
 
 if __package__:
     from . import keeper_protocol as protocol
+    from .keeper_giving_up import last_words, unmount
     from .keeper_standby import LONGEST_PAUSE, Standby
     from .service_manager import HELD_BY_NEXT, NOT_AGAIN, ServiceManager
 else:  # run by its path
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import keeper_protocol as protocol  # type: ignore[import-not-found,no-redef]
+    from keeper_giving_up import last_words, unmount  # type: ignore[import-not-found,no-redef]
     from keeper_standby import LONGEST_PAUSE, Standby  # type: ignore[import-not-found,no-redef]
     from service_manager import HELD_BY_NEXT, NOT_AGAIN, ServiceManager  # type: ignore[import-not-found,no-redef]
 
@@ -66,7 +69,6 @@ LOOK_SECONDS, MOST_SILENT = 5.0, 6
 as a service manager waits for the keeper's. Looks are counted, not seconds: while the machine stands still the
 keeper does not look either."""
 
-UNMOUNT_SECONDS = 10.0
 WARNING, CRITICAL = 4, 2  # of syslog(3)
 
 
@@ -148,7 +150,7 @@ class Program:
                     action()
         self.standby.end_now()
         if self.state is State.GAVE_UP and self.exit_status != HELD_BY_NEXT:
-            self.unmount()
+            unmount(self.mountpoint)
         return self.exit_status
 
     # --- signals ---
@@ -249,6 +251,10 @@ class Program:
         if "WATCHDOG=1" in lines and self.state in (State.STARTING, State.SERVING):
             self.timers.setdefault(self.look_for_sign_of_life, time.monotonic() + self.look_seconds)
             self.silent_looks = 0
+        if "EXTEND=1" in lines and self.state is State.STARTING:
+            if self.give_up_waiting in self.timers:
+                self.timers[self.give_up_waiting] = time.monotonic() + protocol.MOST_SECONDS_DOWN
+            self.manager.tell(f"EXTEND_TIMEOUT_USEC={protocol.MOST_SECONDS_DOWN * 1e6:.0f}")
         if "READY=1" in lines and self.state in (State.STARTING, State.SERVING):
             self.wants_standby = "STANDBY=1" in lines
             self.daemon_serves()
@@ -395,7 +401,7 @@ class Program:
         self.drop(protocol.CONNECTION)
         self.standby.end()
         self.stop_timers()
-        self.state, me = State.GAVE_UP, os.getpid()
+        self.state = State.GAVE_UP
         if self.end_requested:
             self.exit_status = Exit.FAILED
         if self.manager and not self.manager.is_ready and protocol.GAVE_UP not in self.held:
@@ -403,33 +409,10 @@ class Program:
             self.manager.hold(protocol.GAVE_UP, os.eventfd(0))
             return
         self.drop(protocol.GAVE_UP)
-        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        rescue = os.path.join(package, "cli", "rescue.py")  # it works when the rest of the package does not
-        again, end = f"kill -USR1 {me}", f"kill {me}"
-        if self.manager:
-            again, end = "restart this unit", "stop it"
-        where = (
-            f"its pages are safe as long as this process, {me}, lives. "
-            f"To get them out: ttmfs rescue {me} DIRECTORY (or python3 {rescue} {me} DIRECTORY)"
-        )
-        if protocol.STORE not in self.held:
-            where = "its pages are in its store, which another machine may have"
-        text = f"gave up: {why}. {self.mountpoint} is dead, but {where}. To try again: {again}. To let them go: {end}"
+        has_store = protocol.STORE in self.held
+        text = last_words(why, self.mountpoint, has_store=has_store, in_unit=bool(self.manager))
         self.say(text, CRITICAL)
         self.manager.tell("READY=1", f"STATUS={text}")
-
-    def unmount(self) -> None:
-        """Unmount the mount that is dead since the keeper gave up."""
-        import errno  # both only here, since the keeper is to stay small
-        import subprocess
-
-        try:
-            os.statvfs(self.mountpoint)
-        except OSError as error:
-            if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                    words = ["fusermount3", "-u", "-z", "--", self.mountpoint]
-                    subprocess.run(words, check=False, timeout=UNMOUNT_SECONDS)
 
     def say(self, text: str, priority: int = WARNING) -> None:
         """Log one line."""

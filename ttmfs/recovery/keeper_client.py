@@ -13,15 +13,17 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 from .keeper_protocol import ENDING, FIRST_DESCRIPTOR, HELD, KEEPER, KEEPER_PID, PATIENCE, RESTART
 from .service_manager import ServiceManager
 
-__all__ = ["Keeper", "become_keeper", "fork_daemon", "inherited", "is_managed", "start_keeper"]
+__all__ = ["Keeper", "become_keeper", "extended", "fork_daemon", "inherited", "is_managed", "start_keeper"]
 
 PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "keeper.py")
 BARRIER_SECONDS = 5.0
+EXTEND_SECONDS = 5.0
 
 
 def inherited() -> "dict[str, int]":
@@ -100,6 +102,27 @@ class Keeper:
             _read_in_time(handled)  # its service manager has handled all of it, too
         finally:
             os.close(handled)
+
+
+@contextlib.contextmanager
+def extended(keeper: "Keeper | None") -> Iterator[None]:
+    """Have a keeper not give up while this thread waits, and touches nothing of the keeper's."""
+    import threading  # only here, since ttmfs-service is to import little
+
+    ended = threading.Event()
+
+    def extend() -> None:
+        while keeper and not ended.wait(EXTEND_SECONDS):
+            with contextlib.suppress(OSError):
+                keeper.tell("EXTEND=1")
+
+    thread = threading.Thread(target=extend, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _read_in_time(pipe: int) -> bytes:

@@ -4,6 +4,7 @@ The protocol is sd_notify(3)'s with a few words more. A daemon sends datagrams o
 
 - ``FDSTORE=1`` and ``FDNAME=`` with a descriptor: hold this. ``FDSTOREREMOVE=1`` and ``FDNAME=``: close it.
 - ``READY=1``: it serves. ``WATCHDOG=1``: it still serves. ``STOPPING=1``: it ends on purpose.
+- ``EXTEND=1``: it starts, and waits for its store: give up later.
 - ``STANDBY=1``, with ``READY=1``: keep a standby for it. ``STATUS=``: what a service manager is to show.
 - ``BARRIER=1`` with a pipe: write a byte to it and close it once all messages before were handled, by the keeper and by
   its service manager if it has one. A keeper that dies closes it without the byte.

@@ -67,7 +67,7 @@ class BackupFiles:
         self._store = store
         self.open: OrderedDict[int, int] = OrderedDict()
         """Open descriptors by id; the one used last at the end. For compiled code, which looks here first."""
-        self._most_open = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._most_open = min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // store.files_each)
         self._names: dict[int, str] = {}
         self._ids: list[int] = []  # the keys of _names, sorted
         self._scans = Throttle(free=SHORT_SCAN_SECONDS)
@@ -237,7 +237,9 @@ class BackupFiles:
             raise
         self.open[id] = fd
         if len(self.open) > self._most_open:
-            self._store.close_file(*self.open.popitem(last=False))
+            unused = (other for other in self.open if other != id and self._store.may_close(other))
+            if (oldest := next(unused, None)) is not None:
+                self._store.close_file(oldest, self.open.pop(oldest))
 
     def stat(self, id: int | None = None) -> os.stat_result:
         """Return the stat of the directory, or of a backup's file, without opening it."""

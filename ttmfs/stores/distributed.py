@@ -29,9 +29,10 @@ from . import page_map
 from .blocking_io import FileLocks
 from .directory import Directory, open_directory
 from .directory_record import FILE, DirectoryRecord
-from .distributed_record import DistributedRecord, map_name
+from .distributed_record import DistributedRecord, is_map, map_name
 from .lanes import Lanes
 from .mapped_file import MappedFile
+from .new_file import NewFile
 from .opened import MapCounts, Opened
 from .page_map import PageMap
 from .store import MOST_UNSYNCED
@@ -56,6 +57,7 @@ class Distributed(Directory):
     """A store on a distributed filesystem. No other program may use the directory meanwhile."""
 
     has_unnamed_files = hands_out_files = False
+    files_each = 2
     _counts: MapCounts
     record_type: ClassVar[type[DirectoryRecord]] = DistributedRecord
 
@@ -65,11 +67,13 @@ class Distributed(Directory):
         self._patience = options.store_timeout
         self._opened: dict[int, Opened] = {}
         self._maps: dict[int, PageMap] = {}  # also of backups whose files are not open
+        self._inos: dict[int, int] = {}  # inode numbers, which name the maps
         self._is_clean = record.was_clean
         self._shared_record = record
         self._below = os.fstatvfs(directory)
         self._below_at, self._is_looking = time.monotonic(), False
         super().__init__(directory, options, record, temporary=temporary, failed=failed)
+        self._remove_orphans()
         self._lanes = Lanes(self.blocking_io, self._patience)
         self.page_file = MappedFile
 
@@ -84,6 +88,25 @@ class Distributed(Directory):
     def file_locks(self) -> FileLocks | None:
         return None  # the event loop looks at no file
 
+    def _first_scan(self) -> None:
+        """Open each backup, whose map says what it takes of the budget."""
+        super()._first_scan()
+        for id in self.files.ids_after(0):
+            with contextlib.suppress(TtmfsError):
+                self.opened(id)
+
+    def _remove_orphans(self) -> None:
+        """Remove the maps of files that are gone: a daemon was killed between the two."""
+        if self._shared_record.read_only:
+            return
+        with translated("reading the store"), os.scandir(self.files.directory) as entries:
+            found = list(entries)
+            known = {map_name(ino) for ino in (*self._inos.values(), *(entry.inode() for entry in found))}
+            for entry in found:
+                if is_map(entry.name) and entry.name not in known:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.name, dir_fd=self.files.directory)
+
     # --- open files ---
 
     def opened(self, id: int) -> Opened:
@@ -97,23 +120,19 @@ class Distributed(Directory):
             map_fd = self._open_map(id, fd)
         except OSError as error:
             raise from_os_error(error, "opening a backup") from error
-        self._opened[id] = Opened(fd, map_fd, self._maps[id])
+        self._opened[id] = opened = Opened(fd, map_fd, self._maps[id])
+        self._inos[id] = opened.stat.st_ino
+        opened.map.cut(opened.size // self.page_size)
         self.recount(id)
 
     def _open_map(self, id: int, fd: int) -> int:
         """Open the map of a backup, or make one in which all pages of the file exist."""
-        found, directory = os.fstat(fd), self.files.directory
-        name, flags = map_name(found.st_ino), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-        if self._shared_record.read_only:
-            flags = flags & ~os.O_RDWR | os.O_RDONLY
+        found, read_only = os.fstat(fd), self._shared_record.read_only
+        flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            map_fd = os.open(name, flags, dir_fd=directory)
+            map_fd = os.open(map_name(found.st_ino), flags, dir_fd=self.files.directory)
         except FileNotFoundError:
-            map_fd = os.open(name, os.O_CREAT | os.O_EXCL | flags, 0o600, dir_fd=directory)
-            pages, past = PageMap(), found.st_size // self.page_size
-            page_map.write(map_fd, pages.changed(0, past, present=True))
-            pages.set(0, past, present=True)
-            self._maps[id] = pages
+            return self._make_map(id, found)
         try:
             _lock(map_fd)
             if id not in self._maps:
@@ -123,26 +142,44 @@ class Distributed(Directory):
             raise
         return map_fd
 
+    def _make_map(self, id: int, found: os.stat_result) -> int:
+        """Make the map of a file that another program made. It gets its name when it is whole, and on the disk."""
+        pages, past = PageMap(), found.st_size // self.page_size
+        marks = pages.changed(0, past, present=True)
+        pages.set(0, past, present=True)
+        self._maps[id] = pages
+        if self._shared_record.read_only:  # nothing is written
+            return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        new = NewFile(self.files.directory, unnamed=False)
+        try:
+            _lock(new.fd)
+            page_map.write(new.fd, marks)
+            os.fsync(new.fd)
+            new.link(map_name(found.st_ino))
+        except BaseException:
+            new.discard()
+            raise
+        return new.fd
+
+    def may_close(self, id: int) -> bool:
+        return not self._opened[id].users
+
     def close_file(self, id: int, fd: int) -> None:
         self._opened.pop(id).close()
 
     def new_id(self, fd: int, found: os.stat_result) -> int:
         id = super().new_id(fd, found)
-        map_fd = os.open(
-            map_name(found.st_ino), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600,
-            dir_fd=self.files.directory,
-        )  # fmt: skip
-        os.close(map_fd)
-        self._maps[id] = PageMap()
+        flags = os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
+        os.close(os.open(map_name(found.st_ino), flags, 0o600, dir_fd=self.files.directory))
+        self._maps[id], self._inos[id] = PageMap(), found.st_ino
         return id
 
     def forget(self, id: int) -> None:
-        opened = self._opened.get(id)
         super().forget(id)
         self._maps.pop(id, None)
-        if opened:
+        if ino := self._inos.pop(id, 0):
             with contextlib.suppress(OSError):
-                os.unlink(map_name(opened.stat.st_ino), dir_fd=self.files.directory)
+                os.unlink(map_name(ino), dir_fd=self.files.directory)
 
     def change(self, id: int | None, **changes: Any) -> None:
         super().change(id, **changes)
@@ -157,11 +194,11 @@ class Distributed(Directory):
         try:
             self._check_target(there, directory, name)
             with translated(f"moving {name!r}"):
-                os.rename(map_file, map_file, src_dir_fd=here, dst_dir_fd=there)  # first: without it all pages exist
+                os.link(map_file, map_file, src_dir_fd=here, dst_dir_fd=there)  # wherever the file is, its map is, too
                 try:
                     os.rename(name, name, src_dir_fd=here, dst_dir_fd=there)
                 except BaseException:
-                    os.rename(map_file, map_file, src_dir_fd=there, dst_dir_fd=here)
+                    os.unlink(map_file, dir_fd=there)
                     raise
                 for fd in there, here:
                     os.fsync(fd)
@@ -241,31 +278,36 @@ class Distributed(Directory):
         """Lock a backup for one task and its thread."""
         return self._lanes.locked(id)
 
-    async def in_thread(self, id: int, work: Callable[..., T], *arguments: Any) -> T:
-        """Call `work` in a thread, while the backup is locked. Raises trio.TooSlowError after a time."""
-        return await self._lanes.in_thread(id, self.opened(id), work, *arguments)
+    async def in_thread(self, id: int, opened: Opened, work: Callable[..., T], *arguments: Any) -> T:
+        """Call `work` in a thread with open files of a backup that is locked. Raises trio.TooSlowError after a time."""
+        return await self._lanes.in_thread(id, opened, work, opened, *arguments)
 
     # --- durability ---
 
     async def sync(self, id: int | None) -> None:
         if id in self._failed:
             raise StoreFailed("syncing a backup: it failed before, so pages may be lost; copy out what is there")
-        fds = [self.files.directory]
-        if id is not None:
-            opened = self.opened(id)
-            fds = [*opened.fds, *fds]  # the data before the map that says that it is there
+        syncs, directory = self.blocking_io.syncs, self.files.directory
         try:
-            with trio.fail_after(self._patience):
-                await trio.to_thread.run_sync(
-                    self.sync_held, fds, limiter=self.blocking_io.syncs.limiter, abandon_on_cancel=True
-                )
+            if id is None:
+                with trio.fail_after(self._patience):
+                    await trio.to_thread.run_sync(
+                        self.sync_held, [directory], limiter=syncs.limiter, abandon_on_cancel=True
+                    )
+                return
+            opened = self.opened(id)
+            fds = (*opened.fds, directory)  # the data before the map that says that it is there
+            note = partial(self._note_failed, id)
+            await self._lanes.in_thread(id, opened, self.sync_held, fds, limit=syncs, on_error=note)
         except trio.TooSlowError:
             raise StoreFailed("syncing a backup: the store did not answer in time (store_timeout)") from None
         except OSError as error:
-            if id is not None:
-                self._failed.add(id)
-                self.remember(unsynced=sorted(self._failed)[:MOST_UNSYNCED])
             raise from_os_error(error, "syncing a backup") from error
+
+    def _note_failed(self, id: int) -> None:
+        """Have each later fsync(2) of a backup fail, too."""
+        self._failed.add(id)
+        self.remember(unsynced=sorted(self._failed)[:MOST_UNSYNCED])
 
     async def wait_until_lost(self) -> None:
         is_lost = False
@@ -285,19 +327,24 @@ class Distributed(Directory):
             raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
 
     def close(self, *, leave: bool = False) -> None:
-        if not leave:
-            closing = threading.Thread(target=self._close_whole, args=[list(self._opened.values())], daemon=True)
+        if not leave and self._lanes.is_idle and not self._shared_record.read_only:
+            closing = threading.Thread(target=self._close_whole, daemon=True)
             closing.start()
             closing.join(CLOSE_SECONDS)
+            if closing.is_alive():  # it works with the descriptors, which end with the process
+                return
         super().close(leave=leave)
 
-    def _close_whole(self, opened: list[Opened]) -> None:
+    def _close_whole(self) -> None:
+        """Have all in the store, and note that. Not if a backup's files were closed meanwhile: they are not synced."""
         with contextlib.suppress(OSError, TtmfsError):
-            for file in opened:
-                if not file.map.clean:
-                    _free_absent(file, self.page_size)
-                self.sync_held(file.fds)
-            if all(pages.clean for pages in self._maps.values()):
+            for opened in self._opened.values():
+                if not opened.map.is_sure:
+                    page_map.rewrite(opened.map_fd, opened.map.packed())
+                if not opened.map.clean:
+                    _free_absent(opened, self.page_size)
+                self.sync_held(opened.fds)
+            if self._opened.keys() == self._maps.keys() and all(pages.clean for pages in self._maps.values()):
                 self._shared_record.note_clean()
 
 

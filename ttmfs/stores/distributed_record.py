@@ -21,7 +21,7 @@ from ..errors import StoreBusy, TtmfsError
 from .directory_record import FILE, Checks, DirectoryRecord, is_locked
 from .new_file import remove_unfinished
 
-__all__ = ["DistributedRecord", "map_name"]
+__all__ = ["DistributedRecord", "is_map", "map_name"]
 
 MAP = ".ttmfs-map-"
 LONGEST_HOST = 64
@@ -33,6 +33,11 @@ LOST = (errno.EIO, errno.EBADF, errno.ESHUTDOWN, errno.ENOTCONN, errno.ESTALE, e
 def map_name(ino: int) -> str:
     """The name of a backup's map, by the inode number of the backup's file."""
     return f"{MAP}{ino}"
+
+
+def is_map(name: str) -> bool:
+    """Whether this is the name of a map."""
+    return name.startswith(MAP)
 
 
 class DistributedRecord(DirectoryRecord):
@@ -79,7 +84,7 @@ class DistributedRecord(DirectoryRecord):
             return not is_locked(self.fd) or self.read(self.fd)["counter"] != self._counter
         except OSError as error:
             return error.errno in LOST
-        except TtmfsError:
+        except (TtmfsError, ValueError):  # ValueError: the store was closed
             return True
 
     # --- the file ---

@@ -15,7 +15,7 @@ import outcome
 import trio
 
 from ..errors import StoreFailed
-from .blocking_io import BlockingIO
+from .blocking_io import BlockingIO, LimitPerOwner
 from .opened import Opened
 
 __all__ = ["Lanes"]
@@ -30,6 +30,7 @@ class _Job:
         self.ended = trio.Event()
         self.result: outcome.Outcome[Any] | None = None
         self.frees: trio.Semaphore | None = None  # the lock of the backup that nobody else frees
+        self.is_started = False
 
 
 class Lanes:
@@ -65,33 +66,69 @@ class Lanes:
         if lane.value and not lane.statistics().tasks_waiting:
             self._locks.pop(id, None)
 
-    async def in_thread(self, id: int, opened: Opened, work: Callable[..., T], *arguments: Any) -> T:
-        """Call `work` in a thread, while the backup is locked. Raises trio.TooSlowError after a time."""
-        changes, job = self._changes, _Job()
+    @property
+    def is_idle(self) -> bool:
+        """Whether no thread works with a backup's lock."""
+        return not self._working
+
+    async def in_thread(
+        self, id: int, opened: Opened, work: Callable[..., T], *arguments: Any,
+        limit: LimitPerOwner | None = None, on_error: Callable[[], object] = lambda: None,
+    ) -> T:  # fmt: skip
+        """Call `work` in a thread. Raises trio.TooSlowError after a time.
+
+        The backup is locked by the caller, and stays so until the thread ends; with a `limit` of its own the work needs
+        no lock. `on_error` is called if the thread fails, even if nobody waits for it any more.
+        """
+        changes, job, locked = limit or self._changes, _Job(), limit is None
         token = trio.lowlevel.current_trio_token()
 
         def ended(result: "outcome.Outcome[T]") -> None:
             changes.limiter.release_on_behalf_of(job)
             opened.left()
-            if self._working.get(id) is job:
+            if locked:
                 del self._working[id]
             if job.frees:
                 self._free(id, job.frees)
+            if isinstance(result, outcome.Error):
+                on_error()
             job.result = result
             job.ended.set()
 
-        with trio.fail_after(self._patience):
-            async with changes.turn(opened.stat.st_uid):
-                try:
-                    changes.limiter.acquire_on_behalf_of_nowait(job)
-                except trio.WouldBlock:
-                    await changes.limiter.acquire_on_behalf_of(job)
-                opened.users += 1
-                self._working[id] = job
-                trio.lowlevel.start_thread_soon(
-                    partial(work, *arguments), lambda result: token.run_sync_soon(ended, result)
-                )
-                await job.ended.wait()
+        def deliver(result: "outcome.Outcome[T]") -> None:
+            try:
+                token.run_sync_soon(ended, result)
+            except trio.RunFinishedError:  # nobody is left to hear of it
+                opened.left()
+
+        opened.users += 1  # before anything is awaited
+        try:
+            with trio.fail_after(self._patience):
+                async with changes.turn(opened.stat.st_uid):
+                    try:
+                        changes.limiter.acquire_on_behalf_of_nowait(job)
+                    except trio.WouldBlock:
+                        await changes.limiter.acquire_on_behalf_of(job)
+                    if locked:
+                        self._working[id] = job
+                    self._start(job, partial(work, *arguments), deliver)
+                    await job.ended.wait()
+        except BaseException:
+            if not job.is_started:
+                if self._working.get(id) is job:
+                    del self._working[id]
+                with contextlib.suppress(RuntimeError):  # it has no token of the limiter
+                    changes.limiter.release_on_behalf_of(job)
+                opened.left()
+            raise
         assert job.result
         result: T = job.result.unwrap()
         return result
+
+    @staticmethod
+    def _start(job: _Job, work: Callable[[], T], deliver: "Callable[[outcome.Outcome[T]], None]") -> None:
+        try:
+            trio.lowlevel.start_thread_soon(work, deliver)
+        except RuntimeError as error:
+            raise StoreFailed("no thread can be started; ulimit -u may limit them") from error
+        job.is_started = True

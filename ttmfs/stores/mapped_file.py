@@ -123,7 +123,7 @@ class MappedFile(DiskFile):
         if not opened.map.clean and opened.map.first_absent(first, past) is not None:
             runs = list(opened.map.runs(first, past))
         parts = [(max(offset, start * self.page_size), min(offset + size, end * self.page_size)) for start, end in runs]
-        return await self._wait("reading pages", _read_parts, opened.fd, offset, size, parts)
+        return await self._wait("reading pages", opened, _read_parts, offset, size, parts)
 
     async def read_into(self, dst: memoryview, offset: int) -> int:
         data = await self._read(offset, len(dst))
@@ -133,8 +133,9 @@ class MappedFile(DiskFile):
     # --- storing and dropping ---
 
     async def write(self, offset: int, data: bytes | memoryview) -> int:
-        data = self._admitted(offset, data)
         opened, size = self._opened, self.page_size
+        await self._make_sure(opened)
+        data = self._admitted(offset, data)
         first, past = offset // size, -(-(offset + len(data)) // size)
         start, whole = offset, data
         if not opened.map.clean:  # what an absent page has in the file is not to be seen
@@ -144,12 +145,12 @@ class MappedFile(DiskFile):
                 start, whole = offset - before, b"".join((bytes(before), data, bytes(behind)))
         with self._store.adding(self.id, first, past), opened.map.doubtful() as doubt:
             marks = opened.map.changed(first, past, present=True)
-            written = await self._wait("storing pages", _store, opened.fds, start, whole, marks, self._sync)
+            written = await self._wait("storing pages", opened, _store, start, whole, marks, self._sync)
             if written < len(whole):
                 past = self._kept_of(start + written, first, past)
                 marks = opened.map.changed(first, past, present=True)
                 doubt.stays = True  # the page after the last one has some of its bytes
-                await self._wait("storing pages", page_map.write, opened.map_fd, marks)
+                await self._wait("storing pages", opened, _store, 0, b"", marks, self._sync)
             opened.map.set(first, past, present=True)
             opened.changed()
         stored = min(start + written, past * size, offset + len(data)) - offset
@@ -166,6 +167,7 @@ class MappedFile(DiskFile):
         if self._exists(idx):
             return
         opened = self._opened
+        await self._make_sure(opened)
         if not opened.map.clean:
             await self.write(idx * self.page_size, bytes(self.page_size))
             return
@@ -173,12 +175,13 @@ class MappedFile(DiskFile):
             raise self._store.refusal(self.id)
         with self._store.adding(self.id, idx, idx + 1), opened.map.doubtful():
             marks = opened.map.changed(idx, idx + 1, present=True)
-            await self._wait("storing pages", _store, opened.fds, 0, b"", marks, self._sync)
+            await self._wait("storing pages", opened, _store, 0, b"", marks, self._sync)
             opened.map.set(idx, idx + 1, present=True)
             opened.changed()
 
     async def drop_range(self, first: int, past: int) -> None:
         opened = self._opened
+        await self._make_sure(opened)
         past = min(past, opened.size // self.page_size)
         if not (marks := opened.map.changed(first, past, present=False)):
             return
@@ -187,7 +190,7 @@ class MappedFile(DiskFile):
         opened.changed()
         start, length = first * self.page_size, (past - first) * self.page_size
         with opened.map.doubtful() as doubt:
-            doubt.stays = not await self._wait("dropping pages", _drop, opened.fds, marks, start, length, self._sync)
+            doubt.stays = not await self._wait("dropping pages", opened, _drop, marks, start, length, self._sync)
 
     def set_size(self, size: int) -> None:
         super().set_size(size)
@@ -198,18 +201,34 @@ class MappedFile(DiskFile):
         """What makes each change durable; None if fsync(2) does."""
         return self._store.sync_held if self._store.is_durable else None
 
-    async def _wait(self, what: str, work: Callable[..., T], *arguments: Any) -> T:
-        """Call `work` in a thread, for `store_timeout=` at most. Raises StoreFailed."""
+    async def sync(self, offset: int, length: int) -> None:
+        async with self.locked():
+            await self._make_sure(self._opened)
+        await super().sync(offset, length)
+
+    async def _make_sure(self, opened: Opened) -> None:
+        """Write the map whole, if a change failed and nobody knows what its file says."""
+        if not opened.map.is_sure:
+            await self._wait("writing the map", opened, _rewrite, opened.map.packed())
+            opened.map.is_sure = True
+
+    async def _wait(self, what: str, opened: Opened, work: Callable[..., T], *arguments: Any) -> T:
+        """Call `work` in a thread, with the open files, for `store_timeout=` at most. Raises StoreFailed."""
         try:
-            return await self._store.in_thread(self.id, work, *arguments)
+            return await self._store.in_thread(self.id, opened, work, *arguments)
         except OSError as error:
             raise from_os_error(error, what) from error
         except trio.TooSlowError:
             raise StoreFailed(f"{what}: the store did not answer in time (store_timeout)") from None
 
 
-def _read_parts(fd: int, offset: int, size: int, parts: Sequence[tuple[int, int]]) -> bytes:
+def _rewrite(opened: Opened, groups: dict[int, bytes]) -> None:
+    page_map.rewrite(opened.map_fd, groups)
+
+
+def _read_parts(opened: Opened, offset: int, size: int, parts: Sequence[tuple[int, int]]) -> bytes:
     """Read parts of a range, as (start, end) in bytes. The rest is zeros."""
+    fd = opened.fd
     if parts == [(offset, offset + size)] and len(whole := os.pread(fd, size, offset)) == size:
         return whole
     data = bytearray(size)
@@ -221,14 +240,14 @@ def _read_parts(fd: int, offset: int, size: int, parts: Sequence[tuple[int, int]
 
 
 def _store(
-    fds: tuple[int, int],
+    opened: Opened,
     offset: int,
     data: bytes | memoryview,
     marks: Sequence[Change],
     sync: Callable[[Iterable[int]], None] | None,
 ) -> int:
     """Write data, and then its marks if all of it could be written. Returns the bytes written."""
-    fd, map_fd = fds
+    fd, map_fd = opened.fds
     done, view = 0, memoryview(data)
     try:
         while done < len(data):
@@ -236,6 +255,8 @@ def _store(
     except OSError:
         if not done:
             raise
+        if sync:
+            sync([fd])
         return done
     if sync and data:
         sync([fd])
@@ -246,14 +267,14 @@ def _store(
 
 
 def _drop(
-    fds: tuple[int, int],
+    opened: Opened,
     marks: Sequence[Change],
     start: int,
     length: int,
     sync: Callable[[Iterable[int]], None] | None,
 ) -> bool:
     """Take marks away, and then punch out the data. False if the filesystem punches no holes."""
-    fd, map_fd = fds
+    fd, map_fd = opened.fds
     page_map.write(map_fd, marks)
     if sync:
         sync([map_fd])

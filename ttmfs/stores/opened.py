@@ -3,6 +3,7 @@
 Concurrency: one thread. Threads work with the files of an :class:`Opened` that has them as its users.
 """
 
+import contextlib
 import os
 import time
 from collections import Counter
@@ -19,7 +20,8 @@ class Opened:
     def __init__(self, fd: int, map_fd: int, pages: PageMap) -> None:
         self.fd, self.map_fd, self.map = fd, map_fd, pages
         self.stat = os.fstat(fd)
-        self.users = 0  # threads that work with the files
+        self.users = 0
+        """Requests and threads that work with the files, which stay open meanwhile."""
         self._changed_ns = 0
         self._size = self.stat.st_size
         self._is_closed = False
@@ -57,8 +59,9 @@ class Opened:
         """Close the files, once no thread works with them."""
         self._is_closed = True
         if not self.users:
-            os.close(self.fd)
-            os.close(self.map_fd)
+            for fd in self.fds:
+                with contextlib.suppress(OSError):  # it reports what an earlier write met, whose fsync(2) fails, too
+                    os.close(fd)
 
     def left(self) -> None:
         """A thread works no more with the files."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["GROUP", "Change", "Doubt", "PageMap", "read", "write"]
+__all__ = ["GROUP", "Change", "Doubt", "PageMap", "read", "rewrite", "write"]
 
 GROUP = 4096
 """Pages a group: what is held in memory for a backup with one page. A multiple of 8."""
@@ -44,6 +44,8 @@ class PageMap:
     def __init__(self, content: bytes = b"", *, clean: bool = True) -> None:
         """`content` is the file's. `clean`: whether absent pages are known to be holes of the backup's file."""
         self.clean = clean
+        self.is_sure = True
+        """Whether the file says what is in memory. Else it is to be written whole before the next change."""
         self.count = 0
         self._groups: dict[int, bytearray] = {}  # a digit for each page, in groups that hold one
         self._numbers: list[int] = []  # of the groups, sorted
@@ -56,10 +58,11 @@ class PageMap:
 
     @contextlib.contextmanager
     def doubtful(self) -> "Iterator[Doubt]":
-        """Wrap a change of the backup's file. Unless it succeeds, absent pages may have data afterwards."""
-        doubt, before, self.clean = Doubt(), self.clean, False
+        """Wrap a change of the backup's file and its map's. Unless it succeeds, nobody knows what became of them."""
+        doubt, before = Doubt(), self.clean
+        self.clean = self.is_sure = False
         yield doubt
-        self.clean = before and not doubt.stays
+        self.clean, self.is_sure = before and not doubt.stays, True
 
     def __contains__(self, idx: int) -> bool:
         group = self._groups.get(idx // GROUP)
@@ -119,6 +122,16 @@ class PageMap:
                 del self._groups[number]
                 self._numbers.remove(number)
 
+    def packed(self) -> dict[int, bytes]:
+        """The groups that have a page, as the file has them, by number."""
+        return {number: _packed(group) for number, group in self._groups.items()}
+
+    def cut(self, pages: int) -> None:
+        """Forget what the file says of pages that the backup is too small for."""
+        if self.next(pages) is not None:
+            self.set(pages, (self._numbers[-1] + 1) * GROUP, present=False)
+            self.is_sure = False
+
     def _parts(self, first: int, past: int, *, present: bool) -> list[tuple[int, int, int]]:
         """The parts of a range that differ, as (group, first digit, digit past the last)."""
         numbers: Sequence[int] = range(first // GROUP, -(-past // GROUP))
@@ -152,4 +165,16 @@ def read(fd: int) -> bytes:
 def write(fd: int, changes: Sequence[Change]) -> None:
     """Write changes to a map's file."""
     for offset, data in changes:
-        os.pwrite(fd, data, offset)
+        view, position = memoryview(data), offset
+        while view:
+            done = os.pwrite(fd, view, position)
+            view, position = view[done:], position + done
+
+
+def rewrite(fd: int, groups: dict[int, bytes]) -> None:
+    """Write a map's file whole: the groups that have a page, and zeros wherever else the file says something."""
+    size = GROUP // 8
+    for number in range(max(-(-os.fstat(fd).st_size // size), max(groups, default=-1) + 1)):
+        offset, data = number * size, groups.get(number, bytes(size))
+        if os.pread(fd, size, offset).ljust(size, b"\0") != data:
+            write(fd, [Change(offset, data)])

@@ -44,6 +44,8 @@ class Store(ABC):
     """Whether nobody else makes or removes files in the directory."""
     has_unnamed_files = True
     """Whether the filesystem has O_TMPFILE, and RENAME_NOREPLACE."""
+    files_each = 1
+    """Descriptors that an open backup takes."""
     hands_out_files = True
     """Whether a program may get a backup's file in the store: whether there is a ``.shmem``."""
     counts_changes: bool
@@ -117,6 +119,10 @@ class Store(ABC):
 
     def file_was_opened(self, id: int, fd: int) -> None:  # noqa: B027 # most kinds have nothing beside the file
         """Note that a backup's file was opened, or made."""
+
+    def may_close(self, id: int) -> bool:
+        """Whether nothing works with a backup's open file."""
+        return True
 
     def close_file(self, id: int, fd: int) -> None:
         """Close a backup's file."""
