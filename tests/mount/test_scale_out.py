@@ -281,6 +281,8 @@ def test_a_file_that_another_program_put_there_has_all_its_pages(
         os.unlink(mount.path / "foreign/1")
         assert os.listdir(mount.path / "foreign") == ["2"]
         assert not os.path.lexists(mount.path / "foreign/.shmem")
+        said = run(f"{TTMFS} rescue {client.path}/store {tmp_path}/copies", code=1)
+        assert "mount the store again" in said, "it could not tell which pages exist"
     with served(client, tmp_path / "mnt") as mount:
         assert os.listdir(mount.path / "foreign") == ["2"]
 

@@ -57,6 +57,7 @@ INTERRUPTED = "interrupted; the backups listed above are complete, the others we
 PIECE, PART, BLOCK = 4096, 16 << 20, 1 << 20  # bytes; a block is what one call reads
 ZEROS = bytes(PIECE)
 CHECKSUMS = ".CHECKSUMS"  # no backup has such a name
+MAP, WITH_MAP = ".ttmfs-map-", "only a mount knows which of its pages exist: mount the store again"
 LONGEST_LINE, LONGEST_CHECKSUMS = 4096, 1 << 30  # bytes
 READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -332,6 +333,9 @@ def _copy(name: str, source: int, target: int) -> Line:
     ):
         try:
             found = os.fstat(there)
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(f"{MAP}{found.st_ino}", dir_fd=source, follow_symlinks=False)
+                raise OSError(errno.EINVAL, WITH_MAP)
             os.ftruncate(here, found.st_size)
             total = _checksum(there, copy_to=here)
             os.fsync(here)

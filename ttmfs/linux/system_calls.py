@@ -371,7 +371,7 @@ def lock_memory(limit: int) -> None:
             _checked(_libc.mlockall(_MCL_CURRENT | _MCL_ONFAULT), "mlockall")
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _LARGEST_THRESHOLD = 32 << 20  # DEFAULT_MMAP_THRESHOLD_MAX
 
 HEAP_BYTES = 8 << 20
@@ -396,9 +396,12 @@ def touch_heap() -> None:
 
     If a process is killed while it reads a request from FUSE into unmapped pages, the kernel answers the request with
     EIO: it serves no page faults of a killed process (get_user_pages() in fuse_copy_fill()).
+
+    Threads share this memory: one of their own would be mapped and unmapped for each request of 1 MiB.
     """
     for parameter in _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD:
         _libc.mallopt(parameter, _LARGEST_THRESHOLD)
+    _libc.mallopt(_M_ARENA_MAX, 1)
     _libc.malloc.restype = ctypes.c_void_p
     if address := _libc.malloc(ctypes.c_size_t(HEAP_BYTES)):
         ctypes.memset(address, 1, HEAP_BYTES)
