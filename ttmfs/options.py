@@ -57,7 +57,7 @@ class ExitCode(enum.IntEnum):
     BUG = 4, "a fault in ttmfs itself"
     INTERRUPTED = 8, "interrupted before the mount answered"
     FAILED = 32, "the mount failed"
-    LEFT = 75, "left to another daemon; only a keeper or service manager sees it"
+    LEFT = 75, "left to another daemon; only a keeper sees it"
 
     def __new__(cls, value: int, meaning: str = "") -> Self:  # noqa: D102
         code = int.__new__(cls, value)
