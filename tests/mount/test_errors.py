@@ -506,7 +506,7 @@ def test_attributes_that_cannot_be_read_or_removed(a: Path) -> None:
         for name in {*ROOT_ATTRIBUTES, *BACKUP_ATTRIBUTES, "x"}:
             with raises_errno(EPERM if name in names else ENODATA):
                 os.removexattr(path, f"user.ttmfs.{name}")
-            if name in names and name != "drop":
+            if name in names and name not in ("drop", "move"):
                 assert os.getxattr(path, f"user.ttmfs.{name}")
                 with raises_errno(EEXIST):
                     os.setxattr(path, f"user.ttmfs.{name}", b"1", os.XATTR_CREATE)
@@ -515,6 +515,14 @@ def test_attributes_that_cannot_be_read_or_removed(a: Path) -> None:
                     os.getxattr(path, f"user.ttmfs.{name}")
                 with raises_errno(ENODATA):
                     os.setxattr(path, f"user.ttmfs.{name}", b"1", os.XATTR_REPLACE)
+    assert content(a) == INTACT
+
+
+def test_a_backup_cannot_be_moved_from_a_store_in_memory(a: Path, tmp_path: Path) -> None:
+    with raises_errno(EOPNOTSUPP):
+        os.setxattr(a, "user.ttmfs.move", os.fsencode(tmp_path))
+    with raises_errno(EINVAL):
+        os.setxattr(a, "user.ttmfs.move", b"elsewhere")
     assert content(a) == INTACT
 
 
