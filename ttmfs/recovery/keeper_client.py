@@ -111,18 +111,18 @@ def extended(keeper: "Keeper | None") -> Iterator[None]:
 
     ended = threading.Event()
 
-    def extend() -> None:
-        while keeper and not ended.wait(EXTEND_SECONDS):
+    def extend(keeper: Keeper) -> None:
+        while not ended.wait(EXTEND_SECONDS):
             with contextlib.suppress(OSError):
                 keeper.tell("EXTEND=1")
 
-    thread = threading.Thread(target=extend, daemon=True)
-    thread.start()
+    if keeper:
+        with contextlib.suppress(RuntimeError):  # no thread can be started: then it does not wait longer
+            threading.Thread(target=extend, args=[keeper], daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
 
 
 def _read_in_time(pipe: int) -> bytes:
