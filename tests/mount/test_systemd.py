@@ -338,6 +338,25 @@ def test_a_unit_ordered_after_ttmfs_finds_it_mounted(machine: Machine) -> None:
     machine.run("findmnt /srv/pages", code=1)
 
 
+def test_a_unit_waits_for_its_store_longer_than_a_start_may_take(machine: Machine) -> None:
+    machine.run("mkdir -p /srv/store /mnt/waits")
+    options = "store=/srv/store,backup_size=1m"
+    with served(machine, "holds", options) as first:
+        machine.run("mkdir /mnt/holds/a; echo kept >/mnt/holds/a/7")
+        machine.write("/etc/ttmfs/mnt-waits.conf", f"OPTIONS={options},store_wait=600\n")
+        second = Unit(machine, "ttmfs@mnt-waits.service")
+        machine.write(f"/etc/systemd/system/{second.name}.d/test.conf", "[Service]\nTimeoutStartSec=7\n")
+        machine.run(f"systemctl daemon-reload; systemctl start --no-block {second.name}")
+        try:
+            time.sleep(12)
+            assert second.state == ("activating", "start")
+            first.unit("stop")
+            wait_until(lambda: second.state == ("active", "running"), "the second", 20)
+            assert machine.run("head -c 4 /mnt/waits/a/7") == "kept"
+        finally:
+            second("stop")
+
+
 def test_the_units_are_valid_and_confined(machine: Machine) -> None:
     with served(machine, "tight", "size=16m") as service:
         machine.run(f"systemd-analyze verify {service.unit.name}")
