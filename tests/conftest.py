@@ -161,6 +161,8 @@ def place() -> Iterator[Place]:
 @pytest.fixture(scope="module", params=KINDS)
 def site(request: pytest.FixtureRequest, place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A site for each kind of store."""
+    if request.param == "dir-ceph":
+        _need_ceph()
     with site_of(request.param, place, tmp_path_factory.mktemp("site")) as site:
         yield site
 
@@ -176,7 +178,11 @@ def machine() -> Iterator[Machine]:
 @pytest.fixture(scope="module")
 def ceph() -> Iterator[Ceph]:
     """A Ceph for all tests of a module. A test that kills one of its servers starts it again."""
-    if missing := missing_programs():
-        pytest.skip(f"not installed: {', '.join(missing)}")
+    _need_ceph()
     with Ceph() as ceph:
         yield ceph
+
+
+def _need_ceph() -> None:
+    if missing := missing_programs():
+        pytest.skip(f"not installed: {', '.join(missing)}")
