@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ceph import Ceph, Client
+from ceph import Ceph, Client, missing_programs
 from harness import MOUNT_COMMAND, attribute, mounts_below, opened, raises_errno, run, wait_until
 from ttmfs.options import ExitCode
 
@@ -35,6 +35,8 @@ GONE = (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED, errno.ESHUTDOWN)
 
 @pytest.fixture(scope="module")
 def ceph() -> Iterator[Ceph]:
+    if missing := missing_programs():
+        pytest.skip(f"not installed: {', '.join(missing)}")
     with Ceph("bluestore", settings={"mds cap revoke eviction timeout": EVICTION_SECONDS}) as ceph:
         yield ceph
 
