@@ -100,6 +100,7 @@ class State:
         self.cached = whole[_CACHED_AT:_BACKING_AT].cast("Q")
         self.backing = whole[_BACKING_AT:_ANSWER_AT].cast("Q")
         self.answer = whole[_ANSWER_AT:_LAST_WORDS_AT]
+        self._answered = self.answer[: _ANSWERED.size].cast("Q")
         rows = [(self._progress[2 * row], row) for row in range(STEPPED)]
         self._unfinished = {request: row for request, row in rows if request}  # of the previous daemon
         self._unfinished_until = time.monotonic() + UNFINISHED_SECONDS
@@ -126,7 +127,7 @@ class State:
                 faulthandler.disable()
                 os.close(self._last_words)
                 self._last_words = None
-            for view in self.notes, self._progress, self.cached, self.backing, self.answer:
+            for view in self.notes, self._progress, self.cached, self.backing, self._answered, self.answer:
                 view.release()
             self._map.close()  # it has a descriptor of its own
             os.close(self.fd)
@@ -150,9 +151,11 @@ class State:
 
     def note_answer(self, request: int, answer: bytes) -> None:
         """Note what a change is answered, before the answer is sent. At most ANSWER - 16 bytes."""
-        _ANSWERED.pack_into(self.answer, 0, 0, 0)  # while the bytes are of neither answer
+        answered = self._answered  # the request's number and the length, each written by one store
+        answered[0] = 0  # while the rest is of neither answer
+        answered[1] = len(answer)
         self.answer[_ANSWERED.size : _ANSWERED.size + len(answer)] = answer
-        _ANSWERED.pack_into(self.answer, 0, request, len(answer))
+        answered[0] = request
 
     def noted_answer(self) -> dict[int, bytes]:
         """The answer that was noted last, by its request's number. Its sender may have died before it sent it."""
