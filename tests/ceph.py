@@ -65,9 +65,9 @@ osd pool default size = 1
 osd pool default min size = 1
 osd pool default pg autoscale mode = off
 mon allow pool size one = true
-# After a kill an OSD waits until the lease of its predecessor to serve reads has ended: 5 s, by default 16. (With 1 s, an
-# OSD on a busy machine once let its own lease end, and served nothing from then on.) Clients and the MDS ask for the new
-# OSD after 1 s without an answer, by default 10.
+# After a kill an OSD waits until the lease of its predecessor to serve reads has ended: 5 s, by default 16. (With 1 s,
+# an OSD on a busy machine once let its own lease end, and served nothing from then on.) Clients and the MDS ask for the
+# new OSD after 1 s without an answer, by default 10.
 osd pool default read lease ratio = 0.25
 objecter timeout = 1
 objecter tick interval = 0.5
