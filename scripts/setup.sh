@@ -11,6 +11,11 @@ packages=
 need() { # PROGRAM PACKAGE
     command -v "$1" >/dev/null || packages="$packages $2"
 }
+install() { # PACKAGE...
+    echo "setup: installing $*"
+    $sudo apt-get update -qq &&
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
 need fusermount3 fuse3
 need pkg-config pkg-config
 need cc gcc
@@ -35,20 +40,16 @@ python=$(scripts/python.sh)
 
 if [ -n "$packages" ]; then
     command -v apt-get >/dev/null || { echo "setup: install these and try again:$packages" >&2; exit 1; }
-    echo "setup: installing$packages"
-    $sudo apt-get update -qq
     # shellcheck disable=SC2086 # one word a package
-    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
+    install $packages
 fi
 
 packages= # only for the tests of stores on CephFS
 need ceph ceph-common
 for program in ceph-mon ceph-mgr ceph-osd ceph-mds ceph-fuse; do need $program $program; done
 if [ -n "$packages" ]; then
-    echo "setup: installing$packages"
     # shellcheck disable=SC2086 # one word a package
-    if command -v apt-get >/dev/null && $sudo apt-get update -qq &&
-        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null; then
+    if command -v apt-get >/dev/null && install $packages; then
         # Without a configuration they start no server, but a collector of crash reports, which tests do not need.
         [ ! -d /run/systemd/system ] || $sudo systemctl disable -q --now ceph-crash.service || :
     else

@@ -71,7 +71,7 @@ mon allow pool size one = true
 osd pool default read lease ratio = 0.25
 objecter timeout = 1
 objecter tick interval = 0.5
-# A new MDS waits so many seconds for clients that were killed.
+# A new MDS waits this many seconds for killed clients to come back.
 mds reconnect timeout = 5
 # The manager tells statfs(2) how much is free. It needs none of its modules for that, which take seconds to start.
 mgr module path = {directory}/no-modules

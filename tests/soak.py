@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from errno import ENOENT, ESTALE
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from harness import MOUNT_COMMAND, mounts, opened, wait_until
 from load import Load
 from stores import swap
 
-__all__ = ["soak"]
+__all__ = ["main", "soak"]
 
 SMALLEST, LARGEST = 192, 512  # MiB that the budget is set to; the load needs 12 MiB a client
 CLIENTS = 8
@@ -184,14 +184,15 @@ def soak(directory: Path, seconds: float, seed: int) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(run: Callable[[Path, float, int], str], description: str | None) -> int:
+    """Run a soak as a program. The exit status."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600, help="how long (600)")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6, help="what it draws from (the time)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ttmfs-soak-") as directory:
         try:
-            print(soak(Path(directory), arguments.seconds, arguments.seed))
+            print(run(Path(directory), arguments.seconds, arguments.seed))
         except (AssertionError, OSError) as error:
             log = Path(directory, "log")
             tail = log.read_text()[-10_000:] if log.exists() else ""
@@ -201,4 +202,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(soak, __doc__))

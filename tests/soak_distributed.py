@@ -5,14 +5,12 @@
 Every answered write is verified, and any error or loss ends it with exit status 1. The end reports what was done.
 """
 
-import argparse
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from pathlib import Path
 from ceph import Ceph, Client
 from harness import MOUNT_COMMAND, wait_until
 from load import Load
+from soak import main
 
 __all__ = ["soak"]
 
@@ -81,21 +80,5 @@ def soak(directory: Path, seconds: float, seed: int) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600, help="how long (600)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6, help="what it draws from (the time)")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ttmfs-soak-") as directory:
-        try:
-            print(soak(Path(directory), arguments.seconds, arguments.seed))
-        except (AssertionError, OSError) as error:
-            log = Path(directory, "log")
-            tail = log.read_text()[-10_000:] if log.exists() else ""
-            print(f"seed {arguments.seed}: {error}\n{tail}", file=sys.stderr)
-            return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(soak, __doc__))

@@ -13,6 +13,7 @@ import pytest
 from ceph import Ceph, Client, has_ended
 from harness import mounts_below, opened, raises_errno, run
 from ttmfs.linux import system_calls as linux
+from ttmfs.stores.directory_record import is_locked
 
 PAGE = 4096
 WAITS_SECONDS = 1.0
@@ -62,15 +63,6 @@ def waits(process: "subprocess.Popen[bytes]") -> bool:
     try:
         process.wait(WAITS_SECONDS)
     except subprocess.TimeoutExpired:
-        return True
-    return False
-
-
-def is_locked(fd: int) -> bool:
-    """Whether another open file has the flock(2) of a file. If not, this one has it now."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
         return True
     return False
 
@@ -161,18 +153,18 @@ def test_a_punched_hole_reads_as_zeros(client: Client, other: Client) -> None:
 def test_the_lock_of_a_file_holds_for_all_clients(client: Client, other: Client) -> None:
     (client.path / "file").touch()
     with opened(client.path / "file") as ours, opened(other.path / "file") as theirs:
-        assert not is_locked(ours)
-        assert is_locked(theirs)
-        fcntl.flock(ours, fcntl.LOCK_UN)
+        assert is_locked(ours)
         assert not is_locked(theirs)
+        fcntl.flock(ours, fcntl.LOCK_UN)
+        assert is_locked(theirs)
 
 
 def test_the_lock_of_a_directory_holds_for_one_client(client: Client, other: Client) -> None:
     with opened(client.path, os.O_RDONLY) as ours, opened(client.path, os.O_RDONLY) as second:
-        assert not is_locked(ours)
-        assert is_locked(second)
+        assert is_locked(ours)
+        assert not is_locked(second)
         with opened(other.path, os.O_RDONLY) as theirs:
-            assert not is_locked(theirs)
+            assert is_locked(theirs)
 
 
 def test_free_space_is_told_in_objects(client: Client) -> None:
@@ -258,11 +250,11 @@ def test_an_evicted_client_loses_its_locks(ceph: Ceph, client: Client, other: Cl
     """A client that was killed or cut off keeps them until then."""
     (client.path / "file").touch()
     with opened(client.path / "file") as ours, opened(other.path / "file") as theirs:
-        assert not is_locked(theirs)
+        assert is_locked(theirs)
         other.cut()
-        assert is_locked(ours)
-        ceph.evict(other)
         assert not is_locked(ours)
+        ceph.evict(other)
+        assert is_locked(ours)
         other.join()
 
 

@@ -80,6 +80,16 @@ class Slow:
         self._go.set()
 
 
+async def timed_out(backup: ttmfs.Backup, page: bytes, monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """Store a page at handle 2, for which the filesystem takes too long. Returns what is still to be let go."""
+    slow = Slow(mapped_file._store)
+    with monkeypatch.context() as patched:
+        patched.setattr(mapped_file, "_store", slow)
+        with pytest.raises(StoreFailed, match="store_timeout"):
+            await backup.backup_page(page, 1)
+    return slow
+
+
 def test_pages_of_more_backups_than_may_be_open_reach_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,15 +134,10 @@ def test_a_drop_that_failed_and_was_repeated_lasts(tmp_path: Path, monkeypatch: 
 def test_a_write_that_came_too_late_does_not_bring_back_what_was_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = Slow(mapped_file._store)
-
     async def main() -> None:
         with opened(tmp_path) as pool:
             backup = await pool.create("a")
-            with monkeypatch.context() as patched:
-                patched.setattr(mapped_file, "_store", slow)
-                with pytest.raises(StoreFailed, match="store_timeout"):
-                    await backup.backup_page(content(0, 2), 1)
+            slow = await timed_out(backup, content(0, 2), monkeypatch)
             with pytest.raises(StoreFailed, match="earlier request"):
                 await backup.drop(2)
             slow.let_go()
@@ -146,15 +151,9 @@ def test_a_write_that_came_too_late_does_not_bring_back_what_was_dropped(
 
 
 def test_a_store_with_a_write_in_flight_is_not_closed_as_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow(mapped_file._store)
-
     async def main() -> None:
         with opened(tmp_path) as pool:
-            backup = await pool.create("a")
-            with monkeypatch.context() as patched:
-                patched.setattr(mapped_file, "_store", slow)
-                with pytest.raises(StoreFailed):
-                    await backup.backup_page(b"S" * PAGE, 1)
+            slow = await timed_out(await pool.create("a"), b"S" * PAGE, monkeypatch)
         assert not is_clean(tmp_path)
         slow.let_go()
         await trio.sleep(0.2)

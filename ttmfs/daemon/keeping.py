@@ -89,10 +89,10 @@ class Keeping:
                 self._process.keeper.tell(*lines)
 
     async def report(self) -> None:
-        """Send signs of life, from the loop that serves, and what is stored, for a service manager to show."""
+        """Send signs of life, from the loop that serves; and to a service manager what is stored."""
         said = ""
         while keeper := self._process.keeper:
-            status = self._status()
+            status = self._status() if keeper.is_managed else ""
             with contextlib.suppress(OSError):  # it is restarted, or hangs itself: nothing may wait for it
                 keeper.tell("WATCHDOG=1", *[status] * (status != said), seconds=0)
                 said = status

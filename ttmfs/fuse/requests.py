@@ -117,13 +117,12 @@ class Requests:
             elif type(answer) is not bytes:
                 spawn(self._finish, kind, request, answer, start, in_flight.wait())
                 return
-            elif kind.changes:
-                if self._page_cache and backup_of(request.node) in self._page_cache:
-                    spawn(self._finish, kind, request, _known(answer), start, in_flight.wait())
-                    return
-                in_flight.note_answer(number, answer)
-                self._send(request, 0, answer)
             else:
+                if kind.changes:
+                    if self._page_cache and backup_of(request.node) in self._page_cache:
+                        spawn(self._finish, kind, request, _known(answer), start, in_flight.wait())
+                        return
+                    in_flight.note_answer(number, answer)
                 self._send(request, 0, answer)
         except Exception as error:
             self._send_error(kind, request, error)

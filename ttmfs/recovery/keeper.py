@@ -409,9 +409,8 @@ class Program:
             self.manager.hold(protocol.GAVE_UP, os.eventfd(0))
             return
         self.drop(protocol.GAVE_UP)
-        has_store = protocol.STORE in self.held
-        text = last_words(why, self.mountpoint, has_store=has_store, in_unit=bool(self.manager))
-        self.say(text, CRITICAL)
+        has_store, in_unit = protocol.STORE in self.held, bool(self.manager)
+        self.say(text := last_words(why, self.mountpoint, has_store=has_store, in_unit=in_unit), CRITICAL)
         self.manager.tell("READY=1", f"STATUS={text}")
 
     def say(self, text: str, priority: int = WARNING) -> None:

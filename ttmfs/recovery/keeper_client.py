@@ -40,11 +40,12 @@ def inherited() -> "dict[str, int]":
 class Keeper:
     """The keeper of this process.
 
-    `pid` is 0 if it was dead already. `patience` is how many seconds it waits for a sign of life.
+    `pid` is 0 if it was dead already. `patience` is how many seconds it waits for a sign of life. `is_managed`: whether
+    a service manager started it.
     """
 
-    def __init__(self, pid: int, channel: int, patience: float = math.inf) -> None:
-        self._channel, self.patience = channel, patience
+    def __init__(self, pid: int, channel: int, patience: float = math.inf, *, is_managed: bool = False) -> None:
+        self._channel, self.patience, self.is_managed = channel, patience, is_managed
         self.pid, self._pidfd = pid, -1
         try:
             self._pidfd = os.pidfd_open(pid)
@@ -59,7 +60,7 @@ class Keeper:
             return None
         if patience:
             _die_with(int(pid))
-        return cls(int(pid), held.pop(KEEPER), float(patience or "inf"))
+        return cls(int(pid), held.pop(KEEPER), float(patience or "inf"), is_managed=bool(patience))
 
     @property
     def death(self) -> int:
@@ -162,7 +163,7 @@ def fork_daemon(log: str, command: "list[str]", ready: int) -> Keeper:
         os.close(ready)
     if manager:
         _die_with(keeper)
-    return Keeper(keeper, daemons_end, manager.watchdog or math.inf)
+    return Keeper(keeper, daemons_end, manager.watchdog or math.inf, is_managed=bool(manager))
 
 
 def become_keeper(held: "dict[str, int]", log: str, command: "list[str]") -> NoReturn:

@@ -8,7 +8,6 @@ Concurrency: see :mod:`.mapped_file`. The event loop waits for the filesystem on
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import threading
@@ -28,7 +27,7 @@ from ..options import WRITE, Options, format_size
 from . import page_map
 from .blocking_io import FileLocks
 from .directory import Directory, open_directory
-from .directory_record import FILE, DirectoryRecord
+from .directory_record import FILE, DirectoryRecord, is_locked
 from .distributed_record import DistributedRecord, is_map, map_name
 from .lanes import Lanes
 from .mapped_file import MappedFile
@@ -59,6 +58,7 @@ class Distributed(Directory):
     has_unnamed_files = hands_out_files = False
     files_each = 2
     _counts: MapCounts
+    _record: DistributedRecord
     record_type: ClassVar[type[DirectoryRecord]] = DistributedRecord
 
     def __init__(self, directory: int, options: Options, record: DistributedRecord, *, temporary: str | None = None,
@@ -68,8 +68,6 @@ class Distributed(Directory):
         self._opened: dict[int, Opened] = {}
         self._maps: dict[int, PageMap] = {}  # also of backups whose files are not open
         self._inos: dict[int, int] = {}  # inode numbers, which name the maps
-        self._is_clean = record.was_clean
-        self._shared_record = record
         self._below = os.fstatvfs(directory)
         self._below_at, self._is_looking = time.monotonic(), False
         super().__init__(directory, options, record, temporary=temporary, failed=failed)
@@ -97,7 +95,7 @@ class Distributed(Directory):
 
     def _remove_orphans(self) -> None:
         """Remove the maps of files that are gone: a daemon was killed between the two."""
-        if self._shared_record.read_only:
+        if self._record.read_only:
             return
         with translated("reading the store"), os.scandir(self.files.directory) as entries:
             found = list(entries)
@@ -127,7 +125,7 @@ class Distributed(Directory):
 
     def _open_map(self, id: int, fd: int) -> int:
         """Open the map of a backup, or make one in which all pages of the file exist."""
-        found, read_only = os.fstat(fd), self._shared_record.read_only
+        found, read_only = os.fstat(fd), self._record.read_only
         flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             map_fd = os.open(map_name(found.st_ino), flags, dir_fd=self.files.directory)
@@ -136,7 +134,7 @@ class Distributed(Directory):
         try:
             _lock(map_fd)
             if id not in self._maps:
-                self._maps[id] = PageMap(page_map.read(map_fd), clean=self._is_clean)
+                self._maps[id] = PageMap(page_map.read(map_fd), clean=self._record.was_clean)
         except BaseException:
             os.close(map_fd)
             raise
@@ -148,7 +146,7 @@ class Distributed(Directory):
         marks = pages.changed(0, past, present=True)
         pages.set(0, past, present=True)
         self._maps[id] = pages
-        if self._shared_record.read_only:  # nothing is written
+        if self._record.read_only:  # nothing is written
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         new = NewFile(self.files.directory, unnamed=False)
         try:
@@ -260,7 +258,6 @@ class Distributed(Directory):
             with contextlib.suppress(RuntimeError):  # outside of trio: before the mount serves
                 token = trio.lowlevel.current_trio_token()
                 self._is_looking = True
-
                 trio.lowlevel.start_thread_soon(
                     partial(os.fstatvfs, self.files.directory),
                     lambda result: token.run_sync_soon(self._looked, result),
@@ -314,7 +311,7 @@ class Distributed(Directory):
         while not is_lost:
             await trio.sleep(LOOK_SECONDS)
             with trio.move_on_after(self._patience):  # the filesystem may answer later, and its lock be ours still
-                is_lost = await trio.to_thread.run_sync(self._shared_record.is_lost, abandon_on_cancel=True)
+                is_lost = await trio.to_thread.run_sync(self._record.is_lost, abandon_on_cancel=True)
 
     def sync_held(self, fds: Iterable[int]) -> None:
         """fsync(2) of files, in a thread. Raises OSError also if the store is no longer this machine's.
@@ -323,11 +320,11 @@ class Distributed(Directory):
         """
         for fd in fds:
             os.fsync(fd)
-        if self._shared_record.is_lost():
+        if self._record.is_lost():
             raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
 
     def close(self, *, leave: bool = False) -> None:
-        if not leave and self._lanes.is_idle and not self._shared_record.read_only:
+        if not leave and self._lanes.is_idle and not self._record.read_only:
             closing = threading.Thread(target=self._close_whole, daemon=True)
             closing.start()
             closing.join(CLOSE_SECONDS)
@@ -345,7 +342,7 @@ class Distributed(Directory):
                     _free_absent(opened, self.page_size)
                 self.sync_held(opened.fds)
             if self._opened.keys() == self._maps.keys() and all(pages.clean for pages in self._maps.values()):
-                self._shared_record.note_clean()
+                self._record.note_clean()
 
 
 def _free_absent(file: Opened, page_size: int) -> None:
@@ -360,8 +357,7 @@ def _free_absent(file: Opened, page_size: int) -> None:
 def _lock(fd: int) -> None:
     """Lock a file of the store for this machine. Raises BackupBusy."""
     for _ in range(LOCK_TRIES):  # the filesystem frees the locks of a daemon that was killed a moment later
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_locked(fd):
             return
         time.sleep(LOCK_SECONDS)
     raise BackupBusy("another machine, or a mount that just ends, has the backup locked")

@@ -90,7 +90,7 @@ class DistributedRecord(DirectoryRecord):
     # --- the file ---
 
     def _make(self) -> int:
-        """Make the file, empty and with its name. Whoever locks it first writes it."""
+        """Make an empty file with its name. The first mount that locks it writes it."""
         if self.read_only:
             return super()._make()
         try:

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class MappedFile(DiskFile):
-    """A file of which a map tells the pages."""
+    """A file whose pages a map lists."""
 
     __slots__ = ()
     _store: Distributed
@@ -94,12 +94,12 @@ class MappedFile(DiskFile):
         return self.holds(idx)
 
     def seek(self, offset: int, whence: int) -> int:
-        page_map_, size = self._opened.map, self.size
+        pages, size = self._opened.map, self.size
         idx = offset // self.page_size
         if offset < size and whence == os.SEEK_HOLE:
-            absent = page_map_.first_absent(idx, size // self.page_size)
+            absent = pages.first_absent(idx, size // self.page_size)
             return size if absent is None else max(offset, absent * self.page_size)
-        if offset >= size or (found := page_map_.next(idx)) is None:
+        if offset >= size or (found := pages.next(idx)) is None:
             raise NoData(f"there is no data from byte {offset} on")
         return max(offset, found * self.page_size)
 

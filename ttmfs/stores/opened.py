@@ -23,7 +23,6 @@ class Opened:
         self.users = 0
         """Requests and threads that work with the files, which stay open meanwhile."""
         self._changed_ns = 0
-        self._size = self.stat.st_size
         self._is_closed = False
 
     @property
@@ -34,12 +33,11 @@ class Opened:
     @property
     def size(self) -> int:
         """The size of the backup in bytes."""
-        return self._size
+        return self.stat.st_size
 
     def look(self) -> None:
         """Ask the filesystem for the attributes again."""
         self.stat = os.fstat(self.fd)
-        self._size = self.stat.st_size
 
     def changed(self) -> None:
         """Note that pages have changed just now."""
@@ -50,7 +48,7 @@ class Opened:
         stat = self.stat
         mtime, ctime = max(stat.st_mtime_ns, self._changed_ns), max(stat.st_ctime_ns, self._changed_ns)
         times = [stat.st_atime_ns, mtime, ctime]
-        fields = (stat.st_mode, stat.st_ino, stat.st_dev, stat.st_nlink, stat.st_uid, stat.st_gid, self._size)
+        fields = (stat.st_mode, stat.st_ino, stat.st_dev, stat.st_nlink, stat.st_uid, stat.st_gid, self.size)
         more = {f"st_{name}time_ns": ns for name, ns in zip("amc", times, strict=True)}
         more |= {"st_blocks": self.map.count * page_size // 512, "st_blksize": stat.st_blksize}
         return os.stat_result((*fields, *(ns // 10**9 for ns in times)), more)
