@@ -11,7 +11,7 @@ packages=
 need() { # PROGRAM PACKAGE
     command -v "$1" >/dev/null || packages="$packages $2"
 }
-install() { # PACKAGE...
+apt_install() { # PACKAGE...
     echo "setup: installing $*"
     $sudo apt-get update -qq &&
         $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
@@ -41,7 +41,7 @@ python=$(scripts/python.sh)
 if [ -n "$packages" ]; then
     command -v apt-get >/dev/null || { echo "setup: install these and try again:$packages" >&2; exit 1; }
     # shellcheck disable=SC2086 # one word a package
-    install $packages
+    apt_install $packages
 fi
 
 packages= # only for the tests of stores on CephFS
@@ -49,7 +49,7 @@ need ceph ceph-common
 for program in ceph-mon ceph-mgr ceph-osd ceph-mds ceph-fuse; do need $program $program; done
 if [ -n "$packages" ]; then
     # shellcheck disable=SC2086 # one word a package
-    if command -v apt-get >/dev/null && install $packages; then
+    if command -v apt-get >/dev/null && apt_install $packages; then
         # Without a configuration they start no server, but a collector of crash reports, which tests do not need.
         [ ! -d /run/systemd/system ] || $sudo systemctl disable -q --now ceph-crash.service || :
     else
