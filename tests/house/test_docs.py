@@ -21,16 +21,16 @@ def test_help_names_every_option_and_exit_code() -> None:
         assert re.search(rf"^  {code.value} +{re.escape(code.meaning)}$", text, re.MULTILINE)
 
 
-def test_the_readme_names_every_option() -> None:
-    text = (REPOSITORY / "README.md").read_text()
+def test_the_documentation_names_every_option() -> None:
+    text = (REPOSITORY / "docs/options.md").read_text()
     for name in TABLE:
-        assert f"`{name}" in text, f'add `{name}` to the table of "Options" in README.md'
+        assert f"`{name}" in text, f"add `{name}` to the table in docs/options.md"
 
 
-def test_the_readme_names_every_command() -> None:
-    text = (REPOSITORY / "README.md").read_text()
+def test_the_documentation_names_every_command() -> None:
+    text = (REPOSITORY / "docs/commands.md").read_text()
     for name in COMMANDS:
-        assert f"`ttmfs {name}" in text, f"add `ttmfs {name}` to the table of commands in README.md"
+        assert f"`ttmfs {name}" in text, f"add `ttmfs {name}` to the table in docs/commands.md"
 
 
 @pytest.mark.parametrize("document", [*sorted(p.name for p in REPOSITORY.glob("*.md")), "docs"])
