@@ -81,16 +81,16 @@ def _check(result: int) -> None:
 class Place:
     """A directory that every user can reach. It has bind mounts of ttmfs and of its Python.
 
-    Until its end every user may open /dev/fuse, as on most systems.
+    Until its end every user may open /dev/fuse, as on most systems. Only this mount namespace sees that, because other
+    tests run at the same time.
     """
 
     def __enter__(self) -> Self:
         self.path = Path(tempfile.mkdtemp(prefix="ttmfs-users-"))
         self.path.chmod(0o755)
         self._bound: list[Path] = []
-        self._mode = stat.S_IMODE(FUSE.stat().st_mode)
-        FUSE.chmod(0o666)
         try:
+            self._open_fuse()
             repository, prefix = self._bind(REPOSITORY, "repository"), Path(sys.prefix)
             if prefix.is_relative_to(REPOSITORY):
                 prefix = repository / prefix.relative_to(REPOSITORY)
@@ -105,10 +105,17 @@ class Place:
         return self
 
     def __exit__(self, *_: object) -> None:
-        FUSE.chmod(self._mode)
         for path in reversed(self._bound):
             run(f"umount {path}")
+        self._device.unlink(missing_ok=True)
         shutil.rmtree(self.path)
+
+    def _open_fuse(self) -> None:
+        self._device = Path(f"{FUSE}-{self.path.name}")  # in /dev: other directories may be mounted with nodev
+        os.mknod(self._device, stat.S_IFCHR, FUSE.stat().st_rdev)
+        self._device.chmod(0o666)
+        run(f"mount --bind {self._device} {FUSE}")
+        self._bound.append(FUSE)
 
     def _bind(self, source: Path, name: str) -> Path:
         (self.path / name).mkdir()

@@ -1,7 +1,7 @@
 """A machine for tests: a real systemd as process 1 in its own namespaces, on a temporary overlay of this system.
 
 Inside, /, /tmp, /run and /var are private, so nothing here is written to. The devices and the kernel are shared, so
-/dev/fuse works. It needs root, and Debian's package systemd.
+/dev/fuse works. Every user may open it, as udev would have it. It needs root, and Debian's package systemd.
 """
 
 import contextlib
@@ -35,6 +35,8 @@ mount -t proc proc proc
 mount --rbind /sys sys
 mount --rbind /dev dev
 for place in run tmp var/log; do mount -t tmpfs tmpfs $place; done
+mknod -m 666 run/fuse c 10 229
+mount --bind run/fuse dev/fuse
 mkdir -p .{REPOSITORY}
 cd .{REPOSITORY}
 mount -t overlay -o lowerdir={REPOSITORY},upperdir={{room}}/changes-here,workdir={{room}}/work-here machine .

@@ -16,7 +16,7 @@ import pytest
 from kept import STANDBY_NICE
 
 from harness import raises_errno, wait_until
-from stores import ALICE, Place, swap
+from stores import ALICE, swap
 from systemd_machine import Machine, Unit
 
 pytestmark = pytest.mark.serial
@@ -369,9 +369,8 @@ USER = "setpriv --reuid {uid} --regid {uid} --clear-groups env HOME=/home/alice 
 
 
 @pytest.fixture
-def user(machine: Machine, place: Place) -> Iterator[str]:
+def user(machine: Machine) -> Iterator[str]:
     """The words that run a command as a user with a service manager of her own."""
-    del place  # she may open /dev/fuse
     machine.run(
         f"mkdir -p /home/alice/.config/ttmfs /run/user/{ALICE}; chown -R {ALICE}:{ALICE} /home/alice /run/user/{ALICE};"
         f"chmod 700 /run/user/{ALICE}; systemd-run -q --unit=alice -p User={ALICE} -p Group={ALICE} -p Delegate=yes "
