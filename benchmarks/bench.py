@@ -75,7 +75,8 @@ def main() -> int:
             parser.error(str(error))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: ended by SIGTERM"))
     try:
-        import plots  # needs an extra: fail before measuring, not after
+        import charts  # these need an extra: fail before measuring, not after
+        import plots
     except ImportError as error:
         parser.error(f"{error}: pip install '.[bench]'")
     plan = replace(arguments.plan, rounds=arguments.rounds or arguments.plan.rounds)
@@ -98,11 +99,12 @@ def main() -> int:
         targets += GROUPS[name].targets(result)
         print(f"\n## {name}\n\n{GROUPS[name].report(result)}", flush=True)
     print(f"\n## targets\n\n{targets_table(targets)}")
-    found |= {"targets": [target.as_dict() for target in targets], "seconds": seconds}
+    found |= {"said": said, "targets": [target.as_dict() for target in targets], "seconds": seconds}
     found["machine"]["load_average_after"] = os.getloadavg()[0]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    written = [arguments.json, *plots.draw(found["groups"], said, arguments.plots)]
+    drawn = [path for kind in (charts, plots) for path in kind.draw(found["groups"], said, arguments.plots)]
+    written = [arguments.json, *drawn]
     log(f"{sum(seconds.values()):.0f} s; wrote {', '.join(map(str, written))}")
     missed = arguments.check and not all(target.met for target in targets)
     return int(bool(found["failed"]) or missed)

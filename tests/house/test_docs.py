@@ -1,6 +1,7 @@
 """The documents name what the program has."""
 
 import html
+import json
 import re
 
 import pytest
@@ -72,3 +73,19 @@ def test_documents_use_plain_phrases() -> None:
     texts = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("docs/man/*")]
     assert len(texts) > 10
     assert not [(text.name, found[0]) for text in texts for found in twice.finditer(text.read_text())]
+
+
+def test_the_charts_show_the_figures_of_the_tables() -> None:
+    text = (REPOSITORY / "docs/performance.md").read_text()
+    shown = json.loads((REPOSITORY / "docs/pictures/figures.json").read_text())
+    figures = re.findall(r"\[\s*([\d.]+)\s*\]", json.dumps(shown["groups"]))
+    assert len(figures) > 40
+    for figure in figures:
+        number = re.escape(figure.removesuffix(".0"))
+        assert re.search(rf"\b{number}(\.0|0)?\b", text), figure
+
+
+@pytest.mark.parametrize("picture", sorted(p.name for p in REPOSITORY.glob("docs/pictures/*.[sp][vn]g")))
+def test_each_picture_is_shown_with_a_text_in_its_place(picture: str) -> None:
+    texts = [path.read_text() for path in (REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"))]
+    assert any(re.search(rf"!\[[^\]]{{20,}}\]\([^)]*{re.escape(picture)}\)", text) for text in texts)
