@@ -89,3 +89,13 @@ def test_the_charts_show_the_figures_of_the_tables() -> None:
 def test_each_picture_is_shown_with_a_text_in_its_place(picture: str) -> None:
     texts = [path.read_text() for path in (REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"))]
     assert any(re.search(rf"!\[[^\]]{{20,}}\]\([^)]*{re.escape(picture)}\)", text) for text in texts)
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in REPOSITORY.glob("docs/*.md") if p.name != "decisions.md"))
+def test_sentences_have_at_most_25_words(page: str) -> None:
+    text = re.sub(r"^( *)```.*?^\1```$", "", (REPOSITORY / "docs" / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+    pieces = re.split(r"\n\s*\n|\n(?= *[-*] | *\d+\. |\||#)", re.sub(r"\]\([^)]*\)", "]", text))
+    prose = (" ".join(piece.split()).removeprefix("- ") for piece in pieces if not piece.startswith("|"))
+    sentences = [s for piece in prose for s in re.split(r"(?<=[.:!?;])\)? +", piece)]
+    assert not [s for s in sentences if len(s.split()) > 25]
