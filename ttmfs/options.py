@@ -4,6 +4,7 @@
 mount(8) that concern the kernel. Options that concern only mount(8) and systemd are accepted and ignored.
 """
 
+import argparse
 import difflib
 import enum
 import grp
@@ -15,6 +16,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import permutations
 from typing import Any, NamedTuple, Self
+
+from .version import __version__
 
 FSYNC, WRITE = DURABLE = ("fsync", "write")
 """On a distributed store: what was fsynced outlives the machine, or each acknowledged write."""
@@ -47,7 +50,7 @@ IGNORED_PREFIXES = ("x-", "X-", "comment=")
 
 
 class ExitCode(enum.IntEnum):
-    """The exit codes of ``mount.py``. They are those of mount(8), which may be the caller."""
+    """The exit codes of ``ttmfs mount``. They are those of mount(8), which may be the caller."""
 
     meaning: str  # a sentence for --help and the manual
 
@@ -342,6 +345,15 @@ def unknown(word: str, known: Iterable[str]) -> OptionError:
     """Return the error for an unknown option, with or without a value. It names the nearest known one."""
     match = difflib.get_close_matches(word.partition("=")[0], known, 1)
     return OptionError(f"unknown option {word!r}" + (f", perhaps {match[0]!r}" if match else ""))
+
+
+def add_mount_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command that mounts."""
+    parser.add_argument("source", metavar="SOURCE", nargs="?", default="ttm", help="a name for df and findmnt")
+    parser.add_argument("mountpoint", metavar="MNT", help="an existing directory")
+    parser.add_argument("-o", dest="options", metavar="option,...", action="append", default=[], help="see below")
+    parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground, log to stderr")
+    parser.add_argument("-V", "--version", action="version", version=f"ttmfs {__version__}")
 
 
 def help_text() -> str:

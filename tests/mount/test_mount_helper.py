@@ -108,7 +108,7 @@ def test_fake_reports_what_the_system_lacks(machine: Machine, hide: str, said: s
     assert said in machine.run(f"unshare -m sh -c '{hide} && mount -f -t ttmfs ttm {MNT}'", code=2)
 
 
-def test_errors_have_the_status_and_message_of_mount_py(machine: Machine) -> None:
+def test_errors_have_the_status_and_message_of_ttmfs_mount(machine: Machine) -> None:
     assert "mkdir /mnt/missing" in machine.run("mount -t ttmfs ttm /mnt/missing", code=32)
     assert "perhaps 'size'" in machine.run(f"mount -t ttmfs ttm {MNT} -o siez=1m", code=1)
     assert "invalid choice: 'ext4'" in machine.run(f"mount.ttmfs ttm {MNT} -t ext4", code=1)

@@ -264,7 +264,7 @@ def test_mounting_over_a_directory_with_files_prints_a_warning(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        ("mount.py", 1, "required: MOUNTPOINT"),
+        ("mount.py", 1, "required: MNT"),
         ("mount.py ttm mnt more", 1, "unrecognized arguments: more"),
         ("mount.py mnt --foregroud", 1, "unrecognized arguments: --foregroud"),
         ("mount.py mnt -o", 1, "-o: expected one argument"),
@@ -670,7 +670,7 @@ def test_debug_logs_every_operation(mountpoint: Path) -> None:
 def test_help_names_every_option_and_every_exit_code() -> None:
     done = mount_py("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"\[SOURCE\] MOUNTPOINT", done.stdout)
+    assert re.search(r"\[SOURCE\] MNT", done.stdout)
     for name in [*TABLE, "nosuid", "noatime", "_netdev", "SIGTERM", "fusermount3 -u"]:
         assert re.search(rf"\b{re.escape(name)}\b", done.stdout), name
     for code in ExitCode:
@@ -778,7 +778,7 @@ class Altered(Mount):
         super().__init__(directory, "size=8m")
         before = f"import os, sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport mount\n"
         in_python = "os.environ['TTMFS_LOOP'] = 'python'\n"  # compiled code calls nothing that was altered
-        script.write_text(f"{before}{in_python}{alteration}\nsys.exit(mount.main())\n")
+        script.write_text(f"{before}{in_python}{alteration}\nsys.exit(mount.main('mount.py'))\n")
         self._command[self._command.index(str(MOUNT_PY))] = str(script)
 
 

@@ -19,6 +19,7 @@ from .commands.command import Command, guarded
 __all__ = ["COMMANDS", "main", "parser"]
 
 COMMANDS = {
+    "mount": ("mount", "mount a ttmfs at a directory"),
     "create": ("backups", "make backups"),
     "ls": ("ls", "list backups: pages, sizes, what is in memory and what is swapped out"),
     "map": ("map", "draw which pages of a backup are absent, in memory, and swapped out"),
@@ -58,7 +59,7 @@ def parser(*used: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     whole = _Parser(
         "ttmfs",
-        description="Manage mounts of ttmfs and their backups. mount.py makes the mounts.",
+        description="Make and manage mounts of ttmfs and their backups.",
         epilog=EPILOG,
         formatter_class=raw,
     )
@@ -101,6 +102,8 @@ def _guarded(name: str, run: Callable[[], int]) -> int:
 
 
 def _run(name: str, *, in_child: bool) -> int:
+    if sys.argv[1:2] == [name] and name in COMMANDS and (unparsed := _command(name).unparsed):
+        return unparsed(sys.argv[2:])
     try:
         arguments = parser(name).parse_args()
     except SystemExit:  # after --help, --version, or an error that argparse has reported

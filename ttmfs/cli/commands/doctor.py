@@ -178,7 +178,7 @@ def _syslog() -> Check:
     return _either(
         "syslog", os.path.exists("/dev/log"), "/dev/log exists",
         "/dev/log does not exist: the log of daemons in the background is lost",
-        "run mount.py -f, or start a syslog service",
+        "run ttmfs mount -f, or start a syslog service",
     )  # fmt: skip
 
 
@@ -262,7 +262,7 @@ def _of_mount(mount: Mounted, answer: Answer, keeper: Keeper | None) -> Iterator
         if found["full"]:
             yield Check(
                 what, WARNING, "is full: storing fails with ENOSPC",
-                f"drop pages, or raise its size: setfattr -n user.ttmfs.size -v SIZE {what}" if _is_trusted(mount)
+                f"drop pages, or raise its size: ttmfs resize {what} SIZE" if _is_trusted(mount)
                 else f"{_server(mount)} serves it, and can raise its size",
             )  # fmt: skip
 
@@ -287,7 +287,7 @@ def _advice_for_silent(what: str, mount: Mounted, keeper: Keeper | None) -> str:
         return f"kill -CONT {keeper.pid} continues its keeper, which is stopped"
     serving = daemons(keeper.pid)
     stopped = next(filter(is_stopped, serving), None)
-    advice = f"kill -USR1 {keeper.pid} restarts its daemon"
+    advice = f"ttmfs restart {what} restarts its daemon"
     if stopped:
         advice = f"kill -CONT {stopped} continues its daemon, which is stopped"
     if serving:
@@ -302,14 +302,14 @@ def _dead(what: str, mount: Mounted, keeper: Keeper | None) -> Check:
         wake = f"kill -CONT {keeper.pid}, because it is stopped; " if keeper.is_stopped else ""
         return Check(
             what, PROBLEM, f"is dead, but its keeper {keeper.pid} holds the pages",
-            f"{wake}kill -USR1 {keeper.pid} tries again; ttmfs rescue {keeper.pid} DIRECTORY copies the pages",
+            f"{wake}ttmfs restart {what} tries again; ttmfs rescue {keeper.pid} DIRECTORY copies the pages",
         )  # fmt: skip
     if mount.served_by != os.geteuid():
         advice = f"run ttmfs doctor as that user; umount -l {what} ends it"
         return Check(what, PROBLEM, f"is dead, and belongs to {_server(mount)}", advice)
     return Check(
         what, PROBLEM, "is dead: daemon and keeper are gone, or belong to another user",
-        f"mount.py {what} mounts it again (pages of a store= are kept); fusermount3 -u {what} ends it",
+        f"ttmfs mount {what} mounts it again (pages of a store= are kept); fusermount3 -u {what} ends it",
     )  # fmt: skip
 
 
@@ -318,7 +318,7 @@ def _alive(what: str, mount: Mounted, keeper: Keeper | None, found: dict[str, An
         return Check(what, OK, f"answers; {_server(mount)} serves it")
     kept_by = found.get("keeper_pid")
     if version != __version__:
-        advice = f"kill -USR1 {kept_by} starts the installed version" if kept_by else "unmount it, and mount it again"
+        advice = f"ttmfs restart {what} starts the installed version" if kept_by else "unmount it, and mount it again"
         return Check(what, WARNING, f"is served by version {version}, installed is {__version__}", advice)
     if not kept_by:
         lost = "" if found.get("store") else ", and its pages are lost"
