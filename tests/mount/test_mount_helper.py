@@ -132,7 +132,7 @@ def test_remount_is_refused_with_what_to_do_instead(machine: Machine) -> None:
     machine.run(f"mount -t ttmfs ttm {MNT} -o size=64m; mkdir {MNT}/a; echo kept >{MNT}/a/7")
     assert "cannot be remounted" in machine.run(f"mount -o remount,ro {MNT}", code=32)
     said = machine.run(f"mount -o remount,size=128m {MNT}", code=32)
-    (advice,) = re.findall(rf"setfattr -n user.ttmfs.size -v SIZE {MNT}", said)
+    (advice,) = re.findall(rf"ttmfs resize {MNT} SIZE", said)
     machine.run(advice.replace("SIZE", "128m"))
     assert machine.run(f"df -h --output=size {MNT}").split()[1] == "128M"
     assert machine.run(f"cat {MNT}/a/.image | head -c 28676 | tail -c 4100 | tr -d '\\0'") == "kept\n"

@@ -269,7 +269,7 @@ def test_mounting_over_a_directory_with_files_prints_a_warning(tmp_path: Path) -
         ("mount.py mnt --foregroud", 1, "unrecognized arguments: --foregroud"),
         ("mount.py mnt -o", 1, "-o: expected one argument"),
         ("mount.py mnt -o siez=1m", 1, "unknown option 'siez=1m', perhaps 'size'"),
-        ("mount.py mnt -o size=lots", 1, "size: 'lots' is not a size: write a whole number of bytes, or with k, m, g"),
+        ("mount.py mnt -o size=lots", 1, "size: 'lots' is not a size: write bytes, or a number with k, m, g"),
         ("mount.py mnt -o size=0", 1, "size: 0 is not allowed"),
         ("mount.py mnt -o page_size=3k", 1, "page_size=3k: must be a power of two from 4k to 2m"),
         ("mount.py mnt -o uid=nessuno", 1, "uid: 'nessuno' is not a user of this machine"),

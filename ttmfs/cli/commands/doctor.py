@@ -16,7 +16,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,9 +29,9 @@ from ...quoting import plain, quoted
 from ...version import __version__
 from ..keepers import Keeper, daemons, is_stopped, keepers
 from ..rescue import open_file
-from .child_process import PATIENCE, Answer, ask, ask_all
-from .command import Command, CommandError
-from .mounts import config, opened
+from .child_process import PATIENCE, Answer, ask_all
+from .command import Command
+from .mounts import config, mount_at, opened
 from .terminal import has_colours, painted, size, user_name
 
 __all__ = ["COMMANDS"]
@@ -62,8 +62,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    mounts = {mount.path: mount for mount in ttmfs_mounts()}
-    wanted = [mounts[_mount_point(path, mounts)] for path in arguments.paths] or [*mounts.values()]
+    wanted = [mount_at(path) for path in arguments.paths] or [*{m.path: m for m in ttmfs_mounts()}.values()]
     checks = [check() for check in (*MACHINE, *(FOR_USERS if os.geteuid() else ()))]
     answers = ask_all([(mount.path, partial(_asked, mount)) for mount in wanted])
     by_device = {keeper.device: keeper for keeper in keepers()}
@@ -74,17 +73,6 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         _show(checks)
     return int(any(check.state == PROBLEM for check in checks))
-
-
-def _mount_point(path: str, mounts: Iterable[str]) -> str:
-    """The mount point that a path names, without touching the mount."""
-    absolute = os.path.abspath(path)
-    above, name = os.path.split(absolute)
-    candidates: list[str] = [absolute, *ask(path, lambda: os.path.join(os.path.realpath(above), name)).items]
-    for place in candidates:
-        if place in mounts:
-            return place
-    raise CommandError(f"{quoted(path)} is not a mount of ttmfs")
 
 
 def _show(checks: list[Check]) -> None:
