@@ -9,7 +9,7 @@ prefix=${PREFIX:-/usr/local}
 case $prefix in /*) ;; *) echo "install: PREFIX must be an absolute path, not $prefix" >&2; exit 1 ;; esac
 home=$prefix/lib/ttmfs
 
-commands="ttmfs ttmfs-service mount.py"
+commands="ttmfs ttmfs-service"
 units="system/ttmfs@.service system/ttmfs.slice user/ttmfs@.service"
 pages="man1/ttmfs.1 man5/ttmfs.5 man8/mount.ttmfs.8"
 helpers="mount.ttmfs mount.fuse.ttmfs"

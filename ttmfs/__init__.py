@@ -9,7 +9,7 @@ A backup holds the pages that a device's driver evicted, in kernel shmem, by ind
         await backup.drop(handle)
         await backup.fini()
 
-``ttmfs.handles`` computes handles and tagged pointers. ``mount.py`` mounts a pool as a filesystem.
+``ttmfs.handles`` computes handles and tagged pointers. ``ttmfs mount`` mounts a pool as a filesystem.
 
 This module imports ``Backup`` and ``Pool`` at their first use, so that the rescue program and the keeper need no trio.
 """

@@ -4,6 +4,7 @@
 mount(8) that concern the kernel. Options that concern only mount(8) and systemd are accepted and ignored.
 """
 
+import argparse
 import difflib
 import enum
 import grp
@@ -16,6 +17,8 @@ from functools import partial
 from itertools import permutations
 from typing import Any, NamedTuple, Self
 
+from .version import __version__
+
 FSYNC, WRITE = DURABLE = ("fsync", "write")
 """On a distributed store: what was fsynced outlives the machine, or each acknowledged write."""
 
@@ -24,6 +27,7 @@ LARGEST_PAGE_SIZE = 2 << 20
 
 _SUFFIXES = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _SIZE_TEXT = re.compile(r"([0-9]{1,64})([kmgt]?)", re.IGNORECASE | re.ASCII)
+_FRACTION_TEXT = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})([kmgt])", re.IGNORECASE | re.ASCII)
 _PERCENT_TEXT = re.compile(r"([0-9]{1,3})%", re.ASCII)
 _LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # the largest file offset, rounded down to pages
 
@@ -47,7 +51,7 @@ IGNORED_PREFIXES = ("x-", "X-", "comment=")
 
 
 class ExitCode(enum.IntEnum):
-    """The exit codes of ``mount.py``. They are those of mount(8), which may be the caller."""
+    """The exit codes of ``ttmfs mount``. They are those of mount(8), which may be the caller."""
 
     meaning: str  # a sentence for --help and the manual
 
@@ -70,15 +74,23 @@ class OptionError(ValueError):
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes in ``4096``, ``64k``, ``4G`` (powers of 1024) or ``50%`` (of RAM, rounded up to a page).
+    """Return the bytes in ``4096``, ``64k``, ``1.5G`` (powers of 1024) or ``50%`` (of RAM, rounded up to a page).
 
-    tmpfs rounds a percentage up too (shmem_parse_one() in mm/shmem.c).
+    tmpfs rounds a percentage up too (shmem_parse_one() in mm/shmem.c). A fraction is rounded down to a byte.
     """
     if match := _PERCENT_TEXT.fullmatch(text):
         return -(-int(match[1]) * os.sysconf("SC_PHYS_PAGES") // 100) * BASE_PAGE_SIZE
-    if not (match := _SIZE_TEXT.fullmatch(text)):
-        raise OptionError(f"{text!r} is not a size: write a whole number of bytes, or with k, m, g, t or % behind it")
-    if (size := int(match[1]) << _SUFFIXES[match[2].lower()]) > _LARGEST_SIZE:
+    if match := _FRACTION_TEXT.fullmatch(text):
+        size: int = (int(match[1] + match[2]) << _SUFFIXES[match[3].lower()]) // 10 ** len(match[2])
+    elif match := _SIZE_TEXT.fullmatch(text):
+        size = int(match[1]) << _SUFFIXES[match[2].lower()]
+    else:
+        nearest = re.fullmatch(r"([0-9.]+[kmgt])(?:i?b)", text, re.IGNORECASE | re.ASCII)
+        raise OptionError(
+            f"{text!r} is not a size: write bytes, or a number with k, m, g, t or % behind it"
+            + (f", perhaps {nearest[1]!r}" if nearest else ", as in 1.5g")
+        )
+    if size > _LARGEST_SIZE:
         raise OptionError(f"{text} is larger than a file can be")
     return size
 
@@ -344,6 +356,15 @@ def unknown(word: str, known: Iterable[str]) -> OptionError:
     return OptionError(f"unknown option {word!r}" + (f", perhaps {match[0]!r}" if match else ""))
 
 
+def add_mount_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command that mounts."""
+    parser.add_argument("source", metavar="SOURCE", nargs="?", default="ttm", help="a name for df and findmnt")
+    parser.add_argument("mountpoint", metavar="MNT", help="an existing directory")
+    parser.add_argument("-o", dest="options", metavar="option,...", action="append", default=[], help="see below")
+    parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground, log to stderr")
+    parser.add_argument("-V", "--version", action="version", version=f"ttmfs {__version__}")
+
+
 def help_text() -> str:
     """Return the description of options and exit codes for ``--help``."""
     rows = [(o.name + ("=" + o.value if o.value else ""), o.help) for o in TABLE.values()]
@@ -354,7 +375,7 @@ def help_text() -> str:
 options (in brackets the default):
 {options}
 
-  SIZE is a number of bytes, or a number followed by k, m, g or t, or by % for a part of the machine's RAM.
+  SIZE is a number of bytes, or a number followed by k, m, g or t (1.5g), or by % for a part of the machine's RAM.
   Options of mount(8) itself (rw, nosuid, nodev, noexec, noatime, _netdev, nofail, x-..., ...) are accepted.
 
 exit status:

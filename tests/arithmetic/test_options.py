@@ -71,6 +71,13 @@ words = st.builds("{}{}{}".format, names | st.text(max_size=8), st.sampled_from(
 # --- what is read ---
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("1.5g", 3 << 29), ("0.5K", 512), ("2.25m", 9 << 18), ("0.0001k", 0), ("1.50t", 3 << 39)]
+)
+def test_a_size_may_have_a_fraction(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
 def test_the_default_size_is_half_of_the_ram_for_mount_and_backups() -> None:
     options = Options.parse()
     assert options == Options() == Options.parse("") == Options.parse(",,", ",")
@@ -200,8 +207,10 @@ def test_the_last_of_two_opposite_flags_counts(one: str, other: str) -> None:
         ("backup_size=0", r"backup_size: 0 is not allowed: leave the option out"),
         ("nr_inodes=-1", r"nr_inodes: '-1' is not a number"),
         ("size=-1", r"size: '-1' is not a size"),
-        ("size=1.5g", r"size: '1.5g' is not a size"),
-        ("size=1kb", r"size: '1kb' is not a size"),
+        ("size=1.5", r"size: '1.5' is not a size"),
+        ("size=.5g", r"size: '.5g' is not a size"),
+        ("size=1kb", r"size: '1kb' is not a size.*, perhaps '1k'"),
+        ("size=1.5GiB", r"size: '1.5GiB' is not a size.*, perhaps '1.5G'"),
         ("size= 1k", r"size: ' 1k' is not a size"),
         ("size=1k\n", r"size: '1k\\n' is not a size"),
         ("size=1000%", r"size: '1000%' is not a size"),

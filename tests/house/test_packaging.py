@@ -21,7 +21,7 @@ VERSION = "98.7.6"
 """Written where the version stands, and nowhere else; it must then show everywhere."""
 
 INSTALLED = """
-bin/mount.fuse.ttmfs bin/mount.py bin/mount.ttmfs bin/ttmfs bin/ttmfs-service
+bin/mount.fuse.ttmfs bin/mount.ttmfs bin/ttmfs bin/ttmfs-service
 lib/systemd/system/ttmfs.slice lib/systemd/system/ttmfs@.service lib/systemd/user/ttmfs@.service
 share/doc/ttmfs/example.conf share/doc/ttmfs/example.mount
 share/man/man1/ttmfs.1 share/man/man5/ttmfs.5 share/man/man8/mount.ttmfs.8
@@ -128,7 +128,7 @@ def test_the_wheel_installs_every_module(installed: Path) -> None:
     assert found.startswith(str(installed))
 
 
-@pytest.mark.parametrize("command", ["ttmfs", "python -m ttmfs", "mount.py", "mount.ttmfs", "mount.fuse.ttmfs"])
+@pytest.mark.parametrize("command", ["ttmfs", "python -m ttmfs", "ttmfs mount", "mount.ttmfs", "mount.fuse.ttmfs"])
 def test_the_version_comes_from_one_place(installed: Path, command: str) -> None:
     assert run(f"{installed}/bin/{command} --version", cwd=installed) == f"ttmfs {VERSION}\n"
 
@@ -149,7 +149,7 @@ def no_one_left() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_one_left")
-@pytest.mark.parametrize("command", ["mount.py ttm mnt", "mount.ttmfs ttm mnt", "mount.fuse.ttmfs ttm mnt -t ttmfs"])
+@pytest.mark.parametrize("command", ["ttmfs mount ttm mnt", "mount.ttmfs ttm mnt", "mount.fuse.ttmfs ttm mnt -t ttmfs"])
 def test_the_installed_package_mounts(installed: Path, tmp_path: Path, mountpoint: Path, command: str) -> None:
     try:
         run(f"{installed}/bin/{command} -o size=1m; mkdir mnt/a; echo page >mnt/a/7", cwd=tmp_path)

@@ -337,7 +337,7 @@ def test_doctor_reports_a_full_mount(mnt: Path) -> None:
         for position in range(0, size, PART):
             os.pwrite(image, bytes(min(PART, size - position)), position)
     assert os.statvfs(mnt).f_bavail == 0
-    assert "setfattr -n user.ttmfs.size -v SIZE" in ttmfs("doctor", mnt, code=None)
+    assert f"ttmfs resize {mnt} SIZE" in ttmfs("doctor", mnt, code=None)
 
 
 def test_save_replaces_only_regular_files(mnt: Path, tmp_path: Path) -> None:

@@ -357,7 +357,7 @@ def test_doctor_reports_a_mount_that_does_not_answer_under_any_name(two: tuple[M
         assert checks[str(hangs.path)]["state"] == "problem"
         for path in str(hangs.path), f"{hangs.path}/", os.path.relpath(hangs.path, REPOSITORY):
             assert "has not answered" in ttmfs("doctor", path, code=1)
-        assert "is not a mount" in ttmfs("doctor", hangs.path / "a", code=2)
+        assert "give the mount point" in ttmfs("doctor", hangs.path / "a", code=2)
 
 
 @pytest.mark.parametrize("kind", ["daemon", "keeper", "both"])

@@ -247,7 +247,7 @@ def test_the_keeper_gives_up_after_five_failed_starts(mountpoint: Path, package:
     with Kept(mountpoint, f"size=16m,{NO_STANDBY}", command=of_package(package)) as mount:
         keeper = mount.keeper
         mount.expect_log("no such luck")
-        with changed(package / "mount.py", "import argparse\n", "raise SystemExit('no such luck')\n"):
+        with changed(package / "mount.py", "import sys\n", "raise SystemExit('no such luck')\n"):
             mount.give_up()
         assert len(mount.said(FAILED)) == len(mount.said("no such luck")) == tries
         assert f"{tries} daemons could not start" in mount.said(GAVE_UP)[0]
@@ -263,7 +263,7 @@ def test_a_start_that_takes_too_long_is_killed(mountpoint: Path, package: Path) 
         keeper = mount.keeper
         with Caller(mountpoint / "a/1") as caller:
             start = time.monotonic()
-            with changed(package / "mount.py", "import argparse\n", "__import__('time').sleep(60)\n"):
+            with changed(package / "mount.py", "import sys\n", "__import__('time').sleep(60)\n"):
                 mount.give_up()
             assert 4 <= time.monotonic() - start < 12
             assert "no daemon has answered for 4 s" in mount.said(GAVE_UP)[0]
@@ -278,7 +278,7 @@ def test_a_keeper_that_gave_up_ends_on_request_and_releases_its_pages(mountpoint
     gives_up_after(package, failed=1)
     with Kept(mountpoint, f"size=16m,{NO_STANDBY}", command=of_package(package)) as mount:
         mount.expect_log("no such luck")
-        with changed(package / "mount.py", "import argparse\n", "raise SystemExit('no such luck')\n"):
+        with changed(package / "mount.py", "import sys\n", "raise SystemExit('no such luck')\n"):
             mount.give_up()
         mount.process.send_signal(signal.SIGTERM)
         mount.ends_with(32)
@@ -409,7 +409,7 @@ def test_a_keeper_that_gave_up_keeps_the_store_locked(tmp_path: Path, mountpoint
         (mountpoint / "a").mkdir()
         (mountpoint / "a/1").write_bytes(b"x" * PAGE)
         mount.expect_log("no such luck")
-        with changed(package / "mount.py", "import argparse\n", "raise SystemExit('no such luck')\n"):
+        with changed(package / "mount.py", "import sys\n", "raise SystemExit('no such luck')\n"):
             mount.give_up()
         run(f"{COMMAND} {second} -o store={store} 2>&1 | grep -q 'in use by another mount'")
         mount.try_again(keeper)

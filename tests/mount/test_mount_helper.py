@@ -108,7 +108,7 @@ def test_fake_reports_what_the_system_lacks(machine: Machine, hide: str, said: s
     assert said in machine.run(f"unshare -m sh -c '{hide} && mount -f -t ttmfs ttm {MNT}'", code=2)
 
 
-def test_errors_have_the_status_and_message_of_mount_py(machine: Machine) -> None:
+def test_errors_have_the_status_and_message_of_ttmfs_mount(machine: Machine) -> None:
     assert "mkdir /mnt/missing" in machine.run("mount -t ttmfs ttm /mnt/missing", code=32)
     assert "perhaps 'size'" in machine.run(f"mount -t ttmfs ttm {MNT} -o siez=1m", code=1)
     assert "invalid choice: 'ext4'" in machine.run(f"mount.ttmfs ttm {MNT} -t ext4", code=1)
@@ -132,7 +132,7 @@ def test_remount_is_refused_with_what_to_do_instead(machine: Machine) -> None:
     machine.run(f"mount -t ttmfs ttm {MNT} -o size=64m; mkdir {MNT}/a; echo kept >{MNT}/a/7")
     assert "cannot be remounted" in machine.run(f"mount -o remount,ro {MNT}", code=32)
     said = machine.run(f"mount -o remount,size=128m {MNT}", code=32)
-    (advice,) = re.findall(rf"setfattr -n user.ttmfs.size -v SIZE {MNT}", said)
+    (advice,) = re.findall(rf"ttmfs resize {MNT} SIZE", said)
     machine.run(advice.replace("SIZE", "128m"))
     assert machine.run(f"df -h --output=size {MNT}").split()[1] == "128M"
     assert machine.run(f"cat {MNT}/a/.image | head -c 28676 | tail -c 4100 | tr -d '\\0'") == "kept\n"

@@ -264,12 +264,12 @@ def test_mounting_over_a_directory_with_files_prints_a_warning(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        ("mount.py", 1, "required: MOUNTPOINT"),
+        ("mount.py", 1, "required: MNT"),
         ("mount.py ttm mnt more", 1, "unrecognized arguments: more"),
         ("mount.py mnt --foregroud", 1, "unrecognized arguments: --foregroud"),
         ("mount.py mnt -o", 1, "-o: expected one argument"),
         ("mount.py mnt -o siez=1m", 1, "unknown option 'siez=1m', perhaps 'size'"),
-        ("mount.py mnt -o size=lots", 1, "size: 'lots' is not a size: write a whole number of bytes, or with k, m, g"),
+        ("mount.py mnt -o size=lots", 1, "size: 'lots' is not a size: write bytes, or a number with k, m, g"),
         ("mount.py mnt -o size=0", 1, "size: 0 is not allowed"),
         ("mount.py mnt -o page_size=3k", 1, "page_size=3k: must be a power of two from 4k to 2m"),
         ("mount.py mnt -o uid=nessuno", 1, "uid: 'nessuno' is not a user of this machine"),
@@ -670,7 +670,7 @@ def test_debug_logs_every_operation(mountpoint: Path) -> None:
 def test_help_names_every_option_and_every_exit_code() -> None:
     done = mount_py("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"\[SOURCE\] MOUNTPOINT", done.stdout)
+    assert re.search(r"\[SOURCE\] MNT", done.stdout)
     for name in [*TABLE, "nosuid", "noatime", "_netdev", "SIGTERM", "fusermount3 -u"]:
         assert re.search(rf"\b{re.escape(name)}\b", done.stdout), name
     for code in ExitCode:
@@ -778,7 +778,7 @@ class Altered(Mount):
         super().__init__(directory, "size=8m")
         before = f"import os, sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport mount\n"
         in_python = "os.environ['TTMFS_LOOP'] = 'python'\n"  # compiled code calls nothing that was altered
-        script.write_text(f"{before}{in_python}{alteration}\nsys.exit(mount.main())\n")
+        script.write_text(f"{before}{in_python}{alteration}\nsys.exit(mount.main('mount.py'))\n")
         self._command[self._command.index(str(MOUNT_PY))] = str(script)
 
 

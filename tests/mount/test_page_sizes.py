@@ -1030,7 +1030,7 @@ REFUSED = {
     "2k": r"page_size=2k: must be a power of two from 4k to 2m",
     "4m": r"page_size=4m: must be a power of two from 4k to 2m",
     "0": r"page_size=0: must be a power of two",
-    "abc": r"page_size: 'abc' is not a size: write a whole number of bytes, or with k, m, g, t",
+    "abc": r"page_size: 'abc' is not a size: write bytes, or a number with k, m, g, t",
 }
 
 

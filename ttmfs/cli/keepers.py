@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-__all__ = ["NAME", "Keeper", "daemons", "is_stopped", "keepers", "pids", "process", "status_of", "stores"]
+__all__ = ["NAME", "Keeper", "daemons", "is_stopped", "keepers", "pids", "process", "servers", "status_of", "stores"]
 
 NAME = "ttmfs-keeper"
 STATE = "/memfd:ttmfs-state"
@@ -42,11 +42,14 @@ def status_of(directory: str) -> dict[str, str]:
         return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
 
 
-def keepers() -> list[Keeper]:
-    """All keepers of root and of the caller, by process id."""
+def keepers(user: int = 0) -> list[Keeper]:
+    """All keepers of root, of the caller, and of the `user` who serves a mount, by process id.
+
+    A user can imitate a keeper of their own. So do nothing to one that its user could not do.
+    """
     found = []
     for pid in pids():
-        with contextlib.suppress(OSError), process(pid) as directory:
+        with contextlib.suppress(OSError), process(pid, user) as directory:
             if _read(f"{directory}/comm").strip() == NAME and (header := _state_header(directory)) is not None:
                 words = _read(f"{directory}/cmdline").split("\0")
                 found.append(Keeper(pid, words, header.get("device"), _is_stopped(directory)))
@@ -54,16 +57,17 @@ def keepers() -> list[Keeper]:
 
 
 @contextlib.contextmanager
-def process(pid: int) -> Iterator[str]:
+def process(pid: int, user: int = 0) -> Iterator[str]:
     """The directory of a process in /proc, as a path that stays valid. FileNotFoundError if the process has ended.
 
-    PermissionError unless all its user ids are root's or the caller's: a set-user-ID program has only one of root's.
+    PermissionError unless all its user ids are root's, the caller's or the `user`'s: a set-user-ID program has only one
+    of root's.
     (The owner of the directory does not count: it is root for every process that is not dumpable.)
     """
     fd = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     directory = f"/proc/self/fd/{fd}"
     try:
-        if set(map(int, status_of(directory)["Uid"].split())) not in ({0}, {os.geteuid()}):
+        if set(map(int, status_of(directory)["Uid"].split())) not in ({0}, {os.geteuid()}, {user}):
             raise PermissionError(errno.EPERM, "it is another user's")
         yield directory
     except ProcessLookupError:
@@ -72,15 +76,28 @@ def process(pid: int) -> Iterator[str]:
         os.close(fd)
 
 
-def daemons(keeper: int) -> list[int]:
-    """The daemon of a keeper of root's or the caller's: the child that has the state. A standby has none yet."""
+def daemons(keeper: int, user: int = 0) -> list[int]:
+    """The daemon of a keeper, see :func:`keepers`: the child that has the state. A standby has none yet."""
     found, children = list[int](), list[int]()
-    with contextlib.suppress(OSError), process(keeper) as directory:
+    with contextlib.suppress(OSError), process(keeper, user) as directory:
         children = [int(word) for word in _read(f"{directory}/task/{keeper}/children").split()]
     for child in children:
-        with contextlib.suppress(OSError), process(child) as directory:
+        with contextlib.suppress(OSError), process(child, user) as directory:
             is_fork = _read(f"{directory}/comm").strip() == NAME  # a child that the keeper has just forked
             found += [child] * (not is_fork and _state_header(directory) is not None)
+    return found
+
+
+def servers(device: str, user: int = 0) -> list[int]:
+    """The processes that hold the state of the mount with a device number: its daemon, and its keeper if it has one.
+
+    They are root's, the caller's, or of the `user` who serves it.
+    """
+    found = []
+    for pid in pids():
+        with contextlib.suppress(OSError), process(pid, user) as directory:
+            if (header := _state_header(directory)) and header.get("device") == device:
+                found.append(pid)
     return found
 
 

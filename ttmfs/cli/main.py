@@ -4,11 +4,12 @@ A command's module is imported when the command runs, so that no command pays fo
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from ..quoting import plain
@@ -19,15 +20,20 @@ from .commands.command import Command, guarded
 __all__ = ["COMMANDS", "main", "parser"]
 
 COMMANDS = {
+    "mount": ("mount", "mount a ttmfs at a directory"),
+    "umount": ("umount", "end mounts, release their memory, and name the programs that are in the way"),
     "create": ("backups", "make backups"),
     "ls": ("ls", "list backups: pages, sizes, what is in memory and what is swapped out"),
     "map": ("map", "draw which pages of a backup are absent, in memory, and swapped out"),
     "save": ("save", "save a backup to a sparse file or a stream, with checksums"),
     "load": ("load", "load a backup from a sparse file or a stream, at the same handles"),
+    "resize": ("resize", "change the budget of a mount, or the size of a backup"),
+    "drop": ("resize", "drop pages of a backup, by their handles"),
     "writeback": ("backups", "push backups out of memory, to swap, now"),
     "move": ("backups", "give a backup to another store on the same filesystem"),
     "fini": ("backups", "end backups, with all their pages"),
     "fd": ("fd", "run a program with a backup's own descriptor, for native speed"),
+    "restart": ("restart", "have another daemon take a mount over, without losing a page"),
     "doctor": ("doctor", "check the machine and its mounts, and say what to do"),
     "why": ("why", "show why requests were refused"),
     "rescue": ("rescue", "get backups out of a keeper that gave up, as sparse files with checksums"),
@@ -39,12 +45,40 @@ exit status: 0; 1 if part of the work failed; 2 if none could be done; 130 if it
 ttmfs COMMAND --help shows examples."""
 
 
+MEANT = {
+    "delete": "fini", "info": "ls", "list": "ls", "mkdir": "create", "reload": "restart", "remount": "resize",
+    "remove": "fini", "rm": "fini", "rmdir": "fini", "start": "mount", "stop": "umount",
+}  # fmt: skip
+"""Commands by words that others have for them."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors are shown without control characters: a shell makes arguments of names that others chose."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {plain(message)}\n")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The part of a message that names the nearest known word; nothing if none is near."""
+    match = [MEANT[word]] if word in MEANT else difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def _parse(name: str) -> argparse.Namespace:
+    """The arguments. SystemExit after --help, --version, or an error that was reported."""
+    whole = parser(name)
+    if name and name not in COMMANDS:
+        hint = _nearest(name, COMMANDS) or "; ttmfs --help lists the commands"
+        whole.error(f"there is no command {name!r}{hint}")
+    arguments, rest = whole.parse_known_args()
+    if rest:
+        option = next((word for word in rest if word.startswith("-")), "").partition("=")[0]
+        known = [word for action in arguments.parser._actions for word in action.option_strings]
+        hint = _nearest(option, known) or f"; ttmfs {name} --help lists the arguments"
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    return arguments
 
 
 def _command(name: str) -> Command:
@@ -58,7 +92,7 @@ def parser(*used: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     whole = _Parser(
         "ttmfs",
-        description="Manage mounts of ttmfs and their backups. mount.py makes the mounts.",
+        description="Make and manage mounts of ttmfs and their backups.",
         epilog=EPILOG,
         formatter_class=raw,
     )
@@ -70,7 +104,7 @@ def parser(*used: str) -> argparse.ArgumentParser:
             command = _command(name)
             one.description, one.epilog = command.description, command.examples
             command.add_arguments(one)
-            one.set_defaults(command=command)
+            one.set_defaults(command=command, parser=one)
     return whole
 
 
@@ -101,8 +135,10 @@ def _guarded(name: str, run: Callable[[], int]) -> int:
 
 
 def _run(name: str, *, in_child: bool) -> int:
+    if sys.argv[1:2] == [name] and name in COMMANDS and (unparsed := _command(name).unparsed):
+        return unparsed(sys.argv[2:])
     try:
-        arguments = parser(name).parse_args()
+        arguments = _parse(name)
     except SystemExit:  # after --help, --version, or an error that argparse has reported
         sys.stdout.flush()
         raise

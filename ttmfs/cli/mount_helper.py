@@ -5,8 +5,8 @@
     mount.ttmfs SOURCE DIRECTORY [-sfnrwv] [-N NAMESPACE] [-o OPTION,...] [-t TYPE]
 
 The command line is that of mount(8), section EXTERNAL HELPERS; ``-f`` there means *fake*. This program translates it
-into a command line of ``mount.py`` and executes that. mount(8) is set-user-ID, but runs helpers with the caller's
-privileges. So fusermount3 decides what an ordinary user may do, as without mount(8).
+into a command line of ``ttmfs mount`` and executes its program. mount(8) is set-user-ID, but runs helpers with the
+caller's privileges. So fusermount3 decides what an ordinary user may do, as without mount(8).
 """
 
 import argparse
@@ -21,6 +21,7 @@ from ..linux import fuse_device
 from ..options import ExitCode, OptionError, Options, escaped, is_known, split
 from ..quoting import plain
 from ..version import __version__
+from . import mount_program
 
 __all__ = ["main"]
 
@@ -28,7 +29,7 @@ NAME = "mount.ttmfs"
 TYPES = ("ttmfs", "fuse.ttmfs")
 
 REMOUNT = (
-    "a ttmfs cannot be remounted. To change its budget: setfattr -n user.ttmfs.size -v SIZE {directory}. "
+    "a ttmfs cannot be remounted. To change its budget: ttmfs resize {directory} SIZE. "
     "To change another option, unmount it, which releases its pages, and mount it again"
 )
 
@@ -55,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    """Execute ``mount.py``, or return an exit status of mount(8)."""
+    """Execute the program that mounts, or return an exit status of mount(8)."""
     try:
         return _run(_parser().parse_intermixed_args())
     except (OptionError, _Error) as error:
@@ -88,18 +89,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if "remount" in words:
         raise _Error(REMOUNT.format(directory=arguments.directory), ExitCode.FAILED)
     options = Options.parse(*map(escaped, words))
-    program = os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), "mount.py")
     given = ["-o", ",".join(map(escaped, words))] if words else []
-    command = [program, *given, "--", arguments.source, arguments.directory]
+    command = mount_program.command(*given, "--", arguments.source, arguments.directory)
     if arguments.verbose:
         _say(" ".join(command))
     if arguments.fake:
-        _check(arguments.directory, options, program)
+        _check(arguments.directory, options)
         return ExitCode.OK
     try:
-        os.execvp(program, command)
+        os.execv(command[0], command)
     except OSError as error:
-        raise _Error(f"{program}: {error.strerror}; install ttmfs again", ExitCode.BUG) from None
+        raise _Error(f"{command[0]}: {error.strerror}; install ttmfs again", ExitCode.BUG) from None
 
 
 def _words(texts: list[str], *, sloppy: bool) -> list[str]:
@@ -110,7 +110,7 @@ def _words(texts: list[str], *, sloppy: bool) -> list[str]:
     return [word for word in words if not sloppy or word == "remount" or is_known(word)]
 
 
-def _check(directory: str, options: Options, program: str) -> None:
+def _check(directory: str, options: Options) -> None:
     """Check what can be checked without mounting."""
     _check_directory(directory)
     if options.store:
@@ -119,8 +119,6 @@ def _check(directory: str, options: Options, program: str) -> None:
         raise _Error("fusermount3 is not installed; install the package fuse3", ExitCode.SYSTEM)
     if error := fuse_device.error():
         raise _Error(f"{fuse_device.PATH} cannot be opened: {error}; {fuse_device.ADVICE}", ExitCode.SYSTEM)
-    if not os.access(program, os.X_OK):
-        raise _Error(f"{program} is missing; install ttmfs again", ExitCode.BUG)
 
 
 def _check_directory(path: str) -> None:
@@ -130,7 +128,7 @@ def _check_directory(path: str) -> None:
     except FileNotFoundError:
         raise _Error(f"{path} does not exist; make it first: mkdir {path}", ExitCode.FAILED) from None
     except OSError as error:
-        if error.errno != errno.ENOTCONN:  # a dead mount, which mount.py removes if it is a ttmfs
+        if error.errno != errno.ENOTCONN:  # a dead mount, which ttmfs mount removes if it is a ttmfs
             raise _Error(f"{path}: {error.strerror}", ExitCode.FAILED) from None
 
 

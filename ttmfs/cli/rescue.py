@@ -50,7 +50,7 @@ examples:
   ttmfs rescue /proc/1/fd/57 /var/tmp/pages    from a descriptor of a service manager
   ttmfs rescue --check /var/tmp/pages          check that the copies are unchanged
 
-A backup becomes a file of its name, page i at byte i * page_size. To use copies: mount.py MNT -o store=DIRECTORY."""
+A backup becomes a file of its name, page i at byte i * page_size. To use copies: ttmfs mount MNT -o store=DIRECTORY."""
 
 INTERRUPTED = "interrupted; the backups listed above are complete, the others were not copied"
 

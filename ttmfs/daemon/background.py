@@ -64,11 +64,11 @@ def _is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-def prepare() -> None:
-    """Prepare this process to become a daemon, whatever its caller left it with."""
+def prepare(name: str) -> None:
+    """Prepare this process to become a daemon, whatever its caller left it with. Messages begin with `name`."""
     _open_standard_streams()
     handler = logging.StreamHandler()
-    handler.setFormatter(_Journal("%(message)s") if _is_journal() else logging.Formatter("mount.py: %(message)s"))
+    handler.setFormatter(_Journal("%(message)s") if _is_journal() else logging.Formatter(f"{name}: %(message)s"))
     logging.basicConfig(handlers=[handler])
     faulthandler.register(signal.SIGUSR2)  # where does it hang? kill -USR2 shows
     for number in ENDING:  # until the session waits for them

@@ -1,11 +1,11 @@
-"""The program that a systemd unit starts instead of ``mount.py``: it becomes the keeper, with what the manager stored.
+"""The program that a systemd unit starts: it becomes the keeper, with what the service manager stored.
 
 ::
 
-    ttmfs-service ARGUMENTS OF mount.py... MOUNTPOINT
+    ttmfs-service ARGUMENTS OF ttmfs mount... MOUNTPOINT
 
-``mount.py -f`` as a unit's main process does the same. But this program imports as little as possible, so that a broken
-upgrade is unlikely to break it: a unit that fails loses its stored descriptors, and with them every page.
+``ttmfs mount -f`` as a unit's main process does the same. But this program imports as little as possible, so that a
+broken upgrade is unlikely to break it: a unit that fails loses its stored descriptors, and with them every page.
 """
 
 import os
@@ -21,6 +21,6 @@ def main() -> NoReturn:
     """Become the keeper of a unit. It starts the daemon."""
     words, held = sys.argv[1:], inherited()
     if not is_managed() or not words:
-        sys.exit("ttmfs-service: only for units of a service manager that stores descriptors; run mount.py")
-    program = os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "mount.py")
-    become_keeper(held, "journal", [program, "-f", *words])
+        sys.exit("ttmfs-service: only for units of a service manager that stores descriptors; run ttmfs mount")
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mount.py")
+    become_keeper(held, "journal", [sys.executable, program, "-f", *words])

@@ -180,7 +180,7 @@ class Pool:
 async def open_pool(**options: Any) -> AsyncIterator[Pool]:
     """Open a pool on a private tmpfs, or (``store=``) in a directory. The context closes it.
 
-    `options` are those of ``mount.py``, by name (``python mount.py --help``). Sizes (size, backup_size, page_size,
+    `options` are those of ``ttmfs mount``, by name (``ttmfs mount --help``). Sizes (size, backup_size, page_size,
     reserve) are in bytes; store is a path. Raises InvalidArgument, NotSupported and StoreBusy.
 
     >>> async with ttmfs.open_pool(size=1 << 30) as pool:

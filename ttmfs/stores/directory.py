@@ -282,7 +282,7 @@ class Directory(Store):
         self._recounts.reset()
         self._recount()
         if size < self._counts.total * self.page_size:
-            raise InvalidArgument(f"the budget cannot be {size} bytes: more is stored")
+            raise InvalidArgument(f"the budget cannot be {size} bytes: more is stored; drop pages first")
         self._budget = size
         self.remember(size=size)
 

@@ -101,7 +101,7 @@ class PrivateTmpfs(Store):
             resize_tmpfs(self.files.directory, self._namespace, **limits)
         except OSError as error:
             if error.errno == errno.EINVAL:
-                raise InvalidArgument(f"the budget cannot be {size} bytes: more is stored") from error
+                raise InvalidArgument(f"the budget cannot be {size} bytes: more is stored; drop pages first") from error
             raise from_os_error(error, "changing the budget") from error
 
     def descriptors(self) -> dict[str, int]:

@@ -19,7 +19,8 @@ class Command:
 
     `description` and `examples` are shown by ``ttmfs COMMAND --help``. `uses_client` imports ttmfs.client before `run`.
     `waits_for` returns the paths of the backups that the command uses. The command then runs in a child process: Ctrl-C
-    always ends it, and a mount that does not answer is reported.
+    always ends it, and a mount that does not answer is reported. `unparsed`, if given, runs instead of `run`, with the
+    words behind the command's name.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Command:
     interrupted: str = "interrupted"  # the message after Ctrl-C
     uses_client: bool = False
     waits_for: Callable[[argparse.Namespace], list[str]] | None = None
+    unparsed: Callable[[list[str]], int] | None = None
 
 
 class CommandError(Exception):

@@ -16,7 +16,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,9 +29,9 @@ from ...quoting import plain, quoted
 from ...version import __version__
 from ..keepers import Keeper, daemons, is_stopped, keepers
 from ..rescue import open_file
-from .child_process import PATIENCE, Answer, ask, ask_all
-from .command import Command, CommandError
-from .mounts import config, opened
+from .child_process import PATIENCE, Answer, ask_all
+from .command import Command
+from .mounts import config, mount_at, opened
 from .terminal import has_colours, painted, size, user_name
 
 __all__ = ["COMMANDS"]
@@ -62,8 +62,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    mounts = {mount.path: mount for mount in ttmfs_mounts()}
-    wanted = [mounts[_mount_point(path, mounts)] for path in arguments.paths] or [*mounts.values()]
+    wanted = [mount_at(path) for path in arguments.paths] or [*{m.path: m for m in ttmfs_mounts()}.values()]
     checks = [check() for check in (*MACHINE, *(FOR_USERS if os.geteuid() else ()))]
     answers = ask_all([(mount.path, partial(_asked, mount)) for mount in wanted])
     by_device = {keeper.device: keeper for keeper in keepers()}
@@ -74,17 +73,6 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         _show(checks)
     return int(any(check.state == PROBLEM for check in checks))
-
-
-def _mount_point(path: str, mounts: Iterable[str]) -> str:
-    """The mount point that a path names, without touching the mount."""
-    absolute = os.path.abspath(path)
-    above, name = os.path.split(absolute)
-    candidates: list[str] = [absolute, *ask(path, lambda: os.path.join(os.path.realpath(above), name)).items]
-    for place in candidates:
-        if place in mounts:
-            return place
-    raise CommandError(f"{quoted(path)} is not a mount of ttmfs")
 
 
 def _show(checks: list[Check]) -> None:
@@ -178,7 +166,7 @@ def _syslog() -> Check:
     return _either(
         "syslog", os.path.exists("/dev/log"), "/dev/log exists",
         "/dev/log does not exist: the log of daemons in the background is lost",
-        "run mount.py -f, or start a syslog service",
+        "run ttmfs mount -f, or start a syslog service",
     )  # fmt: skip
 
 
@@ -262,7 +250,7 @@ def _of_mount(mount: Mounted, answer: Answer, keeper: Keeper | None) -> Iterator
         if found["full"]:
             yield Check(
                 what, WARNING, "is full: storing fails with ENOSPC",
-                f"drop pages, or raise its size: setfattr -n user.ttmfs.size -v SIZE {what}" if _is_trusted(mount)
+                f"drop pages, or raise its size: ttmfs resize {what} SIZE" if _is_trusted(mount)
                 else f"{_server(mount)} serves it, and can raise its size",
             )  # fmt: skip
 
@@ -287,7 +275,7 @@ def _advice_for_silent(what: str, mount: Mounted, keeper: Keeper | None) -> str:
         return f"kill -CONT {keeper.pid} continues its keeper, which is stopped"
     serving = daemons(keeper.pid)
     stopped = next(filter(is_stopped, serving), None)
-    advice = f"kill -USR1 {keeper.pid} restarts its daemon"
+    advice = f"ttmfs restart {what} restarts its daemon"
     if stopped:
         advice = f"kill -CONT {stopped} continues its daemon, which is stopped"
     if serving:
@@ -302,14 +290,14 @@ def _dead(what: str, mount: Mounted, keeper: Keeper | None) -> Check:
         wake = f"kill -CONT {keeper.pid}, because it is stopped; " if keeper.is_stopped else ""
         return Check(
             what, PROBLEM, f"is dead, but its keeper {keeper.pid} holds the pages",
-            f"{wake}kill -USR1 {keeper.pid} tries again; ttmfs rescue {keeper.pid} DIRECTORY copies the pages",
+            f"{wake}ttmfs restart {what} tries again; ttmfs rescue {keeper.pid} DIRECTORY copies the pages",
         )  # fmt: skip
     if mount.served_by != os.geteuid():
         advice = f"run ttmfs doctor as that user; umount -l {what} ends it"
         return Check(what, PROBLEM, f"is dead, and belongs to {_server(mount)}", advice)
     return Check(
         what, PROBLEM, "is dead: daemon and keeper are gone, or belong to another user",
-        f"mount.py {what} mounts it again (pages of a store= are kept); fusermount3 -u {what} ends it",
+        f"ttmfs mount {what} mounts it again (pages of a store= are kept); fusermount3 -u {what} ends it",
     )  # fmt: skip
 
 
@@ -318,7 +306,7 @@ def _alive(what: str, mount: Mounted, keeper: Keeper | None, found: dict[str, An
         return Check(what, OK, f"answers; {_server(mount)} serves it")
     kept_by = found.get("keeper_pid")
     if version != __version__:
-        advice = f"kill -USR1 {kept_by} starts the installed version" if kept_by else "unmount it, and mount it again"
+        advice = f"ttmfs restart {what} starts the installed version" if kept_by else "unmount it, and mount it again"
         return Check(what, WARNING, f"is served by version {version}, installed is {__version__}", advice)
     if not kept_by:
         lost = "" if found.get("store") else ", and its pages are lost"

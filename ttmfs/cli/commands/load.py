@@ -186,7 +186,7 @@ def _store(arguments: argparse.Namespace, saved: _Copy, backup: Backup, *, sets_
             raise CommandError(f"{why}; nothing was loaded") from None
         hint = f"ttmfs load {'--into' if arguments.into else '--continue'} {name} {quoted(arguments.backup)}"
         if isinstance(error, NoRoom):
-            hint = f"make room (setfattr -n user.ttmfs.size gives the mount more), then {hint}"
+            hint = f"make room (ttmfs resize gives the mount more), then {hint}"
         raise CommandError(f"{why}; {held} pages are there. To resume, {hint}", 1) from None
     return writer
 

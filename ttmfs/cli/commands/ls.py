@@ -141,7 +141,7 @@ def _list(paths: list[str]) -> tuple[list[Row], dict[str, str], ExitStatus]:
     elif found := sorted({mount.path for mount in ttmfs_mounts()}):
         works = [(path, partial(_rows_if_allowed, path)) for path in found]
     else:
-        raise CommandError("no ttmfs is mounted; mount.py mounts one")
+        raise CommandError("no ttmfs is mounted; ttmfs mount MNT mounts one")
     rows: list[Row] = []
     failed: dict[str, str] = {}
     for (path, _), answer in zip(works, ask_all(works), strict=True):

@@ -10,18 +10,23 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...linux import mountinfo
 from ...linux.mountinfo import Mounted
 from ...quoting import quoted
 from ..rescue import open_file
+from .child_process import ask
 from .command import CommandError, reason
 
 if TYPE_CHECKING:
     from ...client.backup import Backup
 
-__all__ = ["NoSuchBackup", "Place", "backup_at", "config", "config_of", "failure", "located", "new_backup", "opened"]
+__all__ = [
+    "NoSuchBackup", "Place", "backup_at", "config", "config_of", "failure", "last_refusal", "located", "mount_at",
+    "new_backup", "opened",
+]  # fmt: skip
 
 PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 LONGEST_NUMBER = 18  # digits
@@ -72,20 +77,42 @@ class Place(NamedTuple):
         return self.attribute("pages") is not None
 
 
+def mount_at(path: str) -> Mounted:
+    """The mount of ttmfs at a mount point, found without touching it. CommandError if there is none."""
+    found = {mount.path: mount for mount in mountinfo.mounts()}  # the topmost of several on one path
+    absolute = os.path.abspath(path)
+    above, name = os.path.split(absolute)
+    real = ask(path, lambda: os.path.join(os.path.realpath(above), name)).items
+    links = ask(path, lambda: os.readlink(absolute) and os.path.realpath(absolute)).items
+    for place in absolute, *real, *links:
+        if (mount := found.get(place)) and mount.type == mountinfo.TYPE and mount.root == "/":
+            return mount
+    for place in Path(next(iter(real), absolute)).parents:
+        if (mount := found.get(str(place))) and mount.type == mountinfo.TYPE:
+            raise CommandError(f"{quoted(path)} is in a mount of ttmfs; give the mount point, {quoted(mount.path)}")
+    raise CommandError(f"{quoted(path)} is not a mount of ttmfs; ttmfs doctor shows all mounts")
+
+
 @contextlib.contextmanager
 def opened(name: str, directory: int | None = None, *, follow: bool = True) -> Iterator[int]:
     """A directory, opened to resolve names in it. With `follow` false a symbolic link is refused."""
     try:
         fd = os.open(name, PLACE if follow else PLACE | os.O_NOFOLLOW, dir_fd=directory)
     except NotADirectoryError:
-        with contextlib.suppress(OSError):
-            os.readlink(name, dir_fd=directory)
+        if _is_link(name, directory):
             raise OSError(errno.ELOOP, "it is a symbolic link; name its target") from None
         raise
     try:
         yield fd
     finally:
         os.close(fd)
+
+
+def _is_link(name: str, directory: int | None) -> bool:
+    try:
+        return bool(os.readlink(name, dir_fd=directory))
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -150,6 +177,17 @@ def failure(error: OSError, path: str) -> CommandError:
     """The error for a path in a mount that failed. A dead mount is ENOTCONN."""
     hint = "; ttmfs doctor says what to do" if error.errno == errno.ENOTCONN else ""
     return CommandError(reason(error, path) + hint)
+
+
+def last_refusal(place: Place) -> str:
+    """Why the daemon refused this process's last request; nothing if it does not tell this user."""
+    try:
+        with opened("." if place.page_size else "..", place.fd) as root:
+            found = json.loads(Place(place.path, root, place.mount).attribute("refusals") or "[]")
+            own = [row["reason"] for row in found if row["pid"] == os.getpid()]
+            return str(own[-1]) if own else ""
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return ""
 
 
 def config(mount: int) -> dict[str, Any]:

@@ -48,6 +48,10 @@ class BackupIdentity(NamedTuple):
         return cls(found.st_dev, found.st_ino, frozenset(pid for pid in servers if isinstance(pid, int)))
 
 
+def _plural(use: str) -> str:
+    return f"{use.removesuffix('y')}ies" if use.endswith("y") else f"{use}s"
+
+
 class User(NamedTuple):
     """A process that uses a backup, and the number of its uses by kind."""
 
@@ -55,7 +59,7 @@ class User(NamedTuple):
     uses: Counter[str]
 
     def __str__(self) -> str:
-        uses = ", ".join(f"{count} {use}{'s' * (count != 1)}" for use, count in self.uses.items())
+        uses = ", ".join(f"{count} {_plural(use) if count != 1 else use}" for use, count in self.uses.items())
         try:
             status = status_of(f"/proc/{self.pid}")
         except OSError:

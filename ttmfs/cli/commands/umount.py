@@ -1,0 +1,195 @@
+"""``umount``: ends mounts, and waits until their processes have ended and the memory is released.
+
+The mounts are not touched, except in child processes: a mount may be dead, or hang.
+"""
+
+import argparse
+import errno
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from ...linux.mountinfo import Mounted, mounts
+from ...quoting import quoted
+from ..exit_status import ExitStatus
+from ..keepers import keepers, servers
+from .child_process import ask
+from .command import Command, CommandError, complain
+from .mounts import mount_at
+from .terminal import user_name
+
+__all__ = ["COMMANDS"]
+
+FUSERMOUNT = "fusermount3"
+FUSERMOUNT_SECONDS = 20.0
+
+END_SECONDS = 60.0
+"""Seconds within which daemon and keeper must end. The keeper kills a daemon that hangs after 30 s."""
+
+
+class _Busy(CommandError):
+    """The mount is in use. `users` has an object for each process that is known."""
+
+    def __init__(self, text: str, users: list[dict[str, Any]]) -> None:
+        super().__init__(text)
+        self.users = users
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("mounts", nargs="+", metavar="MNT", help="a mount point")
+    parser.add_argument(
+        "-l", "--lazy", action="store_true", help="detach a mount that is in use; it ends when the last user ends"
+    )
+    parser.add_argument("-f", "--force", action="store_true", help="release the pages that a dead mount's keeper holds")
+    parser.add_argument("--json", action="store_true", help="a list of objects: mount, seconds, error, users")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    found: list[dict[str, Any]] = []
+    for path in arguments.mounts:
+        began, error, users = time.monotonic(), None, list[dict[str, Any]]()
+        try:
+            _unmount(path, lazy=arguments.lazy, force=arguments.force)
+        except CommandError as why:
+            error, users = str(why), getattr(why, "users", [])
+            complain("umount", error)
+        found.append({"mount": path, "seconds": round(time.monotonic() - began, 3), "error": error, "users": users})
+    if arguments.json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    return ExitStatus.of(sum(bool(row["error"]) for row in found), len(found))
+
+
+def _unmount(path: str, *, lazy: bool, force: bool) -> None:
+    """Unmount, and wait for the end. CommandError says why it is still mounted, or what still runs."""
+    mount = mount_at(path)
+    what = quoted(mount.path)
+    if os.geteuid() not in (0, mount.served_by):
+        server = quoted(user_name(mount.served_by))
+        raise CommandError(f"{what} is served by user {server}: only that user and root may unmount it")
+    with _processes_of(mount) as serving:
+        if _is_dead(mount) and (keeper := _keeper_of(mount)) in serving:
+            if not force:
+                raise CommandError(
+                    f"{what} is dead, but its keeper {keeper} holds its pages. ttmfs restart {what} tries again; "
+                    f"ttmfs rescue {keeper} DIRECTORY copies them; ttmfs umount --force {what} releases them"
+                )
+            signal.pidfd_send_signal(serving[keeper], signal.SIGTERM)
+            _wait([serving[keeper]], END_SECONDS)
+        if _is_mounted(mount):
+            _detach(mount, lazy=lazy)
+        left = _wait([*serving.values()], 0.0 if lazy else END_SECONDS)
+        if left and lazy:
+            sys.stderr.write(f"{what} is detached; its pages are released when the last process closes its files\n")
+        elif left:
+            still = " and ".join(str(pid) for pid, fd in serving.items() if fd in left)
+            raise CommandError(
+                f"{what} is unmounted, but process {still} still runs after {END_SECONDS:g} s; "
+                "see its log: journalctl -t ttmfs -t ttmfs-keeper"
+            )
+
+
+def _keeper_of(mount: Mounted) -> int:
+    """The process id of a mount's keeper; 0 if it has none."""
+    return next((keeper.pid for keeper in keepers(mount.served_by) if keeper.device == mount.device), 0)
+
+
+@contextmanager
+def _processes_of(mount: Mounted) -> Iterator[dict[int, int]]:
+    """The processes that serve a mount, each with a pidfd."""
+    found: dict[int, int] = {}
+    with ExitStack() as stack:
+        for pid in servers(mount.device, mount.served_by):
+            with suppress(ProcessLookupError):
+                found[pid] = os.pidfd_open(pid)
+                stack.callback(os.close, found[pid])
+        still = servers(mount.device, mount.served_by)  # a number may have been given to another process
+        yield {pid: pidfd for pid, pidfd in found.items() if pid in still}
+
+
+def _wait(pidfds: list[int], seconds: float) -> list[int]:
+    """Wait for the end of processes. Those that still run after some seconds."""
+    left, end = list(pidfds), time.monotonic() + seconds
+    while left:
+        ended, _, _ = select.select(left, [], [], max(0.0, end - time.monotonic()))
+        if not ended:
+            break
+        left = [fd for fd in left if fd not in ended]
+    return left
+
+
+def _is_dead(mount: Mounted) -> bool:
+    """Whether nobody serves the mount."""
+
+    def number() -> int:
+        try:
+            os.statvfs(mount.path)
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    return ask(mount.path, number).items == [errno.ENOTCONN]
+
+
+def _is_mounted(mount: Mounted) -> bool:
+    return any(found.path == mount.path and found.device == mount.device for found in mounts())
+
+
+def _detach(mount: Mounted, *, lazy: bool) -> None:
+    """Unmount by fusermount3, for root and users alike."""
+    what = quoted(mount.path)
+    words = [FUSERMOUNT, "-u", *(["-z"] if lazy else []), "--", mount.path]
+    try:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                              timeout=FUSERMOUNT_SECONDS, check=False, env={**os.environ, "LC_ALL": "C"})  # fmt: skip
+    except FileNotFoundError:
+        raise CommandError(f"{FUSERMOUNT} is not installed; install the package fuse3") from None
+    except subprocess.TimeoutExpired:
+        raise CommandError(f"{FUSERMOUNT} has not unmounted {what} within {FUSERMOUNT_SECONDS:g} s") from None
+    if done.returncode and _is_mounted(mount):
+        if "busy" in done.stderr:
+            raise _busy(mount)
+        raise CommandError(done.stderr.strip() or f"{FUSERMOUNT} failed with status {done.returncode}")
+
+
+def _busy(mount: Mounted) -> _Busy:
+    """Who uses a mount, and what to do."""
+    from .holders import Holders
+    from .users import in_a_line
+
+    what = quoted(mount.path)
+    below = [quoted(found.path) for found in mounts() if found.path.startswith(f"{mount.path}/")]
+    holders = Holders(mount)
+    users = [{"pid": user.pid, "uses": dict(user.uses), "description": str(user)} for user in holders.found]
+    why = [f"{path} is mounted in it: unmount that first" for path in below]
+    if holders.found:
+        why.append(in_a_line(holders.found))
+    if holders.hidden:
+        why.append(f"{holders.hidden} processes of other users could not be examined; root sees them")
+    if not why:
+        why.append("no process of this PID namespace uses it; perhaps one of a container, or a loop device")
+    advice = f"End or leave what uses it and try again, or detach it now: ttmfs umount --lazy {what}"
+    return _Busy(f"{what} is busy and stays mounted: {'; '.join(why)}. {advice}", users)
+
+
+COMMANDS = (
+    Command(
+        "umount",
+        "End mounts and release their pages, except those in store=DIR. It returns once the daemon and its keeper\n"
+        "have ended, so that the memory is free. A mount in use stays, and the message names the processes: users see\n"
+        "their own processes, root sees all in this PID namespace. Only root and the user who mounted may unmount.",
+        """\
+examples:
+  ttmfs umount /mnt/ttm
+  ttmfs umount --lazy /mnt/ttm      detach it now; it ends when the last program closes its files
+  ttmfs umount --force /mnt/ttm     dead, and the pages are not wanted any more""",
+        _add,
+        _run,
+    ),
+)
