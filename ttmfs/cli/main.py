@@ -28,6 +28,7 @@ COMMANDS = {
     "move": ("backups", "give a backup to another store on the same filesystem"),
     "fini": ("backups", "end backups, with all their pages"),
     "fd": ("fd", "run a program with a backup's own descriptor, for native speed"),
+    "status": ("status", "show budget, pages, operations, restarts and processes of mounts on one screen"),
     "doctor": ("doctor", "check the machine and its mounts, and say what to do"),
     "why": ("why", "show why requests were refused"),
     "rescue": ("rescue", "get backups out of a keeper that gave up, as sparse files with checksums"),

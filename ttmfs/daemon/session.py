@@ -180,7 +180,7 @@ class _Session:
         pool, keeper = self._mount.pool, self._process.keeper
         room = pool.room()  # the budget may have changed since the start
         sizes = {"size": room.size, "backup_size": pool.backup_size, "nr_inodes": room.files}
-        where = {"store": pool.store.directory}
+        where = {"store": pool.store.directory, **pool.store.holder}
         who = {"daemon_pid": os.getpid(), "keeper_pid": keeper.pid if keeper else None, "loop": self._metrics.loop}
         standby = {"standby": "on" if self._process.has_standby else "off"}
         return json.dumps(options.as_dict() | sizes | where | who | standby, indent=2).encode() + b"\n"
