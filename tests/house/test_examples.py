@@ -33,12 +33,12 @@ def matches(expected: str, got: str) -> bool:
 
 
 @pytest.mark.serial  # swap of another test would change what the examples show
-@pytest.mark.parametrize("name", ["docs/semantics.md", "docs/recipes.md"])
+@pytest.mark.parametrize("name", ["docs/logging.md", "docs/semantics.md", "docs/recipes.md"])
 def test_examples_in_documents_print_what_they_show(name: str, tmp_path: Path) -> None:
     commands = examples(REPOSITORY / name)
     for file, text in FILE.findall((REPOSITORY / name).read_text()):
         (tmp_path / file).write_text(text)
-    assert len(commands) > 20
+    assert len(commands) > 10
     path = f"{REPOSITORY}:{REPOSITORY / '.venv/bin'}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "LC_ALL": "C", "COLUMNS": "80"}
     try:

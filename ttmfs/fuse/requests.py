@@ -40,8 +40,8 @@ class Spawn(Protocol):
 class Failures:
     """Counts and logs what fails, of one mount."""
 
-    def __init__(self, metrics: Metrics, refusals: Refusals, *, debug: bool = False) -> None:
-        self.debug = debug
+    def __init__(self, metrics: Metrics, refusals: Refusals) -> None:
+        self.debug = False  # whether each request is logged
         self._metrics = metrics
         self._refusals = refusals
         self._logged: set[tuple[object, ...]] = set()

@@ -178,7 +178,7 @@ def _syslog() -> Check:
     return _either(
         "syslog", os.path.exists("/dev/log"), "/dev/log exists",
         "/dev/log does not exist: the log of daemons in the background is lost",
-        "run mount.py -f, or start a syslog service",
+        "mount with log=FILE, or start a syslog service",
     )  # fmt: skip
 
 

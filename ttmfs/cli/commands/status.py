@@ -190,7 +190,7 @@ def _as_json(report: Report) -> dict[str, Any]:
         },
         "store": config.get("store"),
         "options": given_options(config, report.mount.served_by),
-        "log": config.get("log"), "log_level": config.get("log_level"),
+        "log": config.get("log_to"), "log_level": config.get("log_level"),
     }  # fmt: skip
 
 
@@ -293,7 +293,7 @@ def _processes(report: Report) -> Iterator[tuple[str, str]]:
         words += [f"the {built.get('loop')} loop answers", f"standby {config.get('standby')}"]
         count = int(look.number("restarts_total"))
         yield "restarts", f"{count}, the last one {age(since)} ago" if count else "none"
-        yield "log", f"{config.get('log')}, level {config.get('log_level')}"
+        yield "log", f"{config.get('log_to')}, level {config.get('log_level')}"
     yield "daemon", ", ".join(words)
     if report.keeper:
         keeper = _facts_of(report.keeper.pid)
