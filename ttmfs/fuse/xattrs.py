@@ -185,6 +185,9 @@ XATTRS: dict[type[Node], dict[bytes, Xattr]] = {
         b"user.ttmfs.bytes_avail": Xattr(lambda _: bytes_avail()),
         b"user.ttmfs.log_level": Xattr(lambda root: root.shared.log_level.level, _set_log_level),
         b"user.ttmfs.page_size": Xattr(lambda root: root.pool.page_size),
+        b"user.ttmfs.recent": Xattr(
+            lambda root: root.shared.recent_requests.text(root.pool.files.name_of), private=True
+        ),
         b"user.ttmfs.refusals": Xattr(lambda root: root.shared.refusals.text(), private=True),
         b"user.ttmfs.size": Xattr(lambda root: root.pool.room().size, _set_budget),
     },
