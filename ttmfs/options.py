@@ -34,6 +34,10 @@ _LARGEST_SIZE = 2**63 - LARGEST_PAGE_SIZE  # the largest file offset, rounded do
 LEAST_RAM_FOR_STANDBY = 2 << 30
 """Bytes of RAM above which a standby is the default. It takes about 30 MiB."""
 
+AUTO_LOG = "auto"
+LOGS = (AUTO_LOG, "journal", "syslog", "stderr")
+LEVELS = ("debug", "info", "warning", "error")
+
 AUTO_POLL, LONGEST_POLL = 200, 10_000  # us
 _BUSY_POLLS = {"auto": AUTO_POLL, "off": 0}
 
@@ -163,6 +167,19 @@ def _parse_seconds(text: str, least: int) -> int:
     return int(text)
 
 
+def _parse_log(text: str) -> str:
+    if text in LOGS or (text.startswith("/") and not text.endswith("/") and "\0" not in text):
+        return text
+    raise OptionError(f"{text!r} is no place for a log: write {', '.join(LOGS)}, or the absolute path of a file")
+
+
+def parse_level(text: str) -> str:
+    """Return a level of the log as it is given. Raises OptionError for any other text."""
+    if text not in LEVELS:
+        raise OptionError(f"{text!r} is not a level of the log: write {', '.join(LEVELS[:-1])} or {LEVELS[-1]}")
+    return text
+
+
 def _format_busy_poll(longest: int) -> str:
     return next((text for text, known in _BUSY_POLLS.items() if known == longest), str(longest))
 
@@ -202,6 +219,8 @@ _SWITCH = _Kind("on|off", _parse_switch, lambda on: "on" if on else "off")
 _FLAG = _Kind("", lambda _: True)
 _DURABLE = _Kind("fsync|write", _parse_durable)
 _SECONDS = _Kind("SECONDS", partial(_parse_seconds, least=1))
+_LOG = _Kind("auto|journal|syslog|stderr|FILE", _parse_log, escaped)
+_LEVEL = _Kind("|".join(LEVELS), parse_level)
 _WAIT = _Kind("SECONDS", partial(_parse_seconds, least=0))
 
 
@@ -237,12 +256,18 @@ class Options:
     shmem: bool = _row(True, _SWITCH, "offer each backup's memory as a file, .shmem (on)")
     allow_other: bool = _row(False, _FLAG, "let other users in, as far as the mode bits allow")
     ro: bool = _row(False, _FLAG, "mount read-only")
-    debug: bool = _row(False, _FLAG, "log every operation")
+    log: str = _row(AUTO_LOG, _LOG, "where the log goes; auto: syslog, or with -f standard error (auto)")
+    log_level: str = _row("info", _LEVEL, "the least level of lines that are logged (info)")
+    debug: bool = _row(False, _FLAG, "log every operation, as log_level=debug does")
     kernel: tuple[str, ...] = ()  # flags for fusermount3
 
     def __post_init__(self) -> None:
         """Check the values, and fill in the defaults that depend on other options."""
         self._check_numbers()
+        if self.debug:
+            object.__setattr__(self, "log_level", "debug")
+        _parse_log(self.log)
+        parse_level(self.log_level)
         if self.store is not None:
             object.__setattr__(self, "store", _directory(self.store))
         for name, own in ("mode", 0o755), ("uid", os.geteuid()), ("gid", os.getegid()):
@@ -308,9 +333,9 @@ class Options:
     def show(self) -> str:
         """Return the options that differ from their defaults, as an ``-o`` string for :meth:`parse`."""
         # Some defaults depend on other options: compare with the defaults under those.
-        default = Options(page_size=self.page_size, size=self.size, store=self.store)
+        default = Options(page_size=self.page_size, size=self.size, store=self.store, debug=self.debug)
         plain = Options(store=self.store)
-        unset = {"store": None, "size": plain.size, "page_size": plain.page_size}
+        unset = {"store": None, "size": plain.size, "page_size": plain.page_size, "debug": False}
         words = []
         for name, option in TABLE.items():
             value = getattr(self, name)

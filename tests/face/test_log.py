@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ttmfs.daemon import background
-from ttmfs.recovery import keeper_protocol
+from ttmfs.daemon import log as daemon_log
+from ttmfs.recovery import log_sink
 
 
 def test_an_unread_syslog_does_not_block_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper_protocol, "SYSLOG", str(tmp_path / "log"))
-    handler = background._Syslog()
+    monkeypatch.setattr(log_sink, "SYSLOG_SOCKET", str(tmp_path / "log"))
+    handler = daemon_log._Handler(log_sink.Syslog("ttmfs"))
     record = logging.LogRecord("ttmfs", logging.ERROR, __file__, 1, "the daemon before died", (), None)
     handler.emit(record)  # there is none yet
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:

@@ -689,7 +689,7 @@ def test_the_version_option_prints_the_package_version() -> None:
 def test_config_shows_the_options_in_force(mountpoint: Path) -> None:
     options = "size=16m,nr_inodes=100,mode=1777,backup_size=1m,page_size=64k,reserve=1m,allow_other,noexec,standby=on"
     with Mount(mountpoint, options) as mount:
-        who = {"daemon_pid": mount.pid, "keeper_pid": mount.process.pid, "loop": "python"}
+        who = {"daemon_pid": mount.pid, "keeper_pid": mount.process.pid, "loop": "python", "log_to": "terminal"}
         assert json.loads((mountpoint / ".config").read_text()) == Options.parse(options).as_dict() | who
         run(f"setfattr -n user.ttmfs.size -v 32m {mountpoint}")
         now = Options.parse(options, "size=32m").as_dict() | {"backup_size": 1 << 20}

@@ -171,12 +171,13 @@ def test_c26_each_acknowledged_write_outlives_the_machine_with_durable_write(
     (first.path / "a/30").touch()
     for handle in range(1, 6):
         os.unlink(first.path / f"a/{handle}")
-    daemon = first.config("daemon_pid")
+    daemon, first_taken = first.config("daemon_pid"), first.config("store_counter")
     a.kill()  # the machine dies
     for pid in daemon, first.process.pid:
         os.kill(pid, signal.SIGKILL)
     second = Served(b, tmp_path / "mnt-b", "store_wait=60")
     wait_until(second.serves, "the second mount", 60)
+    assert second.config("store_counter") == first_taken + 1
     assert sorted(map(int, os.listdir(second.path / "a"))) == list(range(6, 31))
     for handle in range(6, 30):
         assert (second.path / f"a/{handle}").read_bytes() == content(handle)

@@ -43,12 +43,13 @@ RECORD_FIELDS = Record(
     unsynced=(5, 4294967297),
     restarts=3,
     oom_kills=17,
+    log_level="debug",
 )
 REQUEST, DONE = 4712, 16 << 20
 NOTED = {0: 0x123456789ABCDEF2, 7: 0xFEDCBA9876543210, NOTES - 2: 0x10}
 WORDS = 'Fatal Python error: Aborted\n\nCurrent thread 0x1 (most recent call first):\n  File "a.py", line 1 in f\n'
 
-FROZEN = {5: "2c4996e69f89a31b16a8aa7c5b99f306140662412fb4e4e1585a937e4c9af5c7"}
+FROZEN = {6: "35a265af7f9af4a767c9753e95e81478cf25a30e8e680c349cc1fe791253fb94"}
 """The SHA-256 of what is handed over, by format: of every byte of a state with known content, and of `interface`."""
 
 FIXTURE = Path(__file__).with_name(f"state_format_{FORMAT}.hex")

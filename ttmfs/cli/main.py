@@ -34,7 +34,10 @@ COMMANDS = {
     "fini": ("backups", "end backups, with all their pages"),
     "fd": ("fd", "run a program with a backup's own descriptor, for native speed"),
     "restart": ("restart", "have another daemon take a mount over, without losing a page"),
+    "status": ("status", "show budget, pages, operations, restarts and processes of mounts on one screen"),
     "doctor": ("doctor", "check the machine and its mounts, and say what to do"),
+    "top": ("top", "show requests by backup and by process"),
+    "log": ("log", "show where a mount logs, and change the level of its log"),
     "why": ("why", "show why requests were refused"),
     "rescue": ("rescue", "get backups out of a keeper that gave up, as sparse files with checksums"),
 }

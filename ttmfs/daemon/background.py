@@ -2,27 +2,24 @@
 
 import contextlib
 import faulthandler
-import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from ..options import ExitCode, Options
 from ..recovery import keeper_client
 from ..recovery.keeper_client import Keeper
-from ..recovery.keeper_protocol import ENDING, RESTART, send_to_syslog
-from . import inherited
+from ..recovery.keeper_protocol import ENDING, RESTART
+from ..recovery.log_sink import STDERR
+from . import inherited, log
 from .mounting import MountError, is_automounter
 
 __all__ = ["Process", "begin", "prepare"]
 
 FEW_PROCESSES = "ulimit -u and the control group may limit them"
-
-LOG_DAEMON = 3 << 3
-PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
 
 @dataclass
@@ -39,6 +36,8 @@ class Process:
     """Makes this process, which has no keeper, the keeper of descriptors. It starts the next daemon."""
     wants_standby: bool
     """Whether the keeper is to keep a standby."""
+    log_to: str
+    """Where the log goes: a word of ttmfs.recovery.log_sink, or the path of a file."""
 
     @property
     def has_standby(self) -> bool:
@@ -46,30 +45,10 @@ class Process:
         return self.wants_standby and self.keeper is not None
 
 
-def _priority_of(record: logging.LogRecord) -> int:
-    """That of syslog(3)."""
-    return next((number for level, number in PRIORITIES if record.levelno >= level), 7)
-
-
-class _Journal(logging.Formatter):
-    """One line an event, with its priority in front, as in sd-daemon(3)."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"<{_priority_of(record)}>" + " | ".join(super().format(record).splitlines())
-
-
-def _is_journal() -> bool:
-    """Whether standard error leads to the journal (systemd.exec(5): JOURNAL_STREAM)."""
-    found = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
-
-
 def prepare(name: str) -> None:
     """Prepare this process to become a daemon, whatever its caller left it with. Messages begin with `name`."""
     _open_standard_streams()
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Journal("%(message)s") if _is_journal() else logging.Formatter(f"{name}: %(message)s"))
-    logging.basicConfig(handlers=[handler])
+    log.begin(name)
     faulthandler.register(signal.SIGUSR2)  # where does it hang? kill -USR2 shows
     for number in ENDING:  # until the session waits for them
         signal.signal(number, signal.default_int_handler)
@@ -100,11 +79,13 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
     if not held:  # else the mount is there, and continues with what there is
         inherited.check_limits()
     told = -1
-    log_to = "syslog" if not foreground else "journal" if _is_journal() else "stderr"
     place = mountpoint if held else os.path.realpath(mountpoint)  # of its own mount a daemon must not ask
+    if not held:
+        options = replace(options, log=log.resolved(options.log, place))
+    log_to = log.sink_of(options.log, foreground=foreground)
     about = log_to, _command(source, place, options, foreground)
-    if held and not foreground:
-        _log_to_syslog()
+    if held:
+        log.switch(log_to)
     if not started_by:
         if held:
             keeper_client.become_keeper(held, *about)
@@ -119,17 +100,24 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
     return Process(
         held,
         started_by,
-        ready=lambda: _tell_ready(told, foreground=foreground),
+        ready=lambda: _tell_ready(told, log_to, foreground=foreground),
         start_keeper=lambda: keeper_client.start_keeper(*about),
-        become_keeper=lambda kept: keeper_client.become_keeper(kept, *about),
+        become_keeper=lambda kept: _become_keeper(kept, *about),
         wants_standby=options.standby,
+        log_to=log_to,
     )
 
 
-def _tell_ready(told: int, *, foreground: bool) -> None:
-    """The mount answers: leave the terminal, and tell the caller."""
+def _become_keeper(held: dict[str, int], log_to: str, command: list[str]) -> NoReturn:
+    log.flush()
+    keeper_client.become_keeper(held, log_to, command)
+
+
+def _tell_ready(told: int, log_to: str, *, foreground: bool) -> None:
+    """The mount answers: log where the options say, leave the terminal, and tell the caller."""
+    log.switch(log_to)
     if not foreground:
-        _leave_terminal()
+        _leave_terminal(log_to)
     if told >= 0:
         with contextlib.suppress(BrokenPipeError):  # the caller was killed; the mount serves all the same
             os.write(told, b"\1")
@@ -172,11 +160,10 @@ def _detach(*, alone: bool) -> int:
     return question
 
 
-def _leave_terminal() -> None:
+def _leave_terminal(log_to: str) -> None:
     os.chdir("/")
-    _log_to_syslog()
     null = os.open(os.devnull, os.O_RDWR)
-    for stream in 0, 1, 2:
+    for stream in (0, 1) if log_to == STDERR else (0, 1, 2):
         os.dup2(null, stream)
     os.close(null)
 
@@ -186,18 +173,3 @@ def _end(child: int) -> None:
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(child, signal.SIGTERM)
         os.waitpid(child, 0)
-
-
-class _Syslog(logging.Handler):
-    """syslog(3), without waiting. The library's handler would wait for a log that nobody reads."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        send_to_syslog(LOG_DAEMON | _priority_of(record), "ttmfs", self.format(record))
-
-
-def _log_to_syslog() -> None:
-    """Send the log to syslog; lines are lost while there is none."""
-    root = logging.getLogger()
-    for handler in root.handlers[:]:
-        root.removeHandler(handler)
-    root.addHandler(_Syslog())

@@ -36,7 +36,7 @@ def run(name: str) -> int:
     try:
         arguments = parser.parse_intermixed_args()
         options = Options.parse(*arguments.options)
-        logging.getLogger().setLevel("DEBUG" if options.debug else "INFO" if arguments.foreground else "WARNING")
+        logging.getLogger().setLevel(options.log_level.upper())
         standby.wait_for_turn()
         what = arguments.source, arguments.mountpoint, options
         return session.serve(*what, background.begin(*what, foreground=arguments.foreground))

@@ -9,10 +9,13 @@ broken upgrade is unlikely to break it: a unit that fails loses its stored descr
 """
 
 import os
+import re
 import sys
+from itertools import pairwise
 from typing import NoReturn
 
 from ..recovery.keeper_client import become_keeper, inherited, is_managed
+from ..recovery.log_sink import TERMINAL
 
 __all__ = ["main"]
 
@@ -23,4 +26,11 @@ def main() -> NoReturn:
     if not is_managed() or not words:
         sys.exit("ttmfs-service: only for units of a service manager that stores descriptors; run ttmfs mount")
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mount.py")
-    become_keeper(held, "journal", [sys.executable, program, "-f", *words])
+    become_keeper(held, _log_of(words), [sys.executable, program, "-f", *words])
+
+
+def _log_of(words: "list[str]") -> str:
+    """The sink that ``-o log=`` names. Without it, standard error, which leads to the journal."""
+    options = ",".join(after for word, after in pairwise(words) if word == "-o")
+    found = re.findall(r"(?:^|,)log=((?:\\.|[^,\\])*)", options) or ["auto"]
+    return TERMINAL if found[-1] == "auto" else re.sub(r"\\(.)", r"\1", found[-1])

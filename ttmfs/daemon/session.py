@@ -137,11 +137,11 @@ class _Session:
         self.signal = 0  # that asked for the end
         self._stopped = trio.Event()  # the loop reads no more
         self._cut_off = False  # the connection is of no use any more
-        loop = PYTHON if options.debug else loop_of(mount.pool)  # Python logs each request
-        self._metrics = Metrics(mount.state.record.restarts, loop)
+        self._metrics = Metrics(mount.state.record.restarts, loop_of(mount.pool))
         mount.pool.blocking_io.on_page_in = self._metrics.count_page_in
         self._backing: BackingFiles | None = None
         self._make_loop(options)
+        self._follow_log_level(options)
         mount.pool.store.remember = mount.state.update
 
     def _make_loop(self, options: Options) -> None:
@@ -164,7 +164,8 @@ class _Session:
         tree = Tree(pool, texts, cache, state.progress, backing=self._backing, offers_shmem=offers_shmem)
         if taken_over:
             tree.shared.mode_changes.note()  # the previous daemon did not record which backups changed
-        in_flight, failures = InFlight(state), Failures(metrics, tree.shared.refusals, debug=options.debug)
+        self._log_level = tree.shared.log_level
+        in_flight, failures = InFlight(state), Failures(metrics, tree.shared.refusals)
         handlers = PageRequests(tree, PageCache(connection, state.cached))
         self._splice = Splice(connection)
         requests = Requests(self._splice, handlers, in_flight, metrics, failures, pool.store.file_locks)
@@ -174,16 +175,30 @@ class _Session:
         if metrics.loop == COMPILED:
             compiled = partial(compiled_requests, connection, state, handlers, metrics)
         self._loop = ReadingLoop(connection, requests, self._others, busy_poll, _most_waiting(), compiled)
+        self._failures = failures
+
+    def _follow_log_level(self, options: Options) -> None:
+        """Begin with the level that the daemon before had, or the option's. Python alone logs each request."""
+
+        def follow(level: str) -> None:
+            self._failures.debug = level == "debug"
+            self._metrics.loop = COMPILED if self._loop.use_compiled(level != "debug") else PYTHON
+
+        state = self._mount.state
+        self._log_level.followers.append(follow)
+        self._log_level.change(state.record.log_level or options.log_level)
+        self._log_level.followers.append(lambda level: state.update(log_level=level))
 
     def _config(self, options: Options) -> bytes:
         """The options in force, and the processes that serve, as JSON."""
         pool, keeper = self._mount.pool, self._process.keeper
         room = pool.room()  # the budget may have changed since the start
         sizes = {"size": room.size, "backup_size": pool.backup_size, "nr_inodes": room.files}
-        where = {"store": pool.store.directory}
+        where = {"store": pool.store.directory, **pool.store.holder}
         who = {"daemon_pid": os.getpid(), "keeper_pid": keeper.pid if keeper else None, "loop": self._metrics.loop}
+        logs = {"log_to": self._process.log_to, "log_level": self._log_level.level}
         standby = {"standby": "on" if self._process.has_standby else "off"}
-        return json.dumps(options.as_dict() | sizes | where | who | standby, indent=2).encode() + b"\n"
+        return json.dumps(options.as_dict() | sizes | where | who | standby | logs, indent=2).encode() + b"\n"
 
     def run(self) -> None:
         """Serve until the end."""
@@ -237,8 +252,8 @@ class _Session:
         """Requests are answered from here on."""
         self.served = True
         self.keeping.begin_serving()
-        log.info("serving %s", self._mount.mountpoint)  # known to all: a signal from here on is no interrupted start
         self._process.ready()
+        log.info("serving %s", self._mount.mountpoint)  # known to all: a signal from here on is no interrupted start
 
     async def _unanswered(self) -> MountError | None:
         """Have another process open and close a file of the mount; what is wrong, if anything.

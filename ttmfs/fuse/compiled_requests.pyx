@@ -26,6 +26,7 @@ from .inodes import HANDLE_BITS as INODE_HANDLE_BITS
 from .inodes import MAX_BACKUP_ID as INODE_MAX_BACKUP_ID
 from .inodes import MAX_HANDLE as INODE_MAX_HANDLE
 from .metrics import BUCKET_OF_LENGTH, TOTAL_NS
+from .recent_requests import ENTRIES as RECENT_ENTRIES
 from .replies import LIFETIME_NS, LIFETIME_SECONDS
 
 cdef enum:
@@ -34,6 +35,7 @@ cdef enum:
     MOST_AT_ONCE = 16  # requests between two looks at what trio waits for
     OPCODES = 64
     VIEWS = OPCODES
+    OPCODE_SHIFT = 56  # in RecentRequest.took
     CACHESTAT = 451  # the same number on every architecture
     NOT_PLAIN = -1
 
@@ -44,6 +46,7 @@ cdef int HANDLE_BITS = INODE_HANDLE_BITS
 cdef int POINT_BITS = STATE_POINT_BITS
 cdef uint64_t HANDLE_MASK = (<uint64_t>1 << HANDLE_BITS) - 1
 cdef int TOTAL = TOTAL_NS
+cdef uint64_t LAST_ENTRY = RECENT_ENTRIES - 1
 cdef uint64_t SECONDS = LIFETIME_SECONDS
 cdef uint32_t NS = LIFETIME_NS
 cdef uint8_t BUCKETS[65]
@@ -61,6 +64,11 @@ cdef struct NotedAnswer:  # as State.note_answer() writes it
     uint64_t request
     uint64_t length
     char body[256]
+
+cdef struct RecentRequest:  # as in recent_requests.py
+    uint64_t node
+    uint32_t pid, uid
+    uint64_t took, end
 
 cdef struct Page:
     int fd
@@ -80,6 +88,8 @@ cdef class CompiledRequests:
     cdef Py_buffer views[VIEWS]
     cdef int held
     cdef int64_t *swap_known  # Swap.known
+    cdef RecentRequest *recent
+    cdef uint64_t *recent_written
     cdef int64_t start  # of the present request, in ns
     cdef uint64_t last_id  # of the backup that was used last
     cdef object open_files, descriptor, admit, swap, note_page, page_cache, refused, runs, mode_changes, bulk_drops
@@ -96,6 +106,8 @@ cdef class CompiledRequests:
                        FUSE_CREATE):
             self.counts[<int>opcode] = <int64_t *>self.hold(metrics.durations[handlers.kinds[opcode].name])
         self.swap_known = <int64_t *>self.hold(shared.pool.swap.known)
+        self.recent = <RecentRequest *>self.hold(shared.recent_requests.ring)
+        self.recent_written = <uint64_t *>self.hold(shared.recent_requests.written)
         self.open_files, self.last_id = shared.pool.files.open, 0
         self.descriptor, self.admit = shared.pool.files.descriptor, shared.pool.store.admit
         self.swap, self.note_page, self.page_cache = shared.pool.swap, shared.cache.note_page, handlers.page_cache
@@ -166,6 +178,7 @@ cdef class CompiledRequests:
         cdef uint32_t opcode = header.opcode
         cdef int64_t took
         cdef ssize_t size
+        cdef RecentRequest *entry
         if opcode == FUSE_FORGET or opcode == FUSE_BATCH_FORGET:
             return True  # nothing is kept for an inode
         if opcode >= OPCODES or not self.counts[opcode] or header.unique & RESENT:
@@ -189,6 +202,10 @@ cdef class CompiledRequests:
         took = now() - self.start
         self.counts[opcode][BUCKETS[BIT_LENGTH(took)]] += 1
         self.counts[opcode][TOTAL] += took
+        entry = &self.recent[self.recent_written[0] & LAST_ENTRY]
+        entry.node, entry.pid, entry.uid = header.nodeid, header.pid, header.uid
+        entry.took, entry.end = <uint64_t>opcode << OPCODE_SHIFT | <uint64_t>took, self.start + took
+        self.recent_written[0] += 1
         return True
 
     cdef void note_answer(self, uint64_t request, ssize_t size) noexcept:

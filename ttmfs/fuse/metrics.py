@@ -7,6 +7,7 @@ Concurrency: one thread. While a text is made, others are served between two bac
 """
 
 import errno
+import time
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -40,6 +41,7 @@ class Metrics:
 
     def __init__(self, restarts: int = 0, loop: str = "python") -> None:
         self.restarts, self.loop = restarts, loop
+        self._since = time.time()
         self.durations: defaultdict[str, array[int]] = defaultdict(lambda: array("q", bytes(8 * (TOTAL_NS + 1))))
         """By operation: the counts of the buckets, and the sum. Compiled code counts in the same arrays."""
         self.errors: Counter[tuple[str, int]] = Counter()  # by operation and errno
@@ -92,6 +94,7 @@ class Metrics:
             ("available_bytes", room.available, "What can be stored before budget or reserve end."),
             ("page_size_bytes", pool.page_size, "Bytes a page."),
             ("swap_free_bytes", bytes_avail(), "Free swap of the machine."),
+            ("serving_since_seconds", self._since, "When this daemon began to serve, in seconds since 1970."),
         ):
             family(name, "gauge", meaning, [("", value)])
         return "\n".join(lines).encode() + b"\n"

@@ -23,9 +23,11 @@ from ..recovery.progress import Progress
 from .backing_files import BackingFiles
 from .inodes import READER
 from .kernel_cache import LIFETIME, KernelCache
+from .log_level import LogLevel
 from .path_retries import PathRetries
 from .permissions import Caller, may
 from .recent import KnownRuns, RecentBackups
+from .recent_requests import RecentRequests
 from .refusals import Refusals
 
 __all__ = ["Answer", "Attributes", "Changes", "Node", "Shared"]
@@ -94,6 +96,8 @@ class Shared:
     progress: "Callable[..., contextlib.AbstractContextManager[Progress]]"
     backing: BackingFiles | None = None
     offers_shmem: bool = True
+    log_level: LogLevel = field(default_factory=LogLevel)
+    recent_requests: RecentRequests = field(default_factory=RecentRequests)
     refusals: Refusals = field(default_factory=Refusals)
     retries: PathRetries = field(default_factory=PathRetries)
     runs: KnownRuns = field(default_factory=KnownRuns)

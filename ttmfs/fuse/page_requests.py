@@ -84,6 +84,7 @@ class PageRequests:
             fuse.FALLOCATE: Kind("fallocate", self.fallocate, changes=True),
             fuse.LSEEK: Kind("lseek", self.lseek),
         }
+        tree.shared.recent_requests.names = {opcode: kind.name for opcode, kind in self.kinds.items()}
 
     def _entry(self, found: tuple[int, Attributes]) -> bytes:
         return replies.entry(*found, self._page_size)

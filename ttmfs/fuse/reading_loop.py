@@ -53,8 +53,9 @@ class ReadingLoop(trio.abc.Instrument):
         os.set_blocking(connection, False)
         self._file = io.FileIO(connection, "r+b", closefd=False)  # it reads into a buffer, which os.read does not
         self._buffer = memoryview(bytearray(LARGEST_REQUEST))
-        self._read_next: Callable[[], int | None] = partial(self._file.readinto, self._buffer)
-        self._make_compiled = compiled
+        self._read_one: Callable[[], int | None] = partial(self._file.readinto, self._buffer)
+        self._read_next: Callable[[], int | None] = self._read_one
+        self._make_compiled, self._uses_compiled = compiled, compiled is not None
         self._compiled: CompiledRequests | None = None
         self._registered = False  # whether the epoll waits for requests
         self._ended = trio.Event()
@@ -67,7 +68,7 @@ class ReadingLoop(trio.abc.Instrument):
         with select.epoll() as self._epoll, contextlib.ExitStack() as at_the_end:
             if self._make_compiled:
                 self._compiled = self._make_compiled(self._buffer)
-                self._read_next = self._compiled.answer_plain
+                self._choose()
                 at_the_end.callback(self._compiled.close)
             for fd in self._others.socket.fileno(), trios:
                 self._epoll.register(fd, select.EPOLLIN)
@@ -81,6 +82,16 @@ class ReadingLoop(trio.abc.Instrument):
                     self._others.end()
                 if self._error:
                     raise self._error
+
+    def use_compiled(self, wanted: bool) -> bool:
+        """Choose what answers plain requests: Python, or the compiled code. Returns whether that does."""
+        self._uses_compiled = wanted and self._make_compiled is not None
+        self._choose()
+        return self._uses_compiled
+
+    def _choose(self) -> None:
+        compiled = self._compiled if self._uses_compiled else None
+        self._read_next = compiled.answer_plain if compiled else self._read_one
 
     def end(self) -> None:
         """Read no more."""
@@ -136,7 +147,7 @@ class ReadingLoop(trio.abc.Instrument):
             else:
                 self._epoll.unregister(self._connection)
         length, trio_is_due = None, False
-        if seconds and self._compiled and self._registered and self._busy_poll.is_off:
+        if seconds and self._compiled and self._uses_compiled and self._registered and self._busy_poll.is_off:
             length = self._read(partial(self._compiled.wait, self._epoll.fileno(), seconds))
             if length is not None:
                 return length, False

@@ -40,8 +40,8 @@ class Spawn(Protocol):
 class Failures:
     """Counts and logs what fails, of one mount."""
 
-    def __init__(self, metrics: Metrics, refusals: Refusals, *, debug: bool = False) -> None:
-        self.debug = debug
+    def __init__(self, metrics: Metrics, refusals: Refusals) -> None:
+        self.debug = False  # whether each request is logged
         self._metrics = metrics
         self._refusals = refusals
         self._logged: set[tuple[object, ...]] = set()
@@ -95,6 +95,7 @@ class Requests:
         self.kinds = handlers.kinds
         self.in_flight = in_flight
         self._metrics = metrics
+        self._note_recent = handlers.tree.shared.recent_requests.note
         self._failures = failures
         self._locks = locks
         self._interruptible: dict[int, trio.CancelScope] = {}
@@ -127,7 +128,7 @@ class Requests:
         except Exception as error:
             self._send_error(kind, request, error)
         in_flight.end()
-        self._count(kind, start)
+        self._count(kind, request, start)
 
     def was_settled(self, request: Request) -> bool:
         """Answer a request that is sent again if the previous daemon carried it out, or if daemons have died of it."""
@@ -175,7 +176,7 @@ class Requests:
         finally:
             self._interruptible.pop(number, None)
             self.in_flight.answered(slot)
-            self._count(kind, start)
+            self._count(kind, request, start)
 
     def interrupt(self, message: memoryview) -> None:
         """FUSE_INTERRUPT: the caller of a request has got a signal. It ends a wait that has changed nothing yet."""
@@ -195,8 +196,10 @@ class Requests:
     def _header(self, request: Request, size: int, number: int = 0) -> bytes:
         return ANSWER.pack(ANSWER.size + size, -number, request.unique)
 
-    def _count(self, kind: Kind, start: int) -> None:
-        self._metrics.count(kind.name, time.perf_counter_ns() - start)
+    def _count(self, kind: Kind, request: Request, start: int) -> None:
+        now = time.perf_counter_ns()
+        self._metrics.count(kind.name, now - start)
+        self._note_recent(request, now - start, now)
 
 
 async def _known(answer: bytes) -> bytes:

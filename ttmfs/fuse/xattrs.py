@@ -101,6 +101,12 @@ async def _set_budget(root: Root, value: str, caller: Caller) -> None:
     root.pool.resize(parse_size(value))
 
 
+async def _set_log_level(root: Root, value: str, caller: Caller) -> None:
+    """Change which lines are logged."""
+    _check_is_mounter(caller, "change the level of the log")
+    root.shared.log_level.change(value)
+
+
 async def _set_backup_size(directory: BackupDirectory, value: str, _: Caller) -> None:
     """Change the bytes that a backup spans."""
     size = directory.pool.whole_pages(parse_size(value))
@@ -177,7 +183,11 @@ async def _drop(directory: BackupDirectory, value: str, caller: Caller) -> None:
 XATTRS: dict[type[Node], dict[bytes, Xattr]] = {
     Root: {
         b"user.ttmfs.bytes_avail": Xattr(lambda _: bytes_avail()),
+        b"user.ttmfs.log_level": Xattr(lambda root: root.shared.log_level.level, _set_log_level),
         b"user.ttmfs.page_size": Xattr(lambda root: root.pool.page_size),
+        b"user.ttmfs.recent": Xattr(
+            lambda root: root.shared.recent_requests.text(root.pool.files.name_of), private=True
+        ),
         b"user.ttmfs.refusals": Xattr(lambda root: root.shared.refusals.text(), private=True),
         b"user.ttmfs.size": Xattr(lambda root: root.pool.room().size, _set_budget),
     },

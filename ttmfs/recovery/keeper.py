@@ -4,8 +4,8 @@ It is a program, run by its path::
 
     keeper.py DAEMON_PID LOG COMMAND...
 
-DAEMON_PID is the daemon that runs already, or 0. LOG is stderr, journal or syslog. COMMAND starts a daemon; its last
-word is the mount point. TTMFS_HELD in the environment names the keeper's descriptors: ``channel``, its end of a socket
+DAEMON_PID is the daemon that runs already, or 0. LOG is a sink of log_sink.py. COMMAND starts a daemon; its last word
+is the mount point. TTMFS_HELD in the environment names the keeper's descriptors: ``channel``, its end of a socket
 pair; ``keeper``, the end for its daemons; ``ready``, a pipe to write a byte to when a daemon first serves; and what it
 holds already. It uses only the standard library, and touches no page. Its states::
 
@@ -51,25 +51,25 @@ from collections.abc import Callable
 
 if __package__:
     from . import keeper_protocol as protocol
+    from . import log_sink
     from .keeper_giving_up import last_words, unmount
     from .keeper_standby import LONGEST_PAUSE, Standby
     from .service_manager import HELD_BY_NEXT, NOT_AGAIN, ServiceManager
 else:  # run by its path
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     import keeper_protocol as protocol  # type: ignore[import-not-found,no-redef]
+    import log_sink  # type: ignore[import-not-found,no-redef]
     from keeper_giving_up import last_words, unmount  # type: ignore[import-not-found,no-redef]
     from keeper_standby import LONGEST_PAUSE, Standby  # type: ignore[import-not-found,no-redef]
     from service_manager import HELD_BY_NEXT, NOT_AGAIN, ServiceManager  # type: ignore[import-not-found,no-redef]
 
 LONGEST_MESSAGE, MOST_MESSAGES = 4096, 1024
-RETRY_SECONDS = 0.2
+RETRY_SECONDS, FLUSH_SECONDS = 0.2, 0.5
 
 LOOK_SECONDS, MOST_SILENT = 5.0, 6
 """The interval of looks for a sign of life, and after how many looks without one the daemon is killed: 30 s, or as long
 as a service manager waits for the keeper's. Looks are counted, not seconds: while the machine stands still the
 keeper does not look either."""
-
-WARNING, CRITICAL = 4, 2  # of syslog(3)
 
 
 class State(enum.Enum):
@@ -102,7 +102,8 @@ class Program:
         self.channel = socket.socket(fileno=held.pop("channel"))
         self.channel.setblocking(False)
         self.daemons_end, self.ready = held.pop(protocol.KEEPER), held.pop("ready", -1)
-        self.held, self.log, self.command, self.mountpoint = held, log, command, command[-1]
+        self.held, self.keeps_stderr, self.command, self.mountpoint = held, log == log_sink.STDERR, command, command[-1]
+        self.log = log_sink.make_sink_or_syslog(log, "ttmfs-keeper")
         self.manager, self.look_seconds = manager, (manager.watchdog or LOOK_SECONDS * MOST_SILENT) / MOST_SILENT
         self.timers: dict[Callable[[], None], float] = {}  # what is to be done, and when
         self.pid, self.pidfd = daemon, os.pidfd_open(daemon) if daemon else -1  # of the daemon, if there is one
@@ -149,6 +150,7 @@ class Program:
                 if due <= time.monotonic() and self.timers.pop(action, None) is not None:
                     action()
         self.standby.end_now()
+        self.log.flush(FLUSH_SECONDS)
         if self.state is State.GAVE_UP and self.exit_status != HELD_BY_NEXT:
             unmount(self.mountpoint)
         return self.exit_status
@@ -350,7 +352,7 @@ class Program:
         os.close(self.ready)
         self.ready = -1
         null = os.open(os.devnull, os.O_RDWR)
-        for stream in 0, 1, 2:
+        for stream in (0, 1) if self.keeps_stderr else (0, 1, 2):
             os.dup2(null, stream)
         os.close(null)
 
@@ -410,17 +412,12 @@ class Program:
             return
         self.drop(protocol.GAVE_UP)
         has_store, in_unit = protocol.STORE in self.held, bool(self.manager)
-        self.say(text := last_words(why, self.mountpoint, has_store=has_store, in_unit=in_unit), CRITICAL)
+        self.say(text := last_words(why, self.mountpoint, has_store=has_store, in_unit=in_unit), log_sink.CRITICAL)
         self.manager.tell("READY=1", f"STATUS={text}")
 
-    def say(self, text: str, priority: int = WARNING) -> None:
+    def say(self, text: str, priority: int = log_sink.WARNING) -> None:
         """Log one line."""
-        if self.log == "syslog":
-            protocol.send_to_syslog(3 << 3 | priority, "ttmfs-keeper", text)  # LOG_DAEMON
-            return
-        with contextlib.suppress(OSError):
-            shown = f"<{priority}>" if self.log == "journal" else ""
-            os.write(2, f"{shown}ttmfs-keeper: {text}\n".encode(errors="replace"))
+        self.log.write(priority, text)
 
 
 def _how(code: "int | None") -> str:

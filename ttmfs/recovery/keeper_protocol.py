@@ -14,10 +14,8 @@ A process that is started with descriptors finds them from 3 on (``LISTEN_PID``,
 The keeper imports this module by its path, so it imports only the standard library.
 """
 
-import contextlib
 import os
 import signal
-import socket
 
 CONNECTION, STATE, STORE = "fuse", "state", "store"
 """Names of the descriptors that the next daemon needs. ttmfs.stores.store names STORE and those beside it."""
@@ -50,8 +48,6 @@ PATIENCE = "TTMFS_PATIENCE"
 """An environment variable of daemons whose keeper has a service manager, and that are to die with the keeper: after how
 many seconds without a sign of life the keeper kills them."""
 
-SYSLOG = "/dev/log"
-
 
 def listen_fds(names: "list[str]") -> "dict[str, str]":
     """The environment that tells this process, or a program that it executes, which descriptors it was passed."""
@@ -66,13 +62,3 @@ def move_descriptors(descriptors: "list[int]") -> None:
     for number in range(len(descriptors)):
         os.dup2(unused + number, FIRST_DESCRIPTOR + number)
     os.closerange(FIRST_DESCRIPTOR + len(descriptors), unused + len(descriptors))
-
-
-def send_to_syslog(priority: int, name: str, text: str) -> None:
-    """Send one line to syslog(3) without waiting. It is lost if the log does not take it: no log may stop the mount."""
-    message = f"<{priority}>{name}[{os.getpid()}]: {text}\0".encode(
-        errors="backslashreplace"
-    )  # names need not be UTF-8
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as log:
-        log.connect(SYSLOG)
-        log.send(message)

@@ -37,8 +37,8 @@ from .progress import Progress
 
 __all__ = ["BACKING", "LATEST", "POINTS", "POINT_BITS", "Record", "State"]
 
-FORMAT = 5
-"""Formats 1 to 4 belong to versions before the first release. They are refused."""
+FORMAT = 6
+"""Formats 1 to 5 belong to versions before the first release. They are refused."""
 
 RECORD = 4096  # one page: a SIGKILL leaves the old record or the new one
 NOTES, STEPPED, CACHED, BACKING, ANSWER = 16384, 1024, 256, 16384, 512
@@ -82,6 +82,7 @@ class Record:
     unsynced: tuple[int, ...] = ()  # the ids of backups whose fsync failed
     restarts: int = 0  # how many daemons took over
     oom_kills: int = 0  # of the whole machine, when the last daemon started
+    log_level: str = ""  # if it was changed while the mount served
 
 
 class State:

@@ -86,6 +86,10 @@ class Distributed(Directory):
     def file_locks(self) -> FileLocks | None:
         return None  # the event loop looks at no file
 
+    @property
+    def holder(self) -> dict[str, object]:
+        return {f"store_{key}": value for key, value in self._record.more().items() if key in ("host", "counter")}
+
     def _first_scan(self) -> None:
         """Open each backup, whose map says what it takes of the budget."""
         super()._first_scan()

@@ -151,6 +151,11 @@ class Store(ABC):
         return None if self.is_private else os.readlink(f"/proc/self/fd/{self.files.directory}")
 
     @property
+    def holder(self) -> dict[str, object]:
+        """Which machine holds the store, and how often it was taken; empty if only this machine can reach it."""
+        return {}
+
+    @property
     def shares_files(self) -> bool:
         """Whether other processes may get a backup's file to write to: ttmfs does not have to count their changes."""
         return self.in_memory and not self.counts_changes

@@ -34,7 +34,7 @@ from .command import Command
 from .mounts import config, mount_at, opened
 from .terminal import has_colours, painted, size, user_name
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "OK", "Check", "asked", "checks_of"]
 
 State = Literal["ok", "warning", "problem"]
 OK: State = "ok"
@@ -64,10 +64,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     wanted = [mount_at(path) for path in arguments.paths] or [*{m.path: m for m in ttmfs_mounts()}.values()]
     checks = [check() for check in (*MACHINE, *(FOR_USERS if os.geteuid() else ()))]
-    answers = ask_all([(mount.path, partial(_asked, mount)) for mount in wanted])
+    answers = ask_all([(mount.path, partial(asked, mount)) for mount in wanted])
     by_device = {keeper.device: keeper for keeper in keepers()}
     for mount, answer in zip(wanted, answers, strict=True):
-        checks += _of_mount(mount, answer, by_device.get(mount.device))
+        checks += checks_of(mount, answer, by_device.get(mount.device))
     if arguments.json:
         sys.stdout.write(json.dumps([check._asdict() for check in checks], indent=1) + "\n")
     else:
@@ -166,7 +166,7 @@ def _syslog() -> Check:
     return _either(
         "syslog", os.path.exists("/dev/log"), "/dev/log exists",
         "/dev/log does not exist: the log of daemons in the background is lost",
-        "run ttmfs mount -f, or start a syslog service",
+        "mount with log=FILE, or start a syslog service",
     )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ FOR_USERS = (_allow_other, _user_namespaces, _locked_memory)
 # --- mounts ---
 
 
-def _asked(mount: Mounted) -> Iterator[dict[str, Any]]:
+def asked(mount: Mounted) -> Iterator[dict[str, Any]]:
     """What a mount answers. It runs in a child process, and checks the answer, because anyone can serve a mount."""
     try:
         with opened(mount.path) as root:
@@ -234,7 +234,8 @@ def _asked(mount: Mounted) -> Iterator[dict[str, Any]]:
         yield {"errno": error.errno, "error": error.strerror or str(error)}
 
 
-def _of_mount(mount: Mounted, answer: Answer, keeper: Keeper | None) -> Iterator[Check]:
+def checks_of(mount: Mounted, answer: Answer, keeper: Keeper | None) -> Iterator[Check]:
+    """What is to be said of a mount, given what :func:`asked` found, and its keeper if that may be examined."""
     what = quoted(mount.path)
     found: dict[str, Any] = answer.items[0] if answer.items else {"error": answer.error}
     if answer.is_silent:

@@ -18,15 +18,15 @@ from typing import NamedTuple
 from ...linux.mountinfo import ttmfs_mounts
 from ...quoting import plain, quoted
 from ..exit_status import ExitStatus
-from .child_process import ask, ask_all
+from .child_process import ask_all
 from .command import Command, CommandError, complain
 from .mounts import Place, failure, located, opened
 from .terminal import age, columns, has_colours, is_terminal, painted, size, table, user_name
+from .watch import add_watch, interval_and_paths, watch
 
 __all__ = ["COMMANDS"]
 
 LEFT = frozenset({"OWNER", "NAME"})
-SECONDS = "2"
 
 THREADS, BATCH = 4, 256
 """Several threads ask about backups, so that the daemon always has a request to answer."""
@@ -67,9 +67,7 @@ def _add_ls(parser: argparse.ArgumentParser) -> None:
         "-s", "--sort", choices=SORTS, default="name", help="the order (default: name); numbers: largest first"
     )
     parser.add_argument("-r", "--reverse", action="store_true", help="reverse the order")
-    parser.add_argument(
-        "-w", "--watch", nargs="?", const=SECONDS, metavar="SECONDS", help="repeat every SECONDS (default: 2)"
-    )
+    add_watch(parser)
     parser.add_argument("--json", action="store_true", help="a list of objects; sizes are bytes, times seconds")
 
 
@@ -89,49 +87,15 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    """Print the table repeatedly until Ctrl-C. On a terminal, overwrite the table before."""
-    seconds, paths = _interval(arguments.watch), list(arguments.paths)
-    if seconds is None:  # --watch PATH
-        seconds, paths = float(SECONDS), [arguments.watch, *paths]
+    seconds, paths = interval_and_paths(arguments.watch, arguments.paths)
     if arguments.json:
         raise CommandError("--watch cannot write JSON; run ls --json repeatedly instead")
-    clear = "\x1b[2J"
-    try:
-        while True:
-            rows, failed, _ = _list(paths)
-            lines = [*_lines(rows, arguments), *map(plain, failed.values())]
-            if is_terminal(sys.stdout):
-                text = "".join(line + "\x1b[K\n" for line in _fitting(lines))
-                sys.stdout.write(f"{clear}\x1b[H{text}\x1b[J")
-                clear = ""
-            else:
-                sys.stdout.writelines([*(line + "\n" for line in lines), "\n"])
-            sys.stdout.flush()
-            time.sleep(seconds)
-    except KeyboardInterrupt:
-        return 0
 
+    def lines() -> list[str]:
+        rows, failed, _ = _list(paths)
+        return [*_lines(rows, arguments), *map(plain, failed.values())]
 
-def _interval(text: str) -> float | None:
-    """The number of seconds, or None if the text is a path."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        there = ask(text, lambda: os.path.lexists(text))
-        if not there.is_silent and not there.items[0]:
-            raise CommandError(f"--watch: {text!r} is neither a number of seconds nor a path") from None
-        return None
-    if not 0.1 <= seconds <= 86400:
-        raise CommandError("--watch: give seconds from 0.1 to 86400")
-    return seconds
-
-
-def _fitting(lines: list[str]) -> list[str]:
-    """The lines that fit on the terminal, including the last one."""
-    room = (os.get_terminal_size(sys.stdout.fileno()).lines or 24) - 1
-    if len(lines) <= room:
-        return lines
-    return [*lines[: room - 2], f"... {len(lines) - room + 1} more lines", lines[-1]]
+    return watch(seconds, lines)
 
 
 def _list(paths: list[str]) -> tuple[list[Row], dict[str, str], ExitStatus]:

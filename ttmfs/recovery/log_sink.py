@@ -1,0 +1,213 @@
+"""Where the lines of the log go: standard error, the journal, syslog, or a file. Daemon and keeper both use it.
+
+No sink waits, and none fails: a log that nobody reads, a full disk or a filesystem that hangs must not stop the mount.
+A line that a sink does not take is lost. A file is written by a thread, and lines that it cannot take go to syslog.
+
+The keeper imports this module by its path, so it imports only the standard library.
+"""
+
+import _thread
+import contextlib
+import os
+import select
+import socket
+import stat
+import struct
+import time
+from collections import deque
+
+TERMINAL, STDERR, JOURNAL, SYSLOG = "terminal", "stderr", "journal", "syslog"
+"""The sinks beside files. TERMINAL is standard error without the time."""
+
+SYSLOG_SOCKET, JOURNAL_SOCKET = "/dev/log", "/run/systemd/journal/socket"
+
+CRITICAL, ERROR, WARNING, INFO, DEBUG = 2, 3, 4, 6, 7
+"""Priorities of syslog(3)."""
+
+LEVELS = {CRITICAL: "critical", ERROR: "error", WARNING: "warning", INFO: "info", DEBUG: "debug"}
+LOG_DAEMON = 3 << 3
+LONGEST = 60_000  # bytes of a line that journal and syslog get
+MOST_LINES = 1000
+"""Lines that wait for a file. If there are more, the oldest are lost."""
+
+PIPE_BUF = select.PIPE_BUF
+MODE = 0o640
+
+
+class Sink:
+    """Takes lines for a name, such as ``ttmfs``. `write` neither waits nor raises."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def write(self, priority: int, text: str) -> None:
+        """Take a line, with a priority of syslog(3). It may contain line breaks."""
+        raise NotImplementedError
+
+    def flush(self, seconds: float) -> None:
+        """Wait until the lines are written, but not longer than some seconds."""
+
+    def close(self) -> None:
+        """Close its files."""
+
+
+class StandardError(Sink):
+    """Standard error. If that is the journal, each line has its priority in front, as in sd-daemon(3)."""
+
+    def __init__(self, name: str, *, has_time: bool) -> None:
+        super().__init__(name)
+        self._has_time, self._is_journal = has_time, is_journal()
+        self._prefix = f"{name}: " if name else ""
+        self._poll = select.poll()
+        self._poll.register(2, select.POLLOUT)
+
+    def write(self, priority: int, text: str) -> None:
+        if self._is_journal:
+            text = f"<{priority}>{self._prefix}{one_line(text)}\n"
+        else:
+            text = line(priority, self.name, text) if self._has_time else f"{self._prefix}{text}\n"
+        data = encoded(text)
+        with contextlib.suppress(OSError):
+            for start in range(0, len(data), PIPE_BUF):  # a pipe that is ready takes as much without waiting
+                if not any(ready & select.POLLOUT for _, ready in self._poll.poll(0)):
+                    return
+                os.write(2, data[start : start + PIPE_BUF])
+
+
+class Syslog(Sink):
+    """syslog(3). The library's handler would wait for a log that nobody reads."""
+
+    def write(self, priority: int, text: str) -> None:
+        send(SYSLOG_SOCKET, encoded(f"<{LOG_DAEMON | priority}>{self.name}[{os.getpid()}]: {text}")[:LONGEST] + b"\0")
+
+
+class Journal(Sink):
+    """The journal, by its own protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL)."""
+
+    def write(self, priority: int, text: str) -> None:
+        value = encoded(text)[:LONGEST]
+        fields = f"PRIORITY={priority}\nSYSLOG_IDENTIFIER={self.name}\nSYSLOG_PID={os.getpid()}\nMESSAGE\n".encode()
+        send(JOURNAL_SOCKET, fields + struct.pack("<Q", len(value)) + value + b"\n")
+
+
+class File(Sink):
+    """A file, opened by its name in a directory that stays open: whatever is mounted over the path later.
+
+    A file that was renamed or removed is made again, so logrotate(8) needs no signal. Raises OSError if the file cannot
+    be opened.
+    """
+
+    def __init__(self, path: str, name: str) -> None:
+        super().__init__(name)
+        directory, self._file = os.path.split(path)
+        self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._fd = self._open()
+        except OSError:
+            os.close(self._directory)
+            raise
+        self._lines: deque[tuple[int, str, str]] = deque(maxlen=MOST_LINES)
+        self._writing = _thread.allocate_lock()
+        self._syslog = Syslog(name)
+
+    def write(self, priority: int, text: str) -> None:
+        self._lines.append((priority, text, line(priority, self.name, text)))
+        if self._writing.acquire(blocking=False):
+            try:
+                _thread.start_new_thread(self._drain, ())
+            except RuntimeError:  # no thread can be started
+                self._writing.release()
+
+    def flush(self, seconds: float) -> None:
+        if self._writing.acquire(timeout=seconds):
+            self._writing.release()
+
+    def close(self) -> None:
+        os.close(self._directory)
+        os.close(self._fd)
+
+    def _drain(self) -> None:
+        """Write what waits. It runs in a thread, which has the lock."""
+        while True:
+            while self._lines:
+                priority, text, shown = self._lines.popleft()
+                try:
+                    self._reopen_if_renamed()
+                    os.write(self._fd, encoded(shown))
+                except OSError:
+                    self._syslog.write(priority, text)
+            self._writing.release()
+            if not self._lines or not self._writing.acquire(blocking=False):
+                return
+
+    def _reopen_if_renamed(self) -> None:
+        try:
+            named = os.stat(self._file, dir_fd=self._directory, follow_symlinks=False)
+            if os.path.samestat(named, os.fstat(self._fd)):
+                return
+        except FileNotFoundError:
+            pass
+        fd = self._open()
+        os.dup2(fd, self._fd, inheritable=False)
+        os.close(fd)
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            fd = os.open(self._file, flags | os.O_CREAT | os.O_EXCL, MODE, dir_fd=self._directory)
+            os.fchmod(fd, MODE)  # whatever the umask is
+        except FileExistsError:
+            fd = os.open(self._file, flags, dir_fd=self._directory)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(f"{self._file} is not a regular file")
+        return fd
+
+
+def make_sink(where: str, name: str) -> Sink:
+    """The sink of a word above, or of the absolute path of a file. Raises OSError for a file that cannot be opened."""
+    if where in (TERMINAL, STDERR):
+        return StandardError(name, has_time=where == STDERR)
+    return Journal(name) if where == JOURNAL else Syslog(name) if where == SYSLOG else File(where, name)
+
+
+def make_sink_or_syslog(where: str, name: str) -> Sink:
+    """The same, with syslog in place of a file that cannot be opened."""
+    try:
+        return make_sink(where, name)
+    except OSError:
+        return Syslog(name)
+
+
+def is_journal() -> bool:
+    """Whether standard error leads to the journal (systemd.exec(5): JOURNAL_STREAM)."""
+    with contextlib.suppress(OSError):
+        found = os.fstat(2)
+        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    return False
+
+
+def line(priority: int, name: str, text: str) -> str:
+    """A line of a file: the time with its zone, the level, the process, and the text."""
+    now = time.time()
+    local = time.localtime(now)
+    zone = time.strftime("%z", local)
+    when = f"{time.strftime('%Y-%m-%dT%H:%M:%S', local)}.{int(now % 1 * 1000):03}{zone[:3]}:{zone[3:5]}"
+    return f"{when} {LEVELS.get(priority, 'info')} {name}[{os.getpid()}]: {one_line(text)}\n"
+
+
+def one_line(text: str) -> str:
+    """A text with its line breaks shown, so that an event is one line."""
+    return " | ".join(text.splitlines())
+
+
+def encoded(text: str) -> bytes:
+    """The bytes of a text. Names in it need not be UTF-8."""
+    return text.encode(errors="backslashreplace")
+
+
+def send(address: str, message: bytes) -> None:
+    """Send a datagram without waiting. It is lost if nobody takes it."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as log:
+        log.connect(address)
+        log.send(message)
