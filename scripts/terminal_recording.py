@@ -33,16 +33,15 @@ text {{ font: {SIZE}px {FONT}; fill: #1f2328 }}
 .back {{ fill: #ffffff; stroke: #d0d7de }}
 .bar {{ fill: #f6f8fa; stroke: #d0d7de }}
 .bold {{ font-weight: bold }}
-.dim, .caption, .title {{ fill: #59636e }}
+.caption, .title {{ fill: #59636e }}
 .caption, .title {{ font-size: 14px }}
 .mark {{ fill: #0969da }}
-.swap {{ fill: #0969da; font-weight: bold }}
 @media (prefers-color-scheme: dark) {{
   text {{ fill: #e6edf3 }}
   .back {{ fill: #0d1117; stroke: #3d444d }}
   .bar {{ fill: #151b23; stroke: #3d444d }}
-  .dim, .caption, .title {{ fill: #9198a1 }}
-  .mark, .swap {{ fill: #58a6ff }}
+  .caption, .title {{ fill: #9198a1 }}
+  .mark {{ fill: #58a6ff }}
 }}
 """
 
