@@ -5,6 +5,7 @@
 # make format   fix what the formatter and the linter can
 # make bench    compare with tmpfs and other FUSE filesystems: tables, JSON and plots (bench-quick: in a few minutes)
 # make site     build the documentation as a site, in build/site; a dead link is an error
+# make test-qemu  a virtual machine whose memory is a backup (installs qemu-system-x86)
 # make soak     mixed load with kills, swap and budget changes, for SECONDS (600)
 # make soak-distributed  the same on a store on Ceph, with kills of its servers
 # make install  install commands, systemd units and manual pages below PREFIX (/usr/local); make uninstall removes them
@@ -14,7 +15,7 @@
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test check check-tests lint format bench bench-quick libfuse-examples site soak soak-distributed setup lock install uninstall clean
+.PHONY: demo test test-qemu check check-tests lint format bench bench-quick libfuse-examples site soak soak-distributed setup lock install uninstall clean
 
 CHECKED := tests/arithmetic tests/model tests/face $(addprefix tests/house/test_,imports.py docs.py help.py man_pages.py)
 
@@ -53,6 +54,10 @@ libfuse-examples: setup
 
 site: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test-qemu: setup
+	command -v qemu-system-x86_64 >/dev/null || $(SUDO) apt-get install -y -qq --no-install-recommends qemu-system-x86
+	scripts/test.sh tests/qemu
 
 soak: setup
 	$(SUDO) $(BIN)/python tests/soak.py --seconds $(SECONDS)

@@ -31,6 +31,7 @@ need mkfs.ext4 e2fsprogs
 need mkfs.xfs xfsprogs
 need mkfs.btrfs btrfs-progs
 need ip iproute2
+need bwrap bubblewrap
 [ -e /usr/include/fuse3/fuse.h ] || packages="$packages libfuse3-dev"
 
 python=$(scripts/python.sh)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..linux import fuse_device
+from ..linux import fuse_device, mount_rights
 from ..linux.mountinfo import TYPE, mounted_at
 from ..options import ExitCode, Options, escaped
 
@@ -91,6 +91,8 @@ def mount(source: str, mountpoint: str, options: Options) -> int:
             text, code = f"{FUSERMOUNT} cannot mount at {mountpoint}: {text}", ExitCode.FAILED
             if fuse_device.error():
                 text, code = f"{text}; {fuse_device.ADVICE}", ExitCode.SYSTEM
+            elif advice := mount_rights.advice(text):
+                text, code = f"{text}; {advice}", ExitCode.SYSTEM
             raise MountError(text, code)
         _, descriptors, _, _ = socket.recv_fds(here, 1, 1)
     (connection,) = descriptors

@@ -37,6 +37,7 @@ __all__ = [
     "next_data_start",
     "outlive_parent",
     "page_out",
+    "page_out_in",
     "page_runs",
     "punch_hole",
     "rename",
@@ -59,7 +60,7 @@ _libc.munlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-_CACHESTAT = 451
+_CACHESTAT, _PROCESS_MADVISE = 451, 440
 _MOVE_PAGES = 279 if platform.machine() == "x86_64" else 239  # the only number here that differs by architecture
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 _RENAME_NOREPLACE = 1
@@ -339,8 +340,25 @@ def page_out(address: int, length: int, *, from_all_cpus: bool = False) -> None:
     `from_all_cpus` an empty move_pages(2) empties these lists first (64 us on 2 CPUs).
     """
     if from_all_cpus:
-        _libc.syscall(ctypes.c_long(_MOVE_PAGES), 0, ctypes.c_long(0), None, (ctypes.c_int * 1)(0), None, 0)
+        _empty_cpu_lists()
     _libc.madvise(address, length, _MADV_PAGEOUT)
+
+
+def _empty_cpu_lists() -> None:
+    _libc.syscall(ctypes.c_long(_MOVE_PAGES), 0, ctypes.c_long(0), None, (ctypes.c_int * 1)(0), None, 0)
+
+
+def page_out_in(process: int, address: int, length: int) -> None:
+    """Push the pages of another process' mapping to swap, on a best-effort basis. process_madvise(2).
+
+    `process` is a pidfd. Raises OSError: EPERM without the right to trace the process and CAP_SYS_NICE, ESRCH if it has
+    ended. It waits for the swap device.
+    """
+    _empty_cpu_lists()
+    for start in range(address, address + length, _WINDOW):
+        part = (ctypes.c_ulong * 2)(start, min(_WINDOW, address + length - start))  # a struct iovec
+        number, count, flags = (ctypes.c_long(value) for value in (_PROCESS_MADVISE, 1, 0))
+        _checked(_libc.syscall(number, process, part, count, _MADV_PAGEOUT, flags), "process_madvise")
 
 
 def unmap(address: int, length: int) -> None:

@@ -28,8 +28,7 @@ holds already. It uses only the standard library, and touches no page. Its state
 - Giving up closes the connection, so that waiting clients get errors. The pages stay. It comes later while a daemon
   says that it waits for its store.
 - SIGTERM, SIGINT and SIGHUP end the mount: they are passed to the daemon, if one only starts once it serves.
-- SIGUSR1 restarts the daemon: it is killed, as at any instant it may be, and the next one takes over.
-- A daemon that gives no more signs of life is killed, too.
+- SIGUSR1 kills the daemon, as it may be killed at any instant, and so does a lack of its signs of life.
 - A standby waits for the daemon's death, if the daemon asks for one: it has imported everything, and becomes the next
   daemon. It is ended where another version may be wanted: by a restart on purpose, and before a new mount.
 - A service manager that stores descriptors (ttmfs.recovery.service_manager), if one started the keeper, gets them too,
@@ -53,6 +52,7 @@ if __package__:
     from . import keeper_protocol as protocol
     from . import log_sink
     from .keeper_giving_up import last_words, unmount
+    from .keeper_orphans import reap_orphans
     from .keeper_standby import LONGEST_PAUSE, Standby
     from .service_manager import HELD_BY_NEXT, NOT_AGAIN, ServiceManager
 else:  # run by its path
@@ -60,6 +60,7 @@ else:  # run by its path
     import keeper_protocol as protocol  # type: ignore[import-not-found,no-redef]
     import log_sink  # type: ignore[import-not-found,no-redef]
     from keeper_giving_up import last_words, unmount  # type: ignore[import-not-found,no-redef]
+    from keeper_orphans import reap_orphans  # type: ignore[import-not-found,no-redef]
     from keeper_standby import LONGEST_PAUSE, Standby  # type: ignore[import-not-found,no-redef]
     from service_manager import HELD_BY_NEXT, NOT_AGAIN, ServiceManager  # type: ignore[import-not-found,no-redef]
 
@@ -108,9 +109,8 @@ class Program:
         self.timers: dict[Callable[[], None], float] = {}  # what is to be done, and when
         self.pid, self.pidfd = daemon, os.pidfd_open(daemon) if daemon else -1  # of the daemon, if there is one
         self.state = State.STARTING
-        self.end_requested = False
         self.has_served = protocol.STATE in held
-        self.interrupted = False  # asked to end before a daemon ever served
+        self.end_requested = self.interrupted = False  # the latter: before a daemon ever served
         self.failed_starts = self.silent_looks = 0
         self.standby, self.wants_standby = Standby(command), False
         self.exit_status: int | None = None
@@ -126,7 +126,7 @@ class Program:
         for fd in self.signals, writing_end:
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(writing_end)
-        for caught in (*protocol.ENDING, protocol.RESTART):
+        for caught in (*protocol.ENDING, protocol.RESTART, signal.SIGCHLD):
             signal.signal(caught, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*protocol.ENDING, protocol.RESTART})
         while self.exit_status is None:
@@ -163,6 +163,8 @@ class Program:
             for number in os.read(self.signals, 64):
                 if number in protocol.ENDING:
                     self.handle_end(number)
+                elif number == signal.SIGCHLD:
+                    reap_orphans({self.pid, self.standby.pid})
                 elif self.state is State.GAVE_UP:
                     self.say("trying again")
                     self.failed_starts = 0
@@ -422,10 +424,8 @@ class Program:
 
 def _how(code: "int | None") -> str:
     """How a daemon ended."""
-    if code is None:
-        return "is dead"
-    if code == protocol.LEFT:
-        return "left it"
+    if code is None or code == protocol.LEFT:
+        return "is dead" if code is None else "left it"
     return f"ended with status {code}" if code >= 0 else f"was killed by signal {-code}"
 
 
@@ -434,8 +434,7 @@ def main(daemon: str, log: str, *command: str) -> int:
     with open("/proc/self/comm", "w") as name:
         name.write("ttmfs-keeper")
     os.chdir("/")
-    words = (word.partition("=") for word in os.environ.pop(protocol.HELD).split())
-    held = {name: int(fd) for name, _, fd in words}
+    held = {name: int(fd) for name, fd in (word.split("=") for word in os.environ.pop(protocol.HELD).split())}
     manager = ServiceManager.found(os.environ)
     if manager:
         os.environ[protocol.PATIENCE] = str(manager.watchdog or LOOK_SECONDS * MOST_SILENT)

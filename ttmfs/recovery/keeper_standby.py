@@ -35,7 +35,7 @@ class Standby:
     def __init__(self, command: "list[str]") -> None:
         self._command = command
         self._socket: socket.socket | None = None
-        self._pid, self.pidfd = 0, -1
+        self.pid, self.pidfd = 0, -1  # of the standby, if there is one
         self._is_ready = False
         self.pause = FIRST_PAUSE
 
@@ -46,7 +46,7 @@ class Standby:
 
     def start(self) -> None:
         """Start a standby if there is none. Raises OSError if no process can be started."""
-        if self._pid:
+        if self.pid:
             return
         keeper = os.getpid()
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -60,7 +60,7 @@ class Standby:
                 self._execute(there, keeper)
         here.setblocking(False)
         self._socket, self._is_ready = here, False
-        self._pid, self.pidfd = pid, os.pidfd_open(pid)
+        self.pid, self.pidfd = pid, os.pidfd_open(pid)
 
     def _execute(self, channel: socket.socket, keeper: int) -> None:
         """Become the standby. It can be ended by a signal only once it waits, so that Python reports no interrupt."""
@@ -102,13 +102,13 @@ class Standby:
             self.end()
             return None
         self._socket.close()
-        daemon = self._pid, self.pidfd
-        self._socket, self._pid, self.pidfd = None, 0, -1
+        daemon = self.pid, self.pidfd
+        self._socket, self.pid, self.pidfd = None, 0, -1
         return daemon
 
     def end(self) -> None:
         """Kill it, if there is one. Its death is seen later, by its pidfd."""
-        if self._pid:
+        if self.pid:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         if self._socket:
@@ -120,9 +120,9 @@ class Standby:
         if self._socket and not self._is_ready:
             self._fail()
         self.end()
-        os.waitpid(self._pid, 0)
+        os.waitpid(self.pid, 0)
         os.close(self.pidfd)
-        self._pid, self.pidfd = 0, -1
+        self.pid, self.pidfd = 0, -1
 
     def _fail(self) -> None:
         """It died by itself before it was ready."""
@@ -132,7 +132,7 @@ class Standby:
     def end_now(self) -> None:
         """Kill it, and wait until it is dead, but not for long."""
         self.end()
-        if self._pid:
+        if self.pid:
             poll = select.poll()
             poll.register(self.pidfd, select.POLLIN)
             if poll.poll(END_SECONDS * 1000):

@@ -80,11 +80,17 @@ def _add_writeback(parser: argparse.ArgumentParser) -> None:
 
 
 def _writeback(arguments: argparse.Namespace) -> int:
+    from ...linux.system_calls import swap_space
+    from .mapped import page_out_mappings
+
     done: list[dict[str, Any]] = []
 
     def writeback(path: str) -> None:
         with backup_at(path, native=False) as backup:
             backup.writeback()
+            if backup.residency().resident and swap_space()[0]:
+                for refusal in page_out_mappings(backup):
+                    complain("writeback", f"{quoted(path)}: {refusal}")
             done.append({"backup": path, "page_size": backup.page_size, **asdict(backup.residency())})
 
     status = _each("writeback", arguments.paths, writeback)
@@ -192,7 +198,8 @@ examples:
     Command(
         "writeback",
         "Push all pages of backups to swap, now (with store=: to the disk), and show where they are afterwards. Best\n"
-        "effort: without swap they stay in memory, which is not an error.",
+        "effort: without swap they stay in memory, which is not an error. As root it also pages out what one program\n"
+        "has mapped, such as the memory of a virtual machine.",
         """\
 examples:
   ttmfs writeback /mnt/ttm/bo7

@@ -23,11 +23,11 @@ from .mounts import config_of
 from .terminal import user_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from ...client.backup import Backup
 
-__all__ = ["BackupIdentity", "User", "Users", "in_a_line"]
+__all__ = ["MAPPED", "BackupIdentity", "User", "Users", "in_a_line", "mappings"]
 
 MOST_SHOWN = 8  # processes
 
@@ -68,6 +68,25 @@ class User(NamedTuple):
         return f"{quoted(status['Name'])} (pid {self.pid}, user {quoted(user)}) has {uses}"
 
 
+class Mapping(NamedTuple):
+    """A mapping of a file in a process' memory: its addresses, and the file."""
+
+    start: int
+    past: int
+    device: int
+    ino: int
+
+
+def mappings(pid: int) -> Iterator[Mapping]:
+    """The mappings of a process, also those without a file, whose inode number is 0. Raises OSError."""
+    with open(f"/proc/{pid}/maps", "rb") as maps:
+        for line in maps:
+            addresses, _, _, device, ino, *_ = line.split(maxsplit=5)
+            start, past = (int(address, 16) for address in addresses.split(b"-"))
+            major, minor = (int(number, 16) for number in device.split(b":"))
+            yield Mapping(start, past, os.makedev(major, minor), int(ino))
+
+
 class Users:
     """The users of some backups, except this process, the daemons and their keepers."""
 
@@ -93,12 +112,9 @@ class Users:
         try:
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 self._examine_descriptor(pid, fd)
-            with open(f"/proc/{pid}/maps", "rb") as maps:
-                for line in maps:
-                    _, _, _, device, ino, *_ = line.split(maxsplit=5)
-                    if self._may_be(int(ino)):
-                        major, _, minor = device.partition(b":")
-                        self._note(pid, os.makedev(int(major, 16), int(minor, 16)), int(ino), is_mapping=True)
+            for mapping in mappings(pid):
+                if self._may_be(mapping.ino):
+                    self._note(pid, mapping.device, mapping.ino, is_mapping=True)
         except PermissionError:
             with contextlib.suppress(OSError):
                 self._hidden += "VmSize" in status_of(f"/proc/{pid}")  # kernel threads and zombies have no memory
