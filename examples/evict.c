@@ -5,6 +5,7 @@
  *
  * If anything fails, the backup is ended all the same.
  */
+#define _DEFAULT_SOURCE
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
