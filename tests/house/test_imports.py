@@ -19,7 +19,7 @@ ALONE = {"recovery.keeper_protocol", "linux.tmpfs", "cli.exit_status", "cli.keep
 BY_COMMANDS = {"linux", "client", "cli", "model.arguments", "fuse.inodes"}
 """What the commands know of the rest: nothing of the server but two modules of arithmetic."""
 
-FACES = {PACKAGE / "aio"}
+FACES = {PACKAGE / "aio", PACKAGE / "torch"}
 """What a program imports, as from ``ttmfs`` itself: each shows the names of one module of the client."""
 
 MODULES = sorted(

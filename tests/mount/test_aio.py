@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -216,9 +214,3 @@ def test_a_backup_is_closed_in_a_cancelled_scope(shared: Mount, loop: Loop) -> N
             await backup.drop(1)
 
     loop(main())
-
-
-def test_without_anyio_the_import_says_what_to_install() -> None:
-    code = "import sys; sys.modules['anyio'] = None; import ttmfs.aio"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stderr.endswith("ImportError: ttmfs.aio needs anyio: pip install 'ttmfs[async]'\n")
