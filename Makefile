@@ -1,6 +1,7 @@
 # make demo     run the main job on real input, and show every command
 # make test     lint and all tests (T=tests/mount/test_swap.py: only these tests, without lint)
 # make check    lint, and tests that mount nothing, also of the documents: half a minute, without root
+# make test-torch  test ttmfs.torch with PyTorch (some GB), which it installs in TORCH (build/torch)
 # make lint     linter, formatter, types
 # make format   fix what the formatter and the linter can
 # make bench    compare with tmpfs and other FUSE filesystems: tables, JSON and plots (bench-quick: in a few minutes)
@@ -15,18 +16,29 @@
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test test-qemu check check-tests lint format bench bench-quick libfuse-examples site soak soak-distributed setup lock install uninstall clean
+.PHONY: demo test test-qemu test-torch check check-tests lint format bench bench-quick libfuse-examples site soak soak-distributed setup lock install uninstall clean
 
 CHECKED := tests/arithmetic tests/model tests/face $(addprefix tests/house/test_,imports.py docs.py help.py man_pages.py)
 
 SECONDS := 600
 PREFIX := /usr/local
+TORCH := build/torch
 
 demo: setup
 	$(SUDO) env PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
 
 test: setup
 	scripts/test.sh $(T)
+
+test-torch: setup $(TORCH)/bin/torchrun
+	$(SUDO) unshare --mount --pid --fork --mount-proc --propagation private \
+		$(TORCH)/bin/python -m pytest -q -p no:cacheprovider tests/with_torch.py
+
+# With the packages of .venv, too.
+$(TORCH)/bin/torchrun:
+	$(BIN)/python -m venv $(TORCH)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))' >"$$(echo $(TORCH)/lib/python3*/site-packages)/borrowed.pth"
+	$(TORCH)/bin/python -m pip install -q torch
 
 check: setup
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint check-tests

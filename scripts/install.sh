@@ -11,8 +11,17 @@ home=$prefix/lib/ttmfs
 
 commands="ttmfs ttmfs-service"
 units="system/ttmfs@.service system/ttmfs.slice user/ttmfs@.service"
-pages="man1/ttmfs.1 man5/ttmfs.5 man8/mount.ttmfs.8"
+pages="man1/ttmfs.1 man3/ttmfs.3 man5/ttmfs.5 man8/mount.ttmfs.8"
 helpers="mount.ttmfs mount.fuse.ttmfs"
+
+c_library() { # install|uninstall: libttmfs, its header and its pkg-config file
+    command -v make >/dev/null && command -v "${CC:-cc}" >/dev/null ||
+        { echo "$1: no make or no C compiler, so libttmfs is left out"; return; }
+    build=$(mktemp -d)
+    make -s -C c "$1" PREFIX="$prefix" DESTDIR="${DESTDIR:-}" BUILD="$build"
+    rm -rf "$build"
+    [ -n "${DESTDIR:-}" ] || /sbin/ldconfig
+}
 
 reload() { [ ! -d /run/systemd/system ] || systemctl daemon-reload; }
 
@@ -30,6 +39,7 @@ if [ "${1:-install}" = uninstall ]; then
         # Only ours: the helper of another PREFIX or package stays.
         [ "$(readlink "/sbin/$helper")" != "$home/bin/$helper" ] || rm "/sbin/$helper"
     done
+    c_library uninstall
     rm -rf "$home"
     reload
     echo "uninstalled: everything below $prefix, and the helpers in /sbin"
@@ -54,7 +64,7 @@ done
 "$home/bin/python" -m pip --version >/dev/null 2>&1 || "$(scripts/python.sh)" -m venv --clear "$home"
 "$home/bin/python" -m pip install -q --disable-pip-version-check .
 mkdir -p "$prefix/bin" "$prefix/lib/systemd/system" "$prefix/lib/systemd/user"
-mkdir -p "$prefix/share/man/man1" "$prefix/share/man/man5" "$prefix/share/man/man8"
+mkdir -p "$prefix/share/man/man1" "$prefix/share/man/man3" "$prefix/share/man/man5" "$prefix/share/man/man8"
 for command in $commands; do ln -sf "$home/bin/$command" "$prefix/bin/$command"; done
 for unit in $units; do # with the program's path: without one, systemd looks only below /usr and /usr/local
     rm -f "$prefix/lib/systemd/$unit"
@@ -63,5 +73,6 @@ done
 for page in $pages; do ln -sf "$home/share/man/$page" "$prefix/share/man/$page"; done
 ln -sf mount.ttmfs.8 "$prefix/share/man/man8/mount.fuse.ttmfs.8"
 for helper in $helpers; do ln -sf "$home/bin/$helper" "/sbin/$helper"; done
+c_library install
 reload
-echo "installed: $commands in $prefix/bin, units in $prefix/lib/systemd, $helpers in /sbin, manual pages"
+echo "installed: $commands in $prefix/bin, libttmfs in $prefix/lib, units in $prefix/lib/systemd, $helpers in /sbin, manual pages"

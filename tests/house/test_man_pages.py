@@ -49,6 +49,8 @@ def test_manual_pages_are_valid_roff_with_the_usual_sections(page: str) -> None:
     assert (lint.stdout, lint.stderr, lint.returncode) == ("", "", 0)
     sections = re.findall(r"^\.SH (.*)", (DIRECTORY / page).read_text(), re.MULTILINE)
     wanted = ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "FILES", "EXAMPLES", "SEE ALSO"]
+    if page.endswith(".3"):
+        wanted = ["NAME", "SYNOPSIS", "DESCRIPTION", "RETURN VALUE", "ERRORS", "EXAMPLES", "SEE ALSO"]
     if page.endswith(".5"):
         wanted = ["NAME", "DESCRIPTION", "ERRORS", "EXAMPLES", "SEE ALSO"]
     assert [title for title in sections if title in wanted] == wanted
@@ -97,6 +99,15 @@ def test_the_manual_lists_exactly_the_commands_and_their_options() -> None:
         known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", help_of(command))) - {"--help"}
         said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", plain(part(page, "SS", command))))
         assert said == known, f"make the options of {command} in docs/man/ttmfs.1 those of its --help"
+
+
+def test_the_manual_and_the_documentation_have_every_function_of_the_c_library() -> None:
+    header = re.sub(r"/\*.*?\*/", "", (REPOSITORY / "c/ttmfs.h").read_text(), flags=re.DOTALL)
+    functions = set(re.findall(r"\b(ttmfs_\w+)\(", header))
+    assert len(functions) > 15
+    assert set(re.findall(r"\b(ttmfs_\w+)\(", plain((DIRECTORY / "ttmfs.3").read_text()))) == functions
+    described = set(re.findall(r"`(ttmfs_\w+)\(", (REPOSITORY / "docs/c.md").read_text()))
+    assert described == {name for name in functions if "page_ptr" not in name}
 
 
 def test_the_manual_has_every_name_attribute_and_error_of_the_specification() -> None:
