@@ -29,6 +29,7 @@ COMMANDS = {
     "fini": ("backups", "end backups, with all their pages"),
     "fd": ("fd", "run a program with a backup's own descriptor, for native speed"),
     "doctor": ("doctor", "check the machine and its mounts, and say what to do"),
+    "export": ("export", "serve the metrics of all mounts for Prometheus"),
     "why": ("why", "show why requests were refused"),
     "rescue": ("rescue", "get backups out of a keeper that gave up, as sparse files with checksums"),
 }
