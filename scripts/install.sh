@@ -10,7 +10,7 @@ case $prefix in /*) ;; *) echo "install: PREFIX must be an absolute path, not $p
 home=$prefix/lib/ttmfs
 
 commands="ttmfs ttmfs-service"
-units="system/ttmfs@.service system/ttmfs.slice user/ttmfs@.service"
+units="system/ttmfs@.service system/ttmfs-export.service system/ttmfs.slice user/ttmfs@.service"
 pages="man1/ttmfs.1 man3/ttmfs.3 man5/ttmfs.5 man8/mount.ttmfs.8"
 helpers="mount.ttmfs mount.fuse.ttmfs"
 
@@ -62,13 +62,13 @@ for helper in $helpers; do
     esac
 done
 "$home/bin/python" -m pip --version >/dev/null 2>&1 || "$(scripts/python.sh)" -m venv --clear "$home"
-"$home/bin/python" -m pip install -q --disable-pip-version-check .
+"$home/bin/python" -m pip install -q --disable-pip-version-check '.[export]'
 mkdir -p "$prefix/bin" "$prefix/lib/systemd/system" "$prefix/lib/systemd/user"
 mkdir -p "$prefix/share/man/man1" "$prefix/share/man/man3" "$prefix/share/man/man5" "$prefix/share/man/man8"
 for command in $commands; do ln -sf "$home/bin/$command" "$prefix/bin/$command"; done
 for unit in $units; do # with the program's path: without one, systemd looks only below /usr and /usr/local
     rm -f "$prefix/lib/systemd/$unit"
-    sed "s|^ExecStart=ttmfs-service|ExecStart=$prefix/bin/ttmfs-service|" "$home/lib/systemd/$unit" >"$prefix/lib/systemd/$unit"
+    sed "s|^ExecStart=ttmfs|ExecStart=$prefix/bin/ttmfs|" "$home/lib/systemd/$unit" >"$prefix/lib/systemd/$unit"
 done
 for page in $pages; do ln -sf "$home/share/man/$page" "$prefix/share/man/$page"; done
 ln -sf mount.ttmfs.8 "$prefix/share/man/man8/mount.fuse.ttmfs.8"

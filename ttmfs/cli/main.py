@@ -38,6 +38,7 @@ COMMANDS = {
     "doctor": ("doctor", "check the machine and its mounts, and say what to do"),
     "top": ("top", "show requests by backup and by process"),
     "log": ("log", "show where a mount logs, and change the level of its log"),
+    "export": ("export", "serve the metrics of all mounts for Prometheus"),
     "why": ("why", "show why requests were refused"),
     "rescue": ("rescue", "get backups out of a keeper that gave up, as sparse files with checksums"),
 }
