@@ -10,6 +10,7 @@
 # make soak     mixed load with kills, swap and budget changes, for SECONDS (600)
 # make soak-distributed  the same on a store on Ceph, with kills of its servers
 # make install  install commands, systemd units and manual pages below PREFIX (/usr/local); make uninstall removes them
+#               DESTDIR=DIR writes below DIR only, for packages
 # make lock     write the versions in .venv to requirements-dev.lock
 # Each target first installs what is missing (Debian, Ubuntu), as root or through sudo.
 
@@ -81,10 +82,10 @@ lock: setup
 	$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable >requirements-dev.lock
 
 install: setup
-	$(SUDO) env PREFIX="$(PREFIX)" scripts/install.sh
+	$(SUDO) env PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" scripts/install.sh
 
 uninstall:
-	$(SUDO) env PREFIX="$(PREFIX)" scripts/install.sh uninstall
+	$(SUDO) env PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" scripts/install.sh uninstall
 
 setup: .venv/ready
 

@@ -158,3 +158,58 @@ def test_the_installed_package_mounts(installed: Path, tmp_path: Path, mountpoin
     finally:
         for path in mounts_below(tmp_path):
             subprocess.run(["fusermount3", "-u", "-z", path], check=False)
+
+
+READ_ONLY = """
+mount --make-rprivate /
+mount --bind {room} {room}
+findmnt -rno TARGET | tac | while read -r path; do
+    case $path in {room}|/proc*|/sys*|/dev*) ;; *) mount -o remount,bind,ro "$path" || exit ;; esac
+done
+"""
+"""Leaves one directory that can be written to."""
+
+
+@pytest.fixture(scope="module")
+def staged(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The DESTDIR of an installation below /opt/ttmfs, on a machine where nothing else can be written to."""
+    room = tmp_path_factory.mktemp("staged")
+    (room / "tmp").mkdir()
+    variables = {"TMPDIR": f"{room}/tmp", "DESTDIR": f"{room}/root", "PREFIX": "/opt/ttmfs", "WHEELS": built[1].parent}
+    words = " ".join(f"{name}={value}" for name, value in variables.items())
+    script = f"{READ_ONLY.format(room=room)}{words} {REPOSITORY}/scripts/install.sh"
+    done = subprocess.run(["unshare", "--mount", "sh", "-ec", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert not [*(room / "tmp").iterdir()]
+    return room / "root"
+
+
+def test_destdir_holds_everything_and_its_own_path_nowhere(staged: Path) -> None:
+    assert {path.name for path in staged.iterdir()} == {"opt", "sbin"}
+    assert {path.name for path in staged.glob("sbin/*")} == {"mount.ttmfs", "mount.fuse.ttmfs"}
+    for path in staged.rglob("*"):
+        if path.is_symlink():
+            target = path.readlink()
+            assert not target.is_absolute() or target.is_relative_to("/opt/ttmfs/lib/ttmfs/bin") or "python" in path.name
+        elif path.is_file():
+            assert bytes(staged.parent) not in path.read_bytes(), path
+    unit = (staged / "opt/ttmfs/lib/systemd/system/ttmfs@.service").read_text()
+    assert "\nExecStart=/opt/ttmfs/bin/ttmfs-service -o" in unit
+
+
+def test_what_destdir_holds_works_in_its_final_place(staged: Path) -> None:
+    script = f"mount --bind {staged}/opt /opt; exec /opt/ttmfs/bin/ttmfs --version"
+    assert run(f"unshare --mount sh -ec '{script}'", cwd=staged) == f"ttmfs {VERSION}\n"
+
+
+def test_uninstall_with_destdir_leaves_nothing(staged: Path, tmp_path: Path) -> None:
+    run(f"cp -a {staged} {tmp_path}/root")
+    variables = {"DESTDIR": f"{tmp_path}/root", "PREFIX": "/opt/ttmfs"}
+    run(f"{REPOSITORY}/scripts/install.sh uninstall", env={**os.environ, **variables})
+    assert not [path for path in (tmp_path / "root").rglob("*") if not path.is_dir()]
+
+
+@pytest.mark.parametrize("variable", ["DESTDIR", "PREFIX", "SBIN", "UNITS"])
+def test_install_refuses_relative_paths(variable: str) -> None:
+    said = run(f"{REPOSITORY}/scripts/install.sh 2>&1", code=1, env={**os.environ, variable: "there"})
+    assert said == "install: PREFIX, DESTDIR, SBIN and UNITS must be absolute paths, not there\n"
