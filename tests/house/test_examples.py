@@ -1,5 +1,6 @@
 """The examples in documents, and the demo, are run."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness import REPOSITORY, mounts_below, wait_until
+from stores import swap
 
 FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"^```\w+\n(?:#|//) (\S+\.\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -46,18 +48,19 @@ def test_examples_in_documents_print_what_they_show(name: str, tmp_path: Path) -
     for file, text in FILE.findall((REPOSITORY / name).read_text()):
         (tmp_path / file).write_text(text)
     path = f"{REPOSITORY}:{REPOSITORY / '.venv/bin'}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "LC_ALL": "C", "COLUMNS": "80"}
-    try:
-        for command, expected in commands:
-            shell = ["bash", "-c", command.replace("REPOSITORY", str(REPOSITORY))]
-            done = subprocess.run(
-                shell, cwd=tmp_path, env=environment, text=True, timeout=30, check=False,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            assert matches(expected, done.stdout), f"$ {command}\n{done.stdout}instead of\n{expected}"
-    finally:
-        for mounted in mounts_below(tmp_path):
-            subprocess.run(["fusermount3", "-u", "-z", mounted], check=False)
+    environment = {**os.environ, "PATH": path, "HOME": str(tmp_path), "LC_ALL": "C", "COLUMNS": "80"}
+    with swap(tmp_path) if name == "README.md" else contextlib.nullcontext():
+        try:
+            for command, expected in commands:
+                shell = ["bash", "-c", command.replace("REPOSITORY", str(REPOSITORY))]
+                done = subprocess.run(
+                    shell, cwd=tmp_path, env=environment, text=True, timeout=30, check=False,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                assert matches(expected, done.stdout), f"$ {command}\n{done.stdout}instead of\n{expected}"
+        finally:
+            for mounted in mounts_below(tmp_path):
+                subprocess.run(["fusermount3", "-u", "-z", mounted], check=False)
     wait_until(lambda: not mounts_below(tmp_path), "the unmounting")
 
 

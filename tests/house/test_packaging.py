@@ -190,7 +190,9 @@ def test_destdir_holds_everything_and_its_own_path_nowhere(staged: Path) -> None
     for path in staged.rglob("*"):
         if path.is_symlink():
             target = path.readlink()
-            assert not target.is_absolute() or target.is_relative_to("/opt/ttmfs/lib/ttmfs/bin") or "python" in path.name
+            assert (
+                not target.is_absolute() or target.is_relative_to("/opt/ttmfs/lib/ttmfs/bin") or "python" in path.name
+            )
         elif path.is_file():
             assert bytes(staged.parent) not in path.read_bytes(), path
     unit = (staged / "opt/ttmfs/lib/systemd/system/ttmfs@.service").read_text()
