@@ -15,8 +15,10 @@ pages="man1/ttmfs.1 man3/ttmfs.3 man5/ttmfs.5 man8/mount.ttmfs.8"
 helpers="mount.ttmfs mount.fuse.ttmfs"
 
 c_library() { # install|uninstall: libttmfs, its header and its pkg-config file
-    command -v make >/dev/null && command -v "${CC:-cc}" >/dev/null ||
-        { echo "$1: no make or no C compiler, so libttmfs is left out"; return; }
+    if ! command -v make >/dev/null || { [ "$1" = install ] && ! command -v "${CC:-cc}" >/dev/null; }; then
+        echo "$1: no make or no C compiler, so libttmfs is left out" >&2
+        return
+    fi
     build=$(mktemp -d)
     make -s -C c "$1" PREFIX="$prefix" DESTDIR="${DESTDIR:-}" BUILD="$build"
     rm -rf "$build"
