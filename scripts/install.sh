@@ -33,8 +33,10 @@ data() { # DIRECTORY: the files below that directory of the virtual environment
 reload() { [ -n "$root" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload; }
 
 c_library() { # install|uninstall: libttmfs, its header and its pkg-config file
-    command -v make >/dev/null && command -v "${CC:-cc}" >/dev/null ||
-        { echo "$1: no make or no C compiler, so libttmfs is left out"; return; }
+    if ! command -v make >/dev/null || { [ "$1" = install ] && ! command -v "${CC:-cc}" >/dev/null; }; then
+        echo "$1: no make or no C compiler, so libttmfs is left out" >&2
+        return
+    fi
     build=$(mktemp -d)
     make -s -C c "$1" PREFIX="$prefix" DESTDIR="$root" BUILD="$build"
     rm -rf "$build"

@@ -19,6 +19,7 @@ apt_install() { # PACKAGE...
 need fusermount3 fuse3
 need pkg-config pkg-config
 need cc gcc
+need c++ g++
 need xxd xxd
 need getfattr attr
 need fio fio
