@@ -7,17 +7,21 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from harness import Mount, attribute, raises_errno, run, stopped, wait_until
 from stores import ALICE, Place, acting_as
 from ttmfs.errors import BackupEnded
 from ttmfs.fuse import recent_requests
-from ttmfs.fuse.recent_requests import ENTRIES, RecentRequests
+from ttmfs.fuse.recent_requests import ENTRIES, LATEST, SHORT, RecentRequests
 from ttmfs.linux.fuse_protocol import READ, WRITE, Request
+from ttmfs.stores.time_slices import TimeSlices
 
 TOP = f"{sys.executable} -m ttmfs top"
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -85,37 +89,44 @@ def _request(opcode: int, node: int, pid: int) -> Request:
     return Request(length=0, opcode=opcode, unique=1, node=node, uid=5, gid=5, pid=pid)
 
 
-def test_the_ring_has_the_sums_of_its_last_entries() -> None:
-    ring, now = RecentRequests(), time.perf_counter_ns()
-    ring.names = {READ: "read", WRITE: "write"}
-    ring.note(_request(WRITE, 9 << 30 | 1, 1), 10**9, now - recent_requests.WINDOW - 10**9)  # too old
-    for n in range(ENTRIES - 2):
-        ring.note(_request(READ, (7 + n % 2) << 30 | n, 40 + n % 2), 100, now)
-    ring.note(_request(WRITE, 1, 3), 7, now)
+def _text(recent: RecentRequests, name_of: Callable[[int], str]) -> str:
+    return trio.run(recent.text, TimeSlices(), name_of)
+
+
+def test_the_sums_are_those_of_the_last_requests() -> None:
+    recent, now = RecentRequests(), time.perf_counter_ns()
+    recent.names = {READ: "read", WRITE: "write"}
+    recent.latest.append((_request(WRITE, 9 << 30 | 1, 1), 10**9, now - recent_requests.WINDOW - 10**9))  # too old
+    for n in range(10):
+        recent.latest.append((_request(READ, (7 + n % 2) << 30 | n, 40 + n % 2), 10**6, now))
+    recent.latest.append((_request(READ, 7 << 30, 40), SHORT, now))  # it stands for eight
+    recent.latest.append((_request(WRITE, 1, 3), 10**5, now))
+    recent.ring[:4] = array("Q", [7 << 30, 5 << 32 | 40, READ << 56 | 1000, now])  # as compiled code writes it
+    recent.written[0] = 1
 
     def name_of(id: int) -> str:
         if id == 8:
             raise BackupEnded("it is gone")
         return f"backup {id}"
 
-    found = json.loads(ring.text(name_of))
-    assert found["requests"] == [
-        ["backup 7", 40, 5, "read", ENTRIES // 2 - 1, 100 * (ENTRIES // 2 - 1)],
-        [None, 41, 5, "read", ENTRIES // 2 - 1, 100 * (ENTRIES // 2 - 1)],
-        [None, 3, 5, "write", 1, 7],
+    assert json.loads(_text(recent, name_of))["requests"] == [
+        ["backup 7", 40, 5, "read", 5 + 8 + 1, 5 * 10**6 + 8 * SHORT + 1000],
+        [None, 41, 5, "read", 5, 5 * 10**6],
+        [None, 3, 5, "write", 1, 10**5],
     ]
-    for _ in range(2):
-        ring.note(_request(WRITE, 1, 3), 7, time.perf_counter_ns())
-    full = json.loads(ring.text(name_of))
-    assert sum(row[4] for row in full["requests"]) == ENTRIES
+    for _ in range(LATEST):
+        recent.latest.append((_request(WRITE, 1, 3), 10**6, time.perf_counter_ns()))
+    full = json.loads(_text(recent, name_of))
+    assert sum(row[4] for row in full["requests"]) == LATEST
     assert full["seconds"] < 5
 
 
 def test_the_answer_of_many_processes_fits_into_an_attribute() -> None:
-    ring = RecentRequests()
+    recent, now = RecentRequests(), time.perf_counter_ns()
     for n in range(ENTRIES):
-        ring.note(_request(READ, 7 << 30, n + 1), n, time.perf_counter_ns())
-    text = ring.text(lambda _: "n" * 255)
+        recent.ring[4 * n : 4 * n + 4] = array("Q", [7 << 30, 5 << 32 | n + 1, READ << 56 | n, now])
+    recent.written[0] = ENTRIES
+    text = _text(recent, lambda _: "n" * 255)
     assert len(text) <= 65536
     found = json.loads(text)
     assert found["left_out"] + len(found["requests"]) == ENTRIES

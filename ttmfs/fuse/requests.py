@@ -23,6 +23,7 @@ from .in_flight import InFlight
 from .inodes import backup_of
 from .metrics import Metrics
 from .page_requests import Kind, PageRequests
+from .recent_requests import SAMPLE, SHORT
 from .refusals import Refusals
 from .replies import send
 
@@ -95,7 +96,7 @@ class Requests:
         self.kinds = handlers.kinds
         self.in_flight = in_flight
         self._metrics = metrics
-        self._note_recent = handlers.tree.shared.recent_requests.note
+        self._note_recent = handlers.tree.shared.recent_requests.latest.append
         self._failures = failures
         self._locks = locks
         self._interruptible: dict[int, trio.CancelScope] = {}
@@ -199,7 +200,8 @@ class Requests:
     def _count(self, kind: Kind, request: Request, start: int) -> None:
         now = time.perf_counter_ns()
         self._metrics.count(kind.name, now - start)
-        self._note_recent(request, now - start, now)
+        if now - start > SHORT or not now & SAMPLE:
+            self._note_recent((request, now - start, now))
 
 
 async def _known(answer: bytes) -> bytes:

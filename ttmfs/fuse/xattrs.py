@@ -127,6 +127,10 @@ async def _move(directory: BackupDirectory, value: str, caller: Caller) -> None:
         await directory.pool.store.move(directory.id, value)
 
 
+async def _recent(root: Root) -> str:
+    return await root.shared.recent_requests.text(root.pool.blocking_io.slices, root.pool.files.name_of)
+
+
 async def _resident(directory: BackupDirectory) -> int:
     swapped = await directory.backup.count_swapped()
     return max(0, await directory.backup.count_pages() - swapped)
@@ -185,9 +189,7 @@ XATTRS: dict[type[Node], dict[bytes, Xattr]] = {
         b"user.ttmfs.bytes_avail": Xattr(lambda _: bytes_avail()),
         b"user.ttmfs.log_level": Xattr(lambda root: root.shared.log_level.level, _set_log_level),
         b"user.ttmfs.page_size": Xattr(lambda root: root.pool.page_size),
-        b"user.ttmfs.recent": Xattr(
-            lambda root: root.shared.recent_requests.text(root.pool.files.name_of), private=True
-        ),
+        b"user.ttmfs.recent": Xattr(_recent, private=True),
         b"user.ttmfs.refusals": Xattr(lambda root: root.shared.refusals.text(), private=True),
         b"user.ttmfs.size": Xattr(lambda root: root.pool.room().size, _set_budget),
     },
