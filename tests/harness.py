@@ -168,6 +168,7 @@ class Mount:
         r"SIGTERM: unmounting /",
         r"refused: ",
         r"this kernel cannot refuse descriptors of strangers",
+        r"is more than RAM and swap of this machine",
     )
     RESTARTED = (r"the daemon \d+ of /\S+ (was killed|ended|left it)", r"taking over /")
 

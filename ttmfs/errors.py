@@ -182,7 +182,12 @@ def from_os_error(error: OSError, what: str) -> TtmfsError:
     For code that runs at each request; :class:`translated` is shorter, and takes 1 us more.
     """
     kind = OF_THE_STORE.get(error.errno) or StoreFailed
-    return kind(f"{what}: {error.strerror or error}")
+    return kind(_text(error, what))
+
+
+def _text(error: OSError, what: str) -> str:
+    advice = "; drop pages, or give the mount more: ttmfs resize" if error.errno == errno.ENOSPC else ""
+    return f"{what}: {error.strerror or error}{advice}"
 
 
 class translated:  # noqa: N801 # it is used like a function, as contextlib.suppress is
@@ -204,4 +209,4 @@ class translated:  # noqa: N801 # it is used like a function, as contextlib.supp
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, OSError) and (kind := self._meanings.get(error.errno, StoreFailed)):
-            raise kind(f"{self._what}: {error.strerror or error}") from error
+            raise kind(_text(error, self._what)) from error

@@ -326,6 +326,8 @@ class Options:
             elif word in OPPOSITES:
                 kernel.pop(OPPOSITES[word], None)
                 kernel[word] = None
+            elif word == "remount":
+                raise OptionError("a ttmfs cannot be remounted; ttmfs resize MNT SIZE changes its budget")
             elif not is_known(word):
                 raise unknown(word, (*TABLE, *_OF_MOUNT))
         return cls(**values, kernel=tuple(kernel))

@@ -74,6 +74,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("directory", metavar="DIRECTORY", help="where to write; existing files are not overwritten")
     parser.add_argument("--check", action="store_true", help="compare the copies in DIRECTORY with their checksums")
+    parser.add_argument("--json", action="store_true", help="a list of objects: backup, bytes, checksum, error")
+
+
+class _Report:
+    """What is told about each backup: a line at once, or with --json an object in a list at the end."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._rows: list[dict[str, object]] | None = [] if as_json else None
+
+    def tell(self, text: str, **row: object) -> None:
+        """Tell about one backup. Without a `row` the text is a summary."""
+        if self._rows is None:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+        elif row:
+            self._rows.append({"bytes": None, "checksum": None, "error": None, **row})
+
+    def fail(self, name: str, error: OSError) -> None:
+        """Tell that a backup was not copied."""
+        why = error.strerror or str(error)
+        sys.stderr.write(f"ttmfs rescue: {name!r}: {why}; continuing with the others\n")
+        if self._rows is not None:
+            self.tell("", backup=name, error=why)
+
+    def end(self) -> None:
+        """Write the list."""
+        if self._rows is not None:
+            sys.stdout.write(json.dumps(self._rows, indent=2) + "\n")
 
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
@@ -88,10 +116,14 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
                 "--check takes a DIRECTORY alone" if arguments.check
                 else "give a SOURCE: a keeper's process id, a mount point, or /proc/PID/fd/N"
             )  # fmt: skip
+        report = _Report(arguments.json)
         if arguments.check:
-            return check(path)
-        with _closing(find(arguments.source)) as source:
-            return rescue(source, path)
+            status = check(path, report)
+        else:
+            with _closing(find(arguments.source)) as source:
+                status = rescue(source, path, report)
+        report.end()
+        return status
     except RescueError as error:
         sys.stderr.write(f"ttmfs rescue: {_plain(str(error))}\n")
         return ExitStatus.FAILED
@@ -278,7 +310,7 @@ def _checksums(directory: int) -> Iterator[tuple[int, Iterator[str]]]:
 # --- copying ---
 
 
-def rescue(source: int, path: Path) -> ExitStatus:
+def rescue(source: int, path: Path, report: _Report) -> ExitStatus:
     """Copy every backup of a directory."""
     with contextlib.ExitStack() as stack:
         try:
@@ -293,9 +325,9 @@ def rescue(source: int, path: Path) -> ExitStatus:
             sums = stack.enter_context(_closing(os.open(CHECKSUMS, flags, 0o644, dir_fd=target)))
         except OSError as error:
             raise RescueError(f"{path}: {error.strerror}; give a directory that can be made or written to") from None
-        failed = sum(not _rescued(name, source, target, sums) for name in names)
+        failed = sum(not _rescued(name, source, target, sums, report) for name in names)
         os.fsync(sums)
-    sys.stdout.write(f"{len(names) - failed} of {len(names)} backups are in {_plain(str(path))}\n")
+    report.tell(f"{len(names) - failed} of {len(names)} backups are in {_plain(str(path))}")
     return ExitStatus.PARTLY if failed else ExitStatus.DONE
 
 
@@ -311,16 +343,16 @@ def _names(source: int) -> list[str]:
     return names
 
 
-def _rescued(name: str, source: int, target: int, sums: int) -> bool:
+def _rescued(name: str, source: int, target: int, sums: int, report: _Report) -> bool:
     """Copy one backup, add its line to the checksums, and report it. Returns whether that worked."""
     try:
         line = _copy(name, source, target)
         os.write(sums, str(line).encode())
     except OSError as error:
-        sys.stderr.write(f"ttmfs rescue: {name!r}: {error.strerror or error}; continuing with the others\n")
+        report.fail(name, error)
         return False
-    sys.stdout.write(f"{name!r}: {line.pieces * PIECE >> 10} KiB, {line.checksum[:16]}\n")
-    sys.stdout.flush()
+    text = f"{name!r}: {line.pieces * PIECE >> 10} KiB, {line.checksum[:16]}"
+    report.tell(text, backup=name, bytes=line.pieces * PIECE, checksum=line.checksum)
     return True
 
 
@@ -366,7 +398,7 @@ def partial_name(name: str) -> str:
 # --- checking copies ---
 
 
-def check(path: Path) -> ExitStatus:
+def check(path: Path, report: _Report) -> ExitStatus:
     """Compare copies with their checksums."""
     place, wrong, count = path / CHECKSUMS, 0, 0
     with _closing(_open_directory(str(path))) as directory:
@@ -379,12 +411,12 @@ def check(path: Path) -> ExitStatus:
                 for text in lines:
                     name, difference = _compared(text, directory)
                     count, wrong = count + 1, wrong + bool(difference)
-                    sys.stdout.write(f"{json.dumps(name)}: {difference or 'OK'}\n")
+                    report.tell(f"{json.dumps(name)}: {difference or 'OK'}", backup=name, error=difference or None)
         except OSError as error:
             raise RescueError(f"{place}: {error.strerror}; ttmfs rescue SOURCE {path} writes it") from None
         except ValueError:
             raise RescueError(f"{place} was not written by ttmfs rescue") from None
-    sys.stdout.write(f"{count - wrong} of {count} backups are unchanged\n")
+    report.tell(f"{count - wrong} of {count} backups are unchanged")
     return ExitStatus.PARTLY if wrong else ExitStatus.DONE
 
 

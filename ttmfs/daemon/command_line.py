@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import os
+import re
 from typing import NoReturn
 
-from ..options import ExitCode, OptionError, Options, add_mount_arguments, help_text
+from ..options import TABLE, ExitCode, OptionError, Options, add_mount_arguments, help_text
 from . import background, session, standby
 from .mounting import MountError
 
@@ -25,6 +27,20 @@ class _Parser(argparse.ArgumentParser):
         logging.error("%s; --help lists the arguments and options", message)
         self.exit(ExitCode.USAGE)
 
+    def parse(self) -> argparse.Namespace:
+        """The arguments of the command line. Habits from other programs get a hint."""
+        arguments, rest = self.parse_known_intermixed_args()
+        words = [*rest, arguments.mountpoint]
+        misplaced = next((match for word in words if (match := re.fullmatch(r"-{0,2}([a-z_]+)(=.*)?", word))), None)
+        if misplaced and misplaced[1] in TABLE and not os.path.lexists(misplaced[0]):
+            self.error(f"{misplaced[0]}: mount options follow -o, as in -o {misplaced[1]}{misplaced[2] or '=...'}")
+        if "-t" in rest:
+            self.error("-t is an option of mount(8): leave it and the type out")
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        found: argparse.Namespace = arguments
+        return found
+
 
 def run(name: str) -> int:
     """Mount, and serve the mount until it ends. `name` is the command's, for messages. Returns the exit status."""
@@ -34,7 +50,7 @@ def run(name: str) -> int:
     parser.epilog = f"{help_text()}\n\n{EXAMPLES.format(name=name)}"
     add_mount_arguments(parser)
     try:
-        arguments = parser.parse_intermixed_args()
+        arguments = parser.parse()
         options = Options.parse(*arguments.options)
         logging.getLogger().setLevel(options.log_level.upper())
         standby.wait_for_turn()

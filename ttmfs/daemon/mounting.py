@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..linux import fuse_device, mount_rights
 from ..linux.mountinfo import TYPE, mounted_at
-from ..options import ExitCode, Options, escaped
+from ..linux.system_calls import swap_space
+from ..options import BASE_PAGE_SIZE, ExitCode, Options, escaped, format_size
 
 __all__ = [
     "MountError",
@@ -23,6 +24,7 @@ __all__ = [
     "mount",
     "unmount",
     "warn_of_hiding",
+    "warn_of_options",
 ]
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,19 @@ def warn_of_hiding(mountpoint: str) -> None:
     with contextlib.suppress(OSError), os.scandir(mountpoint) as entries:
         if next(entries, None):
             log.warning("%s is not empty: what is in it is hidden until this is unmounted", mountpoint)
+
+
+def warn_of_options(options: Options) -> None:
+    """Log what is no error, but seldom meant: more than the machine can hold, or pages that git would record."""
+    if options.store is None:
+        most = os.sysconf("SC_PHYS_PAGES") * BASE_PAGE_SIZE + swap_space()[0]
+        if options.size > most:
+            text = "size=%s is more than RAM and swap of this machine, %dm together: storing is refused before that"
+            log.warning(text, format_size(options.size), most >> 20)
+        return
+    store = Path(options.store)
+    if checkout := next((place for place in (store, *store.parents) if (place / ".git").exists()), None):
+        log.warning("store=%s is in the git checkout %s: name it in .gitignore, or git adds its pages", store, checkout)
 
 
 def mount(source: str, mountpoint: str, options: Options) -> int:

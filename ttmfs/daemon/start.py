@@ -64,6 +64,7 @@ def _make(source: str, mountpoint: str, options: Options) -> Mount:
         undo.callback(state.close)
         if not options.store or os.path.realpath(options.store) != mountpoint:
             mounting.warn_of_hiding(mountpoint)
+        mounting.warn_of_options(options)
         connection = _connect(source, mountpoint, options, state)
         undo.pop_all()
     return Mount(mountpoint, connection, pool, state, taken_over=False)

@@ -105,7 +105,7 @@ class Directory(Node):
 
     def drop_page(self, name: bytes, pid: int) -> Answer[None]:
         """unlink(2) by a thread."""
-        raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
+        raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed; it ends with its directory")
 
     async def change(self, ino: int, wanted: Changes, caller: Caller, *, by_path: bool) -> Attributes:
         """chmod(2), chown(2), utimensat(2), of the backup's file or the store's directory."""
@@ -323,7 +323,7 @@ class BackupDirectory(Directory):
         """
         handle = parse_page_name(name) or 0
         if not 0 < handle <= MAX_HANDLE:
-            raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed")
+            raise NotPermitted(f"{os.fsdecode(name)!r} cannot be removed; it ends with its directory")
         if self.id in self.shared.bulk_drops and not self.backup.holds(handle - 1):
             ino = inode(self.id, handle)
             if not self.shared.retries.forgives(ino, pid, OPEN):

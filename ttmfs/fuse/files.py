@@ -133,7 +133,7 @@ class Pages(_BackupFile):
     async def truncate(self, ino: int, size: int, caller: Caller) -> None:
         """The bytes of the page past `size` become zeros; the page keeps its size."""
         if size > self._page_size:
-            raise OutOfBounds(f"a page ends at byte {self._page_size}")
+            raise OutOfBounds(f"a page ends at byte {self._page_size}; .image takes several pages")
         idx = handle_of(ino) - 1
         await self.backup.bring_in(idx * self._page_size + size, self._page_size - size, to_write=True)
         async with self.backup.locked():
@@ -164,7 +164,7 @@ class Pages(_BackupFile):
     def _place(self, fh: int, offset: int, data: Data, flags: int) -> tuple[int, Data]:
         page_size = self._page_size
         if offset >= page_size:
-            raise OutOfBounds(f"a page ends at byte {page_size}")
+            raise OutOfBounds(f"a page ends at byte {page_size}; .image takes several pages")
         return ((fh & HANDLE_MASK) - 1) * page_size + offset, data[: page_size - offset]
 
     def _store(self, fh: int, start: int, data: Data) -> Answer[int]:

@@ -80,11 +80,11 @@ class Operations(pyfuse3.Operations):
 
     @handles_request
     def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        raise NotPermitted("no links can be made here")
+        raise NotPermitted("no links can be made here; make them outside of the mount")
 
     @handles_request
     def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
-        raise NotPermitted("no links can be made here")
+        raise NotPermitted("no links can be made here; make them outside of the mount")
 
     @handles_request
     def flush(self, fh: int) -> None:

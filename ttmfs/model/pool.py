@@ -140,7 +140,7 @@ class Pool:
 
     def _check_empty(self, id: int, name: str) -> None:
         if not self.file(id).is_empty:
-            raise BackupNotEmpty(f"the backup {name!r} holds pages")
+            raise BackupNotEmpty(f"the backup {name!r} holds pages; ttmfs fini ends it with them")
 
     # --- room ---
 

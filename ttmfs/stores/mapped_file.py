@@ -90,7 +90,7 @@ class MappedFile(DiskFile):
 
     def _exists(self, idx: int) -> bool:
         if idx >= (limit := self.size // self.page_size):
-            raise OutOfBounds(f"the backup ends at page {limit}")
+            raise OutOfBounds(f"the backup ends at page {limit}; ttmfs resize makes it longer")
         return self.holds(idx)
 
     def seek(self, offset: int, whence: int) -> int:

@@ -304,7 +304,7 @@ class PageFile(ABC):
         if offset + length <= (size := self.size):
             return offset + length
         if offset >= size:
-            raise OutOfBounds(f"the backup ends at byte {size}")
+            raise OutOfBounds(f"the backup ends at byte {size}; ttmfs resize makes it longer")
         return size
 
     def _end_of_room(self, first: int, past: int, room: int) -> int:
@@ -325,7 +325,8 @@ class PageFile(ABC):
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise from_os_error(error, "looking for a page") from error
-            raise OutOfBounds(f"the backup ends at page {self.size // self.page_size}") from None
+            limit = self.size // self.page_size
+            raise OutOfBounds(f"the backup ends at page {limit}; ttmfs resize makes it longer") from None
         return self.page_size > BASE_PAGE_SIZE and self.holds(idx)  # a large page can exist without its end
 
     def zero(self, idx: int, start: int) -> int | Coroutine[Any, Any, int]:
@@ -355,7 +356,7 @@ class PageFile(ABC):
         """
         whole = self.size
         if size > whole:
-            raise OutOfBounds(f"the backup ends at byte {whole}")
+            raise OutOfBounds(f"the backup ends at byte {whole}; ttmfs resize makes it longer")
         last, rest = divmod(size, self.page_size)
         first, past = last + bool(rest), -(-whole // self.page_size)
         if not done and rest and size < whole:

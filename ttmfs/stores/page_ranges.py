@@ -14,7 +14,7 @@ __all__ = ["fill", "punch"]
 async def fill(file: PageFile, offset: int, length: int) -> None:
     """Store a page of zeros at each index of a range of bytes where there is none. If room ends, none is stored."""
     if offset + length > (size := file.size):
-        raise OutOfBounds(f"the backup ends at byte {size}")
+        raise OutOfBounds(f"the backup ends at byte {size}; ttmfs resize makes it longer")
     made, work = list[int](), file.slices.begin()
     try:
         for idx in range(offset // file.page_size, -(-(offset + length) // file.page_size)):

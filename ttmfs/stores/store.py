@@ -212,7 +212,8 @@ class Store(ABC):
     def refusal(self, id: int) -> NoRoom:
         """Return the error for a backup that was refused another page."""
         return self._quota.refusal(id) or NoRoom(
-            "the budget (size), or the memory that must stay free (reserve), is used up"
+            "the budget (size), or the memory that must stay free (reserve), is used up; drop pages, or give the mount "
+            "more: ttmfs resize"
         )
 
     @contextlib.contextmanager

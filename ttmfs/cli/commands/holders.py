@@ -26,6 +26,7 @@ class Holders:
         self._device = mount.st_dev
         self.found: list[User] = []
         self.hidden = 0
+        self.holds_this_process = self._is_inside("/proc/self/cwd")
         for pid in pids():
             if pid != os.getpid():
                 self._examine(pid)

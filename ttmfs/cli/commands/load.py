@@ -81,7 +81,11 @@ def _opened(path: Path, stack: contextlib.ExitStack) -> tuple[int, _Copy | None]
         stack.callback(os.close, directory)
         file = open_file(path.name, directory, follow=True)
         stack.callback(os.close, file)
+    except FileNotFoundError as error:
+        raise CommandError(f"{reason(error, path)}; give a file that ttmfs save made") from None
     except OSError as error:
+        if path.is_dir():
+            raise CommandError(f"{quoted(path)} is a directory; give the file first, then the backup") from None
         raise CommandError(reason(error, path)) from None
     try:
         fd = open_file(lines.name, directory)

@@ -133,7 +133,7 @@ def _rows_at(path: str) -> Iterator[Row]:
                     mount, name = os.path.split(os.readlink(f"/proc/self/fd/{place.fd}"))
                     yield _row(mount, name, Place(mount, root, place.mount).number("page_size"), place)
             else:
-                raise CommandError(f"{quoted(path)} is not a mount of ttmfs, nor a backup")
+                raise CommandError(f"{quoted(path)} is not a mount of ttmfs, nor a backup; ttmfs ls alone lists all")
     except OSError as error:
         raise failure(error, path) from None
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NoSuchBackup", "Place", "backup_at", "config", "config_of", "failure", "last_refusal", "located", "mount_at",
-    "new_backup", "opened",
+    "new_backup", "opened", "refusal_of",
 ]  # fmt: skip
 
 PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -141,8 +141,10 @@ def backup_at(path: str, *, native: bool = True) -> "Iterator[Backup]":
             above, name = os.path.split(path)
             if error.errno == errno.ENOTDIR and name.isdecimal():
                 raise CommandError(f"{quoted(path)} is a page; name the backup, {quoted(above or '..')}") from None
-            kind = NoSuchBackup if error.errno == errno.ENOENT else CommandError
-            raise kind(reason(error, path)) from None
+            if error.errno == errno.ENOENT:
+                raise NoSuchBackup(f"{reason(error, path)}; ttmfs ls lists the backups") from None
+            hint = "; name a backup, MNT/NAME" if error.errno == errno.ENOTDIR else ""
+            raise CommandError(reason(error, path) + hint) from None
         from ...client.backup import Backup
         from ...client.directory import Directory
 
@@ -179,15 +181,25 @@ def failure(error: OSError, path: str) -> CommandError:
     return CommandError(reason(error, path) + hint)
 
 
-def last_refusal(place: Place) -> str:
-    """Why the daemon refused this process's last request; nothing if it does not tell this user."""
+def last_refusal(place: Place, number: int | None) -> str:
+    """Why the daemon refused this process's last request with an errno; nothing if it does not tell this user."""
     try:
         with opened("." if place.page_size else "..", place.fd) as root:
             found = json.loads(Place(place.path, root, place.mount).attribute("refusals") or "[]")
-            own = [row["reason"] for row in found if row["pid"] == os.getpid()]
+            name = errno.errorcode.get(number or 0)
+            own = [row["reason"] for row in found if row["pid"] == os.getpid() and row["errno"] == name]
             return str(own[-1]) if own else ""
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return ""
+
+
+def refusal_of(path: str, error: Exception) -> str:
+    """Why the daemon refused what this process asked last of the backup at a path; nothing if it does not tell."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    with contextlib.suppress(OSError, CommandError), located(os.path.dirname(os.path.normpath(path)) or ".") as root:
+        if root and isinstance(cause, OSError):
+            return last_refusal(root, cause.errno)
+    return ""
 
 
 def config(mount: int) -> dict[str, Any]:

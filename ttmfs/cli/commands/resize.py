@@ -48,7 +48,7 @@ def _set(place: Place, name: str, value: str) -> None:
     try:
         os.setxattr(f"/proc/self/fd/{place.fd}", f"user.ttmfs.{name}", value.encode())
     except OSError as error:
-        why = last_refusal(place).removeprefix(f"user.ttmfs.{name}: ") or reason(error)
+        why = last_refusal(place, error.errno).removeprefix(f"user.ttmfs.{name}: ") or reason(error)
         raise CommandError(f"{quoted(place.path)}: {why}") from None
 
 

@@ -172,6 +172,8 @@ def _busy(mount: Mounted) -> _Busy:
         why.append(in_a_line(holders.found))
     if holders.hidden:
         why.append(f"{holders.hidden} processes of other users could not be examined; root sees them")
+    if holders.holds_this_process:
+        why.append("your working directory is in it: leave it with cd")
     if not why:
         why.append("no process of this PID namespace uses it; perhaps one of a container, or a loop device")
     advice = f"End or leave what uses it and try again, or detach it now: ttmfs umount --lazy {what}"
