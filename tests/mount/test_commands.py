@@ -1279,7 +1279,7 @@ def test_doctor_tells_dead_mounts_from_live_ones_and_says_what_to_do(
 ) -> None:
     assert checks(mnt, code=0)[str(mnt)]["state"] == "ok"
     text = ttmfs("doctor", mnt)
-    assert re.search(rf"^ok +{mnt} +answers; daemon \d+", text, re.MULTILINE)
+    assert re.search(rf"^  ok +{mnt} +answers; daemon \d+", text, re.MULTILINE)
     with Mount(mountpoint) as mount:
         (mountpoint / "a").mkdir()
         mount.kill_both()
@@ -1308,6 +1308,7 @@ def test_doctor_reports_other_versions_and_missing_packages(mnt: Path, tmp_path:
     found = checks(mnt, code=1, cwd=tmp_path, env={**os.environ, "PATH": "/nonexistent"})
     assert "installed is 99.1" in found[str(mnt)]["found"]
     assert found[str(mnt)]["state"] == "warning"
+    assert found["fusermount3"]["state"] == "problem"
     assert found["fusermount3"]["do"] == "apt install fuse3"
 
 

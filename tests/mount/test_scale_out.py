@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ceph import Ceph, Client, missing_programs
-from harness import MOUNT_COMMAND, attribute, mounts_below, opened, raises_errno, run, wait_until
+from harness import MOUNT_COMMAND, REPOSITORY, attribute, mounts_below, opened, raises_errno, run, wait_until
 from ttmfs.options import ExitCode
 
 pytestmark = pytest.mark.serial
@@ -324,3 +324,29 @@ def test_a_backup_is_moved_to_the_store_of_another_machine_without_its_pages_bei
         (second.path / "b").mkdir()
         run(f"{TTMFS} move {first.path}/b {a.path}/other", code=2)
         holds(first.path / "b", range(1, 50))
+
+
+def test_doctor_tells_which_machine_holds_a_store_and_that_a_store_does_not_answer(
+    machine: Callable[[str], Client], tmp_path: Path
+) -> None:
+    a = machine("machine-a")
+
+    def checked(code: int) -> dict[str, str]:
+        words = *TTMFS.split(), "doctor", "--json", tmp_path / "mnt"
+        said = a.host.run(*words, code=code, cwd=REPOSITORY)  # not in the directory that does not answer
+        found = {check["what"]: check for check in json.loads(said)}
+        assert found["a filesystem for it"]["state"] == "ok"
+        result: dict[str, str] = found[f"store {a.path}/store"]
+        return result
+
+    with served(a, tmp_path / "mnt"):
+        found = checked(0)
+        assert (found["state"], found["use"]) == ("ok", "mounts")
+        assert found["found"] == "fuse.ceph-fuse answers; this machine, machine-a, holds it"
+        os.kill(a.pid, signal.SIGSTOP)
+        try:
+            found = checked(1)
+        finally:
+            os.kill(a.pid, signal.SIGCONT)
+        assert "fuse.ceph-fuse has not answered for 2 s" in found["found"]
+        assert "ceph -s" in found["do"]

@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["TYPE", "Mounted", "filesystem_of", "is_attached", "mounted_at", "mounts", "ttmfs_mounts", "ttmfs_on"]
+__all__ = [
+    "CEPH", "NFS", "TYPE", "Mounted", "filesystem_of", "is_attached", "mounted_above", "mounted_at", "mounts",
+    "ttmfs_mounts", "ttmfs_on",
+]  # fmt: skip
 
 TYPE = "fuse.ttmfs"
+CEPH = frozenset({"ceph", "fuse.ceph-fuse", "fuse.ceph"})
+NFS = frozenset({"nfs", "nfs4"})
 
 
 class Mounted(NamedTuple):
@@ -52,6 +57,12 @@ def filesystem_of(fd: int) -> Mounted | None:
 def mounted_at(path: str) -> Mounted | None:
     """Return the topmost mount at a real path, or None."""
     return next((mount for mount in reversed(list(mounts())) if mount.path == path), None)
+
+
+def mounted_above(path: str) -> Mounted | None:
+    """Return the mount in which a real path lies, without touching it; None if this process sees none."""
+    found = [mount for mount in mounts() if path == mount.path or path.startswith(f"{mount.path.rstrip('/')}/")]
+    return max(reversed(found), key=lambda mount: len(mount.path), default=None)
 
 
 def ttmfs_mounts() -> Iterator[Mounted]:

@@ -1,12 +1,10 @@
 """Which filesystems are distributed, so that a store there needs page maps; and which cannot have a store."""
 
 from ..errors import NotSupported
-from ..linux.mountinfo import filesystem_of
+from ..linux.mountinfo import CEPH, NFS, filesystem_of
 
 __all__ = ["is_distributed"]
 
-CEPH = {"ceph", "fuse.ceph-fuse", "fuse.ceph"}
-NFS = {"nfs", "nfs4"}
 REFUSED = {
     "fuse.glusterfs": "after a heal of a replica, GlusterFS shows pages that were dropped, and zeros for pages",
     "fuse.mfs": "MooseFS cannot punch holes",

@@ -15,10 +15,11 @@ from ...linux.mountinfo import Mounted, ttmfs_mounts
 from ...quoting import plain, quoted
 from ..exit_status import ExitStatus
 from ..keepers import Keeper, daemons, keepers, process, status_of
+from .check import OK, Check
 from .child_process import ask_all
 from .command import Command, CommandError
-from .doctor import OK, Check, asked, checks_of
 from .look import Look, Operation, given_options, looked_at
+from .mount_checks import asked, checks_of
 from .mounts import mount_at
 from .terminal import age, columns, is_terminal, size, table
 from .watch import add_watch, interval_and_paths, watch
