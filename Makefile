@@ -8,13 +8,15 @@
 # make soak-distributed  the same on a store on Ceph, with kills of its servers
 # make install  install commands, systemd units and manual pages below PREFIX (/usr/local); make uninstall removes them
 #               DESTDIR=DIR writes below DIR only, for packages
+# make deb      build the Debian package for this release in dist/
+# make test-packages  build and try the packages in clean chroots, which takes minutes (R=bookworm: only this release)
 # make lock     write the versions in .venv to requirements-dev.lock
 # Each target first installs what is missing (Debian, Ubuntu), as root or through sudo.
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test check check-tests lint format bench bench-quick libfuse-examples soak soak-distributed setup lock install uninstall clean
+.PHONY: demo test check check-tests lint format bench bench-quick libfuse-examples soak soak-distributed setup lock install uninstall deb test-packages clean
 
 CHECKED := tests/arithmetic tests/model tests/face $(addprefix tests/house/test_,imports.py docs.py help.py man_pages.py)
 
@@ -65,6 +67,12 @@ install: setup
 
 uninstall:
 	$(SUDO) env PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" scripts/install.sh uninstall
+
+deb:
+	scripts/deb.sh
+
+test-packages:
+	$(SUDO) scripts/test_packages.sh $(R)
 
 setup: .venv/ready
 
