@@ -11,13 +11,16 @@
 # make soak-distributed  the same on a store on Ceph, with kills of its servers
 # make install  install commands, systemd units and manual pages below PREFIX (/usr/local); make uninstall removes them
 #               DESTDIR=DIR writes below DIR only, for packages
+# make deb      build the Debian package for this release in dist/
+# make test-packages  build and try the packages in clean chroots, which takes minutes (R=bookworm: only this release)
 # make lock     write the versions in .venv to requirements-dev.lock
 # Each target first installs what is missing (Debian, Ubuntu), as root or through sudo.
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN := .venv/bin
 
-.PHONY: demo test test-qemu test-torch check check-tests lint format bench bench-quick libfuse-examples site soak soak-distributed setup lock install uninstall clean
+.PHONY: demo test test-qemu test-torch test-packages check check-tests lint format bench bench-quick libfuse-examples
+.PHONY: site soak soak-distributed setup lock install uninstall deb clean
 
 CHECKED := tests/arithmetic tests/model tests/face $(addprefix tests/house/test_,imports.py docs.py help.py man_pages.py)
 
@@ -86,6 +89,12 @@ install: setup
 
 uninstall:
 	$(SUDO) env PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" scripts/install.sh uninstall
+
+deb:
+	scripts/deb.sh
+
+test-packages:
+	$(SUDO) scripts/test_packages.sh $(R)
 
 setup: .venv/ready
 
