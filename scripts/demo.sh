@@ -7,8 +7,6 @@ export LC_ALL=C
 exec </dev/null
 start=${EPOCHREALTIME/./}
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=$repository/.venv/bin/python
-[ -x "$python" ] || python=python3
 
 bold='' dim='' plain=''
 if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then bold=$'\e[1m' dim=$'\e[2m' plain=$'\e[0m'; fi
@@ -55,9 +53,10 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-say "A mount of at most 80 MiB. It is ready when mount.py returns."
+say "A mount of at most 80 MiB. It is ready when the command returns."
 show "cd $directory && mkdir mnt"
-show "$(printf '%q %q' "$python" "$repository/mount.py") ttm mnt -o size=80m"
+PATH=$repository/.venv/bin:$PATH
+show 'ttmfs mount mnt -o size=80m'
 show 'findmnt mnt'
 
 say "Real input: 64 MiB of this machine's shared libraries."
@@ -83,8 +82,9 @@ show 'xxd mnt/a/1 | head -n 4'
 set -o pipefail
 show 'du -sh mnt/a'
 show 'df -h mnt'
-show 'getfattr -n user.ttmfs.pages mnt/a'
-show 'getfattr -n user.ttmfs.map mnt/a'
+show 'ttmfs ls mnt'
+show 'ttmfs map mnt/a | tail -n 3'
+show 'ttmfs status mnt | head -n 5'
 show '[ $(ls mnt/a | wc -l) -eq $pages ] && [ $(df --output=used -B $page mnt | tail -n 1) -eq $pages ]'
 
 say "Compare everything, through .image and through .shmem, the memory itself."
@@ -106,11 +106,9 @@ show 'cmp expected restored'
 
 say "End the backup, and the mount."
 refused 'not empty' 'rmdir mnt/a'
-show 'daemon=$(sed -n "s/.*daemon_pid.: \([0-9]*\).*/\1/p" mnt/.config)'
-show 'truncate -s 0 mnt/a/.image && rmdir mnt/a'
+show 'ttmfs fini mnt/a'
 show '[ $(df --output=used -B $page mnt | tail -n 1) -eq 0 ] && [ -z "$(ls -A mnt)" ]'
-show 'fusermount3 -u mnt'
-show 'timeout 10 sh -c "while [ -e /proc/$daemon/exe ]; do sleep 0.1; done" && rmdir mnt'
+show 'ttmfs umount mnt && rmdir mnt'
 
 # shellcheck disable=SC2154 # the commands shown above set pages and left
 printf '\nheld: %d pages stored, %d dropped, %d restored bit for bit, every byte given back; %s s\n' \

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ...quoting import plain
-from .terminal import has_colours, painted
+from .terminal import counted, has_colours, painted
 
 __all__ = ["MISSING", "OK", "PROBLEM", "WARNING", "Check", "State", "either", "read", "show", "show_json"]
 
@@ -68,6 +68,6 @@ def show(uses: Uses) -> None:
             if check.do:
                 sys.stdout.write(f"{'':{13 + width}}-> {plain(check.do)}\n")
     counts = {state: sum(check.state == state for check in every) for state in (PROBLEM, WARNING)}
-    found = ", ".join(f"{count} {state}{'s' * (count != 1)}" for state, count in counts.items() if count)
+    found = ", ".join(counted(count, state) for state, count in counts.items() if count)
     missing = ", ".join(use for use, checks in shown if any(check.state == MISSING for check in checks))
     sys.stdout.write(f"{found or 'no problems'}{f'; something is missing for: {missing}' if missing else ''}\n")

@@ -21,7 +21,7 @@ from ..exit_status import ExitStatus
 from .child_process import ask_all
 from .command import Command, CommandError, complain
 from .mounts import Place, failure, located, opened
-from .terminal import age, columns, has_colours, is_terminal, painted, size, table, user_name
+from .terminal import age, columns, counted, has_colours, is_terminal, painted, size, table, user_name
 from .watch import add_watch, interval_and_paths, watch
 
 __all__ = ["COMMANDS"]
@@ -187,7 +187,7 @@ def _lines(rows: list[Row], arguments: argparse.Namespace) -> list[str]:
         for row in _sorted(rows, arguments)
     ]  # fmt: skip
     sums = (sum(getattr(row, name) for row in rows) for name in ("size", "resident", "swapped"))
-    count = f"{len(rows)} backup{'s' * (len(rows) != 1)}"
+    count = counted(len(rows), "backup")
     total = (str(sum(row.pages for row in rows)), *map(shown, sums), "", "", count)
     lines = table(header, [*cells, total], LEFT)
     if is_terminal(sys.stdout):

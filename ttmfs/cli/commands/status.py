@@ -21,7 +21,7 @@ from .command import Command, CommandError
 from .look import Look, Operation, given_options, looked_at
 from .mount_checks import asked, checks_of
 from .mounts import mount_at
-from .terminal import age, columns, is_terminal, size, table
+from .terminal import age, columns, counted, is_terminal, size, table
 from .watch import add_watch, interval_and_paths, watch
 
 __all__ = ["COMMANDS"]
@@ -258,7 +258,7 @@ def _contents(report: Report) -> Iterator[tuple[str, str]]:
     yield "budget", f"{size(number('size_bytes'))}: {total} stored, {size(number('available_bytes'))} free{reserve}"
     pages = look.by_label("pages", "state")
     places = (f"{pages[state]:.0f} {words}" for state, words in PLACES if state in pages)
-    yield "pages", f"{', '.join(places)}, of {page} each, in {number('backups'):.0f} backups"
+    yield "pages", f"{', '.join(places)}, of {page} each, in {counted(int(number('backups')), 'backup')}"
     store = config.get("store")
     durable = f", durable={config.get('durable')}" if config.get("store_counter") else ""
     held = f", held by {config.get('store_host')} (taken {config.get('store_counter')} times)" if durable else ""

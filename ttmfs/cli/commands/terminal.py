@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Self, TextIO
 
 __all__ = [
-    "ProgressBar", "age", "columns", "has_colours", "is_terminal", "is_utf8", "painted", "size", "table", "user_name",
+    "ProgressBar", "age", "columns", "counted", "has_colours", "is_terminal", "is_utf8", "painted", "size", "table",
+    "user_name",
 ]  # fmt: skip
 
 UNITS = "KMGTPE"
@@ -57,6 +58,11 @@ def size(count: float) -> str:
         if count < 999.5:
             break
     return f"{count:.0f}{unit}"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: ``1 backup``, ``2 backups``."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def age(seconds: float) -> str:

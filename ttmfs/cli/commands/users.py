@@ -20,7 +20,7 @@ from ...linux import system_calls
 from ...quoting import quoted
 from ..keepers import pids, status_of
 from .mounts import config_of
-from .terminal import user_name
+from .terminal import counted, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -106,7 +106,8 @@ class Users:
     def unseen(self) -> str:
         """What was not checked, in a line; nothing if all was."""
         advice = "; run it as root to see them" if os.geteuid() else ""
-        return f"{self._hidden} processes of other users could not be examined{advice}" if self._hidden else ""
+        hidden = counted(self._hidden, "process of another user", "processes of other users")
+        return f"{hidden} could not be examined{advice}" if self._hidden else ""
 
     def _examine(self, pid: int) -> None:
         try:
