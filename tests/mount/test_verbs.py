@@ -150,6 +150,21 @@ def test_a_lazy_umount_detaches_a_mount_in_use(begin: Callable[..., dict[str, An
     wait_until(lambda: has_ended(found["keeper_pid"]), "the end")
 
 
+def test_umount_names_another_mount_namespace_with_a_copy(
+    begin: Callable[..., dict[str, Any]], mountpoint: Path
+) -> None:
+    found = begin("-o", "size=1m")
+    copy = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 100"]
+    with subprocess.Popen(copy, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == b"ready\n"
+        said = ttmfs("umount", mountpoint, code=2)
+        other.kill()
+    assert f"{mountpoint} is unmounted here, but its pages stay" in said
+    assert f"pid {other.pid}" in said
+    assert str(mountpoint) not in mounts()
+    wait_until(lambda: has_ended(found["keeper_pid"]), "the end")
+
+
 def test_umount_removes_a_dead_mount(begin: Callable[..., dict[str, Any]], mountpoint: Path) -> None:
     found = begin("-o", "size=1m,keeper=off")
     os.kill(found["daemon_pid"], signal.SIGKILL)

@@ -14,7 +14,7 @@ from ...linux.mountinfo import Mounted
 from ..keepers import pids, status_of
 from .users import User
 
-__all__ = ["Holders"]
+__all__ = ["Holders", "other_namespaces"]
 
 LINKS = {"cwd": "working directory", "root": "root directory", "exe": "running program"}
 
@@ -57,3 +57,17 @@ class Holders:
             raise
         except OSError:  # it was closed, or a kernel thread has none
             return False
+
+
+def other_namespaces(mount: Mounted) -> list[User]:
+    """A process of each other mount namespace that has a copy of the mount, as a container made meanwhile does."""
+    found: dict[str, User] = {}
+    own = os.readlink("/proc/self/ns/mnt")
+    for pid in pids():
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace != own and namespace not in found:
+                with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="replace") as file:
+                    if any(line.split(" ", 3)[2] == mount.device for line in file):
+                        found[namespace] = User(pid, Counter({"mount namespace with a copy": 1}))
+    return [*found.values()]

@@ -30,6 +30,9 @@ __all__ = ["COMMANDS"]
 FUSERMOUNT = "fusermount3"
 FUSERMOUNT_SECONDS = 20.0
 
+NOTICE_SECONDS = 2.0
+"""Seconds after which it looks for what else keeps them from ending."""
+
 END_SECONDS = 60.0
 """Seconds within which daemon and keeper must end. The keeper kills a daemon that hangs after 30 s."""
 
@@ -84,15 +87,33 @@ def _unmount(path: str, *, lazy: bool, force: bool) -> None:
             _wait([serving[keeper]], END_SECONDS)
         if _is_mounted(mount):
             _detach(mount, lazy=lazy)
-        left = _wait([*serving.values()], 0.0 if lazy else END_SECONDS)
+        left = _wait([*serving.values()], 0.0 if lazy else NOTICE_SECONDS)
         if left and lazy:
             sys.stderr.write(f"{what} is detached; its pages are released when the last process closes its files\n")
-        elif left:
+            return
+        if left:
+            _check_other_namespaces(mount)
+        if left := _wait(left, END_SECONDS - NOTICE_SECONDS):
             still = " and ".join(str(pid) for pid, fd in serving.items() if fd in left)
             raise CommandError(
-                f"{what} is unmounted, but process {still} still runs after {END_SECONDS:g} s; "
+                f"{what} is unmounted, but after {END_SECONDS:g} s this still runs: process {still}; "
                 "see its log: journalctl -t ttmfs -t ttmfs-keeper"
             )
+
+
+def _check_other_namespaces(mount: Mounted) -> None:
+    """CommandError if another mount namespace has a copy of the mount."""
+    from .holders import other_namespaces
+    from .users import in_a_line
+
+    if elsewhere := other_namespaces(mount):
+        users = [{"pid": user.pid, "uses": dict(user.uses), "description": str(user)} for user in elsewhere]
+        raise _Busy(
+            f"{quoted(mount.path)} is unmounted here, but its pages stay, because it is still mounted elsewhere: "
+            f"{in_a_line(elsewhere)}. End these processes, or unmount it there: nsenter --mount --target PID umount "
+            f"{quoted(mount.path)}",
+            users,
+        )
 
 
 def _keeper_of(mount: Mounted) -> int:
