@@ -40,6 +40,7 @@ COMMANDS = {
     "log": ("log", "show where a mount logs, and change the level of its log"),
     "export": ("export", "serve the metrics of all mounts for Prometheus"),
     "why": ("why", "show why requests were refused"),
+    "completion": ("completion", "print the script that completes command lines in bash, zsh or fish"),
     "rescue": ("rescue", "get backups out of a keeper that gave up, as sparse files with checksums"),
 }
 """Each command's module, and what it does."""
