@@ -33,6 +33,8 @@ need mkfs.xfs xfsprogs
 need mkfs.btrfs btrfs-progs
 need ip iproute2
 need bwrap bubblewrap
+need zsh zsh
+need fish fish
 [ -e /usr/include/fuse3/fuse.h ] || packages="$packages libfuse3-dev"
 
 python=$(scripts/python.sh)

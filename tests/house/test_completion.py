@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import runpy
+import select
 import shutil
 import signal
 import subprocess
@@ -45,7 +47,8 @@ def mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
 def in_bash(line: str, cwd: Path = REPOSITORY) -> set[str]:
     """What bash offers at the end of a line."""
     script = """\
-source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_ttmfs 2>/dev/null; printf '%s\\n' "${COMPREPLY[@]}"
+source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+_shtab_ttmfs 2>/dev/null; printf '%s\\n' "${COMPREPLY[@]}"
 """
     command = ["bash", "-c", script, "bash", str(SCRIPTS["bash"]), *line.split(" ")]
     done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=30, check=True)
@@ -76,9 +79,39 @@ def test_fish_completes_commands_options_mounts_and_backups(mounted: Mount) -> N
         pytest.skip("fish is not installed")
     assert {"restart", "resize", "rescue"} <= in_fish("ttmfs re")
     assert "--json" in in_fish("ttmfs ls --js")
-    assert {f"{mounted.path}/activations", f"{mounted.path}/activations.old"} <= in_fish(
-        f"ttmfs fini {mounted.path}/act"
+    mount = mounted.path
+    assert {f"{mount}/activations", f"{mount}/activations.old"} <= in_fish(f"ttmfs fini {mount}/act")
+
+
+def in_zsh(line: str, wanted: str) -> str:
+    """What a terminal shows of zsh after a line and two Tabs, up to a wanted text."""
+    ours, theirs = pty.openpty()
+    environment = {**ENVIRONMENT, "TERM": "dumb", "PS1": "ready:"}
+    shell = subprocess.Popen(
+        ["zsh", "-f", "-i"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
     )
+    os.close(theirs)
+    try:
+        os.write(ours, f"fpath=({SCRIPTS['zsh'].parent} $fpath); autoload -U compinit; compinit -u -D\r".encode())
+        shown, sent, end = b"", False, time.monotonic() + 30
+        while wanted.encode() not in shown and time.monotonic() < end:
+            if select.select([ours], [], [], 0.1)[0]:
+                shown += os.read(ours, 65536)
+            if not sent and shown.count(b"ready:") > 1:
+                os.write(ours, f"{line}\t\t".encode())
+                shown, sent = b"", True
+        return shown.decode(errors="replace")
+    finally:
+        shell.kill()
+        shell.wait(10)
+        os.close(ours)
+
+
+def test_zsh_completes_commands_mounts_and_backups(mounted: Mount) -> None:
+    if not shutil.which("zsh"):
+        pytest.skip("zsh is not installed")
+    assert "change the budget of a mount" in in_zsh("ttmfs re", "change the budget of a mount")
+    assert f"{mounted.path}/activations.old" in in_zsh(f"ttmfs fini {mounted.path}/act", "activations.old")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -156,7 +156,8 @@ def test_umount_names_another_mount_namespace_with_a_copy(
     found = begin("-o", "size=1m")
     copy = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 100"]
     with subprocess.Popen(copy, stdout=subprocess.PIPE) as other:
-        assert other.stdout and other.stdout.readline() == b"ready\n"
+        assert other.stdout
+        assert other.stdout.readline() == b"ready\n"
         said = ttmfs("umount", mountpoint, code=2)
         other.kill()
     assert f"{mountpoint} is unmounted here, but its pages stay" in said

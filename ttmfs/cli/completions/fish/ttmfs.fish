@@ -50,8 +50,8 @@ function _shtab_ttmfs_using
   test "$_shtab_ttmfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_ttmfs_commands mount umount create ls map save load resize drop writeback move fini fd restart doctor why completion rescue
-set -g _shtab_ttmfs_opts_with_value --mode --output --size --sort --watch -m -o -s -w
+set -g _shtab_ttmfs_commands mount umount create ls map save load resize drop writeback move fini fd restart status doctor top log export why completion rescue
+set -g _shtab_ttmfs_opts_with_value --listen --mode --output --size --sort --watch -m -o -s -w
 
 complete -c ttmfs -e
 complete -c ttmfs -f
@@ -137,10 +137,31 @@ complete -c ttmfs -n '_shtab_ttmfs_using; and test $_shtab_ttmfs_npos -eq 0' -a 
 complete -c ttmfs -n '_shtab_ttmfs_using restart' -s h -l help -d 'show this help message and exit'
 complete -c ttmfs -n '_shtab_ttmfs_using restart' -l json -d 'an object: mount, keeper_pid, before, after, seconds'
 complete -c ttmfs -n '_shtab_ttmfs_using restart; and test $_shtab_ttmfs_npos -eq 0' -ka "(ttmfs completion mounts (commandline -ct) 2>/dev/null)" -d 'the mount point'
+complete -c ttmfs -n '_shtab_ttmfs_using; and test $_shtab_ttmfs_npos -eq 0' -a status -d 'show budget, pages, operations, restarts and processes of mounts on one screen'
+complete -c ttmfs -n '_shtab_ttmfs_using status' -s h -l help -d 'show this help message and exit'
+complete -c ttmfs -n '_shtab_ttmfs_using status' -s w -l watch -x -d 'repeat every SECONDS (default: 2)'
+complete -c ttmfs -n '_shtab_ttmfs_using status' -l json -d 'a list of objects; sizes are bytes, times seconds'
+complete -c ttmfs -n '_shtab_ttmfs_using status; and test $_shtab_ttmfs_npos -ge 0' -ka "(ttmfs completion mounts (commandline -ct) 2>/dev/null)" -d 'the mount point (default: a line for each mount)'
 complete -c ttmfs -n '_shtab_ttmfs_using; and test $_shtab_ttmfs_npos -eq 0' -a doctor -d 'check the machine and its mounts, and say what to do'
 complete -c ttmfs -n '_shtab_ttmfs_using doctor' -s h -l help -d 'show this help message and exit'
-complete -c ttmfs -n '_shtab_ttmfs_using doctor' -l json -d 'a list of objects: what, state, found, do'
+complete -c ttmfs -n '_shtab_ttmfs_using doctor' -l json -d 'a list of objects: use, what, state, found, do'
 complete -c ttmfs -n '_shtab_ttmfs_using doctor; and test $_shtab_ttmfs_npos -ge 0' -ka "(ttmfs completion mounts (commandline -ct) 2>/dev/null)" -d 'check only these mounts (default: all)'
+complete -c ttmfs -n '_shtab_ttmfs_using; and test $_shtab_ttmfs_npos -eq 0' -a top -d 'show requests by backup and by process'
+complete -c ttmfs -n '_shtab_ttmfs_using top' -s h -l help -d 'show this help message and exit'
+complete -c ttmfs -n '_shtab_ttmfs_using top' -s w -l watch -x -d 'repeat every SECONDS (default: 2)'
+complete -c ttmfs -n '_shtab_ttmfs_using top' -s 1 -l once -d 'print one table, as without a terminal'
+complete -c ttmfs -n '_shtab_ttmfs_using top' -l json -d 'a list of objects, once; times are seconds'
+complete -c ttmfs -n '_shtab_ttmfs_using top; and test $_shtab_ttmfs_npos -ge 0' -ka "(ttmfs completion mounts (commandline -ct) 2>/dev/null)" -d 'the mount point (default: all mounts)'
+complete -c ttmfs -n '_shtab_ttmfs_using; and test $_shtab_ttmfs_npos -eq 0' -a log -d 'show where a mount logs, and change the level of its log'
+complete -c ttmfs -n '_shtab_ttmfs_using log' -s h -l help -d 'show this help message and exit'
+complete -c ttmfs -n '_shtab_ttmfs_using log' -l json -d 'an object: log_to, log_level'
+complete -c ttmfs -n '_shtab_ttmfs_using log; and test $_shtab_ttmfs_npos -eq 0' -ka "(ttmfs completion mounts (commandline -ct) 2>/dev/null)" -d 'the mount point'
+complete -c ttmfs -n '_shtab_ttmfs_using log; and test $_shtab_ttmfs_npos -eq 1' -ka "debug info warning error" -d 'log from debug, info, warning, error on'
+complete -c ttmfs -n '_shtab_ttmfs_using; and test $_shtab_ttmfs_npos -eq 0' -a export -d 'serve the metrics of all mounts for Prometheus'
+complete -c ttmfs -n '_shtab_ttmfs_using export' -s h -l help -d 'show this help message and exit'
+complete -c ttmfs -n '_shtab_ttmfs_using export' -l listen -x -d 'where to serve; :PORT is every address of the machine (default: 127.0.0.1:10900)'
+complete -c ttmfs -n '_shtab_ttmfs_using export' -l once -d 'print the metrics once, and serve nothing'
+complete -c ttmfs -n '_shtab_ttmfs_using export; and test $_shtab_ttmfs_npos -ge 0' -ka "(ttmfs completion mounts (commandline -ct) 2>/dev/null)" -d 'only these mount points, mounted or not (default: all mounts)'
 complete -c ttmfs -n '_shtab_ttmfs_using; and test $_shtab_ttmfs_npos -eq 0' -a why -d 'show why requests were refused'
 complete -c ttmfs -n '_shtab_ttmfs_using why' -s h -l help -d 'show this help message and exit'
 complete -c ttmfs -n '_shtab_ttmfs_using why' -l json -d 'a list of objects: time, operation, errno, reason, uid, pid, command'
