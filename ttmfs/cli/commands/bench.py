@@ -238,7 +238,7 @@ def _meaning(found: dict[str, Any]) -> Iterator[str]:
     else:
         yield "There is no .shmem for you here: for many pages use .image, which moves up to 1 MiB a request."
     if found["loop"] == "python":
-        yield "Python answers the requests of this mount. Compiled code is faster; ttmfs doctor says whether there is any."
+        yield "Python answers the requests here. Compiled code is faster; ttmfs doctor says whether there is any."
 
 
 COMMANDS = (
