@@ -4,7 +4,6 @@ import ctypes
 import os
 import platform
 import re
-import statistics
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,11 +12,12 @@ from typing import Any
 
 import pyfuse3
 
+from ttmfs.cli.commands.page_operations import wake_up_microseconds
+
 __all__ = ["SETTLED", "SLAB", "Slab", "anonymous", "available", "describe", "meminfo", "record"]
 
 SLAB = ("SUnreclaim", "SReclaimable")
 HALT_POLL = Path("/sys/module/haltpoll/parameters/guest_halt_poll_ns")
-WAKE_UPS = 2000
 SETTLED = 64 << 10  # bytes: slab is at rest if it changes by no more between two looks
 QUIET_SECONDS, LOOK_SECONDS = 10.0, 0.1  # the longest wait for slab to rest; the time between two looks
 
@@ -38,43 +38,13 @@ def record() -> dict[str, Any]:
         "libfuse": libfuse.fuse_pkgversion().decode(),
         "pyfuse3": version("pyfuse3"),
         "guest_halt_poll_ns": _number(HALT_POLL),
-        "wake_up_microseconds": _wake_up(),
+        "wake_up_microseconds": wake_up_microseconds(),
         "load_average_before": os.getloadavg()[0],
     }
 
 
 def _number(path: Path) -> int | None:
     return int(path.read_text()) if path.exists() else None
-
-
-def _wake_up() -> float | None:
-    """Microseconds from waking a process on another CPU to its running: half a round through two pipes. The median.
-
-    A page operation of a FUSE filesystem has two of them, unless the daemon polls. None: there is only one CPU.
-    """
-    here, *others = sorted(os.sched_getaffinity(0))
-    if not others:
-        return None
-    (asked, ask), (answered, answer) = os.pipe(), os.pipe()
-    child = os.fork()
-    if not child:
-        os.sched_setaffinity(0, {others[0]})
-        os.close(ask)
-        while byte := os.read(asked, 1):
-            os.write(answer, byte)
-        os._exit(0)
-    os.sched_setaffinity(0, {here})
-    rounds = []
-    for _ in range(WAKE_UPS):
-        start = time.perf_counter_ns()
-        os.write(ask, b".")
-        os.read(answered, 1)
-        rounds.append(time.perf_counter_ns() - start)
-    os.sched_setaffinity(0, {here, *others})
-    for fd in asked, ask, answered, answer:
-        os.close(fd)
-    os.waitpid(child, 0)
-    return round(statistics.median(rounds) / 2000, 1)
 
 
 def describe(found: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from machine import SETTLED, SLAB, Slab, anonymous, available
 from plan import FULL, Plan
 from report import Target, table
 from systems import TMPFS, TTMFS, System, Tmpfs, Ttmfs, mounted
-from workloads import OPERATIONS, REQUEST_BYTES, Pages, store
+from workloads import OPERATIONS, REQUEST_BYTES, pages_of, store
 
 __all__ = ["report", "run", "targets"]
 
@@ -83,7 +83,7 @@ def _each(now: dict[str, int], base: dict[str, int], pages: int) -> dict[str, fl
 
 def _warm_up(system: System, home: Path) -> None:
     """Do every operation once, so that lasting allocations happen now. Leaves no page."""
-    pages = Pages.of(system, home, WARM_UP)
+    pages = pages_of(system, home, WARM_UP)
     pages.content = os.urandom(system.page_size)
     for name, act in OPERATIONS.items():
         if name == "unlink":

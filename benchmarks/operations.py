@@ -32,6 +32,7 @@ from workloads import (
     check_requests,
     know_names,
     measure,
+    pages_of,
 )
 
 __all__ = ["HELD", "KNOWN", "STORING", "report", "run", "targets"]
@@ -74,7 +75,7 @@ def _take_turns(plan: Plan, systems: list[System]) -> dict[str, Any]:
     trips: dict[str, Counter[str]] = {name: Counter() for name in OPERATIONS}
     homes = {system.name: system.new("a") for system in systems}
     for turn in range(plan.rounds + 1):  # the first one warms up and does not count
-        pages = {system.name: Pages.of(system, homes[system.name], plan.operations) for system in systems}
+        pages = {system.name: pages_of(system, homes[system.name], plan.operations) for system in systems}
         order = systems[turn % len(systems) :] + systems[: turn % len(systems)]
         for operation, system in itertools.product(OPERATIONS, order):
             try:

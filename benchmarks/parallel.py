@@ -11,7 +11,7 @@ from plan import Plan
 from processes import percentile, together
 from report import Target, ratio, spread, table
 from systems import BINDFS, EXAMPLE, MEMFS, OFF, OTHER, PASSTHROUGH, TMPFS, TTMFS, System, Ttmfs, mounted, side_by_side
-from workloads import REQUEST_BYTES, Pages, buffer, create, pause, store
+from workloads import REQUEST_BYTES, buffer, create, pages_of, pause, store
 
 __all__ = ["report", "run", "targets"]
 
@@ -63,7 +63,7 @@ def _home(system: System, name: str) -> Path:
     if isinstance(system, Ttmfs):
         store(directory, PAGES, system.page_size)
     else:
-        pages = Pages.of(system, directory, PAGES)
+        pages = pages_of(system, directory, PAGES)
         pages.content = os.urandom(system.page_size)
         create(pages)
     return directory

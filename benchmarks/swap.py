@@ -16,7 +16,7 @@ from plan import Plan
 from report import Target as Target
 from report import ratio, spread, table
 from systems import TMPFS, System, Tmpfs, Unavailable, checkouts, mounted, wait_until
-from workloads import OPERATIONS, Pages, know_names, measure
+from workloads import OPERATIONS, Pages, know_names, measure, pages_of
 
 __all__ = ["report", "run", "targets"]
 
@@ -39,7 +39,7 @@ def run(plan: Plan, directory: Path) -> dict[str, Any]:
                 for state in (WITHOUT, WITH) if turn % 2 else (WITH, WITHOUT):
                     with _swap_in_use(device) if state == WITH else contextlib.nullcontext():
                         _check_swap(state)
-                        pages = {s.name: Pages.of(s, homes[s.name], plan.operations) for s in systems}
+                        pages = {s.name: pages_of(s, homes[s.name], plan.operations) for s in systems}
                         for kind, system in itertools.product(OPERATIONS, systems):
                             took = _once(plan, system, kind, pages[system.name])
                             if turn:

@@ -3,20 +3,31 @@
 Paths are made in advance, and functions are local names. Separate passes check the data, and these are not timed.
 """
 
-import contextlib
 import ctypes
 import errno
-import itertools
 import mmap
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from systems import System
+
+from ttmfs.cli.commands.page_operations import (
+    REQUEST_BYTES,
+    Pages,
+    buffer,
+    create,
+    open_read,
+    open_write,
+    pread,
+    pwrite,
+    read_image,
+    unlink,
+    write_image,
+)
 
 __all__ = [
     "EXPECTED",
@@ -31,6 +42,7 @@ __all__ = [
     "create",
     "know_names",
     "measure",
+    "pages_of",
     "pause",
     "read_image",
     "store",
@@ -39,74 +51,15 @@ __all__ = [
 ]
 
 PAUSE_SECONDS = 0.005
-REQUEST_BYTES = 1 << 20
 AT_EMPTY_PATH, AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, STATX_BYTES = 0x1000, 0x2000, 0x7FF, 256
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass
-class Pages:
-    """The page files that one system's client works on."""
-
-    paths: list[str]
-    size: int
-    content: bytes
-    flags: int = 0  # for every open(2)
-    held: list[int] = field(default_factory=list)  # one descriptor for each operation; only a few differ
-
-    @classmethod
-    def of(cls, system: System, directory: Path, count: int) -> Self:
-        """The first `count` pages of a directory."""
-        paths = [f"{directory}/{handle}" for handle in range(1, count + 1)]
-        return cls(paths, system.page_size, b"", system.open_flags)
-
-    def some(self, count: int) -> list[str]:
-        """`count` of the paths, spread evenly."""
-        return self.paths[:: max(1, len(self.paths) // max(1, count))][:count]
-
-    @contextlib.contextmanager
-    def holding(self, different: int) -> Iterator[None]:
-        """Keep `different` pages open."""
-        descriptors = [os.open(path, os.O_RDWR | self.flags) for path in self.some(different)]
-        self.held = list(itertools.islice(itertools.cycle(descriptors), len(self.paths)))
-        try:
-            yield
-        finally:
-            self.held = []
-            for fd in descriptors:
-                os.close(fd)
-
-
-def _open_each_and_write(pages: Pages, flags: int) -> None:
-    open_, write, close, content = os.open, os.write, os.close, pages.content
-    flags |= pages.flags
-    for path in pages.paths:
-        fd = open_(path, flags, 0o644)
-        write(fd, content)
-        close(fd)
-
-
-def create(pages: Pages) -> None:
-    _open_each_and_write(pages, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-
-
-def open_read(pages: Pages) -> None:
-    open_, read, close, size, flags = os.open, os.read, os.close, pages.size, os.O_RDONLY | pages.flags
-    for path in pages.paths:
-        fd = open_(path, flags)
-        read(fd, size)
-        close(fd)
-
-
-def open_write(pages: Pages) -> None:
-    _open_each_and_write(pages, os.O_WRONLY)
-
-
-def unlink(pages: Pages) -> None:
-    remove = os.unlink
-    for path in pages.paths:
-        remove(path)
+def pages_of(system: System, directory: Path, count: int) -> Pages:
+    """The first `count` pages of a directory."""
+    paths = [f"{directory}/{handle}" for handle in range(1, count + 1)]
+    return Pages(paths, system.page_size, b"", system.open_flags)
 
 
 def stat_uncached(pages: Pages) -> None:
@@ -115,18 +68,6 @@ def stat_uncached(pages: Pages) -> None:
     for fd in pages.held:
         if statx(fd, b"", flags, STATX_BASIC_STATS, answer):
             raise OSError(ctypes.get_errno(), "statx")
-
-
-def pread(pages: Pages) -> None:
-    read, size = os.pread, pages.size
-    for fd in pages.held:
-        read(fd, size, 0)
-
-
-def pwrite(pages: Pages) -> None:
-    write, content = os.pwrite, pages.content
-    for fd in pages.held:
-        write(fd, content, 0)
 
 
 OPERATIONS: dict[str, Callable[[Pages], None]] = {
@@ -207,29 +148,6 @@ def check_requests(operation: str, seen: Counter[str], count: int) -> None:
 # --- many pages at once ---
 
 Transfer = Callable[[int, int, mmap.mmap, int], None]
-
-
-def buffer(size: int) -> mmap.mmap:
-    """A page-aligned buffer for direct I/O, with random data."""
-    found = mmap.mmap(-1, size)
-    for start in range(0, size, REQUEST_BYTES):
-        found[start : start + REQUEST_BYTES] = os.urandom(min(REQUEST_BYTES, size - start))
-    return found
-
-
-def write_image(fd: int, size: int, request: mmap.mmap, start: int = 0) -> None:
-    """Write `size` bytes of a file, one buffer at a time."""
-    write, length = os.pwrite, len(request)
-    for offset in range(start, start + size, length):
-        if (wrote := write(fd, request, offset)) != length:
-            raise OSError(errno.EIO, f"wrote {wrote} of {length} bytes")
-
-
-def read_image(fd: int, size: int, request: mmap.mmap, start: int = 0) -> None:
-    read, buffers, length = os.preadv, [request], len(request)
-    for offset in range(start, start + size, length):
-        if (got := read(fd, buffers, offset)) != length:
-            raise OSError(errno.EIO, f"read {got} of {length} bytes")
 
 
 def transfer(act: Transfer, fd: int, size: int, request: mmap.mmap, start: int = 0) -> float:

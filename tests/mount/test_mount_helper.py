@@ -170,6 +170,15 @@ def test_mount_a_takes_a_line_of_fstab_once(machine: Machine) -> None:
     machine.run(f"umount {MNT}; mount {MNT}; test $(stat -c %a {MNT}) = 1777; umount ttm")
 
 
+def test_a_line_of_fstab_names_the_log(machine: Machine) -> None:
+    add_to_fstab(machine, f"ttm {MNT} ttmfs size=8m,log=/var/log/fstab.log,log_level=debug 0 0")
+    machine.run("mount -a")
+    kill_daemon(machine)
+    text = machine.run(f"umount {MNT}; sleep 1; cat /var/log/fstab.log; rm /var/log/fstab.log")
+    assert "mkdir(1, b'a'" in text
+    assert "ttmfs-keeper[" in text
+
+
 def test_a_noauto_line_is_mounted_only_on_request(machine: Machine) -> None:
     add_to_fstab(machine, f"ttm {MNT} fuse.ttmfs noauto,defaults,size=64m 0 0")
     machine.run(f"mount -a; findmnt {MNT}", code=1)

@@ -22,7 +22,7 @@ def test_status_shows_a_mount_on_one_screen(mountpoint: Path) -> None:
         run(f"mkdir {mountpoint}/.b", code=1)
         text = run(f"{STATUS} {mountpoint}")
         assert re.search(r"budget +16M: 12K stored, 16M free, reserve 0", text)
-        assert re.search(r"pages +3 in memory, 0 swapped out, of 4K each, in 1 backups", text)
+        assert re.search(r"pages +3 in memory, 0 swapped out, of 4K each, in 1 backup\n", text)
         assert re.search(r"options +size=16m,reserve=0,standby=off\n", text)
         assert "mkdir EPERM 1" in text
         assert re.search(r"refusals +1 kept", text)

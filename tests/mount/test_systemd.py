@@ -150,6 +150,37 @@ def test_c22_a_standby_takes_over_in_the_unit_but_not_after_a_restart_on_purpose
         assert machine.run("head -c 4 /mnt/standby/a/7") == "kept"
 
 
+def test_the_log_of_the_unit_goes_to_a_file(machine: Machine) -> None:
+    with served(machine, "logged", "size=1m,log=/var/log/ttmfs-unit.log") as service:
+        machine.run(f"kill -s KILL {service.config()['daemon_pid']}")
+        service.wait_for_restart(0)
+        service.unit("restart")
+        service.wait_for_restart(1)
+
+        def lines() -> list[str]:
+            return machine.run("cat /var/log/ttmfs-unit.log").splitlines()
+
+        wait_until(lambda: sum("info ttmfs[" in line and "taking over" in line for line in lines()) == 2, "its lines")
+        assert any("warning ttmfs-keeper[" in line and "was killed by signal 9" in line for line in lines())
+    machine.run("rm /var/log/ttmfs-unit.log")
+
+
+def test_the_log_of_the_unit_goes_to_the_journal_with_priorities(machine: Machine) -> None:
+    with served(machine, "natively", "size=1m,log=journal") as service:
+        machine.run(f"kill -s KILL {service.config()['daemon_pid']}")
+        service.wait_for_restart(0)
+        wait_until(
+            lambda: any(
+                (entry.get("SYSLOG_IDENTIFIER"), entry["PRIORITY"]) == ("ttmfs-keeper", str(WARNING))
+                and "was killed by signal 9" in str(entry["MESSAGE"])
+                for entry in service.unit.journal()
+            ),
+            "the keeper's line",
+        )
+        said = [str(entry["MESSAGE"]) for entry in service.unit.journal() if entry.get("SYSLOG_IDENTIFIER") == "ttmfs"]
+        assert "taking over /mnt/natively: no page and no open file is lost" in said
+
+
 def test_c22_a_daemon_dies_with_its_keeper_even_if_it_is_stopped(machine: Machine) -> None:
     """Two daemons that read one connection would carry out requests twice."""
     with served(machine, "both", "size=64m,standby=off") as service:

@@ -44,6 +44,34 @@ def test_why_shows_nothing_before_the_first_refusal(mnt: Path) -> None:
     assert "is not a mount point" in run(f"{WHY} {mnt}/a", code=2)
 
 
+def test_why_says_that_a_restart_lost_the_reasons(mountpoint: Path) -> None:
+    with Mount(mountpoint, "size=1m") as mount:
+        mount.expect_restarts()
+        run(f"mkdir {mountpoint}/.a", code=1)
+        assert "was restarted" not in run(f"{WHY} {mountpoint}")
+        mount.kill()
+        said = run(f"{WHY} {mountpoint}")
+        assert "nothing was refused since the daemon started" in said
+        assert "the daemon was restarted" in said
+        assert f"ttmfs log {mountpoint}" in said
+        assert json.loads(run(f"{WHY} --json {mountpoint}")) == []
+
+
+@pytest.mark.parametrize("loop", ["compiled", "python"])
+def test_why_has_the_reasons_of_requests_that_compiled_code_cannot_answer(mountpoint: Path, loop: str) -> None:
+    with Mount(mountpoint, "size=1m,backup_size=8k", env={**os.environ, "TTMFS_LOOP": loop}):
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/1").write_bytes(b"a")
+        fd = os.open(mountpoint / "a/1", os.O_RDWR)
+        with raises_errno(errno.EFBIG):
+            os.pwrite(fd, b"a", 1 << 20)
+        os.close(fd)
+        with raises_errno(errno.EFBIG, errno.ENOSPC):
+            (mountpoint / "a/9").write_bytes(b"a")
+        found = json.loads(run(f"{WHY} --json {mountpoint}"))
+        assert {"write", "create"} <= {row["operation"] for row in found}
+
+
 def test_why_does_not_wait_for_a_stopped_daemon(mount: Mount) -> None:
     with stopped(mount.pid):
         said = run(f"timeout 20 {WHY} {mount.path}", code=2)

@@ -35,6 +35,7 @@ COMMANDS = {
     "fd": ("fd", "run a program with a backup's own descriptor, for native speed"),
     "restart": ("restart", "have another daemon take a mount over, without losing a page"),
     "status": ("status", "show budget, pages, operations, restarts and processes of mounts on one screen"),
+    "bench": ("bench", "measure a mount beside a tmpfs on this machine"),
     "doctor": ("doctor", "check the machine and its mounts, and say what to do"),
     "top": ("top", "show requests by backup and by process"),
     "log": ("log", "show where a mount logs, and change the level of its log"),

@@ -12,8 +12,9 @@ from typing import Any
 from ...quoting import plain, quoted
 from .child_process import ask
 from .command import Command, CommandError
+from .look import Look, looked_at
 from .mounts import located
-from .terminal import table
+from .terminal import age, table
 
 __all__ = ["COMMANDS"]
 
@@ -32,23 +33,35 @@ def _run(arguments: argparse.Namespace) -> int:
     answer = ask(path, lambda: _refusals(path))
     if answer.error:
         raise CommandError(answer.error)
-    found: list[dict[str, Any]] = answer.items[0]
+    found: list[dict[str, Any]]
+    found, restarted = answer.items[0]
     if arguments.json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
-    elif found:
+        return 0
+    if found:
         sys.stdout.write("\n".join(table(HEADER, map(_row, found), frozenset(HEADER))) + "\n")
     else:
         sys.stderr.write("nothing was refused since the daemon started\n")
+    if restarted is not None:
+        when = age(max(0.0, time.time() - restarted))
+        sys.stderr.write(
+            f"the daemon was restarted {when} ago, and has no reasons from before; the log may have them: "
+            f"ttmfs log {quoted(path)}\n"
+        )
     return 0
 
 
-def _refusals(path: str) -> list[dict[str, Any]]:
-    """The refusals that a mount reports. They are objects, and their content is not checked."""
+def _refusals(path: str) -> tuple[list[dict[str, Any]], float | None]:
+    """The refusals that a mount reports, and when its daemon was restarted, in seconds since 1970, if it ever was.
+
+    The refusals are objects, and their content is not checked.
+    """
     try:
         with located(path) as place:
             if not place or place.page_size is None:
                 raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
             text = place.attribute("refusals")
+            (look,) = (Look(**fields) for fields in looked_at(place.mount))
     except OSError as error:
         if error.errno == errno.EPERM:
             raise CommandError(f"{quoted(path)}: only root and the user who mounted it may see refusals") from None
@@ -61,7 +74,7 @@ def _refusals(path: str) -> list[dict[str, Any]]:
         found = None
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise CommandError(f"{quoted(path)}: its answer is not a list of refusals")
-    return found
+    return found, look.number("serving_since_seconds") if look.number("restarts_total") else None
 
 
 def _row(refusal: dict[str, Any]) -> tuple[str, ...]:
@@ -80,7 +93,8 @@ COMMANDS = (
         "why",
         "Show why the last 64 refused requests were refused, the newest last. A caller gets only an errno; the daemon\n"
         "keeps the reason until it is replaced. Only root and the user who mounted may see it. The log has it too, at\n"
-        "most one line in ten seconds for each operation and error.",
+        "most one line in ten seconds for each operation and error. What the kernel refuses by itself, by mode bits or in\n"
+        ".shmem, never reaches the daemon.",
         """\
 examples:
   ttmfs why /mnt/ttm
