@@ -7,6 +7,7 @@
 #   DESTDIR=DIR   writes below DIR only, with the paths that hold once DIR is /, and without pip. Root is not needed.
 #   WHEELS=DIR    installs the wheels in DIR and nothing else, without a network.
 #   SBIN=DIR      where the helpers go, if not to /sbin.
+#   LIBDIR=DIR    where libttmfs goes, if not to PREFIX/lib.
 #   UNITS=DIR     where the units go, if not to PREFIX/lib/systemd.
 set -eu
 umask 022 # every user may run it
@@ -15,10 +16,11 @@ prefix=${PREFIX:-/usr/local}
 root=${DESTDIR:-}
 sbin=${SBIN:-/sbin}
 units=${UNITS:-$prefix/lib/systemd}
-for path in "$prefix" "${root:-/}" "$sbin" "$units"; do
+libdir=${LIBDIR:-$prefix/lib}
+for path in "$prefix" "${root:-/}" "$sbin" "$units" "$libdir"; do
     case $path in
     /*) ;;
-    *) echo "install: PREFIX, DESTDIR, SBIN and UNITS must be absolute paths, not $path" >&2; exit 1 ;;
+    *) echo "install: PREFIX, DESTDIR, SBIN, LIBDIR and UNITS must be absolute paths, not $path" >&2; exit 1 ;;
     esac
 done
 home=$prefix/lib/ttmfs
@@ -38,7 +40,7 @@ c_library() { # install|uninstall: libttmfs, its header and its pkg-config file
         return
     fi
     build=$(mktemp -d)
-    make -s -C c "$1" PREFIX="$prefix" DESTDIR="$root" BUILD="$build"
+    make -s -C c "$1" PREFIX="$prefix" LIBDIR="$libdir" DESTDIR="$root" BUILD="$build"
     rm -rf "$build"
     [ -n "$root" ] || /sbin/ldconfig
 }
@@ -101,6 +103,11 @@ if [ -n "$root" ]; then
     "$made/bin/python" -m pip uninstall -q -y setuptools pip 2>/dev/null
     find "$made/bin" -type f ! -name '*ttmfs*' -delete
     rm -f "$made"/lib/python3*/site-packages/*.dist-info/direct_url.json "$made/lib64"
+    # What no program uses: tests and sources of libraries, and first lines that would make scripts of modules.
+    for packages in "$made"/lib/python3*/site-packages; do
+        rm -rf "$packages/trio/_tests" "$packages/trio/_tools" "$packages"/pyfuse3/*.[ch] "$packages"/pyfuse3/*.p[xy][dix]
+    done
+    find "$made/lib" -name '*.py' -exec sed -i '1{/^#!/d}' {} +
     find "$made" -name __pycache__ -prune -exec rm -r {} +
     find "$made/bin" "$made/pyvenv.cfg" -type f -exec sed -i "s|$made|$home|g" {} +
     "$made/bin/python" -m compileall -q -s "$made" -p "$home" "$made/lib"
@@ -122,4 +129,5 @@ data share | while read -r file; do install -D -m 644 "$root$home/share/$file" "
 ln -sf mount.ttmfs.8 "$root$prefix/share/man/man8/mount.fuse.ttmfs.8"
 c_library install
 reload
-echo "installed: $commands in $root$prefix/bin, libttmfs in $root$prefix/lib, units in $root$units, $helpers in $root$sbin, manual pages in $root$prefix/share/man"
+echo "installed: $commands in $root$prefix/bin, libttmfs in $root$libdir, units in $root$units, $helpers in $root$sbin," \
+    "manual pages in $root$prefix/share/man"

@@ -121,7 +121,8 @@ try() { # BASE: the built package
         ln -s /dev/null /etc/systemd/system/systemd-logind.service
         ln -s /dev/null /etc/systemd/system/systemd-udevd.service
         ln -s /dev/null /etc/systemd/system/systemd-tmpfiles-setup.service'
-    cp "$room"/out/*.deb "$room/machine/deb/first.deb"
+    cp "$room"/out/*.deb "$room/machine/deb"
+    mv "$room"/machine/deb/ttmfs_*.deb "$room/machine/deb/first.deb"
     dpkg-deb -R "$room/machine/deb/first.deb" "$room/machine/deb/next"
     sed -i 's/^Version: .*/&.1/' "$room/machine/deb/next/DEBIAN/control"
     dpkg-deb --root-owner-group -b "$room/machine/deb/next" "$room/machine/deb/next.deb" >/dev/null
@@ -141,10 +142,12 @@ try() { # BASE: the built package
         systemctl enable -q --now ttmfs@mnt-ttm
         mount -t ttmfs ttm /mnt/two -o size=16m
         for mnt in /mnt/ttm /mnt/two; do mkdir $mnt/a; head -c 4096 /bin/ls >$mnt/a/7; done
-        systemctl show -P MainPID ttmfs@mnt-ttm >/tmp/keeper'
+        systemctl show -P MainPID ttmfs@mnt-ttm >/tmp/keeper
+        grep daemon_pid /mnt/two/.config >/tmp/daemon'
     inside 'exec 3</mnt/ttm/a/7
         apt-get install -y -qq --no-install-recommends /deb/next.deb >/tmp/log 2>&1 || { cat /tmp/log; exit 1; }
         test "$(systemctl show -P MainPID ttmfs@mnt-ttm)" != "$(cat /tmp/keeper)"
+        ! grep daemon_pid /mnt/two/.config | cmp -s - /tmp/daemon
         cmp /dev/fd/3 <(head -c 4096 /bin/ls)
         for mnt in /mnt/ttm /mnt/two; do cmp $mnt/a/7 <(head -c 4096 /bin/ls); done'
 

@@ -212,7 +212,7 @@ def test_uninstall_with_destdir_leaves_nothing(staged: Path, tmp_path: Path) -> 
     assert not [path for path in (tmp_path / "root").rglob("*") if not path.is_dir()]
 
 
-@pytest.mark.parametrize("variable", ["DESTDIR", "PREFIX", "SBIN", "UNITS"])
+@pytest.mark.parametrize("variable", ["DESTDIR", "PREFIX", "SBIN", "LIBDIR", "UNITS"])
 def test_install_refuses_relative_paths(variable: str) -> None:
     said = run(f"{REPOSITORY}/scripts/install.sh 2>&1", code=1, env={**os.environ, variable: "there"})
-    assert said == "install: PREFIX, DESTDIR, SBIN and UNITS must be absolute paths, not there\n"
+    assert said == "install: PREFIX, DESTDIR, SBIN, LIBDIR and UNITS must be absolute paths, not there\n"
