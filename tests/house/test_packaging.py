@@ -26,6 +26,7 @@ lib/systemd/system/ttmfs-export.service lib/systemd/system/ttmfs.slice lib/syste
 lib/systemd/user/ttmfs@.service
 share/doc/ttmfs/example.conf share/doc/ttmfs/example.mount
 share/man/man1/ttmfs.1 share/man/man3/ttmfs.3 share/man/man5/ttmfs.5 share/man/man8/mount.ttmfs.8
+share/ttmfs/alerts.yml share/ttmfs/dashboard.json
 """.split()
 
 
