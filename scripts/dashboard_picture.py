@@ -134,7 +134,7 @@ def picture(start: float, end: float, file: Path) -> None:
 
 
 def record(directory: Path, seconds: float, file: Path) -> None:
-    """Mount, load, scrape, and draw. In the middle the daemon is killed once."""
+    """Mount, load, scrape, and draw. In the middle the daemon is killed twice."""
     prometheus = os.environ.get("PROMETHEUS") or shutil.which("prometheus")
     if not prometheus:
         sys.exit("dashboard_picture: there is no prometheus: apt install prometheus, or set PROMETHEUS to its path")
