@@ -58,7 +58,9 @@ if [ "${1:-install}" = uninstall ]; then
     data lib/systemd | while read -r unit; do rm -f "$root$units/$unit"; done
     data share | while read -r file; do rm -f "$root$prefix/share/$file"; done
     rm -f "$root$prefix/share/man/man8/mount.fuse.ttmfs.8"
-    [ ! -d "$root$prefix/share/doc/ttmfs" ] || rmdir --ignore-fail-on-non-empty "$root$prefix/share/doc/ttmfs"
+    for directory in share/doc/ttmfs share/ttmfs; do
+        [ ! -d "$root$prefix/$directory" ] || rmdir --ignore-fail-on-non-empty "$root$prefix/$directory"
+    done
     for helper in $helpers; do
         # Only ours: the helper of another PREFIX or package stays.
         [ "$(readlink "$root$sbin/$helper")" != "$home/bin/$helper" ] || rm "$root$sbin/$helper"

@@ -27,6 +27,7 @@ lib/systemd/user/ttmfs@.service
 share/bash-completion/completions/ttmfs share/zsh/site-functions/_ttmfs share/fish/vendor_completions.d/ttmfs.fish
 share/doc/ttmfs/example.conf share/doc/ttmfs/example.mount
 share/man/man1/ttmfs.1 share/man/man3/ttmfs.3 share/man/man5/ttmfs.5 share/man/man8/mount.ttmfs.8
+share/ttmfs/alerts.yml share/ttmfs/dashboard.json
 """.split()
 
 
