@@ -29,12 +29,12 @@ MOUNT = Path("/mnt/ttm")
 def mounted(options: str, group: ControlGroup | None = None) -> Iterator[None]:
     """A mount at MOUNT, its daemon in a control group."""
     MOUNT.mkdir(exist_ok=True)
-    command = [sys.executable, str(ROOT / "mount.py"), str(MOUNT), "-o", options]
-    subprocess.run(command, check=True, preexec_fn=group.join if group else None)
+    command = [*TTMFS, "mount", str(MOUNT), "-o", options]
+    subprocess.run(command, check=True, cwd=ROOT, preexec_fn=group.join if group else None)
     try:
         yield
     finally:
-        subprocess.run(["umount", str(MOUNT)], check=True)
+        ttmfs("umount", str(MOUNT))
 
 
 def ttmfs(*words: str) -> None:

@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Self
 
 import pytest
 
-from harness import MOUNT_COMMAND, Mount, children, mounts_below, opened, run, wait_until
+from harness import Mount, children, mounts_below, opened, run, wait_until
 from stores import FUSE, ControlGroup, Place, mounted
 
 SECONDS = 30.0
@@ -94,7 +95,8 @@ class Container:
 
 
 def mounting(directory: Path, options: str = "size=16m") -> tuple[str, ...]:
-    return (*MOUNT_COMMAND, str(directory), "-f", "-o", options)
+    """The command `ttmfs mount -f`, with warnings as errors."""
+    return (sys.executable, "-W", "error", "-m", "ttmfs", "mount", "-f", str(directory), "-o", options)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...fuse.inodes import backup_of
 from ...linux import system_calls
-from .users import MAPPED, BackupIdentity, Users, mappings
+from .users import MAPPED, BackupIdentity, Users, in_a_line, mappings
 
 if TYPE_CHECKING:
     from ...client.backup import Backup
@@ -22,15 +22,17 @@ __all__ = ["page_out_mappings"]
 def page_out_mappings(backup: Backup) -> list[str]:
     """Page out what programs have mapped of a backup. Returns for each program that prevents it the reason."""
     identity = BackupIdentity.of(backup)
+    users = [user for user in Users([identity]).of(identity) if user.uses[MAPPED]]
     refused = []
-    for user in Users([identity]).of(identity):
-        if user.uses[MAPPED]:
-            try:
-                _page_out(user.pid, identity)
-            except PermissionError:
-                refused.append(f"{user}; its pages stay in memory unless root runs ttmfs writeback")
-            except OSError:  # it has ended, so nothing is mapped
-                pass
+    for user in users:
+        try:
+            _page_out(user.pid, identity)
+        except PermissionError:
+            refused.append(f"{user}; its pages stay in memory unless root runs ttmfs writeback")
+        except OSError:  # it has ended, so nothing is mapped
+            pass
+    if len(users) > 1 and not refused and backup.residency().resident:
+        refused.append(f"pages stay in memory that several programs have mapped: {in_a_line(users)}")
     return refused
 
 
