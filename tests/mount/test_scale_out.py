@@ -346,7 +346,9 @@ def test_doctor_tells_which_machine_holds_a_store_and_that_a_store_does_not_answ
         os.kill(a.pid, signal.SIGSTOP)
         try:
             found = checked(1)
+            status = a.host.run(*TTMFS.split(), "status", tmp_path / "mnt", code=2, cwd=REPOSITORY)
         finally:
             os.kill(a.pid, signal.SIGCONT)
+        assert "fuse.ceph-fuse has not answered for 2 s" in " ".join(status.split())
         assert "fuse.ceph-fuse has not answered for 2 s" in found["found"]
         assert "ceph -s" in found["do"]

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,11 @@ from ..keepers import Keeper, daemons, is_stopped, keepers
 from ..rescue import open_file
 from .check import OK, PROBLEM, WARNING, Check
 from .child_process import PATIENCE, Answer, ask_all
+from .command import CommandError
 from .mounts import config, opened
 from .terminal import user_name
 
-__all__ = ["asked", "checks_of", "of_mounts"]
+__all__ = ["asked", "checks_of", "of_mounts", "store_checks"]
 
 LONGEST_STATS = 1 << 20  # bytes
 LONGEST_RECORD = 1 << 12  # bytes
@@ -33,8 +34,23 @@ def of_mounts(mounts: Sequence[Mounted]) -> Iterator[Check]:
     by_device = {keeper.device: keeper for keeper in keepers()}
     for mount, answer in zip(mounts, answers, strict=True):
         yield from checks_of(mount, answer, by_device.get(mount.device))
-    stores = [_store(mount, answer, by_device.get(mount.device)) for mount, answer in zip(mounts, answers, strict=True)]
-    yield from _of_stores([store for store in stores if store])
+    for _, check in store_checks(mounts, answers, by_device):
+        yield check
+
+
+def store_checks(
+    mounts: Sequence[Mounted], answers: Sequence[Answer], by_device: Mapping[object, Keeper]
+) -> Iterator[tuple[str, Check]]:
+    """Whether stores on distributed filesystems answer, and which machine holds them; by the path of the mount.
+
+    `answers` are what :func:`asked` found first, and `by_device` are keepers by the device of their mount.
+    """
+    found = [(mount, _store(mount, answer, by_device.get(mount.device)))
+             for mount, answer in zip(mounts, answers, strict=True)]  # fmt: skip
+    stores = [(mount.path, *store) for mount, store in found if store]
+    holders = ask_all([(store, partial(_holder, store)) for _, store, _ in stores])
+    for (path, store, kind), answer in zip(stores, holders, strict=True):
+        yield path, _of_store(f"store {quoted(store)}", kind, answer)
 
 
 def _store(mount: Mounted, answer: Answer, keeper: Keeper | None) -> tuple[str, str] | None:
@@ -53,33 +69,31 @@ def _store(mount: Mounted, answer: Answer, keeper: Keeper | None) -> tuple[str, 
     return (store, below.type) if below and below.type in CEPH | NFS else None
 
 
-def _of_stores(stores: Sequence[tuple[str, str]]) -> Iterator[Check]:
-    """Whether stores on distributed filesystems answer, and which machine holds them."""
-    answers = ask_all([(store, partial(_holder, store)) for store, _ in stores])
-    for (store, kind), answer in zip(stores, answers, strict=True):
-        what = f"store {quoted(store)}"
-        if answer.is_silent:
-            yield Check(
-                what, PROBLEM, f"{kind} has not answered for {PATIENCE:g} s: requests fail after store_timeout=",
-                "look at the servers (ceph -s), and at the network to them",
-            )  # fmt: skip
-        elif not answer.items:
-            advice = "run ttmfs doctor as the user who mounted it" if os.geteuid() else "look at its log"
-            yield Check(what, WARNING, f"its holder cannot be read: {answer.error}", advice)
-        elif (host := answer.items[0]) != socket.gethostname():
-            yield Check(
-                what, PROBLEM, f"{kind} answers, and the machine {quoted(host)} holds it: this one has lost it",
-                "its keeper takes it again when that machine lets it go; until then use the mount there",
-            )  # fmt: skip
-        else:
-            yield Check(what, OK, f"{kind} answers; this machine, {quoted(host)}, holds it")
+def _of_store(what: str, kind: str, answer: Answer) -> Check:
+    """What is to be said of a store on a filesystem of a kind, given what :func:`_holder` found."""
+    if answer.is_silent:
+        return Check(
+            what, PROBLEM, f"{kind} has not answered for {PATIENCE:g} s: requests fail after store_timeout=",
+            "look at the servers (ceph -s), and at the network to them",
+        )  # fmt: skip
+    if not answer.items:
+        advice = "run ttmfs doctor as the user who mounted it" if os.geteuid() else "look at its log"
+        return Check(what, WARNING, f"its holder cannot be read: {answer.error}", advice)
+    if (host := answer.items[0]) != socket.gethostname():
+        return Check(
+            what, PROBLEM, f"{kind} answers, and the machine {quoted(host)} holds it: this one has lost it",
+            "its keeper takes it again when that machine lets it go; until then use the mount there",
+        )  # fmt: skip
+    return Check(what, OK, f"{kind} answers; this machine, {quoted(host)}, holds it")
 
 
 def _holder(store: str) -> Iterator[str]:
     """The machine that holds a store, from its record."""
     with opened(store) as directory, open(open_file(".ttmfs", directory), "rb") as file:
-        record = json.loads(file.read(LONGEST_RECORD).rstrip(b"\0 \n"))
-    yield str(record.get("host", "?"))
+        try:
+            yield str(json.loads(file.read(LONGEST_RECORD).rstrip(b"\0 \n"))["host"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise CommandError("its .ttmfs names no machine") from None
 
 
 def asked(mount: Mounted) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from .check import OK, Check
 from .child_process import ask_all
 from .command import Command, CommandError
 from .look import Look, Operation, given_options, looked_at
-from .mount_checks import asked, checks_of
+from .mount_checks import asked, checks_of, store_checks
 from .mounts import mount_at
 from .terminal import age, columns, counted, is_terminal, size, table
 from .watch import add_watch, interval_and_paths, watch
@@ -99,10 +99,11 @@ def _reports(paths: Sequence[str], before: dict[str, Look | None]) -> list[Repor
         raise CommandError("no ttmfs is mounted; ttmfs mount MNT mounts one")
     answers = ask_all([(mount.path, partial(_work, mount)) for mount in wanted])
     by_device = {keeper.device: keeper for keeper in keepers()}
-    reports = []
+    stores, reports = dict(store_checks(wanted, answers, by_device)), []
     for mount, answer in zip(wanted, answers, strict=True):
         keeper = by_device.get(mount.device)
-        problems = [check for check in checks_of(mount, answer, keeper) if check.state != OK]
+        checks = [*checks_of(mount, answer, keeper), *filter(None, [stores.get(mount.path)])]
+        problems = [check for check in checks if check.state != OK]
         look = Look(**answer.items[1]) if len(answer.items) > 1 else None
         serving = daemons(keeper.pid) if keeper else []
         report = Report(mount, problems, look, before.get(mount.path), keeper, serving[0] if serving else 0)
@@ -125,13 +126,6 @@ def _waits(report: Report) -> Iterator[Check]:
         yield Check(
             what, "warning", f"{waiting} requests wait for swap or a disk",
             "see ttmfs status --watch: if the number stays, the device is slow or does not answer",
-        )  # fmt: skip
-    store = next((word for word in report.keeper.words if "store=" in word), "") if report.keeper else ""
-    if not report.look and report.keeper and store:
-        place = store.partition("store=")[2].partition(",")[0]
-        yield Check(
-            what, "warning", f"its store is {place}: a daemon that starts may wait for it",
-            f"stat {quoted(place)} shows whether the store answers; docs/scale-out.md says who may hold it",
         )  # fmt: skip
 
 
