@@ -200,13 +200,26 @@ def test_ls_shows_the_values_of_the_attributes(mnt: Path) -> None:
         assert row["owner"] == "root"
         assert row["modified"] == pytest.approx((mnt / row["name"]).stat().st_mtime, abs=1)
     lines = ttmfs("ls", mnt).splitlines()
-    assert lines[0].split() == "PAGES SIZE RESIDENT SWAPPED OWNER AGE NAME".split()
-    assert re.fullmatch(r" +300 +64M +1.2M +0 +root +\d+s +c", lines[3])
-    assert lines[-1].split() == ["303", "192M", "1.2M", "0", "3", "backups"]
+    assert lines[0].split() == "NAME PAGES SIZE RESIDENT SWAPPED OWNER AGE".split()
+    assert re.fullmatch(r"c +300 +64M +1.2M +0 +root +\d+s", lines[3])
+    assert lines[-1].split() == ["3", "backups", "303", "192M", "1.2M", "0"]
     assert str(300 * PAGE) in ttmfs("ls", "-b", "-r", mnt / "c")
     assert str(mnt / "a") in ttmfs("ls", "--json") or '"name": "a"' in ttmfs("ls", "--json"), (
         "all mounts, if none is given"
     )
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_ls_cuts_long_names_in_the_middle_to_fit_the_terminal(mnt: Path, width: int) -> None:
+    name = "layer-0-" + "x" * 90 + "-activations"
+    (mnt / name).mkdir()
+    rows = [line.rstrip("\r") for line in seen("ls", mnt, columns=width, NO_COLOR="1").splitlines()]
+    assert max(map(len, rows)) < width
+    assert rows[0].split()[0] == "NAME"
+    assert rows[1].startswith("layer-0")
+    assert rows[1].split()[0].endswith("vations")
+    assert ("…" in rows[1]) == (width < 200)
+    assert name in ttmfs("ls", mnt), "a pipe gets the whole name"
 
 
 def test_commands_quote_strange_names(mnt: Path) -> None:
@@ -216,7 +229,7 @@ def test_commands_quote_strange_names(mnt: Path) -> None:
     assert "$'a \\'quoted\\'\\n\\e[31mnäme'" in text
     assert len(text.splitlines()) == 4
     assert "\x1b" not in text
-    shown = next(line for line in text.splitlines() if "quoted" in line).split("  ")[-1]
+    shown = next(line for line in text.splitlines() if "quoted" in line).split("  ")[0]
     assert run(f"printf %s {shown}") == ODD, "a shell reads the name back"
     plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     assert "n\\xc3\\xa4me" in ttmfs("ls", mnt, env={**os.environ, **plain})
