@@ -395,6 +395,41 @@ def test_fini_ends_only_the_named_backups(mnt: Path) -> None:
 
 @pytest.mark.serial
 @pytest.mark.usefixtures("swap")
+def test_writeback_shows_its_progress_on_a_terminal(mnt: Path) -> None:
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE[: 32 * MIB])
+    text = seen("writeback", mnt / "a")
+    assert re.search(rf"{mnt}/a .* 0% +0 of 32M", text)
+    assert re.search(r"100% +32M of 32M", text)
+    assert text.splitlines()[-1] == f"{mnt}/a: 32M swapped out, 0 in memory"
+    assert "%" not in ttmfs("writeback", mnt / "a"), "a pipe gets the result only"
+
+
+@pytest.mark.serial
+def test_writeback_without_swap_says_so_and_what_to_do(mnt: Path) -> None:
+    if linux.swap_space()[0]:
+        pytest.skip("this machine has swap of its own")
+    (mnt / "a").mkdir()
+    (mnt / "b").mkdir()
+    store(mnt / "a", NOISE[:MIB])
+    said = "nothing to push: this machine has no swap (see swapon --show); 1M stay in memory. Add a swap device,"
+    assert f"{mnt}/a: {said}" in ttmfs("writeback", mnt / "a")
+    assert ttmfs("writeback", mnt / "b") == f"{mnt}/b: holds no pages\n"
+    (row,) = json.loads(ttmfs("writeback", "--json", mnt / "a"))
+    assert (row["resident"], row["swapped"]) == (MIB // PAGE, 0)
+
+
+def test_every_command_that_changes_backups_reports_in_json(mnt: Path) -> None:
+    path = str(mnt / "a")
+    assert json.loads(ttmfs("create", "--json", "-s", "1m", path)) == [{"backup": path, "size": MIB}]
+    store(mnt / "a", NOISE[: 2 * PAGE])
+    row = {"backup": path, "pages": 2, "page_size": PAGE}
+    assert json.loads(ttmfs("fini", "--json", "-n", path)) == [{**row, "ended": False}]
+    assert json.loads(ttmfs("fini", "--json", path)) == [{**row, "ended": True}]
+
+
+@pytest.mark.serial
+@pytest.mark.usefixtures("swap")
 def test_map_shows_pages_swapped_out_by_writeback(mnt: Path, tmp_path: Path) -> None:
     for name in "ab":
         (mnt / name).mkdir()
