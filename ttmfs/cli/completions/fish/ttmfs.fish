@@ -50,8 +50,8 @@ function _shtab_ttmfs_using
   test "$_shtab_ttmfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_ttmfs_commands mount umount create ls map save load resize drop writeback move fini fd restart status doctor top log export why completion rescue
-set -g _shtab_ttmfs_opts_with_value --listen --mode --output --size --sort --watch -m -o -s -w
+set -g _shtab_ttmfs_commands mount umount create ls map save load resize drop writeback move fini fd restart status bench doctor top log export why completion rescue
+set -g _shtab_ttmfs_opts_with_value --listen --mode --output --seconds --size --sort --watch -m -o -s -w
 
 complete -c ttmfs -e
 complete -c ttmfs -f
@@ -142,6 +142,11 @@ complete -c ttmfs -n '_shtab_ttmfs_using status' -s h -l help -d 'show this help
 complete -c ttmfs -n '_shtab_ttmfs_using status' -s w -l watch -x -d 'repeat every SECONDS (default: 2)'
 complete -c ttmfs -n '_shtab_ttmfs_using status' -l json -d 'a list of objects; sizes are bytes, times seconds'
 complete -c ttmfs -n '_shtab_ttmfs_using status; and test $_shtab_ttmfs_npos -ge 0' -ka "(ttmfs completion mounts (commandline -ct) 2>/dev/null)" -d 'the mount point (default: a line for each mount)'
+complete -c ttmfs -n '_shtab_ttmfs_using; and test $_shtab_ttmfs_npos -eq 0' -a bench -d 'measure a mount beside a tmpfs on this machine'
+complete -c ttmfs -n '_shtab_ttmfs_using bench' -s h -l help -d 'show this help message and exit'
+complete -c ttmfs -n '_shtab_ttmfs_using bench' -l seconds -x -d 'how long to measure (default: 20)'
+complete -c ttmfs -n '_shtab_ttmfs_using bench' -l json -d 'an object: microseconds, ratios, wake_up_microseconds'
+complete -c ttmfs -n '_shtab_ttmfs_using bench; and test $_shtab_ttmfs_npos -eq 0' -ka "(ttmfs completion mounts (commandline -ct) 2>/dev/null)" -d 'the mount point'
 complete -c ttmfs -n '_shtab_ttmfs_using; and test $_shtab_ttmfs_npos -eq 0' -a doctor -d 'check the machine and its mounts, and say what to do'
 complete -c ttmfs -n '_shtab_ttmfs_using doctor' -s h -l help -d 'show this help message and exit'
 complete -c ttmfs -n '_shtab_ttmfs_using doctor' -l json -d 'a list of objects: use, what, state, found, do'
