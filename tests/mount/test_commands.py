@@ -200,13 +200,26 @@ def test_ls_shows_the_values_of_the_attributes(mnt: Path) -> None:
         assert row["owner"] == "root"
         assert row["modified"] == pytest.approx((mnt / row["name"]).stat().st_mtime, abs=1)
     lines = ttmfs("ls", mnt).splitlines()
-    assert lines[0].split() == "PAGES SIZE RESIDENT SWAPPED OWNER AGE NAME".split()
-    assert re.fullmatch(r" +300 +64M +1.2M +0 +root +\d+s +c", lines[3])
-    assert lines[-1].split() == ["303", "192M", "1.2M", "0", "3", "backups"]
+    assert lines[0].split() == "NAME PAGES SIZE RESIDENT SWAPPED OWNER AGE".split()
+    assert re.fullmatch(r"c +300 +64M +1.2M +0 +root +\d+s", lines[3])
+    assert lines[-1].split() == ["3", "backups", "303", "192M", "1.2M", "0"]
     assert str(300 * PAGE) in ttmfs("ls", "-b", "-r", mnt / "c")
     assert str(mnt / "a") in ttmfs("ls", "--json") or '"name": "a"' in ttmfs("ls", "--json"), (
         "all mounts, if none is given"
     )
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_ls_cuts_long_names_in_the_middle_to_fit_the_terminal(mnt: Path, width: int) -> None:
+    name = "layer-0-" + "x" * 90 + "-activations"
+    (mnt / name).mkdir()
+    rows = [line.rstrip("\r") for line in seen("ls", mnt, columns=width, NO_COLOR="1").splitlines()]
+    assert max(map(len, rows)) < width
+    assert rows[0].split()[0] == "NAME"
+    assert rows[1].startswith("layer-0")
+    assert rows[1].split()[0].endswith("vations")
+    assert ("…" in rows[1]) == (width < 200)
+    assert name in ttmfs("ls", mnt), "a pipe gets the whole name"
 
 
 def test_commands_quote_strange_names(mnt: Path) -> None:
@@ -216,7 +229,7 @@ def test_commands_quote_strange_names(mnt: Path) -> None:
     assert "$'a \\'quoted\\'\\n\\e[31mnäme'" in text
     assert len(text.splitlines()) == 4
     assert "\x1b" not in text
-    shown = next(line for line in text.splitlines() if "quoted" in line).split("  ")[-1]
+    shown = next(line for line in text.splitlines() if "quoted" in line).split("  ")[0]
     assert run(f"printf %s {shown}") == ODD, "a shell reads the name back"
     plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     assert "n\\xc3\\xa4me" in ttmfs("ls", mnt, env={**os.environ, **plain})
@@ -378,6 +391,41 @@ def test_fini_ends_only_the_named_backups(mnt: Path) -> None:
     assert len(os.listdir(mnt / "b")) == 20
     assert "is the root of a mount" in text
     assert len(text.splitlines()) == 5
+
+
+@pytest.mark.serial
+@pytest.mark.usefixtures("swap")
+def test_writeback_shows_its_progress_on_a_terminal(mnt: Path) -> None:
+    (mnt / "a").mkdir()
+    store(mnt / "a", NOISE[: 32 * MIB])
+    text = seen("writeback", mnt / "a")
+    assert re.search(rf"{mnt}/a .* 0% +0 of 32M", text)
+    assert re.search(r"100% +32M of 32M", text)
+    assert text.splitlines()[-1] == f"{mnt}/a: 32M swapped out, 0 in memory"
+    assert "%" not in ttmfs("writeback", mnt / "a"), "a pipe gets the result only"
+
+
+@pytest.mark.serial
+def test_writeback_without_swap_says_so_and_what_to_do(mnt: Path) -> None:
+    if linux.swap_space()[0]:
+        pytest.skip("this machine has swap of its own")
+    (mnt / "a").mkdir()
+    (mnt / "b").mkdir()
+    store(mnt / "a", NOISE[:MIB])
+    said = "nothing to push: this machine has no swap (see swapon --show); 1M stay in memory. Add a swap device,"
+    assert f"{mnt}/a: {said}" in ttmfs("writeback", mnt / "a")
+    assert ttmfs("writeback", mnt / "b") == f"{mnt}/b: holds no pages\n"
+    (row,) = json.loads(ttmfs("writeback", "--json", mnt / "a"))
+    assert (row["resident"], row["swapped"]) == (MIB // PAGE, 0)
+
+
+def test_every_command_that_changes_backups_reports_in_json(mnt: Path) -> None:
+    path = str(mnt / "a")
+    assert json.loads(ttmfs("create", "--json", "-s", "1m", path)) == [{"backup": path, "size": MIB}]
+    store(mnt / "a", NOISE[: 2 * PAGE])
+    row = {"backup": path, "pages": 2, "page_size": PAGE}
+    assert json.loads(ttmfs("fini", "--json", "-n", path)) == [{**row, "ended": False}]
+    assert json.loads(ttmfs("fini", "--json", path)) == [{**row, "ended": True}]
 
 
 @pytest.mark.serial

@@ -178,18 +178,18 @@ def _lines(rows: list[Row], arguments: argparse.Namespace) -> list[str]:
     """The table, with its totals."""
     shown, now, colours = str if arguments.bytes else size, time.time(), has_colours(sys.stdout)
     several = len({row.mount for row in rows}) > 1
-    header = ("PAGES", "SIZE", "RESIDENT", "SWAPPED", "OWNER", "AGE", "NAME")
+    header = ("NAME", "PAGES", "SIZE", "RESIDENT", "SWAPPED", "OWNER", "AGE")
     cells = [
         (
-            str(row.pages), shown(row.size), shown(row.resident), shown(row.swapped), quoted(row.owner),
-            age(now - row.modified), quoted(os.path.join(row.mount, row.name) if several else row.name),
+            quoted(os.path.join(row.mount, row.name) if several else row.name), str(row.pages), shown(row.size),
+            shown(row.resident), shown(row.swapped), quoted(row.owner), age(now - row.modified),
         )
         for row in _sorted(rows, arguments)
     ]  # fmt: skip
     sums = (sum(getattr(row, name) for row in rows) for name in ("size", "resident", "swapped"))
     count = counted(len(rows), "backup")
-    total = (str(sum(row.pages for row in rows)), *map(shown, sums), "", "", count)
-    lines = table(header, [*cells, total], LEFT)
+    total = (count, str(sum(row.pages for row in rows)), *map(shown, sums), "", "")
+    lines = table(header, [*cells, total], LEFT, cut="NAME")
     if is_terminal(sys.stdout):
         lines = [line if len(line) < columns() else line[: columns() - 1] for line in lines]
     return [painted(lines[0], "1", colours=colours), *lines[1:-1], painted(lines[-1], "2", colours=colours)]

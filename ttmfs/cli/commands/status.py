@@ -223,7 +223,7 @@ def _overview(reports: Sequence[Report]) -> list[str]:
             size(sum(stored.values())), size(look.number("available_bytes")), size(stored.get("swapped", 0)),
             f"{sum(rates) / report.seconds:.0f}" if report.seconds else "-", plain(state),
         ))  # fmt: skip
-    return table(header, rows, LEFT)
+    return table(header, rows, LEFT, cut="MOUNT")
 
 
 def _screen(report: Report, *, is_watched: bool) -> list[str]:

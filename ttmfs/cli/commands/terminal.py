@@ -21,6 +21,9 @@ __all__ = [
 
 UNITS = "KMGTPE"
 
+GAP, LEAST_WIDTH = "  ", 12
+"""What stands between the columns of a table, and characters below which no column is shortened."""
+
 
 def is_terminal(stream: TextIO) -> bool:
     """Whether it is a terminal on which the cursor can move."""
@@ -88,12 +91,30 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: frozenset[str]) -> list[str]:
-    """Lines of aligned columns: those named in `left` to the left, the others to the right."""
-    cells = [header, *rows]
+def _shortened(text: str, width: int) -> str:
+    """A text with its middle cut out if it is longer than a width: the ends of a path say the most."""
+    if len(text) <= width:
+        return text
+    mark = "…" if is_utf8(sys.stdout) else "~"
+    head = (width - 1) // 2
+    return text[:head] + mark + text[len(text) - (width - 1 - head) :]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: frozenset[str], cut: str = "") -> list[str]:
+    """Lines of aligned columns: those named in `left` to the left, the others to the right.
+
+    On a terminal, the texts of the column `cut` are shortened as far as the lines need to fit.
+    """
+    cells = [list(row) for row in (header, *rows)]
     widths = [max(len(row[n]) for row in cells) for n in range(len(header))]
+    if cut and is_terminal(sys.stdout):
+        n = header.index(cut)
+        others = sum(widths) - widths[n] + len(GAP) * (len(widths) - 1)
+        widths[n] = min(widths[n], max(LEAST_WIDTH, columns() - 1 - others))
+        for row in cells:
+            row[n] = _shortened(row[n], widths[n])
     return [
-        "  ".join(
+        GAP.join(
             cell.ljust(width) if name in left else cell.rjust(width)
             for name, cell, width in zip(header, row, widths, strict=True)
         ).rstrip()

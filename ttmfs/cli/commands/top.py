@@ -147,7 +147,7 @@ def _lines(rows: list[Row], errors: list[dict[str, Any]]) -> list[str]:
         )
         for row in rows
     ]  # fmt: skip
-    lines = [f"{total} (of the last 5 s, or of the last 4096 requests)", *table(HEADER, cells, LEFT)]
+    lines = [f"{total} (of the last 5 s, or of the last 4096 requests)", *table(HEADER, cells, LEFT, cut="BACKUP")]
     lines += [plain(str(error["error"])) for error in errors]
     return [line[: columns() - 1] for line in lines] if is_terminal(sys.stdout) else lines
 
