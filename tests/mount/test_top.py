@@ -62,6 +62,12 @@ def test_top_shows_who_does_what_to_which_backup(mountpoint: Path, loop: str) ->
             assert "has not answered for 2 s" in run(f"timeout 20 {TOP} {mountpoint}", code=2)
 
 
+def test_the_daemon_makes_the_sums_without_numpy(mount: Mount) -> None:
+    """Imports are most of the time of a takeover."""
+    attribute(mount.path, "recent")
+    assert "numpy" not in Path(f"/proc/{mount.pid}/maps").read_text()
+
+
 def test_a_thread_counts_for_its_process(mount: Mount, backup: Path) -> None:
     def read() -> None:
         for _ in range(20):

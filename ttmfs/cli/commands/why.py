@@ -93,8 +93,8 @@ COMMANDS = (
         "why",
         "Show why the last 64 refused requests were refused, the newest last. A caller gets only an errno; the daemon\n"
         "keeps the reason until it is replaced. Only root and the user who mounted may see it. The log has it too, at\n"
-        "most one line in ten seconds for each operation and error. What the kernel refuses by itself, by mode bits or in\n"
-        ".shmem, never reaches the daemon.",
+        "most one line in ten seconds for each operation and error. What the kernel refuses by itself, by mode bits\n"
+        "or in .shmem, never reaches the daemon.",
         """\
 examples:
   ttmfs why /mnt/ttm
