@@ -294,6 +294,35 @@ def test_doctor_reads_little_from_a_mount_of_a_stranger_and_prints_none_of_it(tm
             assert len(found) == 1
 
 
+METRICS = "\n".join((
+    f'ttmfs_operation_duration_seconds_bucket{{operation="{HARM}",le="nan"}} 1e308',
+    'ttmfs_operation_duration_seconds_bucket{operation="read",le="-inf"} inf',
+    'ttmfs_operation_duration_seconds_count{operation="read"} 1e308',
+    'ttmfs_operation_duration_seconds_sum{operation="read"} -1e308',
+    'ttmfs_operation_errors_total{operation="\x1b[31m",errno="\x1b[31m"} 1e300',
+    "ttmfs_size_bytes 1e308", "ttmfs_stored_bytes{state=\"resident\"} -1e308", "ttmfs_restarts_total 1e300",
+    "ttmfs_serving_since_seconds -1e300", "ttmfs_page_ins_waiting 1e300", "ttmfs_backups nan",
+))  # fmt: skip
+
+
+def test_what_a_strangers_mount_says_of_itself_harms_no_command(tmp_path: Path) -> None:
+    for config, recent in (
+        (f"endless:{HARM}", HARM), ("fifo", "[" * 4000), ("dir", "{}"), ("file:[1]", '{"seconds": 0, "requests": [1]}'),
+        (
+            f'file:{{"reserve": 1e308, "store": "{HARM[:5]}", "size": [], "log_to": {{}}, "daemon_pid": "{HARM[:9]}"}}',
+            '{"seconds": 1e-300, "requests": [["\\u001b[31m", 1e300, -1, "\\n", 1e308, 1e308]]}',
+        ),
+        ('file:{"uid": -1, "mode": 7, "log": "\\u001b"}', '{"seconds": "x", "requests": {"a": 1}}'),
+    ):  # fmt: skip
+        names = {".config": config, ".stats": f"file:{METRICS}"}
+        with served(tmp_path / "mnt", names=names, values={**GOOD, "recent": recent, "refusals": "[[[]]]"}):
+            for words in ["status"], ["status", "--json"], ["top", "--once"], ["top", "--json"], ["log"], ["why"]:
+                text = ttmfs(*words, tmp_path / "mnt", code=None, preexec_fn=limit_memory)
+                assert "\x1b" not in text
+                assert "owned" not in text
+                assert "Traceback" not in text, (words, config, text)
+
+
 def limit_memory() -> None:
     """Limit the memory of a command to 1 GiB, libraries included."""
     import resource
@@ -431,7 +460,10 @@ def test_a_server_that_never_answers_blocks_no_command(tmp_path: Path, request_:
         ttmfs("ls", tmp_path / "mnt", code=None)
         ttmfs("doctor", tmp_path / "mnt", code=None)
         ttmfs("ls", "--json", code=None)
+        for command in "status", "top":
+            ttmfs(command, tmp_path / "mnt", code=None)
         for words in (
+            f"bench {tmp_path}/mnt",
             f"map {tmp_path}/mnt/a",
             f"save {tmp_path}/mnt/a {tmp_path}/saved",
             f"load {tmp_path}/file {tmp_path}/mnt/b",

@@ -54,6 +54,7 @@ def test_status_says_what_mends_a_mount_that_does_not_answer(mountpoint: Path) -
             text = run(f"timeout 30 {STATUS} {mountpoint}", code=2)
             assert "problem" in text
             assert f"kill -CONT {daemon} continues its daemon" in text
+            assert re.search(rf"daemon +pid {daemon}, stopped", text)
             assert "has not answered" in run(f"timeout 30 {STATUS}", code=2)
         mount.kill_both()
         (found,) = json.loads(run(f"{STATUS} --json {mountpoint}", code=2))

@@ -57,9 +57,15 @@ def test_top_shows_who_does_what_to_which_backup(mountpoint: Path, loop: str) ->
         assert f"{reader.pid} python" in text
         lines = text.splitlines()
         assert "requests a second" in lines[0]
-        assert lines[1].split() == "PER SECOND TIME MEAN OPERATION USER PROCESS BACKUP".split()
+        assert lines[1].split() == "BACKUP PROCESS USER OPERATION PER S TIME MEAN".split()
         with stopped(mount.pid):
             assert "has not answered for 2 s" in run(f"timeout 20 {TOP} {mountpoint}", code=2)
+
+
+def test_the_daemon_makes_the_sums_without_numpy(mount: Mount) -> None:
+    """Imports are most of the time of a takeover."""
+    attribute(mount.path, "recent")
+    assert "numpy" not in Path(f"/proc/{mount.pid}/maps").read_text()
 
 
 def test_a_thread_counts_for_its_process(mount: Mount, backup: Path) -> None:

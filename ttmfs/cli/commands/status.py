@@ -21,7 +21,7 @@ from .command import Command, CommandError
 from .look import Look, Operation, given_options, looked_at
 from .mount_checks import asked, checks_of, store_checks
 from .mounts import mount_at
-from .terminal import age, columns, counted, is_terminal, size, table
+from .terminal import age, columns, counted, duration, is_terminal, size, table, wrapped
 from .watch import add_watch, interval_and_paths, watch
 
 __all__ = ["COMMANDS"]
@@ -194,15 +194,15 @@ def _as_json(report: Report) -> dict[str, Any]:
 
 def _lines(reports: Sequence[Report], *, whole: bool, is_watched: bool) -> list[str]:
     if not whole:
-        return _fitted([*_overview(reports), *(line for report in reports for line in _problems(report))])
+        return [*_cut(_overview(reports)), *(line for report in reports for line in _problems(report))]
     lines: list[str] = []
     for report in reports:
         lines += [""] * bool(lines) + _screen(report, is_watched=is_watched)
-    return _fitted(lines)
+    return lines
 
 
-def _fitted(lines: list[str]) -> list[str]:
-    """The lines, cut at the edge of a terminal."""
+def _cut(lines: list[str]) -> list[str]:
+    """The lines of a table, cut at the edge of a terminal."""
     return [line[: columns() - 1] for line in lines] if is_terminal(sys.stdout) else lines
 
 
@@ -229,16 +229,18 @@ def _overview(reports: Sequence[Report]) -> list[str]:
 def _screen(report: Report, *, is_watched: bool) -> list[str]:
     """All about one mount."""
     title = f"{quoted(report.mount.path)} (source {plain(report.mount.source)})"
-    facts = [*_contents(report), *_processes(report)] if report.look else _processes(report)
+    facts = [*_contents(report), *_processes(report)] if report.look else [*_processes(report)]
     width = max((len(name) for name, _ in facts), default=0)
-    lines = [title, *_problems(report), *(f"  {name:<{width}}  {plain(text)}" for name, text in facts)]
-    return [*lines, *_latencies(report, is_watched=is_watched)]
+    lines = [title, *_problems(report)]
+    for name, text in facts:
+        lines += wrapped(f"  {name:<{width}}  {plain(text)}", width + 4)
+    return [*lines, *_cut(_latencies(report, is_watched=is_watched))]
 
 
 def _problems(report: Report) -> Iterator[str]:
     for check in report.problems:
-        yield f"  {check.state}: {plain(check.what)} {plain(check.found)}"
-        yield f"    -> {plain(check.do)}"
+        yield from wrapped(f"  {check.state}: {plain(check.what)} {plain(check.found)}", 4)
+        yield from wrapped(f"    -> {plain(check.do)}", 7)
 
 
 def _contents(report: Report) -> Iterator[tuple[str, str]]:
@@ -307,23 +309,13 @@ def _latencies(report: Report, *, is_watched: bool) -> list[str]:
             continue
         timed = now if is_watched and now else one
         rate = f"{now.requests / report.seconds:.0f}" if now and report.seconds else "-"
-        bounds = (f"<{_duration(timed.quantile(share))}" for share in (0.5, 0.99))
-        rows.append((plain(name), rate, _duration(timed.mean), *bounds, f"{one.requests:.0f}"))
+        bounds = (f"<{duration(timed.quantile(share))}" for share in (0.5, 0.99))
+        rows.append((plain(name), rate, duration(timed.mean), *bounds, f"{one.requests:.0f}"))
     if not rows:
         return []
     span = "between two looks" if is_watched else "since the daemon started"
     lines = table(("OPERATION", "PER SECOND", "MEAN", "P50", "P99", "COUNT"), rows, LEFT)
     return ["", *lines, f"(times: {span}; P50 and P99 are upper bounds)"]
-
-
-def _duration(seconds: float | None) -> str:
-    """A time for a person: 12us, 3.4ms, 1.2s."""
-    if seconds is None:
-        return "-"
-    for factor, unit in (1e6, "us"), (1e3, "ms"), (1, "s"):
-        if (value := seconds * factor) < 999.5 or unit == "s":
-            return f"{value:.1f}{unit}" if value < 9.95 else f"{value:.0f}{unit}"
-    raise AssertionError
 
 
 COMMANDS = (

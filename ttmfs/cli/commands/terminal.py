@@ -9,14 +9,15 @@ import os
 import pwd
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
 __all__ = [
-    "ProgressBar", "age", "columns", "counted", "has_colours", "is_terminal", "is_utf8", "painted", "size", "table",
-    "user_name",
+    "ProgressBar", "age", "columns", "counted", "duration", "has_colours", "is_terminal", "is_utf8", "painted", "size",
+    "table", "user_name", "wrapped",
 ]  # fmt: skip
 
 UNITS = "KMGTPE"
@@ -120,6 +121,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: frozenset[
         ).rstrip()
         for row in cells
     ]
+
+
+def duration(seconds: float | None) -> str:
+    """A time for a person: 12us, 3.4ms, 1.2s."""
+    if seconds is None:
+        return "-"
+    for factor, unit in (1e6, "us"), (1e3, "ms"), (1, "s"):
+        if (value := seconds * factor) < 999.5 or unit == "s":
+            return f"{value:.1f}{unit}" if value < 9.95 else f"{value:.0f}{unit}"
+    raise AssertionError
+
+
+def wrapped(line: str, indent: int) -> list[str]:
+    """A line, broken at the edge of a terminal. The lines after the first begin with `indent` blanks."""
+    if not is_terminal(sys.stdout):
+        return [line]
+    return textwrap.wrap(line, columns() - 1, subsequent_indent=" " * indent, break_on_hyphens=False) or [""]
 
 
 class ProgressBar:

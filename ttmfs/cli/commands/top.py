@@ -16,13 +16,16 @@ from ...quoting import plain, quoted
 from .child_process import ask_all
 from .command import Command, CommandError
 from .mounts import failure, located
-from .terminal import columns, is_terminal, table, user_name
+from .terminal import columns, duration, is_terminal, is_utf8, table, user_name
 from .watch import SECONDS, add_watch, interval_and_paths, watch
 
 __all__ = ["COMMANDS"]
 
-HEADER = ("PER SECOND", "TIME", "MEAN", "OPERATION", "USER", "PROCESS", "BACKUP")
+HEADER = ("BACKUP", "PROCESS", "USER", "OPERATION", "PER S", "TIME", "MEAN")
 LEFT = frozenset({"OPERATION", "USER", "PROCESS", "BACKUP"})
+
+LONGEST_NAME = 20
+"""Characters of a name on a terminal, beside which the other columns fit into 80."""
 
 
 class Row(NamedTuple):
@@ -139,15 +142,15 @@ def _command_of(pid: int) -> str | None:
 def _lines(rows: list[Row], errors: list[dict[str, Any]]) -> list[str]:
     several = len({row.mount for row in rows}) > 1
     rate, busy = sum(row.per_second for row in rows), sum(row.busy for row in rows)
-    total = f"{rate:.0f} requests a second, which took {busy:.0%} of the time"
+    total = f"{rate:.0f} requests a second took {busy:.0%} of the time (last 5 s, or 4096 requests)"
     cells = [
         (
-            f"{row.per_second:.1f}", f"{row.busy:.1%}", f"{row.mean_seconds * 1e6:.0f}us", plain(row.operation),
-            plain(user_name(row.uid)), _shown_process(row), _shown_backup(row, several=several),
+            _shown_backup(row, several=several), _shown_process(row), plain(user_name(row.uid)), plain(row.operation),
+            f"{row.per_second:.1f}", f"{row.busy:.1%}", duration(row.mean_seconds),
         )
         for row in rows
     ]  # fmt: skip
-    lines = [f"{total} (of the last 5 s, or of the last 4096 requests)", *table(HEADER, cells, LEFT, cut="BACKUP")]
+    lines = [total, *table(HEADER, cells, LEFT, cut="BACKUP")]
     lines += [plain(str(error["error"])) for error in errors]
     return [line[: columns() - 1] for line in lines] if is_terminal(sys.stdout) else lines
 
@@ -160,7 +163,10 @@ def _shown_process(row: Row) -> str:
 
 def _shown_backup(row: Row, *, several: bool) -> str:
     name = "-" if row.backup is None else row.backup
-    return quoted(os.path.join(row.mount, name) if several else name)
+    shown = quoted(os.path.join(row.mount, name) if several else name)
+    if len(shown) <= LONGEST_NAME or not is_terminal(sys.stdout):
+        return shown
+    return shown[: LONGEST_NAME - 1] + ("…" if is_utf8(sys.stdout) else "~")
 
 
 COMMANDS = (
