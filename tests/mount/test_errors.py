@@ -478,7 +478,7 @@ ROOT_ATTRIBUTES, BACKUP_ATTRIBUTES = (
         "security.x")),
         ("", "user.ttmfs.pages", b"1", EOPNOTSUPP), ("A", "user.ttmfs.page_size", b"1", EOPNOTSUPP),
         *((where, "user.ttmfs.size", value, EINVAL) for where in ("", "A")
-          for value in (b"", b"0", b"-1", b"x", b"1.5m", b"1 m", b"\xff", b"\0", b"1\0", b"9" * 30, b"9" * 19 + b"t",
+          for value in (b"", b"0", b"-1", b"x", b"1.5.2m", b"1 m", b"\xff", b"\0", b"1\0", b"9" * 30, b"9" * 19 + b"t",
           b"1mm", b"1e6",
                         b"1" * 65536)),
         ("A", "user.ttmfs.size", b"4096", EINVAL), ("", "user.ttmfs.size", b"4096", EINVAL),  # less than what is stored
