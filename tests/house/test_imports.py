@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -75,6 +76,21 @@ def test_imports_point_to_earlier_packages_only(module: str) -> None:
 @pytest.mark.parametrize("module", sorted(ALONE))
 def test_modules_that_run_by_path_import_nothing_of_ttmfs(module: str) -> None:
     assert not own_imports(module)
+
+
+@pytest.mark.parametrize("module", ["recovery.keeper", "cli.rescue", "linux.tmpfs"])
+def test_programs_that_run_by_path_need_only_neighbours_and_the_standard_library(module: str) -> None:
+    """A neighbour needs no more than the program does."""
+    package, _, name = module.rpartition(".")
+    left, seen = {name}, set[str]()
+    while left:
+        neighbour = left.pop()
+        seen.add(neighbour)
+        for imported in (name.removeprefix(f"{package}.") for name in imports_of(f"{package}.{neighbour}")):
+            if f"{package}.{imported}" in MODULES:
+                left |= {imported} - seen
+            else:
+                assert imported in sys.stdlib_module_names, f"{neighbour} imports {imported}"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("cli.commands.")])
