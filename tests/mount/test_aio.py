@@ -151,7 +151,7 @@ def test_c9_the_loop_goes_on_during_a_wait_for_swap_and_a_cancellation_ends_it(
                             await anyio.sleep(0.001)
                             turns += 1
                 assert scope.cancelled_caught
-                assert turns > 10, "another task ran"
+                assert turns > 1, "no other task ran"
                 assert time.monotonic() - start < 8, "it was not waited for"
                 given_up = pages.copy()
             assert (pages == given_up).all(), "what was given up is not written to the caller's memory later"

@@ -262,7 +262,7 @@ def test_a_path_outside_of_any_mount_is_reported_in_one_line(mnt: Path, tmp_path
     text = ttmfs("ls", tmp_path, mnt, "/nowhere", code=1)
     assert f"ttmfs ls: {tmp_path} is not a mount of ttmfs, nor a backup" in text
     assert "/nowhere: No such file or directory" in text
-    assert " a\n" in text
+    assert "\na " in text
     for command in "map", "writeback", "fini", "save", "load", "fd":
         words: list[object] = [tmp_path / "x"] if command == "save" else ["true"] if command == "fd" else []
         for path in tmp_path, mnt, "/nowhere/x":
