@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -103,6 +104,12 @@ def test_commands_import_nothing_of_the_server(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_only_the_named_modules_import_pyfuse3(module: str) -> None:
     assert ("pyfuse3" in imports_of(module)) == (module in ("fuse.operations", "fuse.through_pyfuse3"))
+
+
+def test_the_daemon_imports_no_numpy() -> None:
+    """Imports are most of the time of a takeover without a standby, and numpy's would add half as much again."""
+    code = "import sys, ttmfs.daemon.command_line; sys.exit('numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
 
 
 def test_mount_py_stays_short() -> None:
