@@ -132,6 +132,8 @@ try() { # BASE: the built package
     part "installs"
     inside 'apt-get install -y -qq --no-install-recommends /deb/first.deb >/tmp/log 2>&1 || { cat /tmp/log; exit 1; }'
     inside 'ttmfs --version; dpkg -V ttmfs; test -d /etc/ttmfs; man -w 1 ttmfs 5 ttmfs 8 mount.ttmfs 8 mount.fuse.ttmfs
+        cd /usr/share
+        test -s bash-completion/completions/ttmfs -a -s zsh/vendor-completions/_ttmfs -a -s fish/vendor_completions.d/ttmfs.fish
         test -z "$(systemctl list-units --plain --no-legend "ttmfs@*")"'
     part "mounts, stores a page and reads it back"
     inside "$(cat packaging/debian/tests/smoke)" >"$room/smoke" 2>&1 || { cat "$room/smoke"; exit 1; }
