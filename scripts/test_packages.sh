@@ -92,7 +92,9 @@ boot() { # DIRECTORY: starts systemd in it
     machine=$!
     for _ in $(seq 120); do
         init=$(tr -d ' ' <"/proc/$machine/task/$machine/children") # only the one
-        [ -z "$init" ] || ! inside 'systemctl is-system-running' 2>/dev/null | grep -qx 'running\|degraded' || return 0
+        [ -z "$init" ] || case $(inside 'systemctl is-system-running || :' 2>/dev/null) in
+        running | degraded) return ;;
+        esac
         sleep 0.5
     done
     echo "systemd did not come up" >&2
@@ -119,9 +121,8 @@ try() { # BASE: the built package
         apt-get install -qq --no-install-recommends systemd systemd-sysv dbus procps man-db attr \
             fuse3 python3-numpy >/dev/null 2>&1
         rm -f /etc/systemd/system/multi-user.target.wants/*
-        ln -s /dev/null /etc/systemd/system/systemd-logind.service
-        ln -s /dev/null /etc/systemd/system/systemd-udevd.service
-        ln -s /dev/null /etc/systemd/system/systemd-tmpfiles-setup.service'
+        for unit in getty.target systemd-logind.service systemd-modules-load.service systemd-tmpfiles-setup.service \
+            systemd-udevd.service; do ln -s /dev/null /etc/systemd/system/$unit; done'
     cp "$room"/out/*.deb "$room/machine/deb"
     mv "$room"/machine/deb/ttmfs_*.deb "$room/machine/deb/first.deb"
     dpkg-deb -R "$room/machine/deb/first.deb" "$room/machine/deb/next"
