@@ -104,7 +104,7 @@ fi
 if [ -n "$root" ]; then
     "$made/bin/python" -m pip uninstall -q -y setuptools pip 2>/dev/null
     find "$made/bin" -type f ! -name '*ttmfs*' -delete
-    rm -f "$made"/lib/python3*/site-packages/*.dist-info/direct_url.json "$made/lib64"
+    rm -f "$made"/lib/python3*/site-packages/*.dist-info/direct_url.json "$made/lib64" "$made/.gitignore"
     # What no program uses: tests and sources of libraries, and first lines that would make scripts of modules.
     for packages in "$made"/lib/python3*/site-packages; do
         rm -rf "$packages/trio/_tests" "$packages/trio/_tools" "$packages"/pyfuse3/*.[ch] "$packages"/pyfuse3/*.p[xy][dix]

@@ -81,6 +81,7 @@ boot() { # DIRECTORY: starts systemd in it
         mount --bind "$0" "$0"
         cd "$0"
         mount -t proc proc proc; mount --rbind /sys sys; mount --rbind /dev dev
+        mount -t cgroup2 cgroup sys/fs/cgroup # systemd 257 starts on no other
         for place in run tmp var/log; do mount -t tmpfs tmpfs $place; done
         mkdir .before
         pivot_root . .before
@@ -91,7 +92,9 @@ boot() { # DIRECTORY: starts systemd in it
     machine=$!
     for _ in $(seq 120); do
         init=$(tr -d ' ' <"/proc/$machine/task/$machine/children") # only the one
-        [ -z "$init" ] || ! inside 'systemctl is-system-running' 2>/dev/null | grep -qx 'running\|degraded' || return 0
+        [ -z "$init" ] || case $(inside 'systemctl is-system-running || :' 2>/dev/null) in
+        running | degraded) return ;;
+        esac
         sleep 0.5
     done
     echo "systemd did not come up" >&2
@@ -118,9 +121,8 @@ try() { # BASE: the built package
         apt-get install -qq --no-install-recommends systemd systemd-sysv dbus procps man-db attr \
             fuse3 python3-numpy >/dev/null 2>&1
         rm -f /etc/systemd/system/multi-user.target.wants/*
-        ln -s /dev/null /etc/systemd/system/systemd-logind.service
-        ln -s /dev/null /etc/systemd/system/systemd-udevd.service
-        ln -s /dev/null /etc/systemd/system/systemd-tmpfiles-setup.service'
+        for unit in getty.target systemd-logind.service systemd-modules-load.service systemd-tmpfiles-setup.service \
+            systemd-udevd.service; do ln -s /dev/null /etc/systemd/system/$unit; done'
     cp "$room"/out/*.deb "$room/machine/deb"
     mv "$room"/machine/deb/ttmfs_*.deb "$room/machine/deb/first.deb"
     dpkg-deb -R "$room/machine/deb/first.deb" "$room/machine/deb/next"
@@ -132,6 +134,9 @@ try() { # BASE: the built package
     part "installs"
     inside 'apt-get install -y -qq --no-install-recommends /deb/first.deb >/tmp/log 2>&1 || { cat /tmp/log; exit 1; }'
     inside 'ttmfs --version; dpkg -V ttmfs; test -d /etc/ttmfs; man -w 1 ttmfs 5 ttmfs 8 mount.ttmfs 8 mount.fuse.ttmfs
+        cd /usr/share
+        for file in bash-completion/completions/ttmfs zsh/vendor-completions/_ttmfs fish/vendor_completions.d/ttmfs.fish
+        do test -s $file; done
         test -z "$(systemctl list-units --plain --no-legend "ttmfs@*")"'
     part "mounts, stores a page and reads it back"
     inside "$(cat packaging/debian/tests/smoke)" >"$room/smoke" 2>&1 || { cat "$room/smoke"; exit 1; }
