@@ -2,7 +2,7 @@
 """Draws docs/pictures/dashboard.png: the panels of docs/metrics/dashboard.json, from a real mount under load.
 
 A real Prometheus scrapes ``ttmfs export`` for some minutes, and then evaluates the very queries of the dashboard. Only
-the drawing is ours, because Grafana is in no package registry that the project uses. It needs root, matplotlib, and
+the drawing is ours, because the project's tests have no Grafana. It needs root, matplotlib, and
 Prometheus (Debian: prometheus; its path can be given in PROMETHEUS). It adds swap of 256 MiB to the machine meanwhile.
 
     sudo unshare --mount env PYTHONPATH=tests .venv/bin/python scripts/dashboard_picture.py
