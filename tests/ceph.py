@@ -268,6 +268,10 @@ class Ceph:
         """Stop the OSD: reads and writes of objects wait."""
         os.kill(self.pid("osd"), signal.SIGSTOP)
 
+    @property
+    def osd_is_stopped(self) -> bool:
+        return "\nState:\tT" in Path(f"/proc/{self.pid('osd')}/status").read_text()
+
     def continue_osd(self) -> None:
         os.kill(self.pid("osd"), signal.SIGCONT)
 

@@ -229,7 +229,9 @@ def test_a_store_that_does_not_answer_fails_its_requests_and_no_others(
                     begun = time.monotonic()
                     look()
                     assert time.monotonic() - begun < 1, "it waited for the store"
-                assert process.wait(20) == 1
+                status = process.wait(20)
+                assert ceph.osd_is_stopped
+                assert status == 1
                 assert process.stderr
                 assert b"Input/output error" in process.stderr.read()
                 with raises_errno(errno.EIO):
