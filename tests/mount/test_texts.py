@@ -33,7 +33,7 @@ def test_copies_of_a_text_are_complete(mnt: Path, tmp_path: Path, name: str) -> 
         if name == ".config":
             assert json.loads(text)["backup_size"]
         else:
-            assert "ttmfs_swap_free_bytes" in text.splitlines()[-1]
+            assert "ttmfs_serving_since_seconds" in text.splitlines()[-1]
 
 
 def sent(source: Path, target: Path) -> None:

@@ -359,11 +359,11 @@ def _rescued(name: str, source: int, target: int, sums: int, report: _Report) ->
 def _copy(name: str, source: int, target: int) -> Line:
     """Copy one backup, completely or not at all."""
     partial, flags = partial_name(name), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with (
-        _closing(_open_to_read(name, source)) as there,
-        _closing(os.open(partial, flags, 0o600, dir_fd=target)) as here,
-    ):
-        try:
+    try:
+        with (
+            _closing(_open_to_read(name, source)) as there,
+            _closing(os.open(partial, flags, 0o600, dir_fd=target)) as here,
+        ):
             found = os.fstat(there)
             with contextlib.suppress(FileNotFoundError):
                 os.stat(f"{MAP}{found.st_ino}", dir_fd=source, follow_symlinks=False)
@@ -375,10 +375,12 @@ def _copy(name: str, source: int, target: int) -> Line:
                 raise OSError(errno.EIO, "the copy differs from what was read; check the disk, and stop all writers")
             _give(here, found)
             os.rename(partial, name, src_dir_fd=target, dst_dir_fd=target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial, dir_fd=target)
-            raise
+    except FileExistsError:  # it is another's
+        raise
+    except BaseException:  # an interruption can come before the new file has a name here
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial, dir_fd=target)
+        raise
     return Line(*total, found.st_size, name)
 
 
