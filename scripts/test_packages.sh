@@ -164,8 +164,12 @@ try() { # BASE: the built package
     part "is purged, and nothing is left"
     inside 'systemctl stop ttmfs@mnt-ttm; umount /mnt/two; rmdir /mnt/ttm /mnt/two
         apt-get purge -y -qq ttmfs >/dev/null
-        test -z "$(systemctl list-units --all --plain --no-legend "ttmfs@*")"
-        test -z "$(pgrep -af lib/ttmfs)"'
+        for _ in $(seq 100); do # umount(8) does not wait for the daemon, nor the manager for the end of a unit
+            left=$(systemctl list-units --plain --no-legend "ttmfs@*"; pgrep -af "[l]ib/ttmfs/") || :
+            [ -n "$left" ] || exit 0
+            sleep 0.1
+        done
+        echo "left: $left"; exit 1'
     files >"$room/after"
     diff "$room/before" "$room/after"
     shut_down
