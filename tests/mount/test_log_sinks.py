@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from harness import MOUNT_COMMAND, MOUNT_PY, Mount, attribute, mounts, raises_errno, run, set_attribute, wait_until
+from harness import (
+    MOUNT_COMMAND,
+    MOUNT_PY,
+    Mount,
+    attribute,
+    mounts,
+    raises_errno,
+    run,
+    set_attribute,
+    stopped,
+    wait_until,
+)
 from stores import ALICE, Place, acting_as
 from ttmfs.recovery import log_sink
 from ttmfs.recovery.log_sink import File, StandardError, make_sink
@@ -91,8 +102,8 @@ def test_a_wrong_place_for_the_log_is_refused(mountpoint: Path, tmp_path: Path, 
 def test_a_log_in_another_ttmfs_is_refused(mount: Mount, tmp_path: Path) -> None:
     (mount.path / "a").mkdir()
     (tmp_path / "other").mkdir()
-    said = run(f"{COMMAND} {tmp_path}/other -o size=1m,log={mount.path}/a/1", code=32)
-    assert "it lies in a ttmfs; use another file" in said
+    said = run(f"{COMMAND} {tmp_path}/other -o size=1m,log={mount.path}/a/1", code=1)
+    assert "it lies in a ttmfs" in said
 
 
 def test_the_level_changes_while_the_mount_serves_and_survives_a_kill(mountpoint: Path) -> None:
@@ -197,15 +208,45 @@ def test_a_file_that_blocks_does_not_block_its_writer(tmp_path: Path, monkeypatc
     sink.close()
 
 
+def test_a_log_on_a_filesystem_that_hangs_delays_no_takeover(mountpoint: Path, tmp_path: Path) -> None:
+    """Another filesystem, whose server is stopped, is mounted over the directory of the log."""
+    for name in "logs", "source":
+        (tmp_path / name).mkdir()
+    with in_background(mountpoint, f"log={tmp_path}/logs/log") as config:
+        with subprocess.Popen(["bindfs", "-f", "-o", "nonempty", tmp_path / "source", tmp_path / "logs"]) as server:
+            try:
+                wait_until(lambda: str(tmp_path / "logs") in Path("/proc/mounts").read_text(), "the mount")
+                with stopped(server.pid):
+                    os.kill(int(str(config["daemon_pid"])), signal.SIGKILL)
+                    run(f"timeout 20 mkdir {mountpoint}/a")
+            finally:
+                run(f"umount -l {tmp_path}/logs")
+                server.kill()  # the next daemon has the directory open, so the unmounting alone does not end it
+        wait_until(lambda: "ttmfs-keeper" in (tmp_path / "logs/log").read_text(), "the keeper's line")
+
+
+def test_a_log_in_a_ttmfs_that_was_mounted_later_delays_no_takeover(mountpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with in_background(mountpoint, f"log={tmp_path}/logs/log") as config:
+        run(f"mount --bind {mountpoint} {tmp_path}/logs")
+        try:
+            os.kill(int(str(config["daemon_pid"])), signal.SIGKILL)
+            run(f"timeout 20 mkdir {mountpoint}/a")
+        finally:
+            run(f"umount {tmp_path}/logs")
+
+
 def test_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_sink, "SYSLOG_SOCKET", str(tmp_path / "syslog"))
     sink = File(str(tmp_path / "log"), "ttmfs")
+    sink.open()
     full = os.open("/dev/full", os.O_WRONLY)
     monkeypatch.setattr(sink, "_reopen_if_renamed", lambda: os.dup2(full, sink._fd, inheritable=False))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
         syslog.bind(str(tmp_path / "syslog"))
         syslog.settimeout(10)
         sink.write(log_sink.WARNING, "kept elsewhere")
+        assert b"cannot be written: No space left on device" in syslog.recv(1000)
         assert syslog.recv(1000).startswith(b"<28>ttmfs[")
     sink.flush(5)
     sink.close()

@@ -10,10 +10,9 @@ import logging
 import os
 import stat
 
-from ..linux.mountinfo import TYPE, mounts
 from ..options import AUTO_LOG, ExitCode
 from ..recovery import log_sink
-from ..recovery.log_sink import JOURNAL, STDERR, SYSLOG, TERMINAL, Sink, make_sink
+from ..recovery.log_sink import JOURNAL, STDERR, SYSLOG, TERMINAL, File, Sink, make_sink
 from .mounting import MountError
 
 __all__ = ["begin", "flush", "resolved", "sink_of", "switch"]
@@ -48,22 +47,13 @@ def begin(name: str) -> None:
 
 
 def switch(where: str) -> None:
-    """Log to another sink from now on. A file that cannot be opened is reported, and syslog takes its place."""
+    """Log to another sink from now on. It waits for no file."""
     if where == TERMINAL:
         return
-    failure = ""
-    try:
-        if failure := _on_ttmfs(where):
-            raise OSError
-        sink = make_sink(where, "ttmfs")
-    except OSError as error:
-        failure, sink = failure or error.strerror or str(error), make_sink(SYSLOG, "ttmfs")
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
-    root.addHandler(_Handler(sink))
-    if failure:
-        root.error("the log file %s cannot be written: %s; the log goes to syslog", where, failure)
+    root.addHandler(_Handler(make_sink(where, "ttmfs")))
 
 
 def flush() -> None:
@@ -90,12 +80,13 @@ def resolved(log: str, mountpoint: str) -> str:
     path = os.path.join(os.path.realpath(directory), name)
     if os.path.commonpath([path, mountpoint]) == mountpoint:
         raise MountError(f"log: {log} lies below the mount point: the daemon would wait for itself; use another file")
-    if failure := _on_ttmfs(path):
-        raise MountError(f"log: {log}: {failure}; use another file")
+    file = File(path, "ttmfs")
     try:
-        make_sink(path, "ttmfs").close()
+        file.open()
     except OSError as error:
-        raise MountError(f"log: {log}: {error.strerror or error}", ExitCode.USAGE) from None
+        raise MountError(f"log: {log}: {error.strerror or error}; use another file", ExitCode.USAGE) from None
+    finally:
+        file.close()
     return path
 
 
@@ -103,14 +94,3 @@ def _is_socket(path: str) -> bool:
     with contextlib.suppress(OSError):
         return stat.S_ISSOCK(os.stat(path).st_mode)
     return False
-
-
-def _on_ttmfs(path: str) -> str:
-    """What is wrong if a real path lies in a ttmfs: this one's daemon must not touch it, and others may wait for it.
-
-    It touches nothing below the path.
-    """
-    above = [mount for mount in mounts() if os.path.isabs(path) and path.startswith(mount.path.rstrip("/") + "/")]
-    longest = max((len(mount.path) for mount in above), default=0)
-    top = next((mount for mount in reversed(above) if len(mount.path) == longest), None)
-    return "it lies in a ttmfs" if top and top.type == TYPE else ""

@@ -104,7 +104,7 @@ class Program:
         self.channel.setblocking(False)
         self.daemons_end, self.ready = held.pop(protocol.KEEPER), held.pop("ready", -1)
         self.held, self.keeps_stderr, self.command, self.mountpoint = held, log == log_sink.STDERR, command, command[-1]
-        self.log = log_sink.make_sink_or_syslog(log, "ttmfs-keeper")
+        self.log = log_sink.make_sink(log, "ttmfs-keeper")
         self.manager, self.look_seconds = manager, (manager.watchdog or LOOK_SECONDS * MOST_SILENT) / MOST_SILENT
         self.timers: dict[Callable[[], None], float] = {}  # what is to be done, and when
         self.pid, self.pidfd = daemon, os.pidfd_open(daemon) if daemon else -1  # of the daemon, if there is one

@@ -9,6 +9,7 @@ The keeper imports this module by its path, so it imports only the standard libr
 import _thread
 import contextlib
 import os
+import re
 import select
 import socket
 import stat
@@ -31,6 +32,7 @@ MOST_LINES = 1000
 """Lines that wait for a file. If there are more, the oldest are lost."""
 
 PIPE_BUF = select.PIPE_BUF
+TTMFS = "fuse.ttmfs"
 MODE = 0o640
 
 
@@ -93,25 +95,25 @@ class Journal(Sink):
 class File(Sink):
     """A file, opened by its name in a directory that stays open: whatever is mounted over the path later.
 
-    A file that was renamed or removed is made again, so logrotate(8) needs no signal. Raises OSError if the file cannot
-    be opened.
+    The thread of :meth:`start` opens it, because the filesystem may hang. A file that was renamed or removed is made
+    again, so logrotate(8) needs no signal. One that cannot be written is reported to syslog once.
     """
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__(name)
-        directory, self._file = os.path.split(path)
-        self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self._fd = self._open()
-        except OSError:
-            os.close(self._directory)
-            raise
+        self._path, self._file = path, os.path.basename(path)
+        self._directory = self._fd = -1
+        self._failed = False
         self._lines: deque[tuple[int, str, str]] = deque(maxlen=MOST_LINES)
         self._writing = _thread.allocate_lock()
         self._syslog = Syslog(name)
 
     def write(self, priority: int, text: str) -> None:
         self._lines.append((priority, text, line(priority, self.name, text)))
+        self.start()
+
+    def start(self) -> None:
+        """Have a thread open the file, and write what waits."""
         if self._writing.acquire(blocking=False):
             try:
                 _thread.start_new_thread(self._drain, ())
@@ -122,23 +124,46 @@ class File(Sink):
         if self._writing.acquire(timeout=seconds):
             self._writing.release()
 
+    def open(self) -> None:
+        """Open the file now, and wait for it. Raises OSError."""
+        if self._directory < 0:
+            if lies_in_ttmfs(self._path):
+                raise OSError("it lies in a ttmfs, whose daemon must not wait for itself")
+            self._directory = os.open(os.path.dirname(self._path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        if self._fd < 0:
+            self._fd = self._opened()
+
     def close(self) -> None:
-        os.close(self._directory)
-        os.close(self._fd)
+        for fd in self._directory, self._fd:
+            if fd >= 0:
+                os.close(fd)
+        self._directory = self._fd = -1
 
     def _drain(self) -> None:
-        """Write what waits. It runs in a thread, which has the lock."""
+        """Open the file, and write what waits. It runs in a thread, which has the lock."""
         while True:
+            self._try_to_write(b"")
             while self._lines:
                 priority, text, shown = self._lines.popleft()
-                try:
-                    self._reopen_if_renamed()
-                    os.write(self._fd, encoded(shown))
-                except OSError:
+                if not self._try_to_write(encoded(shown)):
                     self._syslog.write(priority, text)
             self._writing.release()
             if not self._lines or not self._writing.acquire(blocking=False):
                 return
+
+    def _try_to_write(self, data: bytes) -> bool:
+        try:
+            self.open()
+            self._reopen_if_renamed()
+            os.write(self._fd, data)
+        except OSError as error:
+            if not self._failed:
+                why = error.strerror or str(error)
+                self._syslog.write(ERROR, f"the log file {self._path} cannot be written: {why}")
+            self._failed = True
+            return False
+        self._failed = False
+        return True
 
     def _reopen_if_renamed(self) -> None:
         try:
@@ -147,11 +172,11 @@ class File(Sink):
                 return
         except FileNotFoundError:
             pass
-        fd = self._open()
+        fd = self._opened()
         os.dup2(fd, self._fd, inheritable=False)
         os.close(fd)
 
-    def _open(self) -> int:
+    def _opened(self) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
             fd = os.open(self._file, flags | os.O_CREAT | os.O_EXCL, MODE, dir_fd=self._directory)
@@ -165,18 +190,26 @@ class File(Sink):
 
 
 def make_sink(where: str, name: str) -> Sink:
-    """The sink of a word above, or of the absolute path of a file. Raises OSError for a file that cannot be opened."""
+    """The sink of a word above, or of the absolute path of a file."""
     if where in (TERMINAL, STDERR):
         return StandardError(name, has_time=where == STDERR)
-    return Journal(name) if where == JOURNAL else Syslog(name) if where == SYSLOG else File(where, name)
+    if where in (JOURNAL, SYSLOG):
+        return Journal(name) if where == JOURNAL else Syslog(name)
+    file = File(where, name)
+    file.start()
+    return file
 
 
-def make_sink_or_syslog(where: str, name: str) -> Sink:
-    """The same, with syslog in place of a file that cannot be opened."""
-    try:
-        return make_sink(where, name)
-    except OSError:
-        return Syslog(name)
+def lies_in_ttmfs(path: str) -> bool:
+    """Whether a real path lies in a ttmfs, by the kernel's list of mounts alone: nothing below the path is touched."""
+    found, longest = "", 0
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        for row in mounts:
+            before, _, after = row.partition(b" - ")
+            place = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), before.split(b" ")[4])
+            if os.fsencode(path).startswith(place.rstrip(b"/") + b"/") and len(place) >= longest:
+                found, longest = os.fsdecode(after.split(b" ")[0]), len(place)
+    return found == TTMFS
 
 
 def is_journal() -> bool:
