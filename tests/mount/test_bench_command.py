@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from harness import Mount, names, run, wait_until
 from stores import ALICE, Place, as_user
 
@@ -30,11 +32,12 @@ def test_bench_compares_a_mount_with_a_tmpfs(mountpoint: Path) -> None:
         assert found["microseconds"]["mount"].keys() == found["microseconds"]["tmpfs"].keys() == found["ratios"].keys()
 
 
-def test_an_interrupted_bench_leaves_no_backup(mountpoint: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_bench_leaves_no_backup(mountpoint: Path, number: signal.Signals) -> None:
     with Mount(mountpoint, "size=64m"):
         with subprocess.Popen([*BENCH, "--seconds", "60", str(mountpoint)], stderr=subprocess.PIPE) as bench:
             wait_until(lambda: names(mountpoint), "its backup", 20)
-            bench.send_signal(signal.SIGINT)
+            bench.send_signal(number)
             bench.communicate(timeout=20)
             assert bench.returncode == 130
         assert not names(mountpoint)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import statistics
 import sys
 import tempfile
@@ -80,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.seconds <= 3600:
         raise CommandError("--seconds: give seconds up to 3600")
     path: str = arguments.mount
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, it must leave no backup
     with contextlib.ExitStack() as stack:
         try:
             place = stack.enter_context(located(path))
