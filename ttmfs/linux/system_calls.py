@@ -396,11 +396,11 @@ HEAP_BYTES = 8 << 20
 """Heap for libfuse's request buffers: 1 MiB for each task that reads requests."""
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends. `parent` is the parent's process id."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends. `parent` is the parent's process id."""
+    _libc.prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # the parent ended before the call
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
 
 def outlive_parent() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...linux import system_calls
 from ...linux.tmpfs import new_tmpfs
 from ...quoting import plain, quoted
 from .command import Command, CommandError
@@ -81,7 +82,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.seconds <= 3600:
         raise CommandError("--seconds: give seconds up to 3600")
     path: str = arguments.mount
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, it must leave no backup
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    system_calls.die_with(os.getppid(), signal.SIGTERM)  # of a SIGKILL it would leave its backup
     with contextlib.ExitStack() as stack:
         try:
             place = stack.enter_context(located(path))
