@@ -66,6 +66,17 @@ def test_a_file_has_the_lines_of_daemon_and_keeper_with_their_times(mountpoint: 
     assert all(re.match(STAMP, line) for line in lines)
 
 
+def test_rescue_is_not_misled_by_the_directory_of_a_log_file(mountpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with in_background(mountpoint, f"log={tmp_path}/logs/log") as config:
+        (mountpoint / "a").mkdir()
+        (mountpoint / "a/1").write_bytes(b"kept")
+        for number, source in enumerate((config["keeper_pid"], config["daemon_pid"])):
+            run(f"mkdir {mountpoint}/.a", code=1)  # a line opens the file
+            assert "1 of 1 backups" in run(f"{TTMFS} rescue {source} {tmp_path}/copy{number}")
+            assert (tmp_path / f"copy{number}/a").read_bytes()[:4] == b"kept"
+
+
 def test_a_renamed_file_is_made_again(mountpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "ttmfs.log"
     with in_background(mountpoint, f"log={file}") as config:

@@ -179,3 +179,24 @@ def test_no_command_prints_a_traceback_for_words_in_any_order() -> None:
         )
         assert done.returncode == 2, words
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "command", "remedy"),
+    [
+        ("size=8m,reserve=900t", "echo x >M/a/1", r"must stay free \(reserve=\); free memory, add swap"),
+        ("size=8m,nr_inodes=2", "mkdir M/b", r"\(nr_inodes=\) is used up; end backups, or mount with"),
+        ("size=64k,reserve=0", "head -c 1m /dev/zero | dd of=M/a/.image bs=1M conv=notrunc; echo x >M/a/100",
+         r"the budget \(size=\) is used up|No space left.*drop pages, or give the mount more: ttmfs resize"),
+    ],
+)  # fmt: skip
+def test_a_lack_of_room_is_told_apart(tmp_path: Path, options: str, command: str, remedy: str) -> None:
+    (tmp_path / "M").mkdir()
+    with Mount(tmp_path / "M", f"{options},backup_size=4m") as mount:
+        (tmp_path / "M/a").mkdir()
+        status, said = shell(command, tmp_path)
+        assert status, said
+        assert re.search(remedy, shell("ttmfs why M", tmp_path)[1])
+        found = shell("ttmfs doctor M | sed 's/^ *//'", tmp_path)[1]
+        assert ("memory and swap are down to reserve=" in found) == ("reserve=900t" in options)
+        mount.watch_anew()

@@ -131,15 +131,23 @@ def _state_header(directory: str) -> dict[str, object] | None:
     return None
 
 
-def stores(directory: str) -> list[str]:
-    """The directories that a process has open, except its working directory, as paths in its directory in /proc.
+def _is_path_only(directory: str, fd: str) -> bool:
+    """Whether a descriptor of a process was opened with O_PATH."""
+    with open(f"{directory}/fdinfo/{fd}", encoding="ascii") as file:
+        flags = next(line.split()[1] for line in file if line.startswith("flags:"))
+    return bool(int(flags, 8) & os.O_PATH)
 
-    A keeper or a daemon has one, the store. PermissionError if this process may not examine it.
+
+def stores(directory: str) -> list[str]:
+    """The directories that a process has open to read, but its working directory, as paths in its directory in /proc.
+
+    A keeper or a daemon has one, the store. The directory of a log file is open as a path only. PermissionError if this
+    process may not examine it.
     """
     here, found = os.stat(f"{directory}/cwd"), []
     for name in os.listdir(f"{directory}/fd"):
         with contextlib.suppress(OSError):
             what = os.stat(f"{directory}/fd/{name}")
-            if stat.S_ISDIR(what.st_mode) and not os.path.samestat(what, here):
+            if stat.S_ISDIR(what.st_mode) and not os.path.samestat(what, here) and not _is_path_only(directory, name):
                 found.append(f"{directory}/fd/{name}")
     return found

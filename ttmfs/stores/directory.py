@@ -221,7 +221,9 @@ class Directory(Store):
 
     def create(self, name: str, size: int, mode: int, uid: int, gid: int) -> int:
         if self._nr_inodes and 1 + self.files.count >= self._nr_inodes:
-            raise NoRoom("the number of backups (nr_inodes) is used up")
+            raise NoRoom(
+                "the number of backups (nr_inodes=) is used up; end backups, or mount with a larger nr_inodes="
+            )
         return super().create(name, size, mode, uid, gid)
 
     # --- room ---

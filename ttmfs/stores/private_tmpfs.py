@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Self
 
-from ..errors import InvalidArgument, NotSupported, from_os_error, translated
+from ..errors import InvalidArgument, NoRoom, NotSupported, OverQuota, from_os_error, translated
 from ..linux.tmpfs import NeedsUserNamespace, new_tmpfs, resize_tmpfs
 from ..options import Options
 from .store import STORE, Store, check_filesystem
@@ -84,6 +84,17 @@ class PrivateTmpfs(Store):
 
     def is_backup(self, fd: int, id: int) -> bool:
         return os.fstat(fd).st_ino == id
+
+    def create(self, name: str, size: int, mode: int, uid: int, gid: int) -> int:
+        try:
+            return super().create(name, size, mode, uid, gid)
+        except OverQuota:
+            raise
+        except NoRoom as error:
+            if self.room().f_ffree:
+                raise
+            more = "give the mount more: ttmfs resize" if self._sets_inodes else "mount with a larger nr_inodes="
+            raise NoRoom(f"the number of backups (nr_inodes=) is used up; end backups, or {more}") from error
 
     def taken(self, id: int) -> int:
         with translated("counting pages"):

@@ -211,10 +211,15 @@ class Store(ABC):
 
     def refusal(self, id: int) -> NoRoom:
         """Return the error for a backup that was refused another page."""
-        return self._quota.refusal(id) or NoRoom(
-            "the budget (size), or the memory that must stay free (reserve), is used up; drop pages, or give the mount "
-            "more: ttmfs resize"
-        )
+        if refusal := self._quota.refusal(id):
+            return refusal
+        room = self.room()
+        if self._reserve and room.f_bavail * room.f_frsize >= self.page_size:
+            return NoRoom(
+                "the memory and swap that are left must stay free (reserve=); free memory, add swap (swapon(8)), or "
+                "drop pages"
+            )
+        return NoRoom("the budget (size=) is used up; drop pages, or give the mount more: ttmfs resize")
 
     @contextlib.contextmanager
     def changing(self, id: int, first: int, past: int, fd: int = -1, *, adding: bool = False) -> Iterator[None]:

@@ -228,7 +228,7 @@ def _swap_of_group() -> Check | None:
 def _systemd() -> Check:
     return either(
         "systemd", os.path.isdir("/run/systemd/system"), "runs", "does not run",
-        "use fstab or mount.py instead; in a container, see docs/containers.md", MISSING,
+        "use fstab or ttmfs mount instead; in a container, see docs/containers.md", MISSING,
     )  # fmt: skip
 
 

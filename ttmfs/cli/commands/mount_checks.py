@@ -24,6 +24,11 @@ from .terminal import user_name
 
 __all__ = ["asked", "checks_of", "of_mounts", "store_checks"]
 
+FULL = "is full: storing fails with ENOSPC"
+SCARCE = (
+    "stores no more, although its budget is not used up: memory and swap are down to reserve=, or a quota is used up"
+)
+
 LONGEST_STATS = 1 << 20  # bytes
 LONGEST_RECORD = 1 << 12  # bytes
 
@@ -100,7 +105,8 @@ def asked(mount: Mounted) -> Iterator[dict[str, Any]]:
     """What a mount answers. It runs in a child process, and checks the answer, because anyone can serve a mount."""
     try:
         with opened(mount.path) as root:
-            full = not os.fstatvfs(root).f_bavail
+            room = os.fstatvfs(root)
+            full = "" if room.f_bavail else SCARCE if room.f_bfree else FULL
             if os.fstat(root).st_dev != mount.st_dev:
                 yield {"error": "is hidden by another mount on the same path"}
                 return
@@ -127,11 +133,15 @@ def checks_of(mount: Mounted, answer: Answer, keeper: Keeper | None) -> Iterator
     else:
         yield _alive(what, mount, keeper, found["config"], found["version"])
         if found["full"]:
-            yield Check(
-                what, WARNING, "is full: storing fails with ENOSPC",
-                f"drop pages, or raise its size: ttmfs resize {what} SIZE" if _is_trusted(mount)
-                else f"{_server(mount)} serves it, and can raise its size",
-            )  # fmt: skip
+            yield Check(what, WARNING, found["full"], _advice_for_full(what, mount, found["full"]))
+
+
+def _advice_for_full(what: str, mount: Mounted, full: str) -> str:
+    if full == SCARCE:
+        return "free memory, add swap (swapon(8)), or drop pages; ttmfs why tells which it is"
+    if _is_trusted(mount):
+        return f"drop pages, or raise its size: ttmfs resize {what} SIZE"
+    return f"{_server(mount)} serves it, and can raise its size"
 
 
 def _server(mount: Mounted) -> str:
