@@ -21,7 +21,8 @@ def last_words(why: str, mountpoint: str, *, has_store: bool, in_unit: bool) -> 
     )
     if not has_store:
         where = "its pages are in its store, which another machine may have"
-    again, end = ("restart this unit", "stop it") if in_unit else (f"kill -USR1 {me}", f"kill {me}")
+    again = "restart this unit" if in_unit else f"ttmfs restart {mountpoint} (or kill -USR1 {me})"
+    end = "stop it" if in_unit else f"ttmfs umount --force {mountpoint} (or kill {me})"
     return f"gave up: {why}. {mountpoint} is dead, but {where}. To try again: {again}. To let them go: {end}"
 
 

@@ -186,7 +186,7 @@ def _dead(what: str, mount: Mounted, keeper: Keeper | None) -> Check:
         return Check(what, PROBLEM, f"is dead, and belongs to {_server(mount)}", advice)
     return Check(
         what, PROBLEM, "is dead: daemon and keeper are gone, or belong to another user",
-        f"ttmfs mount {what} mounts it again (pages of a store= are kept); fusermount3 -u {what} ends it",
+        f"ttmfs mount {what} mounts it again (pages of a store= are kept); ttmfs umount {what} ends it",
     )  # fmt: skip
 
 
