@@ -1333,7 +1333,7 @@ def test_doctor_tells_dead_mounts_from_live_ones_and_says_what_to_do(
         mount.kill_both()
         found = checks(mountpoint, code=1)[str(mountpoint)]
         assert found["state"] == "problem"
-        assert f"fusermount3 -u {mountpoint}" in found["do"]
+        assert f"ttmfs umount {mountpoint}" in found["do"]
         text = ttmfs("ls", mountpoint, mnt, code=1)
         assert "ttmfs doctor says what to do" in text
     assert "is not a mount" in ttmfs("doctor", tmp_path, code=2)
