@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ...linux.mountinfo import ttmfs_mounts
 from ...quoting import plain, quoted
+from ..keepers import status_of
 from .child_process import ask_all
 from .command import Command, CommandError
 from .mounts import failure, located
@@ -127,15 +128,14 @@ def _rows(path: str, found: Any) -> Iterable[Row]:
 
 def _process_of(thread: int) -> int:
     """The process of a thread: the kernel tells the daemon which thread asked. The number itself if that has ended."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path(f"/proc/{thread}/status").read_text(errors="replace").splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("Tgid:")))
+    with contextlib.suppress(OSError):
+        return int(status_of(f"/proc/{thread}")["Tgid"])
     return thread
 
 
 def _command_of(pid: int) -> str | None:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+        return Path(f"/proc/{pid}/comm").read_bytes().decode(errors="replace").removesuffix("\n")
     return None
 
 
