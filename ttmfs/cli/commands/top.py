@@ -16,6 +16,7 @@ from ...quoting import plain, quoted
 from ..keepers import status_of
 from .child_process import ask_all
 from .command import Command, CommandError
+from .look import BEYOND
 from .mounts import failure, located
 from .terminal import columns, duration, is_terminal, is_utf8, table, user_name
 from .watch import SECONDS, add_watch, interval_and_paths, watch
@@ -112,18 +113,25 @@ def _recent(path: str) -> Any:
 def _rows(path: str, found: Any) -> Iterable[Row]:
     """The rows of a mount, whose answer is checked: anyone can serve one."""
     try:
-        seconds = max(float(found["seconds"]), 1e-6)
+        seconds = max(_checked(found["seconds"]), 1e-6)
         sums: dict[tuple[str | None, int, int, str], list[float]] = {}
         for backup, pid, uid, operation, count, ns in found["requests"]:
             name = None if backup is None else str(backup)
             total = sums.setdefault((name, _process_of(int(pid)), int(uid), str(operation)), [0.0, 0.0])
-            total[0] += float(count)
-            total[1] += float(ns) / 1e9
+            total[0] += _checked(count)
+            total[1] += _checked(ns) / 1e9
     except (TypeError, ValueError, KeyError, OverflowError):
         raise CommandError(f"{quoted(path)}: its answer is not a list of requests") from None
     for (name, pid, uid, operation), (count, spent) in sums.items():
         mean = spent / count if count else 0.0
         yield Row(path, name, pid, _command_of(pid), uid, operation, count / seconds, spent / seconds, mean)
+
+
+def _checked(value: Any) -> float:
+    """A number that a mount can count. ValueError or TypeError for anything else."""
+    if not 0 <= (number := float(value)) < BEYOND:
+        raise ValueError("out of range")
+    return number
 
 
 def _process_of(thread: int) -> int:
