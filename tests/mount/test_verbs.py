@@ -255,6 +255,14 @@ def test_resize_changes_the_budget_and_backups(mount: Mount) -> None:
     assert (mount.path / "a/.image").stat().st_size == 3 * MIB // 2
 
 
+@pytest.mark.parametrize("mode", ["0755", "1777"])
+def test_only_root_and_the_user_who_mounted_change_the_budget(place: Place, mode: str) -> None:
+    with place.directory("roots") as path, Mount(path, f"size=16m,allow_other,mode={mode}", cwd=place.path):
+        command: dict[str, Any] = {"command": [place.python, "-m", "ttmfs"], "cwd": place.path / "repository"}
+        text = ttmfs("resize", path, "1m", code=2, **command, **as_user(ALICE))
+    assert text == f"ttmfs resize: {path}: only root and the user who mounted it may change that\n"
+
+
 def test_resize_refuses_to_lose_pages_and_says_why(mount: Mount) -> None:
     (mount.path / "a").mkdir()
     with opened(mount.path / "a/.image") as image:

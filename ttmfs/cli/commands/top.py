@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -100,7 +101,7 @@ def _recent(path: str) -> Any:
                 raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
             text = place.attribute("recent")
     except OSError as error:
-        if isinstance(error, PermissionError):
+        if error.errno == errno.EPERM:
             raise CommandError(f"{quoted(path)}: only root and the user who mounted it may see requests") from None
         raise failure(error, path) from None
     if text is None:
