@@ -116,6 +116,14 @@ def test_what_a_machine_lacks_is_reported_with_its_remedy(tmp_path: Path) -> Non
     assert found["containers", "mount propagation"]["do"].startswith("as root: mount --make-rshared /"), "unshared"
 
 
+def test_names_of_mounts_that_others_chose_do_no_harm(tmp_path: Path) -> None:
+    """Any user can mount something with such a name."""
+    hostile = os.fsencode(tmp_path) + b"/\xff\x1c\r\x85 /"
+    os.mkdir(hostile)
+    found = doctor([f"mount -t tmpfs none {tmp_path}/*"])
+    assert found["containers", "mount propagation"]["state"] == "missing"
+
+
 def test_root_without_the_right_to_mount_is_told() -> None:
     """As in a container that was started without --cap-add SYS_ADMIN."""
     # A user namespace would give root all rights again, so there must be none.

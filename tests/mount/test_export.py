@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -112,6 +113,18 @@ def test_a_mount_point_that_is_not_utf8_is_shown_with_escapes(tmp_path: Path) ->
     os.mkdir(path)
     with Mount(Path(path), "size=16m"):
         assert samples(once())["ttmfs_up", rf"{tmp_path}/\xff"] == 1
+
+
+def test_a_mount_point_sends_no_escape_sequence_to_a_terminal(tmp_path: Path) -> None:
+    """Any user can choose a mount point."""
+    path = tmp_path / "\x1b[31m"
+    path.mkdir()
+    words = [*TTMFS, "--once"]
+    with Mount(path, "size=16m"):
+        script = ["script", "-qec", shlex.join(words), "/dev/null"]
+        done = subprocess.run(script, capture_output=True, timeout=30, env={**os.environ, "TERM": "xterm"}, check=True)
+    assert b"\x1b" not in done.stdout
+    assert b"\\e[31m" in done.stdout
 
 
 def test_mounts_that_come_and_go_are_followed(tmp_path: Path, mount: Mount) -> None:

@@ -313,14 +313,17 @@ def test_what_a_strangers_mount_says_of_itself_harms_no_command(tmp_path: Path) 
             '{"seconds": 1e-300, "requests": [["\\u001b[31m", 1e300, -1, "\\n", 1e308, 1e308]]}',
         ),
         ('file:{"uid": -1, "mode": 7, "log": "\\u001b"}', '{"seconds": "x", "requests": {"a": 1}}'),
+        ('file:{"log_to": NaN}', '{"seconds": NaN, "requests": [["b", 1, 1, "read", Infinity, 1]]}'),
     ):  # fmt: skip
         names = {".config": config, ".stats": f"file:{METRICS}"}
-        with served(tmp_path / "mnt", names=names, values={**GOOD, "recent": recent, "refusals": "[[[]]]"}):
+        with served(tmp_path / "mnt", names=names, values={**GOOD, "recent": recent, "refusals": '[{"time": NaN}]'}):
             for words in ["status"], ["status", "--json"], ["top", "--once"], ["top", "--json"], ["log"], ["why"]:
                 text = ttmfs(*words, tmp_path / "mnt", code=None, preexec_fn=limit_memory)
                 assert "\x1b" not in text
                 assert "owned" not in text
                 assert "Traceback" not in text, (words, config, text)
+                assert max(map(len, text.splitlines())) < 300, "a number is too long for a table"
+                assert not re.search(r"\b(NaN|Infinity)\b", text), "that is no JSON"
 
 
 def limit_memory() -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from harness import Mount, opened_process, run, stopped
+from stores import ALICE, Place, UsersMount
 
 STATUS = f"{sys.executable} -m ttmfs status"
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -61,6 +62,20 @@ def test_status_says_what_mends_a_mount_that_does_not_answer(mountpoint: Path) -
         assert found["answers"] is False
         assert "is dead" in found["problems"][0]["found"]
         run(f"fusermount3 -u {mountpoint}")
+
+
+def test_a_mount_that_another_user_closed_is_told_apart(place: Place, mountpoint: Path) -> None:
+    """Root's status, ls and top of the whole machine do not fail because a user has a mount of their own."""
+    with place.directory("home", ALICE) as home, Mount(mountpoint, "size=16m"), UsersMount(place, home, "size=1m"):
+        row = next(line for line in run(STATUS).splitlines() if str(home) in line)
+        assert row.split()[-1] == "closed"
+        assert "closed to other users, root included" in run(f"{STATUS} {home}", code=2)
+        (found,) = (found for found in json.loads(run(f"{STATUS} --json")) if found["mount"] == str(home))
+        assert (found["answers"], found["closed"], found["problems"]) == (False, True, [])
+        ttmfs = STATUS.removesuffix(" status")
+        assert str(home) not in run(f"{ttmfs} ls 2>&1")
+        for command in "ls", "top --once", "why":
+            assert "without allow_other it is closed" in run(f"{ttmfs} {command} {home}", code=2)
 
 
 def test_status_repeats_until_it_is_interrupted(mount: Mount) -> None:

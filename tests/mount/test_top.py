@@ -80,6 +80,21 @@ def test_a_thread_counts_for_its_process(mount: Mount, backup: Path) -> None:
     assert any(row[1] not in (0, os.getpid()) and row[3] == "lookup" for row in rows)
 
 
+def test_a_process_cannot_pass_itself_off_as_another_by_its_name(mountpoint: Path) -> None:
+    with Mount(mountpoint, "size=1m"):
+        script = (
+            "import os; fd = os.open('/proc/self/comm', 1); os.write(fd, b'\\rTgid:\\t1'); "
+            f"[os.path.exists({str(mountpoint)!r} + '/x%d' % n) for n in range(50)]; print(flush=True); input()"
+        )
+        words = [sys.executable, "-c", script]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as hostile:
+            assert hostile.stdout
+            hostile.stdout.readline()
+            rows = json.loads(run(f"{TOP} --json {mountpoint}"))
+            hostile.communicate(b"\n", timeout=20)
+    assert {row["pid"] for row in rows if row["command"] == "\rTgid:\t1"} == {hostile.pid}
+
+
 def test_strangers_see_no_requests(place: Place) -> None:
     with place.directory("top") as path, Mount(path, "size=1m,mode=1777,allow_other", cwd=place.path):
         with acting_as(ALICE), raises_errno(errno.EPERM):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -151,10 +152,12 @@ def test_a_lazy_umount_detaches_a_mount_in_use(begin: Callable[..., dict[str, An
 
 
 def test_umount_names_another_mount_namespace_with_a_copy(
-    begin: Callable[..., dict[str, Any]], mountpoint: Path
+    begin: Callable[..., dict[str, Any]], mountpoint: Path, tmp_path: Path
 ) -> None:
     found = begin("-o", "size=1m")
-    copy = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 100"]
+    hostile = shlex.quote(f"{tmp_path}/\r")  # a name that another user can choose for a mount
+    script = f"mkdir {hostile}; mount -t tmpfs none {hostile}; echo ready; exec sleep 100"
+    copy = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
     with subprocess.Popen(copy, stdout=subprocess.PIPE) as other:
         assert other.stdout
         assert other.stdout.readline() == b"ready\n"
@@ -164,6 +167,32 @@ def test_umount_names_another_mount_namespace_with_a_copy(
     assert f"pid {other.pid}" in said
     assert str(mountpoint) not in mounts()
     wait_until(lambda: has_ended(found["keeper_pid"]), "the end")
+
+
+def test_umount_says_that_the_keeper_is_stopped(begin: Callable[..., dict[str, Any]], mountpoint: Path) -> None:
+    found = begin("-o", "size=1m")
+    keeper = found["keeper_pid"]
+    with stopped(keeper):
+        said = ttmfs("umount", mountpoint, code=2)
+        assert f"process {keeper} ends, which is stopped: kill -CONT {keeper} continues it" in said
+        assert str(mountpoint) not in mounts()
+    wait_until(lambda: has_ended(keeper), "the end")
+
+
+def test_umount_says_that_a_mount_in_use_does_not_answer(place: Place) -> None:
+    """A server has read requests, so the processes that wait cannot be killed. Nothing in /proc names the mount."""
+    server = [sys.executable, str(REPOSITORY / "tests/hostile_server.py")]
+    with place.directory("silent") as path:
+        plan = json.dumps({"hangs": ["getattr", "statfs"]})
+        with subprocess.Popen([*server, str(path), str(ALICE), plan], stdout=subprocess.PIPE) as hostile:
+            assert hostile.stdout
+            hostile.stdout.readline()
+            try:
+                said = ttmfs("umount", path, code=2)
+            finally:
+                hostile.kill()
+        run(f"umount {path}")
+    assert "it does not answer, and programs that wait for it cannot be seen" in said
 
 
 def test_umount_removes_a_dead_mount(begin: Callable[..., dict[str, Any]], mountpoint: Path) -> None:
@@ -224,6 +253,14 @@ def test_resize_changes_the_budget_and_backups(mount: Mount) -> None:
     found = json.loads(ttmfs("resize", "--json", mount.path / "a", "1.5m"))
     assert found == {"path": str(mount.path / "a"), "before": 64 * MIB, "size": 3 * MIB // 2}
     assert (mount.path / "a/.image").stat().st_size == 3 * MIB // 2
+
+
+@pytest.mark.parametrize("mode", ["0755", "1777"])
+def test_only_root_and_the_user_who_mounted_change_the_budget(place: Place, mode: str) -> None:
+    with place.directory("roots") as path, Mount(path, f"size=16m,allow_other,mode={mode}", cwd=place.path):
+        command: dict[str, Any] = {"command": [place.python, "-m", "ttmfs"], "cwd": place.path / "repository"}
+        text = ttmfs("resize", path, "1m", code=2, **command, **as_user(ALICE))
+    assert text == f"ttmfs resize: {path}: only root and the user who mounted it may change that\n"
 
 
 def test_resize_refuses_to_lose_pages_and_says_why(mount: Mount) -> None:

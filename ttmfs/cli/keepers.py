@@ -38,7 +38,7 @@ def pids() -> list[int]:
 
 def status_of(directory: str) -> dict[str, str]:
     """What ``status`` in a process's directory in /proc says, by key."""
-    with open(f"{directory}/status", errors="replace") as file:
+    with open(f"{directory}/status", errors="replace", newline="\n") as file:  # the name may contain other line breaks
         return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
 
 
@@ -101,9 +101,9 @@ def servers(device: str, user: int = 0) -> list[int]:
     return found
 
 
-def is_stopped(pid: int) -> bool:
-    """Whether a process of root or of the caller is stopped, for example by SIGSTOP."""
-    with contextlib.suppress(OSError), process(pid) as directory:
+def is_stopped(pid: int, user: int = 0) -> bool:
+    """Whether a process of root, of the caller or of the `user` is stopped, for example by SIGSTOP."""
+    with contextlib.suppress(OSError), process(pid, user) as directory:
         return _is_stopped(directory)
     return False
 

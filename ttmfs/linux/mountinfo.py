@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 __all__ = [
-    "CEPH", "NFS", "TYPE", "Mounted", "filesystem_of", "is_attached", "mounted_above", "mounted_at", "mounts",
-    "ttmfs_mounts", "ttmfs_on",
+    "CEPH", "NFS", "TYPE", "Mounted", "filesystem_of", "is_attached", "is_listed", "mounted_above", "mounted_at",
+    "mounts", "ttmfs_mounts", "ttmfs_on",
 ]  # fmt: skip
 
 TYPE = "fuse.ttmfs"
@@ -83,9 +83,8 @@ def is_attached(device: str) -> bool:
 
     True if /proc cannot be read.
     """
-    number = os.fsencode(device)
     try:
-        if _has_row(Path("/proc/self/mountinfo"), number):
+        if is_listed("self", device):
             return True
         others = [entry for entry in os.listdir("/proc") if entry.isdigit()]
     except OSError:
@@ -94,14 +93,16 @@ def is_attached(device: str) -> bool:
     for pid in others:
         with contextlib.suppress(OSError):  # the process ended, or belongs to another user
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-            if namespace not in seen and _has_row(Path(f"/proc/{pid}/mountinfo"), number):
+            if namespace not in seen and is_listed(pid, device):
                 return True
             seen.add(namespace)
     return False
 
 
-def _has_row(mountinfo: Path, device: bytes) -> bool:
-    return any(line.split(b" ", 3)[2] == device for line in mountinfo.read_bytes().split(b"\n")[:-1])
+def is_listed(pid: int | str, device: str) -> bool:
+    """Whether a filesystem is mounted in the mount namespace of a process. Raises OSError."""
+    number, rows = os.fsencode(device), Path(f"/proc/{pid}/mountinfo").read_bytes().split(b"\n")[:-1]
+    return any(row.split(b" ", 3)[2] == number for row in rows)
 
 
 def _plain(word: bytes) -> str:

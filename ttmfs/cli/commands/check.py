@@ -44,7 +44,7 @@ def either(what: str, is_well: object, ok: str, bad: str, do: str, state: State 
 def read(path: str) -> str:
     """The content of a file of the kernel or the system; nothing if it cannot be read."""
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(errors="replace")
     except OSError:
         return ""
 

@@ -136,7 +136,11 @@ def _send(work: Work, path: str, pipe: int) -> int:
     with open(pipe, "wb") as file:
 
         def send(kind: str, value: Any) -> None:
-            file.write(json.dumps([kind, value]).encode() + b"\n")
+            try:
+                line = json.dumps([kind, value], allow_nan=False)
+            except ValueError:  # a server can answer NaN, which is no JSON
+                raise CommandError(f"{quoted(path)} answers nonsense: a number that is not finite") from None
+            file.write(line.encode() + b"\n")
             file.flush()
 
         try:

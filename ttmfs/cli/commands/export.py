@@ -11,10 +11,11 @@ import signal
 import socket
 import sys
 
-from ...quoting import quoted
+from ...quoting import plain, quoted
 from .child_process import ask
 from .command import Command, CommandError
 from .http_server import Page, listening, serve
+from .terminal import is_terminal
 
 __all__ = ["COMMANDS"]
 
@@ -60,7 +61,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return encode(registry), kind
 
     if arguments.once:
-        sys.stdout.write(page("")[0].decode())
+        lines = page("")[0].decode().split("\n")
+        # Any user can choose the path of a mount, and with it a label.
+        sys.stdout.write("\n".join(map(plain, lines) if is_terminal(sys.stdout) else lines))
         return 0
     host, port = arguments.listen
     return _serve(host, port, page)

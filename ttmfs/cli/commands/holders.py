@@ -10,7 +10,7 @@ import os
 from collections import Counter
 
 from ...linux import system_calls
-from ...linux.mountinfo import Mounted
+from ...linux.mountinfo import Mounted, is_listed
 from ..keepers import pids, status_of
 from .users import User
 
@@ -66,8 +66,6 @@ def other_namespaces(mount: Mounted) -> list[User]:
     for pid in pids():
         with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
-            if namespace != own and namespace not in found:
-                with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="replace") as file:
-                    if any(line.split(" ", 3)[2] == mount.device for line in file):
-                        found[namespace] = User(pid, Counter({"mount namespace with a copy": 1}))
+            if namespace != own and namespace not in found and is_listed(pid, mount.device):
+                found[namespace] = User(pid, Counter({"mount namespace with a copy": 1}))
     return [*found.values()]

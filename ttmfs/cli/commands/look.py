@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import time
 from collections import defaultdict
@@ -20,9 +19,12 @@ from ...options import TABLE, OptionError, Options
 from ..rescue import open_file
 from .mounts import Place, config, opened
 
-__all__ = ["Look", "Operation", "given_options", "looked_at"]
+__all__ = ["BEYOND", "Look", "Operation", "given_options", "looked_at"]
 
 LONGEST_STATS = 1 << 20  # bytes
+BEYOND = 2.0**64
+"""No mount counts this far: columns stay narrow whatever a server says."""
+
 SAMPLE = re.compile(r"^ttmfs_([a-z_]{1,60})(?:\{([^}\n]{0,200})\})? ([0-9.e+-]{1,40})$", re.MULTILINE)
 LABEL = re.compile(r'([a-z_]{1,20})="([^"]{0,40})"')
 
@@ -118,7 +120,7 @@ def _parsed(text: str) -> dict[str, dict[str, float]]:
     metrics: dict[str, dict[str, float]] = {}
     for name, labels, value in SAMPLE.findall(text):
         with contextlib.suppress(ValueError):
-            if math.isfinite(number := float(value)):
+            if abs(number := float(value)) < BEYOND:
                 metrics.setdefault(name, {})[labels] = number
     return metrics
 

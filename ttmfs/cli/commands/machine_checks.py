@@ -288,7 +288,8 @@ def _container() -> str:
 
 
 def _propagation() -> Check:
-    root = next((line for line in read("/proc/self/mountinfo").splitlines() if line.split()[4] == "/"), "")
+    rows = read("/proc/self/mountinfo").split("\n")[:-1]
+    root = next((row for row in rows if row.split(" ")[4] == "/"), "")
     kind = f"; this is a container ({quoted(_container())})" if _container() else ""
     return either(
         "mount propagation", " shared:" in root.partition(" - ")[0],

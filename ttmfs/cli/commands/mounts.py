@@ -178,7 +178,16 @@ def new_backup(path: str) -> Iterator[tuple[Place, str]]:
 def failure(error: OSError, path: str) -> CommandError:
     """The error for a path in a mount that failed. A dead mount is ENOTCONN."""
     hint = "; ttmfs doctor says what to do" if error.errno == errno.ENOTCONN else ""
+    if error.errno == errno.EACCES and _is_closed(mountinfo.mounted_above(os.path.abspath(path))):
+        hint = "; without allow_other it is closed to all but the user who mounted it, root included"
     return CommandError(reason(error, path) + hint)
+
+
+def _is_closed(mount: Mounted | None) -> bool:
+    """Whether the kernel shows a mount only to another user, who mounted it."""
+    if not mount or mount.type != mountinfo.TYPE:
+        return False
+    return mount.served_by != os.geteuid() and "allow_other" not in mount.options
 
 
 def last_refusal(place: Place, number: int | None) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from ...handles import format_ranges, parse_ranges
 from ...options import OptionError, format_size, parse_size
 from ...quoting import quoted
-from .command import Command, CommandError, reason
+from .command import Command, CommandError
 from .mounts import Place, failure, last_refusal, located, opened
 
 __all__ = ["COMMANDS"]
@@ -48,7 +48,9 @@ def _set(place: Place, name: str, value: str) -> None:
     try:
         os.setxattr(f"/proc/self/fd/{place.fd}", f"user.ttmfs.{name}", value.encode())
     except OSError as error:
-        why = last_refusal(place, error.errno).removeprefix(f"user.ttmfs.{name}: ") or reason(error)
+        why = last_refusal(place, error.errno).removeprefix(f"user.ttmfs.{name}: ") or str(error.strerror)
+        if isinstance(error, PermissionError) and place.page_size:
+            why = "only root and the user who mounted it may change that"
         raise CommandError(f"{quoted(place.path)}: {why}") from None
 
 

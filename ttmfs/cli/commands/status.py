@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import sys
 import time
@@ -21,7 +22,7 @@ from .command import Command, CommandError
 from .look import Look, Operation, given_options, looked_at
 from .mount_checks import asked, checks_of, store_checks
 from .mounts import mount_at
-from .terminal import age, columns, counted, duration, is_terminal, size, table, wrapped
+from .terminal import age, columns, counted, duration, is_terminal, size, table, user_name, wrapped
 from .watch import add_watch, interval_and_paths, watch
 
 __all__ = ["COMMANDS"]
@@ -44,6 +45,7 @@ class Report(NamedTuple):
     before: Look | None  # an earlier look, for the rates
     keeper: Keeper | None
     daemon: int  # its process id; 0: there is none, or it may not be examined
+    is_closed: bool  # to this user, who is not the one who mounted it
 
     @property
     def seconds(self) -> float | None:
@@ -74,7 +76,8 @@ def _run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps([_as_json(report) for report in reports], indent=2) + "\n")
     else:
         sys.stdout.writelines(line + "\n" for line in _lines(reports, whole=bool(paths), is_watched=False))
-    return ExitStatus.of(sum(report.look is None for report in reports), len(reports))
+    failed = sum(report.look is None and not (report.is_closed and not paths) for report in reports)
+    return ExitStatus.of(failed, len(reports))
 
 
 def _watch(value: str, paths: list[str]) -> int:
@@ -106,7 +109,9 @@ def _reports(paths: Sequence[str], before: dict[str, Look | None]) -> list[Repor
         problems = [check for check in checks if check.state != OK]
         look = Look(**answer.items[1]) if len(answer.items) > 1 else None
         serving = daemons(keeper.pid) if keeper else []
-        report = Report(mount, problems, look, before.get(mount.path), keeper, serving[0] if serving else 0)
+        is_closed = bool(answer.items) and answer.items[0].get("errno") in (errno.EACCES, errno.EPERM)
+        pid = serving[0] if serving else 0
+        report = Report(mount, problems, look, before.get(mount.path), keeper, pid, is_closed)
         reports.append(report._replace(problems=[*problems, *_waits(report)]))
     return reports
 
@@ -154,6 +159,7 @@ def _as_json(report: Report) -> dict[str, Any]:
         "mount": report.mount.path,
         "source": report.mount.source,
         "answers": report.look is not None,
+        "closed": report.is_closed,
         "problems": [check._asdict() for check in report.problems],
         "keeper": _facts_of(report.keeper.pid) if report.keeper else None,
     }
@@ -175,7 +181,7 @@ def _as_json(report: Report) -> dict[str, Any]:
             }
             for name, (one, now) in _operations(report).items()
         },
-        "errors": [{"operation": name, "errno": errno, "count": count} for name, errno, count in look.errors],
+        "errors": [{"operation": name, "errno": code, "count": count} for name, code, count in look.errors],
         "refusals": look.refusals,
         "restarts": int(look.number("restarts_total")),
         "serving_since": look.number("serving_since_seconds"),
@@ -211,7 +217,7 @@ def _overview(reports: Sequence[Report]) -> list[str]:
     header = ("MOUNT", "BACKUPS", "SIZE", "STORED", "FREE", "SWAPPED", "OPS/s", "STATE")
     rows = []
     for report in reports:
-        state = "; ".join(check.found for check in report.problems) or "answers"
+        state = "; ".join(check.found for check in report.problems) or ("closed" if report.is_closed else "answers")
         look = report.look
         if not look:
             rows.append((quoted(report.mount.path), *["-"] * 6, plain(state)))
@@ -232,6 +238,9 @@ def _screen(report: Report, *, is_watched: bool) -> list[str]:
     facts = [*_contents(report), *_processes(report)] if report.look else [*_processes(report)]
     width = max((len(name) for name, _ in facts), default=0)
     lines = [title, *_problems(report)]
+    if report.is_closed:
+        lines += wrapped(f"  closed to other users, root included: ask as user {user_name(report.mount.served_by)}", 4)
+        return lines
     for name, text in facts:
         lines += wrapped(f"  {name:<{width}}  {plain(text)}", width + 4)
     return [*lines, *_cut(_latencies(report, is_watched=is_watched))]
@@ -274,7 +283,7 @@ def _errors(look: Look) -> str:
     if not found:
         return "none since the daemon started"
     left = sum(count for _, _, count in found[MOST_ERRORS:])
-    shown = ", ".join(f"{name} {errno} {count}" for name, errno, count in found[:MOST_ERRORS])
+    shown = ", ".join(f"{name} {code} {count}" for name, code, count in found[:MOST_ERRORS])
     return shown + f", {left} others" * bool(left)
 
 
@@ -323,8 +332,9 @@ COMMANDS = (
         "status",
         "Show a mount on one screen: budget, pages by place, rate and latency of operations, errors, restarts, daemon\n"
         "and keeper. Without MNT, show a line for each mount. What is wrong stands first, with the command that mends\n"
-        "it.\n\n"
-        "exit status: 0 if all mounts answer; 1 if some do not; 2 if none does.",
+        "it. Rates include the requests of the command itself.\n\n"
+        "exit status: 0 if all mounts answer; 1 if some do not; 2 if none does. Mounts that other users closed count\n"
+        "only if you name them.",
         """\
 examples:
   ttmfs status                    a line for each mount

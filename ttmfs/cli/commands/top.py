@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 
 from ...linux.mountinfo import ttmfs_mounts
 from ...quoting import plain, quoted
+from ..keepers import status_of
 from .child_process import ask_all
 from .command import Command, CommandError
+from .look import BEYOND
 from .mounts import failure, located
 from .terminal import columns, duration, is_terminal, is_utf8, table, user_name
 from .watch import SECONDS, add_watch, interval_and_paths, watch
@@ -98,7 +101,7 @@ def _recent(path: str) -> Any:
                 raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
             text = place.attribute("recent")
     except OSError as error:
-        if isinstance(error, PermissionError):
+        if error.errno == errno.EPERM:
             raise CommandError(f"{quoted(path)}: only root and the user who mounted it may see requests") from None
         raise failure(error, path) from None
     if text is None:
@@ -111,13 +114,13 @@ def _recent(path: str) -> Any:
 def _rows(path: str, found: Any) -> Iterable[Row]:
     """The rows of a mount, whose answer is checked: anyone can serve one."""
     try:
-        seconds = max(float(found["seconds"]), 1e-6)
+        seconds = max(_checked(found["seconds"]), 1e-6)
         sums: dict[tuple[str | None, int, int, str], list[float]] = {}
         for backup, pid, uid, operation, count, ns in found["requests"]:
             name = None if backup is None else str(backup)
             total = sums.setdefault((name, _process_of(int(pid)), int(uid), str(operation)), [0.0, 0.0])
-            total[0] += float(count)
-            total[1] += float(ns) / 1e9
+            total[0] += _checked(count)
+            total[1] += _checked(ns) / 1e9
     except (TypeError, ValueError, KeyError, OverflowError):
         raise CommandError(f"{quoted(path)}: its answer is not a list of requests") from None
     for (name, pid, uid, operation), (count, spent) in sums.items():
@@ -125,17 +128,23 @@ def _rows(path: str, found: Any) -> Iterable[Row]:
         yield Row(path, name, pid, _command_of(pid), uid, operation, count / seconds, spent / seconds, mean)
 
 
+def _checked(value: Any) -> float:
+    """A number that a mount can count. ValueError or TypeError for anything else."""
+    if not 0 <= (number := float(value)) < BEYOND:
+        raise ValueError("out of range")
+    return number
+
+
 def _process_of(thread: int) -> int:
     """The process of a thread: the kernel tells the daemon which thread asked. The number itself if that has ended."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path(f"/proc/{thread}/status").read_text(errors="replace").splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("Tgid:")))
+    with contextlib.suppress(OSError):
+        return int(status_of(f"/proc/{thread}")["Tgid"])
     return thread
 
 
 def _command_of(pid: int) -> str | None:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
+        return Path(f"/proc/{pid}/comm").read_bytes().decode(errors="replace").removesuffix("\n")
     return None
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from ...linux.mountinfo import Mounted, mounts
 from ...quoting import quoted
 from ..exit_status import ExitStatus
-from ..keepers import keepers, servers
+from ..keepers import is_stopped, keepers, servers
 from .child_process import ask
 from .command import Command, CommandError, complain
 from .mounts import mount_at
@@ -77,7 +77,8 @@ def _unmount(path: str, *, lazy: bool, force: bool) -> None:
         server = quoted(user_name(mount.served_by))
         raise CommandError(f"{what} is served by user {server}: only that user and root may unmount it")
     with _processes_of(mount) as serving:
-        if _is_dead(mount) and (keeper := _keeper_of(mount)) in serving:
+        answer = _errno_of(mount)
+        if answer == errno.ENOTCONN and (keeper := _keeper_of(mount)) in serving:
             if not force:
                 raise CommandError(
                     f"{what} is dead, but its keeper {keeper} holds its pages. ttmfs restart {what} tries again; "
@@ -86,12 +87,13 @@ def _unmount(path: str, *, lazy: bool, force: bool) -> None:
             signal.pidfd_send_signal(serving[keeper], signal.SIGTERM)
             _wait([serving[keeper]], END_SECONDS)
         if _is_mounted(mount):
-            _detach(mount, lazy=lazy)
+            _detach(mount, lazy=lazy, is_silent=answer is None)
         left = _wait([*serving.values()], 0.0 if lazy else NOTICE_SECONDS)
         if left and lazy:
             sys.stderr.write(f"{what} is detached; its pages are released when the last process closes its files\n")
             return
         if left:
+            _check_stopped([pid for pid, fd in serving.items() if fd in left], mount)
             _check_other_namespaces(mount)
         if left := _wait(left, END_SECONDS - NOTICE_SECONDS):
             still = " and ".join(str(pid) for pid, fd in serving.items() if fd in left)
@@ -99,6 +101,16 @@ def _unmount(path: str, *, lazy: bool, force: bool) -> None:
                 f"{what} is unmounted, but after {END_SECONDS:g} s this still runs: process {still}; "
                 "see its log: journalctl -t ttmfs -t ttmfs-keeper"
             )
+
+
+def _check_stopped(serving: list[int], mount: Mounted) -> None:
+    """CommandError if all processes that serve the mount are stopped, so that they do not end."""
+    if all(is_stopped(pid, mount.served_by) for pid in serving):
+        named = " and ".join(map(str, serving))
+        raise CommandError(
+            f"{quoted(mount.path)} is unmounted, but its pages stay until process {named} ends, which is stopped: "
+            f"kill -CONT {' '.join(map(str, serving))} continues it"
+        )
 
 
 def _check_other_namespaces(mount: Mounted) -> None:
@@ -145,8 +157,8 @@ def _wait(pidfds: list[int], seconds: float) -> list[int]:
     return left
 
 
-def _is_dead(mount: Mounted) -> bool:
-    """Whether nobody serves the mount."""
+def _errno_of(mount: Mounted) -> int | None:
+    """How the mount answers: 0, or an errno. ENOTCONN: nobody serves it. None: it does not answer."""
 
     def number() -> int:
         try:
@@ -155,14 +167,14 @@ def _is_dead(mount: Mounted) -> bool:
             return error.errno or 0
         return 0
 
-    return ask(mount.path, number).items == [errno.ENOTCONN]
+    return next(iter(ask(mount.path, number).items), None)
 
 
 def _is_mounted(mount: Mounted) -> bool:
     return any(found.path == mount.path and found.device == mount.device for found in mounts())
 
 
-def _detach(mount: Mounted, *, lazy: bool) -> None:
+def _detach(mount: Mounted, *, lazy: bool, is_silent: bool) -> None:
     """Unmount by fusermount3, for root and users alike."""
     what = quoted(mount.path)
     words = [FUSERMOUNT, "-u", *(["-z"] if lazy else []), "--", mount.path]
@@ -175,11 +187,11 @@ def _detach(mount: Mounted, *, lazy: bool) -> None:
         raise CommandError(f"{FUSERMOUNT} has not unmounted {what} within {FUSERMOUNT_SECONDS:g} s") from None
     if done.returncode and _is_mounted(mount):
         if "busy" in done.stderr:
-            raise _busy(mount)
+            raise _busy(mount, is_silent=is_silent)
         raise CommandError(done.stderr.strip() or f"{FUSERMOUNT} failed with status {done.returncode}")
 
 
-def _busy(mount: Mounted) -> _Busy:
+def _busy(mount: Mounted, *, is_silent: bool) -> _Busy:
     """Who uses a mount, and what to do."""
     from .holders import Holders
     from .users import in_a_line
@@ -195,6 +207,9 @@ def _busy(mount: Mounted) -> _Busy:
         why.append(f"{holders.hidden} processes of other users could not be examined; root sees them")
     if holders.holds_this_process:
         why.append("your working directory is in it: leave it with cd")
+    if is_silent:
+        remedy = f"ttmfs doctor {what} says what to do"
+        why.append(f"it does not answer, and programs that wait for it cannot be seen ({remedy})")
     if not why:
         why.append("no process of this PID namespace uses it; perhaps one of a container, or a loop device")
     advice = f"End or leave what uses it and try again, or detach it now: ttmfs umount --lazy {what}"

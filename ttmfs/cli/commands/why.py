@@ -13,7 +13,7 @@ from ...quoting import plain, quoted
 from .child_process import ask
 from .command import Command, CommandError
 from .look import Look, looked_at
-from .mounts import located
+from .mounts import failure, located
 from .terminal import age, table
 
 __all__ = ["COMMANDS"]
@@ -65,7 +65,7 @@ def _refusals(path: str) -> tuple[list[dict[str, Any]], float | None]:
     except OSError as error:
         if error.errno == errno.EPERM:
             raise CommandError(f"{quoted(path)}: only root and the user who mounted it may see refusals") from None
-        raise
+        raise failure(error, path) from None
     if text is None:
         raise CommandError(f"{quoted(path)}: its daemon has a version that keeps no reasons")
     try:
