@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -262,6 +263,42 @@ def test_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path, monkeypatch: p
     sink.flush(5)
     sink.close()
     os.close(full)
+
+
+def test_the_keeper_says_in_a_file_why_it_cannot_start_a_daemon(mountpoint: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.symlink_to(sys.executable)
+    file = tmp_path / "log"
+    command = f"{python} {MOUNT_PY} {mountpoint} -o size=1m,standby=off,log={file}"
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    assert run(command, env=environment) == ""
+    config = json.loads((mountpoint / ".config").read_text())
+    python.unlink()
+    os.kill(int(str(config["daemon_pid"])), signal.SIGKILL)
+    try:
+        wait_until(lambda: f"{python}: No such file or directory" in file.read_text(), "the reason")
+    finally:
+        python.symlink_to(sys.executable)
+        wait_until(lambda: "taking over" in file.read_text(), "the next daemon")
+        run(f"umount {mountpoint}")
+        wait_until(lambda: str(mountpoint) not in mounts(), "the end of the mount")
+
+
+def test_a_terminal_that_nobody_reads_does_not_stop_the_mount(mountpoint: Path) -> None:
+    terminal, standard_error = pty.openpty()
+    command = [*MOUNT_COMMAND, "-f", str(mountpoint), "-o", "size=1m,standby=off,debug"]
+    with subprocess.Popen(command, stderr=standard_error) as process:
+        try:
+            wait_until(lambda: str(mountpoint) in mounts(), "the mount")
+            (mountpoint / "a").mkdir()
+            for n in range(1, 1000):  # several lines each: more than a terminal holds
+                (mountpoint / f"a/{n % 200 + 1}").write_bytes(b"a")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+    os.close(standard_error)
+    os.close(terminal)
 
 
 def test_standard_error_has_priorities_only_if_it_is_the_journal(

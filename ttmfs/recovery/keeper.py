@@ -64,6 +64,7 @@ else:  # run by its path
     from keeper_standby import LONGEST_PAUSE, Standby  # type: ignore[import-not-found,no-redef]
     from service_manager import HELD_BY_NEXT, NOT_AGAIN, ServiceManager  # type: ignore[import-not-found,no-redef]
 
+NAME = "ttmfs-keeper"
 LONGEST_MESSAGE, MOST_MESSAGES = 4096, 1024
 RETRY_SECONDS, FLUSH_SECONDS = 0.2, 0.5
 
@@ -103,8 +104,8 @@ class Program:
         self.channel = socket.socket(fileno=held.pop("channel"))
         self.channel.setblocking(False)
         self.daemons_end, self.ready = held.pop(protocol.KEEPER), held.pop("ready", -1)
-        self.held, self.keeps_stderr, self.command, self.mountpoint = held, log == log_sink.STDERR, command, command[-1]
-        self.log = log_sink.make_sink(log, "ttmfs-keeper")
+        self.held, self.command, self.mountpoint = held, command, command[-1]
+        self.log_to, self.log = log, log_sink.make_sink(log, NAME)
         self.manager, self.look_seconds = manager, (manager.watchdog or LOOK_SECONDS * MOST_SILENT) / MOST_SILENT
         self.timers: dict[Callable[[], None], float] = {}  # what is to be done, and when
         self.pid, self.pidfd = daemon, os.pidfd_open(daemon) if daemon else -1  # of the daemon, if there is one
@@ -309,7 +310,9 @@ class Program:
             environment = {**os.environ, protocol.KEEPER_PID: str(os.getppid()), **names}
             os.execve(self.command[0], self.command, environment)
         except OSError as error:
+            self.log = log_sink.make_sink(self.log_to, NAME)  # the keeper's thread and descriptors are not here
             self.say(f"{self.command[0]}: {error.strerror}")
+            self.log.flush(FLUSH_SECONDS)
         finally:
             os._exit(127)
 
@@ -354,7 +357,7 @@ class Program:
         os.close(self.ready)
         self.ready = -1
         null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1) if self.keeps_stderr else (0, 1, 2):
+        for stream in (0, 1) if self.log_to == log_sink.STDERR else (0, 1, 2):
             os.dup2(null, stream)
         os.close(null)
 
@@ -432,7 +435,7 @@ def _how(code: "int | None") -> str:
 def main(daemon: str, log: str, *command: str) -> int:
     """From the command line to the exit status."""
     with open("/proc/self/comm", "w") as name:
-        name.write("ttmfs-keeper")
+        name.write(NAME)
     os.chdir("/")
     held = {name: int(fd) for name, fd in (word.split("=") for word in os.environ.pop(protocol.HELD).split())}
     manager = ServiceManager.found(os.environ)

@@ -70,10 +70,28 @@ class StandardError(Sink):
             text = line(priority, self.name, text) if self._has_time else f"{self._prefix}{text}\n"
         data = encoded(text)
         with contextlib.suppress(OSError):
+            if (again := _standard_error_again()) >= 0:
+                try:
+                    os.write(again, data)
+                finally:
+                    os.close(again)
+                return
             for start in range(0, len(data), PIPE_BUF):  # a pipe that is ready takes as much without waiting
                 if not any(ready & select.POLLOUT for _, ready in self._poll.poll(0)):
                     return
                 os.write(2, data[start : start + PIPE_BUF])
+
+
+def _standard_error_again() -> int:
+    """A descriptor of standard error whose writes do not wait; -1 if it is no terminal or pipe, or another user's.
+
+    poll(2) does not tell how much a terminal takes, and other processes write to the same pipe. O_NONBLOCK of
+    descriptor 2 itself would be the caller's, too.
+    """
+    with contextlib.suppress(OSError):
+        if stat.S_ISFIFO(os.fstat(2).st_mode) or os.isatty(2):
+            return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    return -1
 
 
 class Syslog(Sink):
@@ -121,8 +139,12 @@ class File(Sink):
                 self._writing.release()
 
     def flush(self, seconds: float) -> None:
-        if self._writing.acquire(timeout=seconds):
+        until = time.monotonic() + seconds
+        while self._writing.acquire(timeout=max(0.0, until - time.monotonic())):
             self._writing.release()
+            if not self._lines or time.monotonic() > until:
+                return
+            self.start()  # lines that came when the thread was about to end
 
     def open(self) -> None:
         """Open the file now, and wait for it. Raises OSError."""
