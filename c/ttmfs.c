@@ -87,7 +87,10 @@ static int open_at(int directory, const char *name, int flags)
 static int64_t number(int fd, const char *attribute)
 {
 	char text[20] = "", *end;
-	ssize_t length = getxattr(proc_path(fd).text, attribute, text, sizeof text - 1);
+	ssize_t length;
+	do
+		length = getxattr(proc_path(fd).text, attribute, text, sizeof text - 1);
+	while (length < 0 && errno == EINTR); /* counting pages waits for the disk of store= */
 	if (length < 0)
 		return failure();
 	long long value = strtoll(text, &end, 10);
@@ -603,7 +606,10 @@ int ttmfs_writeback(struct ttmfs *backup)
 	int fd = atomic_load(&backup->ended) ? -ESTALE : image(backup, READING);
 	if (fd < 0)
 		return fd;
-	return fsync(fd) ? failure() : 0;
+	while (fsync(fd))
+		if (errno != EINTR)
+			return failure();
+	return 0;
 }
 
 int ttmfs_fini(struct ttmfs *backup)

@@ -88,6 +88,25 @@ static void interrupt(long milliseconds, char *text)
 	setitimer(ITIMER_REAL, &none, NULL);
 }
 
+/* Asks for counts and writes back while a signal comes every half millisecond. Answers with the first error, or 0. */
+static void look_often(long rounds)
+{
+	struct sigaction action = { .sa_handler = ignore };
+	struct itimerval timer = { { 0, 500 }, { 0, 500 } }, none = { 0 };
+	int64_t error = 0;
+	sigaction(SIGALRM, &action, NULL);
+	setitimer(ITIMER_REAL, &timer, NULL);
+	for (long round = 0; round < rounds && error >= 0; round++) {
+		error = ttmfs_pages(backup);
+		if (error >= 0)
+			error = ttmfs_size(backup);
+		if (error >= 0)
+			error = ttmfs_writeback(backup);
+	}
+	setitimer(ITIMER_REAL, &none, NULL);
+	printf("%ld\n", error < 0 ? (long)error : 0);
+}
+
 static void drop(char *text)
 {
 	static uint64_t handles[MOST];
@@ -165,6 +184,8 @@ int main(void)
 			copy(line + 5, 0);
 		else if (sscanf(line, "interrupt %ld %n", &a, &d) == 1)
 			interrupt(a, line + d);
+		else if (sscanf(line, "look %ld", &a) == 1)
+			look_often(a);
 		else if (!strncmp(line, "drop ", 5))
 			drop(line + 5);
 		else if (sscanf(line, "threads %ld %ld", &a, &b) == 2)

@@ -382,3 +382,14 @@ def test_c9_a_signal_ends_a_wait_and_the_page_stays(mountpoint: Path, program: P
             assert driver.call(f"interrupt 100 {ALL}") == -errno.EINTR
             assert driver.call("pages") == 64
         assert driver.call("copy 1 64") == [0, 1, 64]
+
+
+def test_a_signal_ends_no_call_but_an_interruptible_copy(mountpoint: Path, program: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    with (
+        Mount(mountpoint, f"size=64m,store={tmp_path}/store"),
+        opened(program, mountpoint / "a", THROUGH_THE_MOUNT, 1024 * PAGE) as driver,
+    ):
+        assert driver.call("store 0 1024 1 0") == 1024
+        assert driver.call("look 1000") == 0
+        assert driver.call("fini") == 0

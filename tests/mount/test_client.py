@@ -585,6 +585,23 @@ for mode in 0o600, 0o400, 0:
     assert done.stdout.split() == ["False"] * 3
 
 
+def test_a_signal_whose_handler_raises_nothing_ends_no_call(mountpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    with (
+        Mount(mountpoint, f"size=64m,store={tmp_path}/store"),
+        Backup.create(mountpoint / "a", size=1024 * PAGE) as backup,
+    ):
+        backup.backup_pages(np.full((1024, PAGE), 7, np.uint8), 0)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        try:
+            for _ in range(300):
+                assert backup.residency().pages == len(backup.handles()) == 1024
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
 def test_an_exception_of_a_signal_handler_is_not_reported_as_a_store_failure(mnt: Path) -> None:
     """This holds for an OSError, too, and if pages were stored before it."""
 

@@ -208,7 +208,7 @@ class Directory:
 
     def _listed_runs(self) -> Iterator[tuple[int, int]]:
         try:
-            text = os.getxattr(self._path, "user.ttmfs.map").decode()
+            text = _attribute(self._path, "map").decode()
         except OSError as error:
             if error.errno != errno.E2BIG:
                 raise
@@ -282,8 +282,18 @@ class Directory:
             self.set_attribute("drop", format_ranges(ranges))
 
 
+def _attribute(path: str, name: str) -> bytes:
+    """Return an attribute. The call is repeated after a signal whose handler raises nothing, as PEP 475 has it."""
+    while True:
+        try:
+            return os.getxattr(path, f"user.ttmfs.{name}")
+        except InterruptedError as error:
+            if error.filename != path:  # a signal handler raised it
+                raise
+
+
 def _number(path: str, name: str) -> int:
-    text = os.getxattr(path, f"user.ttmfs.{name}")
+    text = _attribute(path, name)
     if not text.isdigit() or len(text) > LONGEST_NUMBER:  # the server may be hostile
         raise StoreFailed(f"the mount answers nonsense: user.ttmfs.{name} is {text[:LONGEST_NUMBER]!r}")
     return int(text)
