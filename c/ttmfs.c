@@ -116,13 +116,13 @@ static int image(struct ttmfs *backup, enum image kind)
 /* --- opening --- */
 
 /* Finds the mount of ttmfs whose files have this device number. The kernel's list is the only proof: anyone can imitate
- * the attributes. Returns the uid of the user who serves it; -1 if there is none. */
+ * the attributes. Returns the uid of the user who serves it, -EINVAL if there is none, or another negative errno. */
 static int64_t served_by(dev_t device)
 {
 	FILE *list = fopen("/proc/self/mountinfo", "re");
 	char *line = NULL;
 	size_t room = 0;
-	int64_t found = -1;
+	int64_t found = list ? -EINVAL : -errno;
 	while (list && found < 0 && getline(&line, &room, list) >= 0) {
 		unsigned int major_number, minor_number;
 		char root[3];
@@ -168,24 +168,23 @@ static int open_own_file(int directory, int mount, int64_t server)
 	return fd < 0 ? -1 : fd;
 }
 
-/* Opens the backup of two descriptors, which it takes over, also if it fails. */
+/* Opens the backup of two descriptors, which it takes over unless it fails. */
 static int open_directory(struct ttmfs **backup, int directory, int mount, int flags)
 {
 	struct stat of_directory, of_mount;
-	int64_t page_size = -EINVAL, server = -1;
 	if (fstat(directory, &of_directory) || fstat(mount, &of_mount))
-		page_size = -errno;
-	else if (of_directory.st_ino != ROOT_INODE && of_directory.st_dev == of_mount.st_dev &&
-		 (server = served_by(of_directory.st_dev)) >= 0)
-		page_size = number(mount, "user.ttmfs.page_size");
-	if (page_size >= 0 && (page_size < 4096 || page_size > 1 << 30 || (page_size & (page_size - 1))))
-		page_size = -EIO; /* not what a ttmfs answers */
-	struct ttmfs *opened = page_size < 0 ? NULL : malloc(sizeof *opened);
-	if (!opened) {
-		close(directory);
-		close(mount);
-		return page_size < 0 ? (int)page_size : -ENOMEM;
-	}
+		return -errno;
+	if (of_directory.st_ino == ROOT_INODE || of_directory.st_dev != of_mount.st_dev)
+		return -EINVAL;
+	int64_t server = served_by(of_directory.st_dev);
+	int64_t page_size = server < 0 ? server : number(mount, "user.ttmfs.page_size");
+	if (page_size < 0)
+		return (int)page_size;
+	if (page_size < 4096 || page_size > 1 << 30 || (page_size & (page_size - 1)))
+		return -EIO; /* not what a ttmfs answers */
+	struct ttmfs *opened = malloc(sizeof *opened);
+	if (!opened)
+		return -ENOMEM;
 	opened->directory = directory;
 	opened->mount = mount;
 	opened->own_file = flags & TTMFS_THROUGH_MOUNT ? -1 : open_own_file(directory, mount, server);
@@ -207,12 +206,12 @@ int ttmfs_open(struct ttmfs **backup, const char *path, int flags)
 	if (directory < 0)
 		return errno == ENOTDIR ? -EINVAL : -errno;
 	int mount = open_at(directory, "..", PATH_ONLY);
-	if (mount < 0) {
-		int error = -errno;
+	int error = mount < 0 ? -errno : open_directory(backup, directory, mount, flags);
+	if (error)
 		close(directory);
-		return error;
-	}
-	return open_directory(backup, directory, mount, flags);
+	if (error && mount >= 0)
+		close(mount);
+	return error;
 }
 
 /* Returns the name of the backup in the mount's root, or a negative errno. It may have been renamed. */
@@ -249,8 +248,8 @@ static int remove_directory(struct ttmfs *backup)
 	return error ? error : unlinkat(backup->mount, name, AT_REMOVEDIR) ? failure() : 0;
 }
 
-/* Makes a directory in the root of a mount of ttmfs. Sets descriptors of both. */
-static int make_directory(const char *path, mode_t mode, int *directory, int *mount)
+/* Makes a directory in the root of a mount of ttmfs. Sets descriptors of both, and its name. */
+static int make_directory(const char *path, mode_t mode, int *directory, int *mount, char name[NAME_MAX + 1])
 {
 	char above[PATH_MAX];
 	size_t length = strlen(path);
@@ -261,41 +260,44 @@ static int make_directory(const char *path, mode_t mode, int *directory, int *mo
 		start--;
 	if (length >= sizeof above || length - start > NAME_MAX)
 		return -ENAMETOOLONG;
-	char name[NAME_MAX + 1];
 	struct stat status;
 	snprintf(above, sizeof above, "%.*s", start ? (int)start : 1, start ? path : ".");
-	snprintf(name, sizeof name, "%.*s", (int)(length - start), path + start);
-	int error = 0;
+	snprintf(name, NAME_MAX + 1, "%.*s", (int)(length - start), path + start);
+	int64_t error = 0;
 	*mount = open_at(AT_FDCWD, above, PATH_ONLY);
 	if (*mount < 0)
 		return -errno;
 	*directory = -1;
 	if (fstat(*mount, &status))
 		error = -errno;
-	else if (served_by(status.st_dev) < 0)
-		error = -EINVAL;
-	else if (mkdirat(*mount, name, mode))
-		error = -errno;
-	else if ((*directory = open_at(*mount, name, PATH_ONLY | O_NOFOLLOW)) < 0) {
+	else if ((error = served_by(status.st_dev)) >= 0)
+		error = mkdirat(*mount, name, mode) ? -errno : 0;
+	if (!error && (*directory = open_at(*mount, name, PATH_ONLY | O_NOFOLLOW)) < 0) {
 		error = -errno;
 		unlinkat(*mount, name, AT_REMOVEDIR);
 	}
 	if (error)
 		close(*mount);
-	return error;
+	return (int)error;
 }
 
 int ttmfs_create(struct ttmfs **backup, const char *path, uint64_t size, mode_t mode)
 {
-	int directory, mount;
+	int directory = -1, mount = -1;
+	char name[NAME_MAX + 1];
 	struct stat status;
 	*backup = NULL;
 	/* Until all is done the owner needs the right to write. */
-	int error = make_directory(path, mode | S_IWUSR, &directory, &mount);
-	if (!error)
-		error = open_directory(backup, directory, mount, 0);
+	int error = make_directory(path, mode | S_IWUSR, &directory, &mount, name);
 	if (error)
 		return error;
+	error = open_directory(backup, directory, mount, 0);
+	if (error) {
+		unlinkat(mount, name, AT_REMOVEDIR);
+		close(directory);
+		close(mount);
+		return error;
+	}
 	if (size)
 		error = ttmfs_resize(*backup, size);
 	if (!error && !(mode & S_IWUSR) &&

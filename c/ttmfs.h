@@ -32,7 +32,7 @@ struct ttmfs;
  * The umask limits `mode`. -EEXIST, -ENOSPC, -EINVAL. */
 int ttmfs_create(struct ttmfs **backup, const char *path, uint64_t size, mode_t mode);
 
-/* Opens an existing backup. -ENOENT: there is none. -EINVAL: the path is no backup of a ttmfs. */
+/* Opens an existing backup. -ENOENT: there is none. -EINVAL: the path is not a backup of a ttmfs. */
 int ttmfs_open(struct ttmfs **backup, const char *path, int flags);
 
 /* Closes a backup. Its pages stay. NULL is ignored. */

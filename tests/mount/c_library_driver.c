@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/time.h>
 
 #include "ttmfs.h"
@@ -184,6 +185,8 @@ int main(void)
 			copy(line + 5, 0);
 		else if (sscanf(line, "interrupt %ld %n", &a, &d) == 1)
 			interrupt(a, line + d);
+		else if (sscanf(line, "descriptors %ld", &a) == 1)
+			printf("%d\n", setrlimit(RLIMIT_NOFILE, &(struct rlimit){ (rlim_t)a, 4096 }));
 		else if (sscanf(line, "look %ld", &a) == 1)
 			look_often(a);
 		else if (!strncmp(line, "drop ", 5))

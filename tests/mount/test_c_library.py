@@ -393,3 +393,13 @@ def test_a_signal_ends_no_call_but_an_interruptible_copy(mountpoint: Path, progr
         assert driver.call("store 0 1024 1 0") == 1024
         assert driver.call("look 1000") == 0
         assert driver.call("fini") == 0
+
+
+def test_creating_without_descriptors_leaves_nothing(mountpoint: Path, program: Path) -> None:
+    with Mount(mountpoint, "size=64m"), Driver(program) as driver:
+        for most in range(3, 6):
+            assert driver.call(f"descriptors {most}") == 0
+            assert driver.call(f"create {mountpoint}/a 0 700") == -errno.EMFILE
+            assert names(mountpoint) == []
+        assert driver.call("descriptors 1024") == 0
+        assert driver.call(f"create {mountpoint}/a 0 700") == 0
