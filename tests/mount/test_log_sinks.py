@@ -20,6 +20,7 @@ from harness import (
     MOUNT_PY,
     Mount,
     attribute,
+    descriptors,
     mounts,
     raises_errno,
     run,
@@ -56,6 +57,9 @@ def test_a_file_has_the_lines_of_daemon_and_keeper_with_their_times(mountpoint: 
         os.kill(int(str(config["daemon_pid"])), signal.SIGKILL)
         (mountpoint / "a").mkdir()
         wait_until(lambda: "taking over" in file.read_text(), "the line of the next daemon")
+        wait_until(lambda: file.read_text().count("serving") == 2, "the last line of its start")
+        daemon_pid = json.loads((mountpoint / ".config").read_text())["daemon_pid"]
+        assert [path for path in descriptors(daemon_pid) if path == str(file)] == [str(file)]
     lines = file.read_text().splitlines()
     for said in (
         rf"{STAMP} info ttmfs\[\d+\]: serving {mountpoint}",

@@ -84,7 +84,7 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
         options = replace(options, log=log.resolved(options.log, place))
     log_to = log.sink_of(options.log, foreground=foreground)
     about = log_to, _command(source, place, options, foreground)
-    if held:
+    if takes_over := bool(held):
         log.switch(log_to)
     if not started_by:
         if held:
@@ -100,7 +100,7 @@ def begin(source: str, mountpoint: str, options: Options, *, foreground: bool) -
     return Process(
         held,
         started_by,
-        ready=lambda: _tell_ready(told, log_to, foreground=foreground),
+        ready=lambda: _tell_ready(told, log_to, foreground=foreground, takes_over=takes_over),
         start_keeper=lambda: keeper_client.start_keeper(*about),
         become_keeper=lambda kept: _become_keeper(kept, *about),
         wants_standby=options.standby,
@@ -113,9 +113,10 @@ def _become_keeper(held: dict[str, int], log_to: str, command: list[str]) -> NoR
     keeper_client.become_keeper(held, log_to, command)
 
 
-def _tell_ready(told: int, log_to: str, *, foreground: bool) -> None:
+def _tell_ready(told: int, log_to: str, *, foreground: bool, takes_over: bool) -> None:
     """The mount answers: log where the options say, leave the terminal, and tell the caller."""
-    log.switch(log_to)
+    if not takes_over:
+        log.switch(log_to)
     if not foreground:
         _leave_terminal(log_to)
     if told >= 0:
