@@ -1,6 +1,7 @@
 """The client for event loops, with asyncio and with trio, on a real mount: what it adds to the synchronous client."""
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable, Coroutine
@@ -183,6 +184,26 @@ def test_a_cancellation_by_asyncio_itself_ends_a_copy_too(mountpoint: Path, tmp_
 
     with Mount(mountpoint, "size=64m") as mount:
         asyncio.run(main(mount))
+
+
+def test_a_second_cancellation_by_asyncio_does_not_end_a_call_that_uses_memory(shared: Mount) -> None:
+    async def main() -> None:
+        async with await aio.Backup.create(shared.path / "a", 65536 * PAGE) as backup:
+            memory = np.full((16384, PAGE), 1, np.uint8)
+            for _ in range(5):
+                storing = asyncio.create_task(backup.backup_pages(memory, 0))
+                while not (await backup.residency()).pages:  # noqa: ASYNC110 # no event tells it
+                    await asyncio.sleep(0)
+                for _ in range(3):
+                    storing.cancel()
+                    await asyncio.sleep(0.001)
+                with contextlib.suppress(asyncio.CancelledError):  # it may be through already
+                    await storing
+                stored = await backup.handles()
+                assert len(stored) == len(memory)
+                await backup.drop_pages(stored)
+
+    asyncio.run(main())
 
 
 def test_a_store_that_has_begun_is_carried_out_in_spite_of_a_cancellation(shared: Mount, loop: Loop) -> None:

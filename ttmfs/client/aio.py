@@ -19,6 +19,7 @@ The limiter bounds the number of threads, and so the calls that are carried out 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
@@ -246,8 +247,9 @@ class _Call(Generic[Result]):
     async def end(self) -> None:
         """Return once the call is over, and its arguments are no longer used."""
         if not self._begun.acquire(blocking=False):
-            with anyio.CancelScope(shield=True):
-                while not self._ended.is_set():  # noqa: ASYNC110 # a thread cannot set an event of anyio
+            while not self._ended.is_set():  # a thread cannot set an event of anyio
+                # asyncio cancels a task again in spite of a shield: the task ends all the same, but later
+                with contextlib.suppress(anyio.get_cancelled_exc_class()), anyio.CancelScope(shield=True):
                     await anyio.sleep(POLL_SECONDS)
 
 
