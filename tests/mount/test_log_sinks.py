@@ -115,6 +115,15 @@ def test_a_wrong_place_for_the_log_is_refused(mountpoint: Path, tmp_path: Path, 
     assert str(mountpoint) not in mounts()
 
 
+def test_another_users_file_in_a_public_directory_is_refused_where_the_kernel_protects(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    (tmp_path / "log").touch()
+    os.chown(tmp_path / "log", ALICE, ALICE)
+    is_protected = Path("/proc/sys/fs/protected_regular").read_text() != "0\n"
+    with raises_errno(13) if is_protected else contextlib.nullcontext():
+        File(str(tmp_path / "log"), "ttmfs").open()
+
+
 def test_a_log_in_another_ttmfs_is_refused(mount: Mount, tmp_path: Path) -> None:
     (mount.path / "a").mkdir()
     (tmp_path / "other").mkdir()

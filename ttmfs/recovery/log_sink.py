@@ -204,7 +204,8 @@ class File(Sink):
             fd = os.open(self._file, flags | os.O_CREAT | os.O_EXCL, MODE, dir_fd=self._directory)
             os.fchmod(fd, MODE)  # whatever the umask is
         except FileExistsError:
-            fd = os.open(self._file, flags, dir_fd=self._directory)
+            # With O_CREAT the kernel refuses another user's file in a directory like /tmp (fs.protected_regular).
+            fd = os.open(self._file, flags | os.O_CREAT, MODE, dir_fd=self._directory)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(f"{self._file} is not a regular file")
