@@ -120,8 +120,10 @@ def test_another_users_file_in_a_public_directory_is_refused_where_the_kernel_pr
     (tmp_path / "log").touch()
     os.chown(tmp_path / "log", ALICE, ALICE)
     is_protected = Path("/proc/sys/fs/protected_regular").read_text() != "0\n"
+    file = File(str(tmp_path / "log"), "ttmfs")
     with raises_errno(13) if is_protected else contextlib.nullcontext():
-        File(str(tmp_path / "log"), "ttmfs").open()
+        file.open()
+    file.close()
 
 
 def test_a_log_in_another_ttmfs_is_refused(mount: Mount, tmp_path: Path) -> None:
