@@ -195,6 +195,32 @@ def test_umount_says_that_a_mount_in_use_does_not_answer(place: Place) -> None:
     assert "it does not answer, and programs that wait for it cannot be seen" in said
 
 
+def test_umount_of_a_copy_does_not_wait_for_the_mount(mount: Mount, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    run(f"mount --bind {mount.path} {copy}")
+    said = ttmfs("umount", copy)
+    assert said == f"{copy} is unmounted; its pages stay, because it is also mounted at {mount.path}\n"
+    assert str(copy) not in mounts()
+
+
+def test_what_hides_a_mount_is_named_as_the_reason(mount: Mount) -> None:
+    run(f"mount -t tmpfs none {mount.path}")
+    try:
+        for verb in "status", "restart", "umount":
+            assert f"{mount.path} is hidden by another mount on the same path" in ttmfs(verb, mount.path, code=2)
+        assert f"umount {mount.path} ends that mount" in ttmfs("status", code=2)
+    finally:
+        run(f"umount {mount.path}")
+
+
+def test_a_working_directory_that_has_ended_is_named_as_the_reason(mount: Mount) -> None:
+    (mount.path / "a").mkdir()
+    command = f"cd {mount.path}/a; rmdir ../a; exec {sys.executable} -m ttmfs restart .. 2>&1"
+    text = run(command, code=2, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert "your working directory has ended; leave it with cd" in text
+
+
 def test_umount_removes_a_dead_mount(begin: Callable[..., dict[str, Any]], mountpoint: Path) -> None:
     found = begin("-o", "size=1m,keeper=off")
     os.kill(found["daemon_pid"], signal.SIGKILL)
