@@ -77,14 +77,14 @@ say "... and the rest in bulk, through .image, which holds page i at byte i * pa
 show 'dd if=source of=mnt/a/.image bs=1M skip=2 seek=2 conv=notrunc'
 
 say "Inspect it."
-set +o pipefail # head ends before the other program does
+set +o pipefail # head ends before other programs do
 show 'xxd mnt/a/1 | head -n 4'
-show 'ttmfs status mnt | head -n 5'
-set -o pipefail
 show 'du -sh mnt/a'
 show 'df -h mnt'
 show 'ttmfs ls mnt'
 show 'ttmfs map mnt/a | tail -n 3'
+show 'ttmfs status mnt | head -n 5'
+set -o pipefail
 show '[ $(ls mnt/a | wc -l) -eq $pages ] && [ $(df --output=used -B $page mnt | tail -n 1) -eq $pages ]'
 
 say "Compare everything, through .image and through .shmem, the memory itself."

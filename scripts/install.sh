@@ -48,8 +48,9 @@ c_library() { # install|uninstall: libttmfs, its header and its pkg-config file
 if [ "${1:-install}" = uninstall ]; then
     [ -d "$root$home" ] || { echo "uninstall: there is no ttmfs in $root$home; set PREFIX= to where it is" >&2; exit; }
     if [ -z "$root" ]; then
-        served=$(awk '$3 == "fuse.ttmfs" { print $2 }' /proc/self/mounts)
-        [ -z "$served" ] || echo "uninstall: no new daemon can start for these mounts: $served" >&2
+        # Any user can choose a mount point: cat -v shows its control characters.
+        served=$(awk '$3 == "fuse.ttmfs" { print $2 }' /proc/self/mounts | cat -v)
+        [ -z "$served" ] || printf '%s\n' "uninstall: no new daemon can start for these mounts:" "$served" >&2
     fi
     for command in $commands; do
         path=$root$prefix/bin/$command

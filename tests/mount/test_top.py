@@ -102,6 +102,13 @@ def test_strangers_see_no_requests(place: Place) -> None:
         assert json.loads(attribute(path, "recent"))["seconds"] > 0
 
 
+def test_json_is_json_also_if_no_mount_answers(mount: Mount) -> None:
+    with stopped(mount.pid):
+        found = json.loads(run(f"{TOP} --json {mount.path} 2>/dev/null", code=2))
+    assert [row["mount"] for row in found] == [str(mount.path)]
+    assert "has not answered" in found[0]["error"]
+
+
 def test_a_path_that_is_no_mount_is_an_error(backup: Path) -> None:
     assert "is not a mount point of ttmfs" in run(f"{TOP} --once {backup}", code=2)
 

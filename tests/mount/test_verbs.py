@@ -83,6 +83,12 @@ def test_mount_shows_its_options_and_reports_mistakes_in_its_name(tmp_path: Path
 
 
 @pytest.mark.usefixtures("begin")
+def test_without_proc_mount_says_so(mountpoint: Path) -> None:
+    program = f"mount -t tmpfs none /proc; exec {sys.executable} -m ttmfs mount {mountpoint}"
+    text = run(f"unshare --mount sh -c '{program}'", code=2, cwd=REPOSITORY)
+    assert text == "ttmfs mount: /proc is not mounted here; mount it first: mount -t proc proc /proc\n"
+
+
 def test_the_program_is_found_from_a_directory_that_has_another_ttmfs(mountpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "ttmfs").mkdir()
     (tmp_path / "ttmfs/__init__.py").write_text("raise SystemExit('it ran a stranger\\'s code')\n")
@@ -195,6 +201,32 @@ def test_umount_says_that_a_mount_in_use_does_not_answer(place: Place) -> None:
     assert "it does not answer, and programs that wait for it cannot be seen" in said
 
 
+def test_umount_of_a_copy_does_not_wait_for_the_mount(mount: Mount, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    run(f"mount --bind {mount.path} {copy}")
+    said = ttmfs("umount", copy)
+    assert said == f"{copy} is unmounted; its pages stay, because it is also mounted at {mount.path}\n"
+    assert str(copy) not in mounts()
+
+
+def test_what_hides_a_mount_is_named_as_the_reason(mount: Mount) -> None:
+    run(f"mount -t tmpfs none {mount.path}")
+    try:
+        for verb in "status", "restart", "umount":
+            assert f"{mount.path} is hidden by another mount on the same path" in ttmfs(verb, mount.path, code=2)
+        assert f"umount {mount.path} ends that mount" in ttmfs("status", code=2)
+    finally:
+        run(f"umount {mount.path}")
+
+
+def test_a_working_directory_that_has_ended_is_named_as_the_reason(mount: Mount) -> None:
+    (mount.path / "a").mkdir()
+    command = f"cd {mount.path}/a; rmdir ../a; exec {sys.executable} -m ttmfs restart .. 2>&1"
+    text = run(command, code=2, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert "your working directory has ended; leave it with cd" in text
+
+
 def test_umount_removes_a_dead_mount(begin: Callable[..., dict[str, Any]], mountpoint: Path) -> None:
     found = begin("-o", "size=1m,keeper=off")
     os.kill(found["daemon_pid"], signal.SIGKILL)
@@ -256,11 +288,12 @@ def test_resize_changes_the_budget_and_backups(mount: Mount) -> None:
 
 
 @pytest.mark.parametrize("mode", ["0755", "1777"])
-def test_only_root_and_the_user_who_mounted_change_the_budget(place: Place, mode: str) -> None:
+def test_only_root_and_the_user_who_mounted_change_a_mount(place: Place, mode: str) -> None:
     with place.directory("roots") as path, Mount(path, f"size=16m,allow_other,mode={mode}", cwd=place.path):
         command: dict[str, Any] = {"command": [place.python, "-m", "ttmfs"], "cwd": place.path / "repository"}
-        text = ttmfs("resize", path, "1m", code=2, **command, **as_user(ALICE))
-    assert text == f"ttmfs resize: {path}: only root and the user who mounted it may change that\n"
+        for verb, value in ("resize", "1m"), ("log", "debug"):
+            text = ttmfs(verb, path, value, code=2, **command, **as_user(ALICE))
+            assert text == f"ttmfs {verb}: {path}: only root and the user who mounted it may change that\n"
 
 
 def test_resize_refuses_to_lose_pages_and_says_why(mount: Mount) -> None:

@@ -82,7 +82,8 @@ def _parse(name: str) -> argparse.Namespace:
     if rest:
         option = next((word for word in rest if word.startswith("-")), "").partition("=")[0]
         known = [word for action in arguments.parser._actions for word in action.option_strings]
-        hint = _nearest(option, known) or f"; ttmfs {name} --help lists the arguments"
+        hint = "; options stand behind the command" if option in known else _nearest(option, known)
+        hint = hint or f"; ttmfs {name} --help lists the arguments"
         arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     return arguments
 

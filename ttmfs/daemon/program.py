@@ -12,6 +12,9 @@ __all__ = ["main"]
 
 def main(name: str) -> int:
     """Mount, and serve the mount until it ends. `name` is the command's, for messages. Returns the exit status."""
+    if not os.path.isdir("/proc/self"):
+        sys.stderr.write(f"{name}: /proc is not mounted here; mount it first: mount -t proc proc /proc\n")
+        return 2
     try:
         from .inherited import raise_limits
 

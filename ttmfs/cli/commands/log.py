@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from ...options import LEVELS
 from ...quoting import plain, quoted
 from .child_process import ask
 from .command import Command, CommandError
-from .mounts import config, located
+from .mounts import Place, config, failure, located
 
 __all__ = ["COMMANDS"]
 
@@ -47,18 +46,23 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _changed(path: str, level: str | None) -> dict[str, Any]:
     """Change the level of a mount, if one is given. Returns what its ``.config`` says then."""
-    with located(path) as place:
-        if not place or place.page_size is None:
-            raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
-        if level:
-            try:
-                os.setxattr(f"/proc/self/fd/{place.fd}", "user.ttmfs.log_level", level.encode())
-            except OSError as error:
-                if error.errno != errno.EPERM:
-                    raise
-                raise CommandError(f"{quoted(path)}: only root and the user who mounted it may change that") from None
-        found = config(place.fd)
+    try:
+        with located(path) as place:
+            if not place or place.page_size is None:
+                raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
+            if level:
+                _change(place, level)
+            found = config(place.fd)
+    except OSError as error:
+        raise failure(error, path) from None
     return {name: found.get(name) for name in ("log_to", "log_level")}
+
+
+def _change(place: Place, level: str) -> None:
+    try:
+        os.setxattr(f"/proc/self/fd/{place.fd}", "user.ttmfs.log_level", level.encode())
+    except PermissionError:
+        raise CommandError(f"{quoted(place.path)}: only root and the user who mounted it may change that") from None
 
 
 COMMANDS = (

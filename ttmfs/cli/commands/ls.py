@@ -4,7 +4,6 @@ A child process lists each mount. So a mount that does not answer in time delays
 """
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -117,9 +116,13 @@ def _list(paths: list[str]) -> tuple[list[Row], dict[str, str], ExitStatus]:
 
 def _rows_if_allowed(mount: str) -> Iterator[Row]:
     """The backups of a mount; none if it does not let this user in."""
-    with contextlib.suppress(PermissionError):
+    try:
         os.stat(mount)  # statvfs(2) of a closed mount succeeds
-        yield from _rows_at(mount)
+    except PermissionError:
+        return
+    except OSError as error:
+        raise failure(error, mount) from None
+    yield from _rows_at(mount)
 
 
 def _rows_at(path: str) -> Iterator[Row]:

@@ -29,6 +29,7 @@ SCARCE = (
     "stores no more, although its budget is not used up: memory and swap are down to reserve=, or a quota is used up"
 )
 
+HIDDEN = "is hidden by another mount on the same path"
 LONGEST_STATS = 1 << 20  # bytes
 LONGEST_RECORD = 1 << 12  # bytes
 
@@ -108,7 +109,7 @@ def asked(mount: Mounted) -> Iterator[dict[str, Any]]:
             room = os.fstatvfs(root)
             full = "" if room.f_bavail else SCARCE if room.f_bfree else FULL
             if os.fstat(root).st_dev != mount.st_dev:
-                yield {"error": "is hidden by another mount on the same path"}
+                yield {"error": HIDDEN}
                 return
             with open(open_file(".stats", root), "rb") as file:
                 built = re.search(rb'ttmfs_build_info\{version="([^"]{1,40})"', file.read(LONGEST_STATS))
@@ -129,7 +130,8 @@ def checks_of(mount: Mounted, answer: Answer, keeper: Keeper | None) -> Iterator
     elif found.get("errno") in (errno.EACCES, errno.EPERM):
         yield Check(what, OK, "belongs to another user, and is not shown to you")
     elif "error" in found:
-        yield Check(what, PROBLEM, found["error"], "see its log: journalctl -t ttmfs")
+        do = f"umount {what} ends that mount" if found["error"] == HIDDEN else "see its log: journalctl -t ttmfs"
+        yield Check(what, PROBLEM, found["error"], do)
     else:
         yield _alive(what, mount, keeper, found["config"], found["version"])
         if found["full"]:

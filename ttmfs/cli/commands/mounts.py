@@ -80,13 +80,20 @@ class Place(NamedTuple):
 def mount_at(path: str) -> Mounted:
     """The mount of ttmfs at a mount point, found without touching it. CommandError if there is none."""
     found = {mount.path: mount for mount in mountinfo.mounts()}  # the topmost of several on one path
-    absolute = os.path.abspath(path)
+    try:
+        absolute = os.path.abspath(path)
+    except FileNotFoundError:
+        raise CommandError(f"{quoted(path)}: your working directory has ended; leave it with cd") from None
     above, name = os.path.split(absolute)
     real = ask(path, lambda: os.path.join(os.path.realpath(above), name)).items
     links = ask(path, lambda: os.readlink(absolute) and os.path.realpath(absolute)).items
     for place in absolute, *real, *links:
         if (mount := found.get(place)) and mount.type == mountinfo.TYPE and mount.root == "/":
             return mount
+    if any(mount.path in (absolute, *real, *links) for mount in mountinfo.ttmfs_mounts()):
+        raise CommandError(
+            f"{quoted(path)} is hidden by another mount on the same path; umount {quoted(path)} ends that"
+        )
     for place in Path(next(iter(real), absolute)).parents:
         if (mount := found.get(str(place))) and mount.type == mountinfo.TYPE:
             raise CommandError(f"{quoted(path)} is in a mount of ttmfs; give the mount point, {quoted(mount.path)}")

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from ...linux.mountinfo import ttmfs_mounts
 from ...quoting import plain, quoted
+from ..exit_status import ExitStatus
 from ..keepers import status_of
 from .child_process import ask_all
-from .command import Command, CommandError
+from .command import Command, CommandError, complain
 from .look import BEYOND
 from .mounts import failure, located
 from .terminal import columns, duration, is_terminal, is_utf8, table, user_name
@@ -60,37 +61,38 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         if value is not None:
             raise CommandError("--watch cannot write JSON; run top --json repeatedly instead")
-        rows, errors = _look(paths)
+        rows, errors, status = _look(paths)
         sys.stdout.write(json.dumps([*(row._asdict() for row in rows), *errors], indent=2) + "\n")
-        return int(bool(errors))
+        return status
     if value is None and is_terminal(sys.stdout) and not arguments.once:
         value = SECONDS
     if value is not None and not arguments.once:
         seconds, paths = interval_and_paths(value, paths)
-        return watch(seconds, lambda: _lines(*_look(paths)))
-    rows, errors = _look(paths)
-    sys.stdout.writelines(line + "\n" for line in _lines(rows, errors))
-    return int(bool(errors))
+        return watch(seconds, lambda: _lines(*_look(paths)[:2]))
+    rows, errors, status = _look(paths)
+    if status == ExitStatus.FAILED:
+        for error in errors:
+            complain("top", error["error"])
+    else:
+        sys.stdout.writelines(line + "\n" for line in _lines(rows, errors))
+    return status
 
 
-def _look(paths: list[str]) -> tuple[list[Row], list[dict[str, Any]]]:
-    """What the mounts say, the most time first, and the mounts that say nothing. CommandError if none says anything."""
+def _look(paths: list[str]) -> tuple[list[Row], list[dict[str, Any]], ExitStatus]:
+    """What the mounts say, the most time first; the mounts that say nothing; and the exit status."""
     wanted = paths or sorted({mount.path for mount in ttmfs_mounts()})
     if not wanted:
         raise CommandError("no ttmfs is mounted; ttmfs mount MNT mounts one")
     answers = ask_all([(path, lambda path=path: [_recent(path)]) for path in wanted])  # type: ignore[misc]
-    errors = [
-        {"mount": path, "error": answer.error} for path, answer in zip(wanted, answers, strict=True) if answer.error
-    ]
-    if len(errors) == len(wanted):
-        raise CommandError(str(errors[0]["error"]))
-    rows = [
-        row
-        for path, answer in zip(wanted, answers, strict=True)
-        if not answer.error
-        for row in _rows(path, answer.items[0])
-    ]
-    return sorted(rows, key=lambda row: -row.busy), errors
+    rows, errors = list[Row](), list[dict[str, Any]]()
+    for path, answer in zip(wanted, answers, strict=True):
+        try:
+            if answer.error:
+                raise CommandError(answer.error)
+            rows += _rows(path, answer.items[0])
+        except CommandError as why:
+            errors.append({"mount": path, "error": str(why)})
+    return sorted(rows, key=lambda row: -row.busy), errors, ExitStatus.of(len(errors), len(wanted))
 
 
 def _recent(path: str) -> Any:

@@ -88,6 +88,9 @@ def _unmount(path: str, *, lazy: bool, force: bool) -> None:
             _wait([serving[keeper]], END_SECONDS)
         if _is_mounted(mount):
             _detach(mount, lazy=lazy, is_silent=answer is None)
+        if here := [quoted(found.path) for found in mounts() if found.device == mount.device]:
+            sys.stderr.write(f"{what} is unmounted; its pages stay, because it is also mounted at {', '.join(here)}\n")
+            return
         left = _wait([*serving.values()], 0.0 if lazy else NOTICE_SECONDS)
         if left and lazy:
             sys.stderr.write(f"{what} is detached; its pages are released when the last process closes its files\n")
