@@ -387,7 +387,9 @@ static size_t one_request(const struct ttmfs *backup, const void *memory, size_t
 	size_t room = REQUEST - (uintptr_t)memory % (size_t)sysconf(_SC_PAGESIZE);
 	if (length <= room)
 		return length;
-	return backup->page_size <= REQUEST ? room / backup->page_size * backup->page_size : REQUEST;
+	if (backup->page_size <= REQUEST)
+		return room / backup->page_size * backup->page_size;
+	return length < REQUEST ? length : REQUEST;
 }
 
 /* Reads or writes at most one request through the mount. Returns the bytes, or -1 and errno. */
@@ -399,9 +401,10 @@ static ssize_t request(const struct ttmfs *backup, int fd, char *memory, size_t 
 	char *aligned = aligned_alloc((size_t)sysconf(_SC_PAGESIZE), REQUEST);
 	if (!aligned)
 		return -1;
+	part = length < REQUEST ? length : REQUEST; /* less if the server answered a request in part before */
 	if (writing)
-		memcpy(aligned, memory, REQUEST);
-	ssize_t done = writing ? pwrite(fd, aligned, REQUEST, offset) : pread(fd, aligned, REQUEST, offset);
+		memcpy(aligned, memory, part);
+	ssize_t done = writing ? pwrite(fd, aligned, part, offset) : pread(fd, aligned, part, offset);
 	if (!writing && done > 0)
 		memcpy(memory, aligned, (size_t)done);
 	int error = errno;

@@ -6,6 +6,7 @@ tells), and becomes that user. A plan is::
     names    entries of the root: "dir", "link:TARGET", "fifo", "endless:TEXT", "file:TEXT"
     turns    an entry, or one that is made, that becomes a link after a number of times: {name: [times, target]}
     values   extended attributes of every entry: {name: text}
+    lengths  the most bytes of each answer to a read, in turn; later answers are whole
     hangs    requests that are read and never answered: "lookup", "getxattr", "statfs", ...
     refuses  requests that are answered with EACCES
 """
@@ -34,6 +35,7 @@ class Server(pyfuse3.Operations):
         self.names: dict[str, str] = dict(plan.get("names", {}))
         self.turns: dict[str, list[Any]] = plan.get("turns", {})
         self.values: dict[str, str] = plan.get("values", {})
+        self.lengths: list[int] = plan.get("lengths", [])
         self.hangs, self.refuses = plan.get("hangs", []), plan.get("refuses", [])
         self.numbers: dict[tuple[str, str], int] = {}  # of inodes
         self.inodes: list[str] = [""]  # what each is, from the root's number on
@@ -120,6 +122,8 @@ class Server(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         what, _, text = self.inodes[fh - ROOT].partition(":")
         data = os.fsencode(text)
+        if self.lengths:
+            size = min(size, self.lengths.pop(0))
         return (data * (size // max(1, len(data)) + 1))[:size] if what == "endless" else data[off : off + size]
 
     async def opendir(self, inode: int, ctx: Any) -> int:

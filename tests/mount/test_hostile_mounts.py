@@ -500,3 +500,17 @@ def test_ls_watch_leaves_one_process_waiting_for_a_stopped_mount(two: tuple[Moun
             process.communicate(timeout=ENOUGH)
     assert process.returncode == 0
     assert well.path.is_dir()
+
+
+@pytest.mark.parametrize("large", [1 << 20, 2 << 20])
+def test_libttmfs_writes_to_no_memory_but_the_callers(tmp_path: Path, large: int) -> None:
+    """The server answers reads in part, so that the rest of a page is a little less than a request."""
+    driver, request = tmp_path / "driver", 1 << 20
+    files = f"{REPOSITORY}/tests/mount/c_library_driver.c {REPOSITORY}/c/ttmfs.c"
+    run(f"cc -g -O1 -fsanitize=address -I{REPOSITORY}/c -pthread -o {driver} {files}")
+    values = {**GOOD, "page_size": str(large), "size": str(2 << 20)}
+    lengths = [request // 2, request // 2 + 8]
+    handles = "1 2" if large == request else "1"
+    with served(tmp_path / "mnt", names={"a": "dir", ".image": "endless:x"}, values=values, lengths=lengths):
+        said = run(f"printf 'open {tmp_path}/mnt/a 1\\ncopy {handles}\\n' | {driver} 2>&1")
+    assert said.split()[:2] == ["0", "0"], said
