@@ -15,7 +15,7 @@ PACKAGES = "linux stores model recovery fuse daemon client cli".split()
 """In their order, after the modules that lie in ttmfs/ itself."""
 
 TOP = {"__init__", "__main__", "errors", "handles", "options", "quoting", "version"}
-ALONE = {"recovery.keeper_protocol", "linux.tmpfs", "cli.exit_status", "cli.keepers"}
+ALONE = {"recovery.keeper_protocol", "linux.tmpfs", "linux.unmount", "cli.exit_status", "cli.keepers"}
 """Run by their path with the standard library alone, or imported by what is: they import nothing of ttmfs."""
 
 BY_COMMANDS = {"linux", "client", "cli", "model.arguments", "fuse.inodes"}

@@ -17,6 +17,7 @@ from kept import Kept, changed, copied_package, gives_up_after, of_package
 
 from harness import REPOSITORY, Mount, attribute, children, count, mounts, opened, remaining, run, stopped, wait_until
 from stores import ALICE, BOB, Place, UsersMount, as_user
+from ttmfs.linux.unmount import PROGRAM
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MIB = 1 << 20
@@ -225,6 +226,14 @@ def test_a_working_directory_that_has_ended_is_named_as_the_reason(mount: Mount)
     command = f"cd {mount.path}/a; rmdir ../a; exec {sys.executable} -m ttmfs restart .. 2>&1"
     text = run(command, code=2, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert "your working directory has ended; leave it with cd" in text
+
+
+def test_root_unmounts_through_no_link_that_was_made_meanwhile(mount: Mount, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(mount.path.parent)
+    words = [sys.executable, "-I", "-S", PROGRAM, str(tmp_path / "link" / mount.path.name)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stderr) == (1, "Too many levels of symbolic links\n")
+    assert str(mount.path) in mounts()
 
 
 def test_umount_removes_a_dead_mount(begin: Callable[..., dict[str, Any]], mountpoint: Path) -> None:

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from ...linux.mountinfo import Mounted, mounts
+from ...linux.unmount import PROGRAM
 from ...quoting import quoted
 from ..exit_status import ExitStatus
 from ..keepers import is_stopped, keepers, servers
@@ -28,7 +29,7 @@ from .terminal import user_name
 __all__ = ["COMMANDS"]
 
 FUSERMOUNT = "fusermount3"
-FUSERMOUNT_SECONDS = 20.0
+UNMOUNT_SECONDS = 20.0
 
 NOTICE_SECONDS = 2.0
 """Seconds after which it looks for what else keeps them from ending."""
@@ -178,20 +179,23 @@ def _is_mounted(mount: Mounted) -> bool:
 
 
 def _detach(mount: Mounted, *, lazy: bool, is_silent: bool) -> None:
-    """Unmount by fusermount3, for root and users alike."""
+    """Unmount: root by umount2(2), following no link, and users by fusermount3."""
     what = quoted(mount.path)
-    words = [FUSERMOUNT, "-u", *(["-z"] if lazy else []), "--", mount.path]
+    if os.geteuid():
+        words = [FUSERMOUNT, "-u", *(["-z"] if lazy else []), "--", mount.path]
+    else:
+        words = [sys.executable, "-I", "-S", PROGRAM, mount.path, *(["lazy"] if lazy else [])]
     try:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-                              timeout=FUSERMOUNT_SECONDS, check=False, env={**os.environ, "LC_ALL": "C"})  # fmt: skip
+                              timeout=UNMOUNT_SECONDS, check=False, env={**os.environ, "LC_ALL": "C"})  # fmt: skip
     except FileNotFoundError:
         raise CommandError(f"{FUSERMOUNT} is not installed; install the package fuse3") from None
     except subprocess.TimeoutExpired:
-        raise CommandError(f"{FUSERMOUNT} has not unmounted {what} within {FUSERMOUNT_SECONDS:g} s") from None
+        raise CommandError(f"{what} was not unmounted within {UNMOUNT_SECONDS:g} s; try again") from None
     if done.returncode and _is_mounted(mount):
         if "busy" in done.stderr:
             raise _busy(mount, is_silent=is_silent)
-        raise CommandError(done.stderr.strip() or f"{FUSERMOUNT} failed with status {done.returncode}")
+        raise CommandError(f"{what}: {done.stderr.strip() or f'status {done.returncode}'}")
 
 
 def _busy(mount: Mounted, *, is_silent: bool) -> _Busy:
