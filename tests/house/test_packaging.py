@@ -165,7 +165,8 @@ def test_the_installed_package_mounts(installed: Path, tmp_path: Path, mountpoin
 READ_ONLY = """
 mount --make-rprivate /
 mount --bind {room} {room}
-findmnt -rno TARGET | tac | while read -r path; do
+# Not tac, which has a file in /tmp open to write.
+findmnt -rno TARGET | sort -r | while read -r path; do
     case $path in {room}|/proc*|/sys*|/dev*) ;; *) mount -o remount,bind,ro "$path" || exit ;; esac
 done
 """
