@@ -95,7 +95,7 @@ class Qemu:
         ]
 
     def wait_for_rounds(self, number: int) -> None:
-        """Wait until the guest has written so many rounds more."""
+        """Wait until the guest has written this number of further rounds."""
         before = len(self.rounds())
         wait_until(lambda: len(self.rounds()) >= before + number, "the guest", SECONDS)
 

@@ -1,6 +1,6 @@
 """The daemon's log: the sink that takes its lines, and from when on.
 
-Until the mount answers, lines go to standard error, where the user who mounts sees them. Then they go to the sink that
+Until the mount answers, lines go to standard error, so that the mounting user sees them. Then they go to the sink that
 ``log=`` names. :mod:`ttmfs.recovery.log_sink` has the sinks, which the keeper uses too.
 """
 
