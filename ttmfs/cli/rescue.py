@@ -77,31 +77,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="a list of objects: backup, bytes, checksum, error")
 
 
-class _Report:
-    """What is told about each backup: a line at once, or with --json an object in a list at the end."""
+class _Report(NamedTuple):
+    """What is told about each backup: a line at once, or with --json a row of the list that is written at the end."""
 
-    def __init__(self, as_json: bool) -> None:
-        self._rows: list[dict[str, object]] | None = [] if as_json else None
+    rows: list[dict[str, object]] | None
 
     def tell(self, text: str, **row: object) -> None:
         """Tell about one backup. Without a `row` the text is a summary."""
-        if self._rows is None:
+        if self.rows is None:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
         elif row:
-            self._rows.append({"bytes": None, "checksum": None, "error": None, **row})
+            self.rows.append({"bytes": None, "checksum": None, "error": None, **row})
 
     def fail(self, name: str, error: OSError) -> None:
         """Tell that a backup was not copied."""
         why = error.strerror or str(error)
         sys.stderr.write(f"ttmfs rescue: {name!r}: {why}; continuing with the others\n")
-        if self._rows is not None:
+        if self.rows is not None:
             self.tell("", backup=name, error=why)
-
-    def end(self) -> None:
-        """Write the list."""
-        if self._rows is not None:
-            sys.stdout.write(json.dumps(self._rows, indent=2) + "\n")
 
 
 def run(arguments: argparse.Namespace) -> ExitStatus:
@@ -116,13 +110,14 @@ def run(arguments: argparse.Namespace) -> ExitStatus:
                 "--check takes a DIRECTORY alone" if arguments.check
                 else "give a SOURCE: a keeper's process id, a mount point, or /proc/PID/fd/N"
             )  # fmt: skip
-        report = _Report(arguments.json)
+        report = _Report([] if arguments.json else None)
         if arguments.check:
             status = check(path, report)
         else:
             with _closing(find(arguments.source)) as source:
                 status = rescue(source, path, report)
-        report.end()
+        if arguments.json:
+            sys.stdout.write(json.dumps(report.rows, indent=2) + "\n")
         return status
     except RescueError as error:
         sys.stderr.write(f"ttmfs rescue: {_plain(str(error))}\n")

@@ -20,7 +20,7 @@ from ...linux import system_calls
 from ...linux.tmpfs import new_tmpfs
 from ...quoting import plain, quoted
 from .command import Command, CommandError
-from .mounts import Place, config, failure, located
+from .mounts import Place, config, root_at
 from .page_operations import (
     REQUEST_BYTES,
     Pages,
@@ -85,13 +85,8 @@ def _run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     system_calls.die_with(os.getppid(), signal.SIGTERM)  # of a SIGKILL it would leave its backup
     with contextlib.ExitStack() as stack:
-        try:
-            place = stack.enter_context(located(path))
-            page_size = place and place.page_size
-        except OSError as error:
-            raise failure(error, path) from None
-        if not place or page_size is None:
-            raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
+        place = stack.enter_context(root_at(path))
+        page_size = place.number("page_size")
         _check_room(place, page_size)
         loop = config(place.fd).get("loop")
         mine = stack.enter_context(_in_backup(place, page_size))

@@ -12,7 +12,7 @@ from collections import Counter
 from ...linux import system_calls
 from ...linux.mountinfo import Mounted, is_listed
 from ..keepers import pids, status_of
-from .users import User
+from .users import User, mappings
 
 __all__ = ["Holders", "other_namespaces"]
 
@@ -38,9 +38,7 @@ class Holders:
                 uses[use] += self._is_inside(f"/proc/{pid}/{name}")
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 uses["open file"] += self._is_inside(f"/proc/{pid}/fd/{fd}")
-            with open(f"/proc/{pid}/maps", "rb") as maps:
-                devices = [line.split(maxsplit=4)[3].split(b":") for line in maps]
-            uses["mapping"] += sum(os.makedev(int(a, 16), int(b, 16)) == self._device for a, b in devices)
+            uses["mapping"] += sum(mapping.device == self._device for mapping in mappings(pid))
         except PermissionError:
             with contextlib.suppress(OSError):
                 self.hidden += "VmSize" in status_of(f"/proc/{pid}")  # kernel threads and zombies have no memory

@@ -12,7 +12,7 @@ from ...options import LEVELS
 from ...quoting import plain, quoted
 from .child_process import ask
 from .command import Command, CommandError
-from .mounts import Place, config, failure, located
+from .mounts import Place, config, failure, root_at
 
 __all__ = ["COMMANDS"]
 
@@ -46,15 +46,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _changed(path: str, level: str | None) -> dict[str, Any]:
     """Change the level of a mount, if one is given. Returns what its ``.config`` says then."""
-    try:
-        with located(path) as place:
-            if not place or place.page_size is None:
-                raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
-            if level:
-                _change(place, level)
-            found = config(place.fd)
-    except OSError as error:
-        raise failure(error, path) from None
+    with root_at(path) as place:
+        if level:
+            _change(place, level)
+        found = config(place.fd)
     return {name: found.get(name) for name in ("log_to", "log_level")}
 
 
@@ -63,6 +58,8 @@ def _change(place: Place, level: str) -> None:
         os.setxattr(f"/proc/self/fd/{place.fd}", "user.ttmfs.log_level", level.encode())
     except PermissionError:
         raise CommandError(f"{quoted(place.path)}: only root and the user who mounted it may change that") from None
+    except OSError as error:
+        raise failure(error, place.path) from None
 
 
 COMMANDS = (

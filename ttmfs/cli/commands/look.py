@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 from ...linux.mountinfo import Mounted
 from ...options import TABLE, OptionError, Options
 from ..rescue import open_file
-from .mounts import Place, config, opened
+from .mounts import LONGEST_STATS, Place, config, opened
 
 __all__ = ["BEYOND", "Look", "Operation", "given_options", "looked_at"]
 
-LONGEST_STATS = 1 << 20  # bytes
 BEYOND = 2.0**64
 """No mount counts this far: columns stay narrow whatever a server says."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from ..rescue import open_file
 from .check import OK, PROBLEM, WARNING, Check
 from .child_process import PATIENCE, Answer, ask_all
 from .command import CommandError
-from .mounts import config, opened
+from .mounts import config, opened, version_of
 from .terminal import user_name
 
 __all__ = ["asked", "checks_of", "of_mounts", "store_checks"]
@@ -30,7 +29,6 @@ SCARCE = (
 )
 
 HIDDEN = "is hidden by another mount on the same path"
-LONGEST_STATS = 1 << 20  # bytes
 LONGEST_RECORD = 1 << 12  # bytes
 
 
@@ -111,10 +109,7 @@ def asked(mount: Mounted) -> Iterator[dict[str, Any]]:
             if os.fstat(root).st_dev != mount.st_dev:
                 yield {"error": HIDDEN}
                 return
-            with open(open_file(".stats", root), "rb") as file:
-                built = re.search(rb'ttmfs_build_info\{version="([^"]{1,40})"', file.read(LONGEST_STATS))
-            version = built[1].decode(errors="replace") if built else "?"
-            yield {"full": full, "config": config(root), "version": version}
+            yield {"full": full, "version": version_of(root), "config": config(root)}
     except OSError as error:
         yield {"errno": error.errno, "error": error.strerror or str(error)}
 

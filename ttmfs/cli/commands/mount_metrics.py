@@ -25,7 +25,7 @@ from ...version import __version__
 from ..rescue import open_file
 from .child_process import Answer, ask_all
 from .command import complain
-from .mounts import opened
+from .mounts import LONGEST_STATS, opened
 from .terminal import user_name
 
 __all__ = ["MountMetrics"]
@@ -33,7 +33,6 @@ __all__ = ["MountMetrics"]
 FRESH = 1.0
 """Seconds for which metrics count as new: many scrapes cost no more than one a second."""
 
-LONGEST_STATS = 1 << 20  # bytes
 MOST_SAMPLES = 10_000
 MOST_OF_STRANGERS = 64
 """Most mounts of other users that one scrape looks at, because each costs a process."""

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
     from ...client.backup import Backup
 
 __all__ = [
-    "NoSuchBackup", "Place", "backup_at", "config", "config_of", "failure", "last_refusal", "located", "mount_at",
-    "new_backup", "opened", "refusal_of",
+    "LONGEST_STATS", "NoSuchBackup", "Place", "backup_at", "config", "config_of", "failure", "last_refusal", "located",
+    "mount_at", "new_backup", "opened", "refusal_of", "root_at", "version_of",
 ]  # fmt: skip
 
 PLACE = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 LONGEST_NUMBER = 18  # digits
-LONGEST_CONFIG = 1 << 16  # bytes
+LONGEST_CONFIG, LONGEST_STATS = 1 << 16, 1 << 20  # bytes
 
 
 class NoSuchBackup(CommandError):
@@ -52,6 +53,16 @@ class Place(NamedTuple):
             if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
                 return None
             raise
+
+    def private_attribute(self, name: str, what: str) -> bytes | None:
+        """As :meth:`attribute`, of one that the daemon refuses to others. `what` it holds, for the CommandError."""
+        try:
+            return self.attribute(name)
+        except OSError as error:
+            if error.errno == errno.EPERM:
+                text = f"{quoted(self.path)}: only root and the user who mounted it may see {what}"
+                raise CommandError(text) from None
+            raise failure(error, self.path) from None
 
     def find_number(self, name: str) -> int | None:
         """The value of an attribute that is a number, if it exists. CommandError if it is not a number."""
@@ -128,6 +139,19 @@ def located(path: str, *, follow: bool = True) -> Iterator[Place | None]:
     with opened(path.rstrip("/") or "/", follow=follow) as fd:
         mount = mountinfo.ttmfs_on(os.fstat(fd).st_dev)
         yield Place(path, fd, mount) if mount else None
+
+
+@contextlib.contextmanager
+def root_at(path: str) -> Iterator[Place]:
+    """The root of the mount at a path. CommandError if there is none, or it cannot be opened."""
+    with contextlib.ExitStack() as stack:
+        try:
+            place = stack.enter_context(located(path))
+            if not place or place.page_size is None:
+                raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
+        except OSError as error:
+            raise failure(error, path) from None
+        yield place
 
 
 @contextlib.contextmanager
@@ -226,6 +250,13 @@ def config(mount: int) -> dict[str, Any]:
         if isinstance(found, dict):
             return found
     return {}
+
+
+def version_of(mount: int) -> str:
+    """The version that serves a mount, from ``.stats`` in its root; "?" if that tells none. Raises OSError."""
+    with open(open_file(".stats", mount), "rb") as file:
+        built = re.search(rb'ttmfs_build_info\{version="([^"]{1,40})"', file.read(LONGEST_STATS))
+    return built[1].decode(errors="replace") if built else "?"
 
 
 def config_of(backup: "Backup") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ...options import OptionError, format_size, parse_size
 from ...quoting import quoted
 from .command import Command, CommandError
 from .mounts import Place, failure, last_refusal, located, opened
+from .terminal import counted
 
 __all__ = ["COMMANDS"]
 
@@ -109,12 +110,12 @@ def _drop(arguments: argparse.Namespace) -> int:
         for start in range(0, len(ranges), RANGES_AT_ONCE):
             _set(place, "drop", format_ranges(ranges[start : start + RANGES_AT_ONCE]))
         left = place.number("pages")
-    found = {"backup": arguments.backup, "page_size": page_size, "dropped": max(0, before - left), "pages": left}
+    dropped = max(0, before - left)
+    found = {"backup": arguments.backup, "page_size": page_size, "dropped": dropped, "pages": left}
     if arguments.json:
         sys.stdout.write(json.dumps(found) + "\n")
     else:
-        plural = "s" * (found["dropped"] != 1)
-        sys.stdout.write(f"{quoted(arguments.backup)}: {found['dropped']} page{plural} dropped, {left} left\n")
+        sys.stdout.write(f"{quoted(arguments.backup)}: {counted(dropped, 'page')} dropped, {left} left\n")
     return 0
 
 

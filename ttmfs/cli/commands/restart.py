@@ -7,7 +7,6 @@ import argparse
 import errno
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -18,10 +17,9 @@ from typing import Any, NamedTuple
 from ...linux.mountinfo import Mounted
 from ...quoting import plain, quoted
 from ..keepers import Keeper, daemons, keepers
-from ..rescue import open_file
 from .child_process import ask
 from .command import Command, CommandError
-from .mounts import config, mount_at, opened
+from .mounts import config, mount_at, opened, version_of
 from .terminal import user_name
 
 __all__ = ["COMMANDS"]
@@ -32,8 +30,6 @@ PATIENCE = 60.0
 LOOK_SECONDS = 0.05
 LONGEST_GAP = 5.0
 """Seconds without any daemon after which the keeper has given up: it pauses at most 3.2 s between two starts."""
-
-LONGEST_STATS = 1 << 20  # bytes
 
 
 class Server(NamedTuple):
@@ -117,12 +113,10 @@ def _server(path: str) -> Server:
 def _asked(path: str) -> tuple[int, str, int]:
     try:
         with opened(path) as root:
-            with open(open_file(".stats", root), "rb") as file:
-                built = re.search(rb'ttmfs_build_info\{version="([^"]{1,40})"', file.read(LONGEST_STATS))
-            pid = config(root).get("daemon_pid")
+            version, pid = version_of(root), config(root).get("daemon_pid")
     except OSError as error:
         return 0, "", error.errno or 0
-    return pid if isinstance(pid, int) else 0, built[1].decode(errors="replace") if built else "?", 0
+    return pid if isinstance(pid, int) else 0, version, 0
 
 
 def _wait_for_next(mount: Mounted, keeper: int, before: Server, is_running: Any) -> Server:

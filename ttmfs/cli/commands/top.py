@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ from ..keepers import status_of
 from .child_process import ask_all
 from .command import Command, CommandError, complain
 from .look import BEYOND
-from .mounts import failure, located
+from .mounts import root_at
 from .terminal import columns, duration, is_terminal, is_utf8, table, user_name
 from .watch import SECONDS, add_watch, interval_and_paths, watch
 
@@ -97,15 +96,8 @@ def _look(paths: list[str]) -> tuple[list[Row], list[dict[str, Any]], ExitStatus
 
 def _recent(path: str) -> Any:
     """What a mount reports. It is JSON, and not checked yet."""
-    try:
-        with located(path) as place:
-            if not place or place.page_size is None:
-                raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
-            text = place.attribute("recent")
-    except OSError as error:
-        if error.errno == errno.EPERM:
-            raise CommandError(f"{quoted(path)}: only root and the user who mounted it may see requests") from None
-        raise failure(error, path) from None
+    with root_at(path) as place:
+        text = place.private_attribute("recent", "requests")
     if text is None:
         raise CommandError(f"{quoted(path)}: its daemon has a version that does not tell; ttmfs restart replaces it")
     with contextlib.suppress(ValueError, RecursionError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import sys
 import time
@@ -13,7 +12,7 @@ from ...quoting import plain, quoted
 from .child_process import ask
 from .command import Command, CommandError
 from .look import Look, looked_at
-from .mounts import failure, located
+from .mounts import failure, root_at
 from .terminal import age, table
 
 __all__ = ["COMMANDS"]
@@ -56,16 +55,12 @@ def _refusals(path: str) -> tuple[list[dict[str, Any]], float | None]:
 
     The refusals are objects, and their content is not checked.
     """
-    try:
-        with located(path) as place:
-            if not place or place.page_size is None:
-                raise CommandError(f"{quoted(path)} is not a mount point of ttmfs; give MNT, not a backup in it")
-            text = place.attribute("refusals")
+    with root_at(path) as place:
+        text = place.private_attribute("refusals", "refusals")
+        try:
             (look,) = (Look(**fields) for fields in looked_at(place.mount))
-    except OSError as error:
-        if error.errno == errno.EPERM:
-            raise CommandError(f"{quoted(path)}: only root and the user who mounted it may see refusals") from None
-        raise failure(error, path) from None
+        except OSError as error:
+            raise failure(error, path) from None
     if text is None:
         raise CommandError(f"{quoted(path)}: its daemon has a version that keeps no reasons")
     try:
